@@ -1,0 +1,151 @@
+"""Causal self-attention, with grouped key/value heads, query/key norms, rotary positions and a soft-cap.
+
+`attend` is the one place where query meets key, behind a table of implementations that must agree (the tests hold them
+to it). Shapes: B batch, T query tokens, S key tokens, H query heads, K key/value heads, G = H / K, E head width.
+"""
+
+from collections.abc import Callable
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pretrain_xla.config import ModelConfig
+from pretrain_xla.model.layers import Linear
+from pretrain_xla.model.norms import make_head_norm
+from pretrain_xla.model.positions import RotaryTables, rotate
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(query_BHTE, key_BKTE, value_BKTE) → heads_BHTE."""
+
+
+def _reference(
+    query_BHTE: Tensor, key_BKTE: Tensor, value_BKTE: Tensor, scale: float, softcap: float | None, dropout: float
+) -> Tensor:
+    """Written out: scores (B, K, G, T, T) are real, in fp32 from the scaling to the softmax.
+
+    The query heads of a group are laid end to end along T, so that keys and values are never repeated.
+    """
+    B, H, T, E = query_BHTE.shape
+    K = key_BKTE.shape[1]
+    query_BKRE = query_BHTE.reshape(B, K, H // K * T, E)
+    scores_BKRS = (query_BKRE @ key_BKTE.transpose(-2, -1)).float() * scale
+    if softcap is not None:
+        scores_BKRS = softcap * torch.tanh(scores_BKRS / softcap)
+    future_TS = torch.full((T, T), float("-inf"), device=query_BHTE.device).triu(1)
+    weights_BKGTS = torch.softmax(scores_BKRS.view(B, K, H // K, T, T) + future_TS, dim=-1).to(value_BKTE.dtype)
+    if dropout:
+        weights_BKGTS = F.dropout(weights_BKGTS, dropout)
+    return (weights_BKGTS.view(B, K, H // K * T, T) @ value_BKTE).view(B, H, T, E)
+
+
+def _sdpa(
+    query_BHTE: Tensor, key_BKTE: Tensor, value_BKTE: Tensor, scale: float, softcap: float | None, dropout: float
+) -> Tensor:
+    """PyTorch's fused kernels: the scores never reach memory.
+
+    XLA has none, and would lower this call to all-fp32 matrix products around two more passes over the scores: there,
+    the reference, which multiplies in the compute type, is the faster one.
+    """
+    if softcap is not None:
+        raise ValueError(f"softcap={softcap} needs implementation='reference': sdpa cannot cap its scores")
+    if query_BHTE.device.type == "xla":
+        return _reference(query_BHTE, key_BKTE, value_BKTE, scale, softcap, dropout)
+    return F.scaled_dot_product_attention(
+        query_BHTE,
+        key_BKTE,
+        value_BKTE,
+        is_causal=True,
+        scale=scale,
+        dropout_p=dropout,
+        enable_gqa=query_BHTE.shape[1] != key_BKTE.shape[1],
+    )
+
+
+IMPLEMENTATIONS: dict[str, Callable[[Tensor, Tensor, Tensor, float, float | None, float], Tensor]] = {
+    "reference": _reference,
+    "sdpa": _sdpa,
+}
+
+
+def attend(
+    query_BHTE: Tensor,
+    key_BKTE: Tensor,
+    value_BKTE: Tensor,
+    *,
+    implementation: str,
+    scale: float,
+    softcap: float | None = None,
+    dropout: float = 0.0,
+    training: bool = False,
+) -> Tensor:
+    """Causal attention over one sequence: softmax(cap(query · key * scale)) · value (Vaswani et al. 2017).
+
+    Args:
+        query_BHTE: queries; query head h reads key/value head h // (H / K).
+        key_BKTE: keys, of the same length T.
+        value_BKTE: values.
+        implementation: a key of `IMPLEMENTATIONS`.
+        scale: factor on query-key products, before the cap.
+        softcap: bound c on the scores, as c * tanh(score / c) (Gemma 2); none: no bound.
+        dropout: probability of dropping an attention weight, when `training`.
+        training: whether dropout is on.
+
+    Returns:
+        heads_BHTE, in the type of the inputs.
+    """
+    rate = dropout if training else 0.0
+    return IMPLEMENTATIONS[implementation](query_BHTE, key_BKTE, value_BKTE, scale, softcap, rate)
+
+
+class Attention(nn.Module):
+    """Project to heads, attend, project back."""
+
+    def __init__(self, config: ModelConfig, compute_dtype: torch.dtype) -> None:
+        super().__init__()
+        query_width = config.num_heads * config.heads_dim
+        key_width = config.kv_heads * config.heads_dim
+        self.query = Linear(config.d_model, query_width, config.bias)
+        self.key = Linear(config.d_model, key_width, config.bias)
+        self.value = Linear(config.d_model, key_width, config.bias)
+        self.output = Linear(query_width, config.d_model, config.bias)
+        self.query_norm = make_head_norm(config, compute_dtype) if config.qk_norm else None
+        self.key_norm = make_head_norm(config, compute_dtype) if config.qk_norm else None
+        self.head_dim = config.heads_dim
+        self.implementation = config.attention
+        self.scale = config.query_scale or config.heads_dim**-0.5
+        self.softcap = config.attention_softcap
+        self.dropout = config.dropout
+
+    def forward(self, x_BTD: Tensor, rotary: RotaryTables | None, attend: Attend | None = None) -> Tensor:
+        """Mix tokens, each with those before it and itself.
+
+        Args:
+            x_BTD: normalised input, in the compute type.
+            rotary: tables for these T tokens; none: no rotary turn.
+            attend: what to do with the heads instead of `attend` over these tokens (generation looks into its cache).
+        """
+        query_BHTE = self._split_heads(self.query(x_BTD), self.query_norm, rotary)
+        key_BKTE = self._split_heads(self.key(x_BTD), self.key_norm, rotary)
+        value_BKTE = self._split_heads(self.value(x_BTD), None, None)
+        heads_BHTE = (attend or self._attend)(query_BHTE, key_BKTE, value_BKTE)
+        return cast(Tensor, self.output(heads_BHTE.transpose(1, 2).flatten(2)))
+
+    def _split_heads(self, x_BTF: Tensor, norm: nn.Module | None, rotary: RotaryTables | None) -> Tensor:
+        heads_BHTE = x_BTF.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        if norm is not None:
+            heads_BHTE = norm(heads_BHTE)
+        return heads_BHTE if rotary is None else rotate(heads_BHTE, rotary)
+
+    def _attend(self, query_BHTE: Tensor, key_BKTE: Tensor, value_BKTE: Tensor) -> Tensor:
+        return attend(
+            query_BHTE,
+            key_BKTE,
+            value_BKTE,
+            implementation=self.implementation,
+            scale=self.scale,
+            softcap=self.softcap,
+            dropout=self.dropout,
+            training=self.training,
+        )

@@ -1,0 +1,171 @@
+"""The decoder-only transformer that every configuration of `ModelConfig` describes, from GPT-2 to Gemma-2's kin.
+
+Types: weights are fp32; matrix products run in `compute_dtype`, by explicit casts; the residual stream, norms, softmax,
+logits after the head and the loss are fp32 (what autocast does, in plain sight). Nothing here depends on a value, only
+on shapes, and nothing is made on the host during `forward`: XLA compiles one graph for one shape.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pretrain_xla.config import ModelConfig
+from pretrain_xla.model.attention import Attend, Attention
+from pretrain_xla.model.feed_forward import FeedForward
+from pretrain_xla.model.layers import Embedding, Linear
+from pretrain_xla.model.loss import cross_entropy
+from pretrain_xla.model.norms import make_norm
+from pretrain_xla.model.positions import RotaryTables, rotary_tables
+
+PADDING_LOGIT = -1e30
+"""Logit of a padding row: its softmax is exactly 0 in fp32, and 0 * it is 0, where 0 * -inf would be NaN."""
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + feed_forward(norm(x)); with post_norm, each branch is normalised once more."""
+
+    def __init__(self, config: ModelConfig, compute_dtype: torch.dtype) -> None:
+        super().__init__()
+        self.attention_norm = make_norm(config, compute_dtype)
+        self.attention = Attention(config, compute_dtype)
+        self.attention_post_norm = make_norm(config, compute_dtype) if config.post_norm else None
+        self.feed_forward_norm = make_norm(config, compute_dtype)
+        self.feed_forward = FeedForward(config)
+        self.feed_forward_post_norm = make_norm(config, compute_dtype) if config.post_norm else None
+        self.dropout = config.dropout
+
+    def forward(self, x_BTD: Tensor, rotary: RotaryTables | None, attend: Attend | None = None) -> Tensor:
+        """One layer over the fp32 residual stream; the arguments are `Attention.forward`'s."""
+        attended_BTD = self.attention(self.attention_norm(x_BTD), rotary, attend)
+        x_BTD = x_BTD + self._finish(attended_BTD, self.attention_post_norm)
+        fed_BTD = self.feed_forward(self.feed_forward_norm(x_BTD))
+        return x_BTD + self._finish(fed_BTD, self.feed_forward_post_norm)
+
+    def _finish(self, branch_BTD: Tensor, post_norm: nn.Module | None) -> Tensor:
+        if post_norm is not None:
+            branch_BTD = post_norm(branch_BTD)
+        return _drop(branch_BTD, self.dropout, self.training)
+
+
+class GPT(nn.Module):
+    """Tokens in, logits or loss out.
+
+    A new model's weights are NaN: call `initialize(model, seed)` or load a state dict. The rotary tables and the
+    vocabulary mask are buffers outside the state dict, right from the start; after `to_empty` (building on the meta
+    device) call `reset_buffers()`.
+
+    Args:
+        config: the architecture.
+        compute_dtype: type of matrix products; the weights stay fp32.
+    """
+
+    rotary_cos: Tensor
+    rotary_sin: Tensor
+    vocab_mask: Tensor
+
+    def __init__(self, config: ModelConfig, compute_dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.config = config
+        self.compute_dtype = compute_dtype
+        self.embedding = Embedding(config.padded_vocab_size, config.d_model)
+        learned = config.positions == "learned"
+        self.position_embedding = Embedding(config.seq_length, config.d_model) if learned else None
+        self.blocks = nn.ModuleList(Block(config, compute_dtype) for _ in range(config.num_layers))
+        self.final_norm = make_norm(config, compute_dtype)
+        self.head = None if config.tie_weights else Linear(config.d_model, config.padded_vocab_size, bias=False)
+        for name, value in self._buffer_values().items():
+            self.register_buffer(name, torch.empty_like(value, device=self.embedding.weight.device), persistent=False)
+        self.reset_buffers()
+
+    def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None = None) -> Tensor:
+        """Predict each next token.
+
+        Args:
+            tokens_BT: token ids, int32 or int64, at most `seq_length` long.
+            targets_BT: the ids that should follow (-100: leave this one out), or none.
+
+        Returns:
+            With targets the mean cross-entropy (fp32, 0-d, nats), else logits_BTV (fp32) of the real vocabulary.
+
+        Raises:
+            ValueError: the tokens are longer than `seq_length`.
+        """
+        x_BTD = self.hidden(tokens_BT)
+        if targets_BT is None:
+            return self.logits(x_BTD)
+        return cross_entropy(self._masked_logits(x_BTD), targets_BT)
+
+    def hidden(
+        self, tokens_BT: Tensor, positions_T: Tensor | None = None, attends: Sequence[Attend] | None = None
+    ) -> Tensor:
+        """All but the head: the normalised residual stream x_BTD, in the compute type.
+
+        Args:
+            tokens_BT: token ids.
+            positions_T: the tokens' positions, as a tensor on the device; none: 0 … T - 1.
+            attends: for each block, what stands in for causal attention over these tokens (a key/value cache).
+        """
+        length = tokens_BT.shape[1]
+        if length > self.config.seq_length:
+            raise ValueError(f"{length} tokens are longer than seq_length={self.config.seq_length}: cut them")
+        x_BTD = self.embedding(tokens_BT)
+        if self.config.scale_embeddings:
+            x_BTD = x_BTD * math.sqrt(self.config.d_model)
+        if self.position_embedding is not None:
+            x_BTD = x_BTD + _rows(self.position_embedding.weight, length, positions_T)
+        x_BTD = _drop(x_BTD, self.config.dropout, self.training)
+        rotary = None
+        if self.config.positions == "rotary":
+            rotary = (_rows(self.rotary_cos, length, positions_T), _rows(self.rotary_sin, length, positions_T))
+        for index, block in enumerate(self.blocks):
+            x_BTD = block(x_BTD, rotary, attends[index] if attends is not None else None)
+        return cast(Tensor, self.final_norm(x_BTD))
+
+    def logits(self, x_BTD: Tensor) -> Tensor:
+        """fp32 scores of the real vocabulary for the output of `hidden`, whole or some of its tokens."""
+        return self._head_logits(x_BTD)[..., : self.config.vocab_size]
+
+    def reset_buffers(self) -> None:
+        """Fill the rotary tables and the vocabulary mask with their values, on whatever device they are."""
+        for name, value in self._buffer_values().items():
+            self.get_buffer(name).copy_(value)
+
+    def _buffer_values(self) -> dict[str, Tensor]:
+        """Name → fp32 value of each constant that the model carries, on the CPU."""
+        config = self.config
+        values: dict[str, Tensor] = {}
+        if config.positions == "rotary":
+            cos, sin = rotary_tables(config.seq_length, config.heads_dim, config.rope_theta)
+            values |= {"rotary_cos": cos, "rotary_sin": sin}
+        if config.padded_vocab_size != config.vocab_size:
+            mask_V = torch.zeros(config.padded_vocab_size, device="cpu")
+            mask_V[config.vocab_size :] = PADDING_LOGIT
+            values["vocab_mask"] = mask_V
+        return values
+
+    def _head_logits(self, x_BTD: Tensor) -> Tensor:
+        if self.head is None:
+            logits_BTV = F.linear(x_BTD, self.embedding.weight.to(x_BTD.dtype)).float()
+        else:
+            logits_BTV = self.head(x_BTD).float()
+        cap = self.config.logit_softcap
+        return logits_BTV if cap is None else cap * torch.tanh(logits_BTV / cap)
+
+    def _masked_logits(self, x_BTD: Tensor) -> Tensor:
+        """Logits over the padded vocabulary; masked instead of cropped, so that a sharded V keeps its even shards."""
+        logits_BTV = self._head_logits(x_BTD)
+        if self.config.padded_vocab_size == self.config.vocab_size:
+            return logits_BTV
+        return logits_BTV + self.vocab_mask
+
+
+def _rows(table: Tensor, length: int, positions_T: Tensor | None) -> Tensor:
+    return table[:length] if positions_T is None else table[positions_T]
+
+
+def _drop(x: Tensor, rate: float, training: bool) -> Tensor:
+    return F.dropout(x, rate) if rate and training else x

@@ -1,0 +1,65 @@
+import pytest
+import torch
+
+from pretrain_xla.model.attention import attend
+
+
+def heads(num_heads, kv_heads, length=9, width=6):
+    generator = torch.Generator().manual_seed(1)
+    shapes = ((2, num_heads, length, width), (2, kv_heads, length, width), (2, kv_heads, length, width))
+    return [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
+
+
+def by_hand(query_BHTE, key_BKTE, value_BKTE, scale, softcap):
+    """One token of one head at a time."""
+    B, H, T, _ = query_BHTE.shape
+    group = H // key_BKTE.shape[1]
+    out_BHTE = torch.zeros_like(query_BHTE)
+    for b in range(B):
+        for h in range(H):
+            for t in range(T):
+                scores = key_BKTE[b, h // group, : t + 1] @ query_BHTE[b, h, t] * scale
+                if softcap is not None:
+                    scores = softcap * torch.tanh(scores / softcap)
+                out_BHTE[b, h, t] = scores.softmax(-1) @ value_BKTE[b, h // group, : t + 1]
+    return out_BHTE
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 6])
+@pytest.mark.parametrize("softcap", [None, 0.8])
+def test_the_reference_is_attention(kv_heads, softcap):
+    inputs = [x.detach() for x in heads(6, kv_heads)]
+    actual_BHTE = attend(*inputs, implementation="reference", scale=0.7, softcap=softcap)
+    torch.testing.assert_close(actual_BHTE, by_hand(*inputs, 0.7, softcap))
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 6])
+@pytest.mark.parametrize("width", [6, 16])
+def test_sdpa_equals_the_reference_with_gradients(kv_heads, width):
+    inputs = heads(6, kv_heads, width=width)
+    weights_BHTE = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(2))
+    results = []
+    for implementation in ("reference", "sdpa"):
+        out_BHTE = attend(*inputs, implementation=implementation, scale=0.3)
+        results.append((out_BHTE, *torch.autograd.grad((out_BHTE * weights_BHTE).sum(), inputs)))
+    for reference, sdpa in zip(*results, strict=True):
+        torch.testing.assert_close(sdpa, reference, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "sdpa"])
+def test_dropout_acts_in_training_only(implementation):
+    inputs = [x.detach() for x in heads(4, 4)]
+    plain_BHTE = attend(*inputs, implementation=implementation, scale=0.3)
+    evaluated_BHTE = attend(*inputs, implementation=implementation, scale=0.3, dropout=0.5)
+    torch.testing.assert_close(evaluated_BHTE, plain_BHTE)
+    torch.manual_seed(0)
+    trained = [
+        attend(*inputs, implementation=implementation, scale=0.3, dropout=0.5, training=True) for _ in range(600)
+    ]
+    assert not torch.equal(trained[0], trained[1])
+    torch.testing.assert_close(torch.stack(trained).mean(0), plain_BHTE, atol=0.35, rtol=0.0)
+
+
+def test_sdpa_refuses_a_softcap():
+    with pytest.raises(ValueError, match="reference"):
+        attend(*heads(4, 4), implementation="sdpa", scale=1.0, softcap=5.0)

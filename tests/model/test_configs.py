@@ -1,0 +1,76 @@
+"""Every file of `configs/` loads, and is what its opening comment says."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from pretrain_xla.config import build_config, load_yaml
+from pretrain_xla.model import GPT, parameter_count
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+MODELS = [
+    "gpt2_124m",
+    "gpt2_355m",
+    "gpt2_774m",
+    "gpt2_1558m",
+    "gpt25_124m",
+    "modern_124m",
+    "moderngpt2_small",
+    "moderngpt2_medium",
+    "moderngpt2_large",
+    "moderngpt2_xl",
+    "tinystories_1m",
+]
+SIZES = {"small": 124e6, "124m": 124e6, "medium": 355e6, "355m": 355e6, "large": 774e6, "774m": 774e6, "1m": 1e6}
+
+
+def load(name):
+    path = str(CONFIGS / f"{name}.yaml")
+    return build_config(load_yaml(path), path)
+
+
+def header(name):
+    lines = (CONFIGS / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
+    comments = lines[: next(index for index, line in enumerate(lines) if not line.startswith("#"))]
+    return "\n".join(line.removeprefix("# ") for line in comments)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_loads_and_says_how_to_run_it(path):
+    load(path.stem)
+    assert f"configs/{path.name}" in header(path.stem)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_header_tells_the_truth(name):
+    config, text = load(name), header(name)
+    stated = int(re.search(r"^Parameters: ([\d,]+)$", text, re.MULTILINE)[1].replace(",", ""))
+    assert stated == parameter_count(config.model)
+    with torch.device("meta"):
+        model = GPT(config.model.model_copy(update={"vocab_multiple": 1}))
+    assert stated == sum(parameter.numel() for parameter in model.parameters())
+    assert stated == pytest.approx(SIZES.get(name.rsplit("_", 1)[1], 1.55e9), rel=0.2 if name.endswith("_1m") else 0.03)
+    for part in ("Run: ", "Needs: ", "Time: ", "Loss: "):
+        assert re.search(f"^{part}", text, re.MULTILINE), part
+    assert config.run_dir == f"runs/{name}"
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_comments_on_tokens_tell_the_truth(name):
+    config, text = load(name), (CONFIGS / f"{name}.yaml").read_text(encoding="utf-8")
+    comments = re.findall(r"^  (\w+): \S+  # ([\d.]+)([MB]) tokens", text, re.MULTILINE)
+    tokens = {
+        "train_steps": config.train.train_steps * config.tokens_per_step,
+        "valid_steps": config.train.valid_steps * config.train.eval_batch_size * config.model.seq_length,
+    }
+    assert "train_steps" in dict((key, None) for key, *_ in comments)
+    for key, number, unit in comments:
+        assert float(number) == pytest.approx(tokens[key] / {"M": 1e6, "B": 1e9}[unit], rel=0.01), key
+    assert config.optim.decay_steps == config.train.train_steps
+
+
+def test_gpt2_sizes_are_the_published_ones():
+    counts = [parameter_count(load(name).model) for name in MODELS[:4]]
+    assert counts == [124_439_808, 354_823_168, 774_030_080, 1_557_611_200]
