@@ -1,0 +1,7 @@
+"""Text → tokens → shards → batches; knows numpy and fsspec, and no device.
+
+Reading order: `documents` and `corpus` give text, behind one door, `sources`; `tokenizer` (and `train_tokenizer`)
+turns it into ids; `prepare` writes these as `shards` with a `manifest`; `dataset` opens and checks them; `batches`
+says which sequences make up batch number n, in an order from `permutation`; `prefetch` makes batches ready ahead of
+the step.
+"""

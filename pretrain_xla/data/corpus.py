@@ -1,0 +1,102 @@
+"""The quick start's corpus: real English and Python in a few MB that every Python already has, with no download.
+
+It is the language reference (the topics of `help()`) and the docstrings of the standard library with the signatures
+they belong to. The sources are parsed, never imported, so that nothing runs and nothing is missing for want of a C
+library. Its content depends on the version of Python, and on nothing else.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+import platform
+import sysconfig
+import textwrap
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+from pretrain_xla.errors import UserError
+
+QUICKSTART = "quickstart"
+_SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+
+
+@functools.cache
+def quickstart_documents() -> tuple[str, ...]:
+    """One document for each topic of the language reference, then one for each module of the standard library.
+
+    The order is that of their names. Takes seconds, once: about 700 modules are parsed.
+
+    Raises:
+        UserError: this Python came without its own documentation or sources.
+    """
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:
+        raise UserError("this Python came without `pydoc_data`: use one from python.org, or prepare own text") from None
+    root = Path(sysconfig.get_paths()["stdlib"])
+    files = _modules(root)
+    if not files:
+        raise UserError(f"{root}: no sources of the standard library there: use another Python, or prepare own text")
+    reference = dict.fromkeys(topics[name].strip("\n") for name in sorted(topics))  # some have two names
+    modules = (_module_document(name, files[name]) for name in sorted(files))
+    return (*reference, *filter(None, modules))
+
+
+def quickstart_version() -> str:
+    """What the corpus depends on: the version of Python, and this file."""
+    return f"python-{platform.python_version()}-{hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]}"
+
+
+def _modules(root: Path) -> dict[str, Path]:
+    """Dotted name → source file of every module below `root`, without tests and installed packages."""
+    found = {}
+    for file in root.rglob("*.py"):
+        parts = file.relative_to(root).with_suffix("").parts
+        if _SKIPPED.isdisjoint(parts) and all(part.isidentifier() for part in parts):
+            found[".".join(parts).removesuffix(".__init__")] = file
+    return found
+
+
+def _module_document(name: str, file: Path) -> str:
+    """What a module says of itself and of all that it defines, in the order of the source; "" where it says nothing."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # invalid escapes in old sources
+            tree = ast.parse(file.read_bytes())
+    except (SyntaxError, ValueError):
+        return ""
+    parts = list(_described(tree, ""))
+    about = (ast.get_docstring(tree) or "").strip()
+    if not about and not parts:
+        return ""
+    return "\n\n".join([f"module {name}", *([about] if about else []), *parts])
+
+
+def _described(scope: ast.Module | ast.ClassDef, prefix: str) -> Iterator[str]:
+    """Signature and docstring of each class and function in the scope that has one, methods after their class."""
+    for node in _definitions(scope):
+        about = (ast.get_docstring(node) or "").strip()
+        if about:
+            yield f"{_signature(node, prefix)}\n{textwrap.indent(about, '    ')}"
+        if isinstance(node, ast.ClassDef):
+            yield from _described(node, f"{prefix}{node.name}.")
+
+
+def _definitions(scope: ast.AST) -> Iterator[ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]:
+    """Classes and functions of a scope, those under its `if` and `try` too, but not those inside one another."""
+    for node in ast.iter_child_nodes(scope):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node
+        elif isinstance(node, ast.If | ast.Try | ast.ExceptHandler):
+            yield from _definitions(node)
+
+
+def _signature(node: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef, prefix: str) -> str:
+    if isinstance(node, ast.ClassDef):
+        bases = ", ".join(map(ast.unparse, node.bases))
+        return f"class {prefix}{node.name}({bases}):" if bases else f"class {prefix}{node.name}:"
+    word = "async def" if isinstance(node, ast.AsyncFunctionDef) else "def"
+    return f"{word} {prefix}{node.name}({ast.unparse(node.args)}):"

@@ -1,0 +1,84 @@
+"""Files at any fsspec URL: finding them, and writing them so that a half-written one is never taken for a whole one."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from pretrain_xla.errors import UserError
+
+PARTIAL = ".partial"  # what a file is called, in addition, while it is being written
+
+
+def filesystem(path: str) -> tuple[Any, str]:
+    """The fsspec file system of a path or URL, and the path on it (absolute where local, no slash at the end).
+
+    Raises:
+        UserError: a protocol that is unknown, or whose package is not installed.
+    """
+    try:
+        fs, root = fsspec.core.url_to_fs(os.path.expanduser(path))
+    except (ImportError, ValueError) as error:
+        raise UserError(f"{path}: {' '.join(str(error).split())}") from None
+    return fs, root.rstrip("/") or root
+
+
+def is_local(fs: Any) -> bool:
+    """Whether the file system is this machine's own."""
+    return isinstance(fs, LocalFileSystem)
+
+
+def url(fs: Any, path: str) -> str:
+    """The path as a person would type it: bare where local, with its protocol elsewhere."""
+    return path if is_local(fs) else str(fs.unstrip_protocol(path))
+
+
+def write_atomically(fs: Any, path: str, parts: Iterable[bytes | memoryview]) -> str:
+    """Write a file under a temporary name, then rename it; returns the SHA-256 of its bytes in hex.
+
+    The folder is made where it is missing. Locally the data is on the disk before the rename. On a bucket the rename
+    is a copy within the bucket: the price of never committing a part of a file when writing fails midway.
+
+    Raises:
+        UserError: the folder or the file cannot be written (no permission, disk full, ...); nothing is left behind.
+    """
+    partial, checksum = path + PARTIAL, hashlib.sha256()
+    try:
+        fs.makedirs(path.rpartition("/")[0], exist_ok=True)
+        with fs.open(partial, "wb") as file:
+            for part in parts:
+                file.write(part)
+                checksum.update(part)
+            if is_local(fs):
+                file.flush()
+                os.fsync(file.fileno())
+        fs.mv(partial, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            fs.rm_file(partial)
+        if not isinstance(error, OSError):
+            raise
+        raise UserError(
+            f"{url(fs, path)}: cannot be written: {error.strerror or error}; free some space or choose another folder"
+        ) from None
+    return checksum.hexdigest()
+
+
+def remove(fs: Any, paths: Iterable[str]) -> None:
+    """Remove those of the files that exist.
+
+    Raises:
+        UserError: one cannot be removed.
+    """
+    for path in paths:
+        try:
+            if fs.exists(path):
+                fs.rm_file(path)
+        except OSError as error:
+            raise UserError(f"{url(fs, path)}: cannot be removed: {error.strerror or error}") from None

@@ -1,0 +1,126 @@
+"""`dataset.json`: what a dataset is, written beside its shards when, and only when, all of them are whole.
+
+While a dataset is being made, `dataset.json.partial` stands in its place: a folder with that and without the other
+was left by an interrupted run, and is never trained on by accident.
+"""
+
+from __future__ import annotations
+
+import posixpath
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from pretrain_xla.data.files import PARTIAL, filesystem, url, write_atomically
+from pretrain_xla.errors import UserError
+
+MANIFEST = "dataset.json"
+UNFINISHED = MANIFEST + PARTIAL
+SPLITS = ("train", "valid")
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class ShardInfo(_Record):
+    """One shard."""
+
+    name: str
+    """File name, in the folder of its split."""
+    tokens: int
+    max_id: int
+    """Highest token id in it: what makes a check against the model's vocabulary free."""
+    sha256: str
+    """Of the whole file."""
+
+
+class SplitInfo(_Record):
+    """One split: a folder of shards."""
+
+    documents: int
+    tokens: int
+    shards: tuple[ShardInfo, ...]
+
+
+class Recipe(_Record):
+    """All that the shards depend on. An equal recipe gives equal bytes."""
+
+    source: str
+    """As a person named it; not compared."""
+    source_version: str
+    """See `Source.version`."""
+    tokenizer: str
+    """A name, or a checksum of the file's content, or what was to be trained."""
+    shard_size: int
+    valid_fraction: float
+
+    def same(self, other: Recipe) -> bool:
+        """Whether both give the same dataset."""
+        return self.model_copy(update={"source": other.source}) == other
+
+
+class DatasetInfo(_Record):
+    """A whole dataset."""
+
+    version: Literal[1] = 1
+    tokenizer: str
+    """A name that `load_tokenizer` knows, or a file relative to the dataset's folder. Read `tokenizer_name` instead."""
+    vocab_size: int
+    end_of_text: int
+    dtype: Literal["uint16", "uint32"]
+    splits: dict[str, SplitInfo]
+    recipe: Recipe
+    root: str = "."
+    """The dataset's folder, wherever it stands now; not stored."""
+
+    @property
+    def tokenizer_name(self) -> str:
+        """What to give to `load_tokenizer`."""
+        return f"{self.root}/{self.tokenizer}" if self.tokenizer.endswith(".json") else self.tokenizer
+
+
+def dataset_info(directory: str) -> DatasetInfo | None:
+    """The manifest of the dataset that a folder is, or is a split of; none where it has none.
+
+    Args:
+        directory: a dataset's folder, or its `train/` or `valid/`; a local path or an fsspec URL.
+
+    Raises:
+        UserError: a manifest that is damaged or of another version.
+    """
+    fs, root = filesystem(directory)
+    if info := _read(fs, root):
+        return info
+    parent, name = posixpath.split(root)
+    info = _read(fs, parent)
+    return info if info and name in info.splits else None
+
+
+def is_unfinished(fs: Any, directory: str) -> bool:
+    """Whether a dataset's folder, or a split's, was left by an interrupted `prepare`."""
+    return any(
+        fs.exists(f"{folder}/{UNFINISHED}") and not fs.exists(f"{folder}/{MANIFEST}")
+        for folder in (directory, posixpath.split(directory)[0])
+    )
+
+
+def write_manifest(fs: Any, root: str, info: DatasetInfo) -> None:
+    """Write the manifest of the dataset in folder `root`, atomically.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    write_atomically(fs, f"{root}/{MANIFEST}", [info.model_dump_json(indent=2, exclude={"root"}).encode()])
+
+
+def _read(fs: Any, root: str) -> DatasetInfo | None:
+    path = f"{root}/{MANIFEST}"
+    if not fs.isfile(path):
+        return None
+    try:
+        return DatasetInfo.model_validate_json(fs.cat_file(path)).model_copy(update={"root": url(fs, root)})
+    except ValidationError as error:
+        fault = error.errors()[0]
+        key = ".".join(map(str, fault["loc"]))
+        raise UserError(f"{url(fs, path)}: damaged ({key} {fault['msg']}): prepare the dataset again") from None

@@ -1,0 +1,53 @@
+"""Which split a piece of text belongs to: told from its own words, so that it never moves.
+
+Neither the order of documents nor what else there is has a say: add text to a corpus, and what was held out stays
+held out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Iterator
+
+LONG_DOCUMENT = (
+    100_000  # characters: about the longest web page, so that only books and whole corpora in one file are cut
+)
+PIECE = 10_000
+
+
+def split_document(document: str, valid_fraction: float) -> Iterator[tuple[str, str]]:
+    """(split, text) of a document: all of it in `train` or in `valid`.
+
+    A long document (over `LONG_DOCUMENT` characters) is cut into pieces of about `PIECE`, at blank lines, each with a
+    split of its own; neighbours in the same split stay one text. So a corpus that is one big file can be held out
+    from too.
+
+    Args:
+        document: the text.
+        valid_fraction: share of the documents that goes to `valid`.
+    """
+    pieces = _pieces(document) if len(document) > LONG_DOCUMENT else [document]
+    for split, texts in itertools.groupby(pieces, key=lambda piece: _split_of(piece, valid_fraction)):
+        yield split, "".join(texts)
+
+
+def _split_of(text: str, valid_fraction: float) -> str:
+    place = int.from_bytes(hashlib.blake2b(text.encode(errors="replace"), digest_size=8).digest(), "big") / 2**64
+    return "valid" if place < valid_fraction else "train"
+
+
+def _pieces(document: str) -> Iterator[str]:
+    start = 0
+    while True:
+        cut = document.find("\n\n", start + PIECE, start + 2 * PIECE)
+        if cut < 0:
+            cut = document.find("\n", start + PIECE)
+        if cut < 0:
+            break
+        while cut < len(document) and document[cut] == "\n":
+            cut += 1
+        yield document[start:cut]
+        start = cut
+    if start < len(document):
+        yield document[start:]

@@ -1,0 +1,185 @@
+from __future__ import annotations
+
+import json
+
+import fsspec
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pretrain_xla.data import dataset as dataset_module
+from pretrain_xla.data.dataset import open_dataset, verify_checksums
+from pretrain_xla.data.files import filesystem
+from pretrain_xla.data.manifest import dataset_info
+from pretrain_xla.data.prepare import prepare
+from pretrain_xla.data.shards import open_shard, write_shard
+from pretrain_xla.data.sources import Source
+from pretrain_xla.errors import UserError
+
+LOCAL = filesystem(".")[0]
+
+
+def ids(count, highest=100, dtype=np.uint16):
+    return np.random.default_rng(count).integers(0, highest, count).astype(dtype)
+
+
+def refused(message, *arguments):
+    with pytest.raises(UserError) as error:
+        open_dataset(*arguments)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.uint32])
+def test_shard_is_what_numpy_writes_and_reads(tmp_path, dtype):
+    tokens = ids(1000, dtype=dtype)
+    info = write_shard(LOCAL, f"{tmp_path}/new/a.npy", tokens)
+    np.save(tmp_path / "b.npy", tokens)
+    assert (tmp_path / "new" / "a.npy").read_bytes() == (tmp_path / "b.npy").read_bytes()
+    np.testing.assert_array_equal(np.load(tmp_path / "new" / "a.npy"), tokens)
+    assert (info.name, info.tokens, info.max_id) == ("a.npy", 1000, tokens.max())
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["a.npy"]
+
+
+def test_shards_of_others_need_no_manifest(write_shards):
+    first, second = ids(50), ids(70)
+    dataset = open_dataset(write_shards(first, second), 16, 100)
+    assert (dataset.tokens, dataset.info, len(dataset.shards)) == (120, None, 2)
+    np.testing.assert_array_equal(dataset.gather(1, np.array([60, 0]), 5), [second[60:65], second[:5]])
+
+
+def test_shards_on_another_file_system():
+    with fsspec.open("memory://far/0.npy", "wb") as file:
+        np.save(file, ids(50))
+    dataset = open_dataset("memory://far", 16, 100)
+    np.testing.assert_array_equal(dataset.gather(0, np.array([3, 40]), 5), [ids(50)[3:8], ids(50)[40:45]])
+
+
+def test_replaced_shard_is_not_taken_for_the_one_before(write_shards):
+    for highest in (100, 50):
+        folder = write_shards(ids(50, highest))
+        np.testing.assert_array_equal(open_dataset(folder, 16, 100).gather(0, np.array([0]), 50)[0], ids(50, highest))
+
+
+def test_missing_and_empty_folders(tmp_path):
+    refused("no such folder of token shards", str(tmp_path / "none"), 16, 100)
+    refused("no token shards", str(tmp_path), 16, 100)
+    (tmp_path / "train").mkdir()
+    refused(f"did you mean {tmp_path}/train?", f"{tmp_path}/", 16, 100)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (ids(50).astype(np.int64), "001.npy: holds int64[50]"),
+        (ids(50).astype(np.float32), "001.npy: holds float32[50]"),
+        (ids(50).reshape(5, 10), "001.npy: holds uint16[5, 10]"),
+        (ids(16), "001.npy: 16 tokens are too few for seq_length=16"),
+        (np.array([1] * 50 + [100], np.uint16), "001.npy: has token id 100, but vocab_size=100"),
+        (np.array([1] * 50 + [2**32 - 1], np.uint32), f"001.npy: has token id {2**32 - 1}"),
+    ],
+)
+def test_bad_shards_are_named(write_shards, tokens, message):
+    refused(message, write_shards(ids(50), tokens), 16, 100)
+
+
+@pytest.mark.parametrize("change", [-1, -60, -149, 1])
+def test_wrong_size_on_disk(write_shards, tmp_path, change):
+    folder = write_shards(ids(100))
+    path = tmp_path / "shards" / "000.npy"
+    raw = path.read_bytes()
+    path.write_bytes(raw[:change] if change < 0 else raw + b"x")
+    message = {-1: "000.npy: truncated: 327 bytes", -60: "000.npy: truncated", 1: "000.npy: too long"}
+    refused(message.get(change, "000.npy: truncated"), folder, 16, 100)
+
+
+@given(st.binary(max_size=200), st.booleans())
+def test_any_bytes_are_refused_in_one_line(tmp_path_factory, content, with_magic):
+    path = tmp_path_factory.mktemp("any") / "a.npy"
+    path.write_bytes((b"\x93NUMPY\x01\x00" if with_magic else b"") + content)
+    with pytest.raises(UserError) as error:
+        open_shard(LOCAL, str(path))
+    assert "\n" not in str(error.value)
+
+
+def test_ids_that_the_scan_at_start_passes_over_are_caught_when_read(write_shards, monkeypatch):
+    tokens = ids(1000)
+    tokens[500] = 999
+    monkeypatch.setattr(dataset_module, "SCANNED_TOKENS", 100)
+    dataset = open_dataset(write_shards(tokens), 16, 100)
+    assert dataset.gather(0, np.array([0]), 400).shape == (1, 400)
+    with pytest.raises(UserError, match=r"000\.npy: has token id 999"):
+        dataset.gather(0, np.array([0, 490]), 17)
+    for end in (0, -1):
+        tokens[end] = 999
+        refused("has token id 999", write_shards(tokens), 16, 100)
+        tokens[end] = 0
+
+
+def test_fingerprint_follows_content_and_not_the_place(write_shards):
+    changed = ids(70)
+    changed[-1] += 1
+    prints = [
+        open_dataset(write_shards(*shards, folder=f"f{number}"), 16, 200).fingerprint
+        for number, shards in enumerate([(ids(50), ids(70)), (ids(50), ids(70)), (ids(50), changed), (ids(50),)])
+    ]
+    assert prints[0] == prints[1]
+    assert len(set(prints)) == 3
+
+
+@pytest.fixture
+def prepared(tmp_path):
+    documents = [f"document {number} " * 5 for number in range(200)]
+    prepare(Source("test", "1", lambda: iter(documents)), str(tmp_path / "d"), "bytes", valid_fraction=0.2)
+    return tmp_path / "d"
+
+
+def test_manifest_is_found_from_the_dataset_and_its_splits_only(prepared):
+    (prepared / "other").mkdir()
+    found = [dataset_info(str(prepared / name)) for name in (".", "train", "valid/", "other")]
+    assert found[0] == found[1] == found[2] is not None
+    assert found[3] is None
+    assert dataset_info(str(prepared.parent / "none")) is None
+
+
+def test_checksums_find_a_flipped_bit(prepared):
+    verify_checksums(str(prepared / "train"))
+    path = prepared / "valid" / "000000.npy"
+    raw = bytearray(path.read_bytes())
+    raw[-7] ^= 1
+    path.write_bytes(raw)
+    with pytest.raises(UserError, match=r"valid/000000.npy: differs from its checksum"):
+        verify_checksums(str(prepared))
+    path.unlink()
+    with pytest.raises(UserError, match=r"valid/000000.npy: missing"):
+        verify_checksums(str(prepared))
+
+
+def test_manifest_and_folder_must_agree(prepared):
+    train = prepared / "train"
+    assert open_dataset(str(train), 16, 257).info is not None
+    refused("has token id 256, but vocab_size=256", str(train), 16, 256)
+    np.save(train / "stray.npy", ids(50))
+    refused("stray.npy: not listed", str(train), 16, 257)
+    (train / "stray.npy").rename(train / "000000.npy")
+    refused("000000.npy: 50 tokens where dataset.json says", str(train), 16, 257)
+    (train / "000000.npy").rename(train / "000001.npy")
+    refused("000000.npy: missing", str(train), 16, 257)
+
+
+def test_manifest_max_id_saves_the_scan(prepared, monkeypatch):
+    monkeypatch.setattr(dataset_module, "_scan", None)
+    assert open_dataset(str(prepared / "train"), 16, 257).tokens > 0
+
+
+def test_damaged_manifest_is_one_line(prepared):
+    tree = json.loads((prepared / "dataset.json").read_text())
+    for damage in ("{", json.dumps({**tree, "version": 2}), json.dumps({**tree, "vocab_size": "many"})):
+        (prepared / "dataset.json").write_text(damage)
+        refused("dataset.json: damaged", str(prepared / "train"), 16, 257)
+
+
+def test_interrupted_dataset_is_not_trained_on(prepared):
+    (prepared / "dataset.json").rename(prepared / "dataset.json.partial")
+    refused("its preparation was interrupted", str(prepared / "train"), 16, 257)

@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import gzip
+import json
+import logging
+
+import fsspec
+import pytest
+
+from pretrain_xla.data.documents import files_version, read_documents
+from pretrain_xla.data.sources import open_source
+from pretrain_xla.errors import UserError
+
+
+def jsonl(*texts):
+    return "".join(json.dumps({"text": text}) + "\n" for text in texts)
+
+
+def test_text_file_is_one_document_that_keeps_its_blank_lines(tmp_path):
+    (tmp_path / "a.txt").write_text("one\n\n\n  two\n\n")
+    assert list(read_documents(str(tmp_path / "a.txt"))) == ["one\n\n\n  two"]
+
+
+def test_separator_lines_divide_and_inline_ones_do_not(tmp_path):
+    (tmp_path / "a.txt").write_bytes(
+        b"\xef\xbb\xbfone\r\n<|endoftext|>\r\n\n<|endoftext|>\ntwo <|endoftext|> still\n<|endoftext|>\n"
+    )
+    assert list(read_documents(str(tmp_path / "a.txt"))) == ["one", "two <|endoftext|> still"]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+def test_json_lines(tmp_path, name):
+    opener = gzip.open if name.endswith("gz") else open
+    with opener(tmp_path / name, "wt") as file:
+        file.write(jsonl("one", "  ", "two\nlines") + "\n" + '{"text": "lone \\ud800 surrogate", "id": 1}\n')
+    assert list(read_documents(str(tmp_path / name))) == ["one", "two\nlines", "lone \ufffd surrogate"]
+
+
+def test_folder_is_read_in_order_of_names_and_leaves_out_what_is_not_text(tmp_path, caplog):
+    (tmp_path / "sub" / ".git").mkdir(parents=True)
+    (tmp_path / "sub" / ".git" / "config").write_text("hidden")
+    (tmp_path / "b.md").write_text("third")
+    (tmp_path / "a.jsonl").write_text(jsonl("first", "second"))
+    (tmp_path / "sub" / "c.py").write_text("fourth = 4\n")
+    (tmp_path / "z.png").write_bytes(b"\x89PNG\0\0")
+    (tmp_path / "y.bin").write_bytes(b"\xff\xfe\xff")
+    with caplog.at_level(logging.WARNING):
+        assert list(read_documents(str(tmp_path))) == ["first", "second", "third", "fourth = 4"]
+    assert "2 files that are not text" in caplog.text
+
+
+def test_any_fsspec_url():
+    with fsspec.open("memory://corpus/a.txt", "w") as file:
+        file.write("from memory")
+    assert list(read_documents("memory://corpus")) == list(read_documents("memory://corpus/a.txt")) == ["from memory"]
+
+
+def test_character_cut_by_the_text_check_is_forgiven(tmp_path):
+    (tmp_path / "a.txt").write_text("x" * 8191 + "é")
+    assert next(read_documents(str(tmp_path / "a.txt"))).endswith("é")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", jsonl("x") + "{oops\n", "a.jsonl:2: not JSON"),
+        ("a.jsonl", '{"content": "x"}\n', "a.jsonl:1: no key 'text': its keys are 'content'"),
+        ("a.jsonl", '["x"]\n', "a.jsonl:1: no key 'text'"),
+        ("a.jsonl", '{"text": 5}\n', "a.jsonl:1: 'text' is int"),
+        ("a.txt", "\n \n", "no text in it"),
+        ("a.jsonl", "", "no text in it"),
+        ("a.txt", b"\xff\xfe\0", "not UTF-8 text"),
+        ("a.txt", b"x" * 9000 + b"\xff", "a.txt: not UTF-8 text (byte 0xff)"),
+        ("a.jsonl.gz", gzip.compress(jsonl("x" * 999).encode())[:-9], "a.jsonl.gz: cannot be read"),
+        ("a.txt.gz", b"not gzip", "a.txt.gz: cannot be read"),
+    ],
+)
+def test_bad_input_is_one_line_that_says_where(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError) as error:
+        list(read_documents(str(tmp_path / name)))
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_what_is_missing_is_told_before_reading_starts(tmp_path):
+    with pytest.raises(UserError, match="no such file or folder"):
+        read_documents(str(tmp_path / "none"))
+    with pytest.raises(UserError, match="no files"):
+        read_documents(str(tmp_path))
+    with pytest.raises(UserError, match="nosuch"):
+        read_documents("nosuch://bucket/x")
+
+
+def test_version_follows_every_change_of_the_files(tmp_path):
+    (tmp_path / "a.txt").write_text("one")
+    versions = [files_version(str(tmp_path)), files_version(str(tmp_path))]
+    (tmp_path / "b.txt").write_text("two")
+    versions.append(files_version(str(tmp_path)))
+    (tmp_path / "b.txt").write_text("two more")
+    versions.append(open_source(str(tmp_path)).version)
+    assert versions[0] == versions[1]
+    assert len(set(versions)) == 3

@@ -1,0 +1,254 @@
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pretrain_xla.data import prepare as prepare_module
+from pretrain_xla.data.dataset import open_dataset, verify_checksums
+from pretrain_xla.data.prepare import prepare
+from pretrain_xla.data.sources import Source
+from pretrain_xla.data.split import LONG_DOCUMENT, split_document
+from pretrain_xla.data.tokenizer import load_tokenizer
+from pretrain_xla.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCUMENTS = [f"Document {number} says <|endoftext|> and naïve things. " * (number % 7 + 1) for number in range(400)]
+
+
+def source(documents=DOCUMENTS, version="1"):
+    return Source("test", version, lambda: iter(documents))
+
+
+def tree(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+
+def documents_of(folder, split, tokenizer):
+    """The documents that are in a split's shards, decoded."""
+    tokens = np.concatenate([np.load(path) for path in sorted(Path(folder, split).iterdir())])
+    assert tokens[-1] == tokenizer.end_of_text
+    return [tokenizer.decode(part) for part in np.split(tokens, np.flatnonzero(tokens == tokenizer.end_of_text) + 1)]
+
+
+def test_every_document_is_there_once_and_ends_in_end_of_text(tmp_path):
+    info = prepare(source(), str(tmp_path), "bytes", valid_fraction=0.1, shard_size=5000)
+    tokenizer = load_tokenizer(info.tokenizer_name)
+    train, valid = (documents_of(tmp_path, split, tokenizer)[:-1] for split in ("train", "valid"))
+    assert sorted(train + valid) == sorted(document + "<|endoftext|>" for document in DOCUMENTS)
+    assert (info.splits["train"].documents, info.splits["valid"].documents) == (len(train), len(valid))
+    assert 10 < len(valid) < 80
+    assert (info.vocab_size, info.end_of_text, info.dtype) == (257, 256, "uint16")
+    sizes = [shard.tokens for shard in info.splits["train"].shards]
+    assert len(sizes) > 5
+    assert set(sizes[:-1]) == {5000}
+    assert 500 <= sizes[-1] <= 5500
+    assert sum(sizes) == info.splits["train"].tokens == open_dataset(f"{tmp_path}/train", 64, 257).tokens
+    verify_checksums(str(tmp_path))
+
+
+def test_bytes_depend_on_the_recipe_alone(tmp_path, monkeypatch):
+    prepare(source(), str(tmp_path / "a"), train_vocab_size=300, shard_size=3000)
+    monkeypatch.setattr(prepare_module, "_BATCH_TEXTS", 7)
+    prepare(source(), str(tmp_path / "b"), train_vocab_size=300, shard_size=3000)
+    assert tree(tmp_path / "a") == tree(tmp_path / "b")
+    assert len(tree(tmp_path / "a")) > 5
+
+
+def test_dataset_with_a_trained_tokenizer_can_be_moved(tmp_path):
+    info = prepare(source(), str(tmp_path / "a"), train_vocab_size=300, valid_fraction=0.2)
+    before = open_dataset(f"{tmp_path}/a/valid", 16, 300)
+    (tmp_path / "a").rename(tmp_path / "moved")
+    after = open_dataset(f"{tmp_path}/moved/valid", 16, 300)
+    assert before.fingerprint == after.fingerprint
+    tokenizer = load_tokenizer(after.info.tokenizer_name)
+    assert tokenizer.vocab_size == info.vocab_size == 300
+    assert set(documents_of(tmp_path / "moved", "valid", tokenizer)[:-1]) < {d + "<|endoftext|>" for d in DOCUMENTS}
+
+
+def test_tokenizer_file_is_copied_and_known_by_content(tmp_path):
+    first = prepare(source(), str(tmp_path / "a"), train_vocab_size=300)
+    second = prepare(source(), str(tmp_path / "b"), first.tokenizer_name)
+    assert second.tokenizer_name == f"{tmp_path}/b/tokenizer/tokenizer.json"
+    (tmp_path / "a").rename(tmp_path / "c")
+    assert prepare(source(), str(tmp_path / "b"), str(tmp_path / "c" / "tokenizer")) == second
+    assert second.splits == first.splits
+
+
+def test_split_never_moves_when_documents_are_added_or_reordered(tmp_path):
+    def valid(documents, name):
+        prepare(source(documents), str(tmp_path / name), "bytes", valid_fraction=0.1)
+        return set(documents_of(tmp_path / name, "valid", load_tokenizer("bytes"))[:-1])
+
+    some, more = valid(DOCUMENTS[:200], "some"), valid(DOCUMENTS[::-1], "more")
+    assert some < more
+    assert not {document.removesuffix("<|endoftext|>") for document in more - some} & set(DOCUMENTS[:200])
+
+
+@given(st.lists(st.integers(0, 30_000), max_size=12), st.floats(0.01, 0.99))
+def test_long_document_loses_nothing(lengths, fraction):
+    document = "\n\n".join(f"{number}" + "x y " * (length // 4) for number, length in enumerate(lengths))
+    parts = list(split_document(document, fraction))
+    assert "".join(text for _, text in parts) == document
+    assert len(parts) == 1 or len(document) > LONG_DOCUMENT
+    assert all(left[0] != right[0] for left, right in itertools.pairwise(parts))
+
+
+def test_one_big_file_can_be_held_out_from(tmp_path, shared):
+    info = prepare(str(shared("text/en/tinyshakespeare.txt")), str(tmp_path), "bytes", valid_fraction=0.1)
+    share = info.splits["valid"].tokens / sum(split.tokens for split in info.splits.values())
+    assert 0.04 < share < 0.2
+    assert sum(split.tokens - split.documents for split in info.splits.values()) == pytest.approx(1_115_394, abs=4)
+
+
+def test_same_recipe_returns_what_is_there(tmp_path):
+    first = prepare(source(), str(tmp_path), "bytes")
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    unread = Source("another name", "1", lambda: pytest.fail("the source was read again"))
+    assert prepare(unread, str(tmp_path), "bytes") == first
+    assert times == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+
+
+def test_another_recipe_is_refused_and_overwrites_when_told(tmp_path):
+    prepare(source(), str(tmp_path), "bytes", shard_size=3000)
+    before = tree(tmp_path)
+    for arguments, message in [
+        ({"source": source(version="2")}, "source_version '1' → '2'"),
+        ({"shard_size": 9000}, "shard_size 3000 → 9000"),
+        ({"valid_fraction": 0.5}, "valid_fraction 0.01 → 0.5"),
+        ({"tokenizer": None, "train_vocab_size": 300}, "tokenizer 'bytes' → 'bpe of 300 ids'"),
+    ]:
+        with pytest.raises(UserError) as error:
+            prepare(
+                **{
+                    "source": source(),
+                    "output_dir": str(tmp_path),
+                    "tokenizer": "bytes",
+                    "shard_size": 3000,
+                    **arguments,
+                }
+            )
+        assert message in str(error.value)
+        assert "--overwrite" in str(error.value)
+    assert tree(tmp_path) == before
+    prepare(source(), str(tmp_path), "bytes", shard_size=9000, overwrite=True)
+    prepare(source(), str(tmp_path / "fresh"), "bytes", shard_size=9000)
+    assert {k: v for k, v in tree(tmp_path).items() if "fresh" not in k} == tree(tmp_path / "fresh")
+
+
+def test_damaged_dataset_of_the_same_recipe_is_made_again(tmp_path):
+    prepare(source(), str(tmp_path), "bytes")
+    before = tree(tmp_path)
+    os.truncate(tmp_path / "train" / "000000.npy", 500)
+    prepare(source(), str(tmp_path), "bytes")
+    assert tree(tmp_path) == before
+
+
+def test_shards_of_others_are_not_touched(tmp_path):
+    (tmp_path / "train").mkdir()
+    np.save(tmp_path / "train" / "mine.npy", np.arange(9, dtype=np.uint16))
+    with pytest.raises(UserError, match=r"train/mine.npy: not written by `prepare`"):
+        prepare(source(), str(tmp_path), "bytes")
+    assert list(tree(tmp_path)) == ["train/mine.npy"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"valid_fraction": 0.0}, "valid_fraction=0.0"),
+        ({"valid_fraction": 1.0}, "valid_fraction=1.0"),
+        ({"shard_size": 0}, "shard_size=0"),
+        ({"train_vocab_size": 300}, "give one of them"),
+        ({"tokenizer": "gtp2"}, "did you mean gpt2"),
+        ({"tokenizer": None, "train_vocab_size": 100}, "too small"),
+        ({"source": "no/such/file"}, "no such file"),
+        ({"source": source(["one document"])}, "leaves nothing for valid out of 1 documents"),
+        ({"source": source(["one document"]), "valid_fraction": 0.999999}, "leaves nothing for train"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_no_shard(tmp_path, arguments, message):
+    with pytest.raises(UserError) as error:
+        prepare(**{"source": source(), "output_dir": str(tmp_path), "tokenizer": "bytes", **arguments})
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+    assert tree(tmp_path) == {}
+
+
+def test_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file/out.*cannot be written"):
+        prepare(source(), str(tmp_path / "file" / "out"), "bytes")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on the size of files")
+def test_disk_full_is_one_line_and_leaves_no_shard(tmp_path):
+    """The system itself refuses a write halfway through the third shard, as a full disk does."""
+    (tmp_path / "a.txt").write_text("\n<|endoftext|>\n".join(DOCUMENTS))
+    code = (
+        "import resource, sys; from pretrain_xla.data import shards, prepare; from pretrain_xla.errors import UserError\n"
+        "real, count = shards.write_shard, [0]\n"
+        "def limited(*arguments):\n"
+        "    count[0] += 1\n"
+        "    if count[0] == 3: resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))\n"
+        "    return real(*arguments)\n"
+        "shards.write_shard = limited\n"
+        "try: prepare.prepare(sys.argv[1], sys.argv[2], 'bytes', shard_size=5000)\n"
+        "except UserError as error: sys.exit(str(error))\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "a.txt"), str(tmp_path / "out")]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert ended.returncode == 1
+    assert ended.stderr.count("\n") == 1
+    assert "000002.npy: cannot be written: File too large; free some space" in ended.stderr
+    assert tree(tmp_path / "out") == {}
+
+
+def test_killed_run_is_refused_by_training_and_made_good_by_running_again(tmp_path):
+    code = (
+        "import itertools, sys, time; from pretrain_xla.data.prepare import prepare\n"
+        "from pretrain_xla.data.sources import Source\n"
+        "def slow():\n"
+        "    for number in itertools.count(): yield f'document {number} ' * 900; time.sleep(0.001)\n"
+        "prepare(Source('test', '1', slow), sys.argv[1], 'bytes', shard_size=20_000)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT)
+    limit = time.monotonic() + 60
+    while not (tmp_path / "train" / "000003.npy").exists() and time.monotonic() < limit:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    with pytest.raises(UserError, match="interrupted"):
+        open_dataset(str(tmp_path / "train"), 16, 257)
+    prepare(source(), str(tmp_path), "bytes", shard_size=50_000)
+    prepare(source(), str(tmp_path / "fresh"), "bytes", shard_size=50_000)
+    assert {k: v for k, v in tree(tmp_path).items() if "fresh" not in k} == tree(tmp_path / "fresh")
+
+
+def test_any_fsspec_url():
+    info = prepare(source(), "memory://prepared", train_vocab_size=300, valid_fraction=0.2)
+    assert info.tokenizer_name.startswith("memory://")
+    assert load_tokenizer(info.tokenizer_name).vocab_size == 300
+    assert prepare(source(), "memory://prepared", train_vocab_size=300, valid_fraction=0.2) == info
+    assert open_dataset("memory://prepared/train", 16, 300).tokens == info.splits["train"].tokens
+    verify_checksums("memory://prepared")
+    assert not fsspec.filesystem("memory").exists("/prepared/dataset.json.partial")
+
+
+@pytest.mark.usefixtures("gpt2_cache")
+def test_gpt2_is_the_default_and_wide_vocabularies_take_four_bytes(tmp_path):
+    gpt2 = prepare(source(), str(tmp_path / "gpt2"))
+    assert (gpt2.tokenizer_name, gpt2.vocab_size, gpt2.dtype) == ("gpt2", 50257, "uint16")
+    wide = prepare(source(), str(tmp_path / "wide"), "cl100k_base")
+    assert (wide.dtype, np.load(tmp_path / "wide" / "train" / "000000.npy").dtype) == ("uint32", np.uint32)
+    assert json.loads((tmp_path / "wide" / "dataset.json").read_text())["tokenizer"] == "cl100k_base"

@@ -1,0 +1,179 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiktoken
+import tokenizers
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import models
+
+from pretrain_xla.data.tokenizer import load_tokenizer
+from pretrain_xla.data.train_tokenizer import train_tokenizer
+from pretrain_xla.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+CORPUS = ["the quick brown fox jumps over the lazy dog", "the dog <|endoftext|> naïve café 日本語 😀"] * 20
+HARD = ["", " ", "\n\n\t x", "<|endoftext|>", "a<|endoftext|>b </s> <|im_start|>", "naïve 日本語 😀 \u0000 e\u0301"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    return train_tokenizer(CORPUS, 300, str(tmp_path_factory.mktemp("tokenizer")))
+
+
+@given(st.text())
+def test_bytes_are_lossless_on_any_text(text):
+    tokenizer = load_tokenizer("bytes")
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert all(0 <= token < 256 for token in ids)
+
+
+def test_bytes_decode_what_is_not_utf8_and_what_is_no_id():
+    tokenizer = load_tokenizer("bytes")
+    assert (tokenizer.vocab_size, tokenizer.end_of_text) == (257, 256)
+    assert tokenizer.decode(np.array([0xE3, 65, 256, 999, -1])) == "\ufffdA<|endoftext|>\ufffd\ufffd"
+
+
+@given(st.text())
+def test_trained_bpe_is_lossless_on_any_text(trained, text):
+    ids = trained.encode(text)
+    assert trained.decode(ids) == text
+    assert trained.end_of_text not in ids
+    assert trained.encode_batch([text, text]) == [ids, ids]
+
+
+def test_training_is_deterministic_and_learns(trained, tmp_path):
+    train_tokenizer(iter(CORPUS), 300, str(tmp_path))
+    assert (tmp_path / "tokenizer.json").read_bytes() == (Path(trained.name) / "tokenizer.json").read_bytes()
+    assert trained.vocab_size == 300
+    assert len(trained.encode("the quick dog")) < len("the quick dog") / 2
+    rare = train_tokenizer(["abcabc"], 10_000, str(tmp_path / "rare"), min_frequency=2)
+    assert 257 < rare.vocab_size < 300  # as many pairs as there are
+
+
+def test_trained_bpe_loads_in_transformers(trained):
+    transformers = pytest.importorskip("transformers")
+    other = transformers.PreTrainedTokenizerFast.from_pretrained(trained.name)
+    assert other.eos_token_id == trained.end_of_text
+    assert other("the lazy fox").input_ids == trained.encode("the lazy fox")
+
+
+def test_training_door(tmp_path):
+    (tmp_path / "text.txt").write_text("\n".join(CORPUS))
+    command = [sys.executable, "scripts/train_tokenizer.py", "--output-dir", str(tmp_path / "out"), "--source"]
+    subprocess.run([*command, str(tmp_path / "text.txt"), "--vocab-size", "280"], cwd=ROOT, check=True)
+    assert load_tokenizer(str(tmp_path / "out" / "tokenizer.json")).vocab_size == 280
+    fault = subprocess.run([*command, str(tmp_path / "none")], cwd=ROOT, capture_output=True, text=True)
+    assert fault.returncode == 2
+    assert fault.stderr.count("\n") == 1
+    assert "no such file" in fault.stderr
+
+
+def test_too_small_a_vocabulary_is_refused(tmp_path):
+    with pytest.raises(UserError, match="vocab_size=256 is too small"):
+        train_tokenizer(CORPUS, 256, str(tmp_path))
+
+
+@pytest.mark.usefixtures("gpt2_cache")
+def test_gpt2_ids():
+    tokenizer = load_tokenizer("gpt2")
+    assert (tokenizer.name, tokenizer.vocab_size, tokenizer.end_of_text) == ("gpt2", 50257, 50256)
+    assert tokenizer.encode("Hello world") == [15496, 995]
+    assert tokenizer.decode([15496, 995, 50256, 99_999, -1, 2**70]) == "Hello world<|endoftext|>\ufffd\ufffd\ufffd"
+    assert load_tokenizer("cl100k_base").vocab_size == 100_277
+
+
+@pytest.mark.usefixtures("gpt2_cache")
+def test_gpt2_json_gives_the_ids_of_tiktoken(shared):
+    ours, theirs = load_tokenizer("gpt2"), load_tokenizer(str(shared("tokenizers/gpt2_hf")))
+    text = shared("text/en/wiki.test.raw").read_text()[:200_000]
+    texts = [*HARD, text, "日本語のテキスト。" * 20]
+    assert ours.encode_batch(texts) == theirs.encode_batch(texts) == [ours.encode(text) for text in texts]
+    assert [theirs.encode(text) for text in texts] == ours.encode_batch(texts)
+    assert [theirs.decode(ids) for ids in theirs.encode_batch(texts)] == texts
+    assert (theirs.vocab_size, theirs.end_of_text) == (50257, 50256)
+    assert ours.end_of_text not in ours.encode("<|endoftext|>")
+
+
+@pytest.mark.usefixtures("gpt2_cache")
+def test_gpt2_vectors_of_llama_cpp(shared):
+    folder = shared("tokenizers/gpt2_test_vectors")
+    texts = (folder / "ggml-vocab-gpt-2.gguf.inp").read_text().split("\n__ggml_vocab_test__\n")
+    wanted = (folder / "ggml-vocab-gpt-2.gguf.out").read_text().splitlines()
+    assert len(wanted) > 40
+    got = load_tokenizer("gpt2").encode_batch(texts)[: len(wanted)]
+    assert got == [[int(token) for token in line.split()] for line in wanted]
+
+
+def word_level(folder, *words, **files):
+    tokenizer = tokenizers.Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, "a"))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("end", ["<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>"])
+def test_usual_end_of_text_tokens_are_found(tmp_path, end):
+    word_level(tmp_path, "a", "b", end)
+    assert load_tokenizer(str(tmp_path)).end_of_text == 2
+
+
+@pytest.mark.parametrize("stated", ["b", {"content": "b"}])
+def test_stated_end_of_text_comes_first_and_survives_a_copy(tmp_path, stated):
+    word_level(tmp_path, "a", "b", "</s>", special_tokens_map={"eos_token": stated})
+    tokenizer = load_tokenizer(str(tmp_path / "tokenizer.json"))
+    tokenizer.save(str(tmp_path / "copy"))
+    assert tokenizer.end_of_text == load_tokenizer(str(tmp_path / "copy")).end_of_text == 1
+
+
+def test_end_of_text_that_the_file_calls_ordinary_cannot_be_forged(tmp_path, trained):
+    tree = json.loads((Path(trained.name) / "tokenizer.json").read_text())
+    for token in tree["added_tokens"]:
+        token["special"] = False
+    tree["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tree))
+    tokenizer = load_tokenizer(str(tmp_path))
+    ids = tokenizer.encode("a<|endoftext|>b")
+    assert tokenizer.end_of_text not in ids
+    assert tokenizer.decode(ids) == "a<|endoftext|>b"
+
+
+def test_faults_are_one_line(tmp_path, monkeypatch):
+    word_level(tmp_path, "a", "b")
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "tokenizer.json").write_text('{"model": {}}')
+    (tmp_path / "empty").mkdir()
+    cases = {
+        str(tmp_path): "no end-of-text token",
+        str(tmp_path / "bad"): "cannot be read",
+        str(tmp_path / "empty"): "no tokenizer.json",
+        str(tmp_path / "none.json"): "no such file",
+        "gtp2": "did you mean gpt2",
+        "zzzzzz": "known are gpt2",
+        "nosuch://x/y": "nosuch",
+    }
+    for name, message in cases.items():
+        with pytest.raises(UserError) as error:
+            load_tokenizer(name)
+        assert message in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+def test_no_network_says_how_to_do_without(tmp_path, monkeypatch):
+    def offline(*_args, **_kwargs):
+        raise ConnectionError("no network")
+
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(tiktoken.load, "read_file", offline)
+    monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
+    assert os.listdir(tmp_path) == []
+    with pytest.raises(UserError, match="TIKTOKEN_CACHE_DIR"):
+        load_tokenizer("gpt2")
