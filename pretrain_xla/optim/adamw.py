@@ -1,0 +1,141 @@
+"""AdamW whose whole state lives on the device.
+
+`torch.optim.AdamW` keeps one step counter for each parameter and chooses among four implementations by device. Here there is
+one counter, one implementation in `torch._foreach` operations (a few kernels on CUDA, fused by XLA and torch.compile), and
+state that is addressed by parameter name, so that a checkpoint means the same on every machine. It is tested against
+`torch.optim.AdamW`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from pretrain_xla.config import OptimConfig
+
+
+def decayed(parameter: Tensor) -> bool:
+    """Whether weight decay applies: to matrices (embeddings included), never to biases and norms."""
+    return parameter.dim() >= 2
+
+
+def _zeros(name: str, parameter: Tensor) -> Tensor:
+    zeros = torch.zeros((), dtype=torch.int32) if name == "step" else torch.zeros(parameter.shape)
+    return zeros.to(parameter.device)
+
+
+class AdamW:
+    """Adam with decoupled (adamw) or L2 (adam) weight decay; Loshchilov & Hutter 2019, algorithm 2.
+
+    Attributes:
+        step: 0-d int32 device tensor, updates made so far.
+        state: name of the tensor (`step`, `first_moment.<parameter>`, `second_moment.<parameter>`) → tensor.
+    """
+
+    def __init__(
+        self,
+        named_parameters: Iterable[tuple[str, nn.Parameter]],
+        config: OptimConfig,
+        schedule: Callable[[Tensor], Tensor],
+        place: Callable[[str, Tensor], Tensor] | None = None,
+    ) -> None:
+        """See the class.
+
+        Args:
+            named_parameters: already on the devices.
+            config: type, betas, eps, weight decay.
+            schedule: 0-d step → 0-d learning rate.
+            place: makes a state tensor by its name and its parameter (`step`: the first parameter); none: zeros.
+        """
+        place = place or _zeros
+        named = list(named_parameters)
+        # Decayed parameters first, so that each group is one contiguous list for the foreach operations.
+        named.sort(key=lambda item: not decayed(item[1]))
+        self.config = config
+        self.schedule = schedule
+        self.names = [name for name, _ in named]
+        self.parameters: list[Tensor] = [parameter for _, parameter in named]
+        self.decayed_count = sum(decayed(parameter) for parameter in self.parameters)
+        self.first_moments = [place(f"first_moment.{name}", parameter) for name, parameter in named]
+        self.second_moments = [place(f"second_moment.{name}", parameter) for name, parameter in named]
+        self.step = place("step", self.parameters[0])
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """Every tensor that the next update depends on, besides the parameters themselves."""
+        tensors = {"step": self.step}
+        for name, first, second in zip(self.names, self.first_moments, self.second_moments, strict=True):
+            tensors[f"first_moment.{name}"] = first
+            tensors[f"second_moment.{name}"] = second
+        return tensors
+
+    def zero_gradients(self) -> None:
+        """Drop the gradients; the next backward makes new ones, so no memory holds them between steps."""
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def gradients(self) -> list[Tensor]:
+        """Gradients in the order of `parameters`; a parameter outside the graph is a defect and fails here."""
+        missing = [name for name, p in zip(self.names, self.parameters, strict=True) if p.grad is None]
+        assert not missing, f"no gradient reached {missing}"
+        return [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+
+    @torch.no_grad()
+    def update(self, gradients: Sequence[Tensor], skip: Tensor | None = None) -> Tensor:
+        """One update of the parameters in place; returns the learning rate used (0-d float32).
+
+        Args:
+            gradients: in the order of `parameters`, already reduced over replicas and clipped.
+            skip: 0-d bool tensor; where it is true nothing changes, not even the step (fp16 overflow).
+        """
+        rate = self.schedule(self.step)
+        new_step = self.step + 1 if skip is None else self.step + (~skip).to(torch.int32)
+        if skip is None:
+            self._update(list(gradients), rate, new_step)
+        else:
+            tensors = [*self.parameters, *self.first_moments, *self.second_moments]
+            before = [tensor.clone() for tensor in tensors]
+            self._update(list(gradients), rate, self.step + 1)
+            for tensor, old in zip(tensors, before, strict=True):
+                tensor.copy_(torch.where(skip, old, tensor))
+        self.step.copy_(new_step)
+        return rate
+
+    def _update(self, gradients: list[Tensor], rate: Tensor, new_step: Tensor) -> None:
+        beta1, beta2 = self.config.betas
+        count = self.decayed_count
+        weight_decay = self.config.weight_decay
+        if weight_decay and self.config.optim_type == "adam":
+            decay = torch._foreach_mul(self.parameters[:count], weight_decay)
+            gradients = [*torch._foreach_add(gradients[:count], decay), *gradients[count:]]
+        elif weight_decay and count:
+            torch._foreach_mul_(self.parameters[:count], 1.0 - rate * weight_decay)
+
+        torch._foreach_lerp_(self.first_moments, gradients, 1.0 - beta1)
+        torch._foreach_mul_(self.second_moments, beta2)
+        torch._foreach_addcmul_(self.second_moments, gradients, gradients, 1.0 - beta2)
+
+        position = new_step.to(torch.float32)
+        correction1 = 1.0 - torch.pow(beta1, position)
+        correction2 = 1.0 - torch.pow(beta2, position)
+        denominators = torch._foreach_sqrt(self.second_moments)
+        torch._foreach_mul_(denominators, correction2.rsqrt())
+        torch._foreach_add_(denominators, self.config.adam_eps)
+        updates = torch._foreach_div(self.first_moments, denominators)
+        torch._foreach_mul_(updates, rate / correction1)
+        torch._foreach_sub_(self.parameters, list(updates))
+
+
+@torch.no_grad()
+def clip_by_global_norm(gradients: Sequence[Tensor], max_norm: float) -> tuple[list[Tensor], Tensor]:
+    """Scale gradients so that their joint L2 norm is at most `max_norm`; 0 only measures.
+
+    Returns the gradients and their norm before clipping (0-d float32). No host branch: the factor is computed on the device.
+    """
+    norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g.float()) for g in gradients]))
+    if max_norm == 0.0:
+        return list(gradients), norm
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    return list(torch._foreach_mul(list(gradients), factor)), norm
