@@ -1,0 +1,128 @@
+"""What the trainer asks of a machine.
+
+Two classes answer: `xla.XlaRuntime` (TPU and CPU; SPMD, or one process a device) and `torch_runtime.TorchRuntime` (CUDA and
+CPU; alone or DDP). Model, optimizer, data and trainer are written against this protocol and never ask which one they have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class GraphEvent:
+    """Something that should not happen after warm-up.
+
+    kind: `recompilation`, `host fallback` or `host transfer`. where: source line, as `file:line in function`. what: one
+    clause on what happened there.
+    """
+
+    kind: str
+    where: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.kind} at {self.where}: {self.what}"
+
+
+@dataclass
+class GraphCounts:
+    """What the compiler has done so far. graphs: name of a compiled function → graphs built for it."""
+
+    graphs: dict[str, int] = field(default_factory=dict)
+    compile_seconds: float = 0.0
+
+
+class Runtime(Protocol):
+    """The machine of one process."""
+
+    name: str
+    device: torch.device
+    device_name: str
+    """For a person: `CPU`, `TPU v5e`, `NVIDIA A100 …`."""
+    device_count: int
+    """Devices of the whole run."""
+    peak_flops: float | None
+    """bf16 peak of one device in flop/s, where it is known."""
+    compute_dtype: torch.dtype
+    process_index: int
+    process_count: int
+    is_main: bool
+    """Whether this process writes the files and speaks to the person."""
+    mesh: dict[str, int]
+    """Axis name → devices along it."""
+
+    def rows(self, batch_size: int) -> slice:
+        """The rows of a global batch that this process reads.
+
+        Raises:
+            UserError: `batch_size` does not divide over the devices that split the batch.
+        """
+
+    def place_model(self, model: nn.Module) -> None:
+        """Move the model to the devices, in place, sharded by the table."""
+
+    def forward(self, model: nn.Module) -> Callable[..., Tensor]:
+        """The model as the step calls it (compiled, wrapped for gradient reduction …)."""
+
+    def place_like(self, host: Tensor, parameter: Tensor | None) -> Tensor:
+        """A host tensor on the devices, laid out like `parameter` if it has its shape, else whole on every device."""
+
+    def place_batch(self, tokens: np.ndarray) -> Tensor:
+        """This process's rows `[rows, micro-batches, T + 1]`, int32, on the devices. Called from the prefetch thread."""
+
+    def compile(self, function: Callable[..., Tensor], name: str, state: Callable[[], Iterable[Tensor]]) -> Any:
+        """`function` as one compiled graph. It may change the `state` tensors in place; it must not read from the device."""
+
+    def fuse(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Compile a part of the step where the step is not compiled whole; else the function itself."""
+
+    def reducing(self, model: Callable[..., Tensor], last: bool) -> AbstractContextManager[Any]:
+        """Around forward and backward of a micro-batch: only the last one reduces gradients over replicas."""
+
+    def reduce_gradients(self, gradients: list[Tensor]) -> list[Tensor]:
+        """Mean over replicas, where neither the compiler nor the wrapped model has done it."""
+
+    def mean(self, value: Tensor) -> Tensor:
+        """Mean of a 0-d tensor over replicas, on the device."""
+
+    def seed(self, seed: int) -> None:
+        """Set the state of the device's random numbers; replicas draw different ones."""
+
+    def fetch(self, value: Tensor) -> Future[Tensor]:
+        """A host copy of a tensor, later, without stopping the device."""
+
+    def gather(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Host copies of whole tensors. Every process calls it; those that are not main may get nothing back."""
+
+    def watch(self) -> AbstractContextManager[Any]:
+        """While it is open, host transfers made by this thread are recorded with their source line."""
+
+    def planned(self) -> AbstractContextManager[Any]:
+        """While it is open, transfers and compilations are meant and not recorded."""
+
+    def take_events(self) -> list[GraphEvent]:
+        """What was recorded since the last call."""
+
+    def graph_counts(self) -> GraphCounts:
+        """Compilations so far."""
+
+    def memory_bytes(self) -> int:
+        """Memory in use on this process's first device (of the process itself on a CPU)."""
+
+    def wait(self) -> None:
+        """Until the devices have done all that was asked of them."""
+
+    def barrier(self) -> None:
+        """Until every process is here."""
+
+    def close(self) -> None:
+        """Let go of the devices and of the process group."""

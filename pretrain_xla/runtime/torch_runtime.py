@@ -1,0 +1,243 @@
+"""CUDA and CPU by plain PyTorch: one process alone, or DDP under torchrun. Needs no torch_xla."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from typing import Any
+
+import numpy as np
+import torch
+import torch._dynamo.utils
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from pretrain_xla.config import RunConfig
+from pretrain_xla.errors import UserError
+from pretrain_xla.runtime.base import GraphCounts, GraphEvent
+from pretrain_xla.runtime.peaks import gpu_peak
+
+# torch 2.9 says so of its own defaults, whoever reads them.
+warnings.filterwarnings("ignore", message="Please use the new API settings to control TF32")
+
+DTYPES = {None: torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class TorchRuntime:
+    """One process of the torch runtime; see `base.Runtime` for what each member means."""
+
+    name = "torch"
+
+    def __init__(self, config: RunConfig) -> None:
+        parallel = config.parallel
+        has_cuda = torch.cuda.is_available()
+        kind = ("cuda" if has_cuda else "cpu") if parallel.device == "auto" else parallel.device
+        if kind == "cuda" and not has_cuda:
+            raise UserError("device=cuda, but PyTorch sees no CUDA device: check the driver, or use --device cpu")
+        if config.train.mixed_precision == "fp16" and kind != "cuda":
+            raise UserError("mixed_precision=fp16 needs CUDA, and this run is on the CPU: use bf16, or leave it out")
+        if parallel.mesh_fsdp > 1 or parallel.mesh_tensor > 1:
+            raise UserError(
+                f"mesh_fsdp={parallel.mesh_fsdp} and mesh_tensor={parallel.mesh_tensor} need runtime=xla: "
+                "the torch runtime replicates the model (DDP); set both to 1"
+            )
+        self._compiles = config.train.compile
+        self.process_count = int(os.environ.get("WORLD_SIZE", "1"))
+        self.process_index = int(os.environ.get("RANK", "0"))
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        if kind == "cuda" and local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"torchrun started process {local_rank} on this host, which has {torch.cuda.device_count()} CUDA "
+                "device(s): lower --nproc_per_node"
+            )
+        self.device = torch.device(kind, local_rank) if kind == "cuda" else torch.device("cpu")
+        self.distributed = "RANK" in os.environ
+        if self.distributed:
+            backend = parallel.ddp_backend or ("nccl" if kind == "cuda" else "gloo")
+            if backend == "nccl" and kind != "cuda":
+                raise UserError("ddp_backend=nccl needs CUDA: use --ddp-backend gloo on a CPU")
+            dist.init_process_group(backend, device_id=self.device if kind == "cuda" else None)
+        if kind == "cuda":
+            torch.cuda.set_device(self.device)
+        if torch.get_float32_matmul_precision() != config.train.matmul_precision:
+            torch.set_float32_matmul_precision(config.train.matmul_precision)
+        self.is_main = self.process_index == 0
+        self.device_count = self.process_count
+        self.device_name = torch.cuda.get_device_name(self.device) if kind == "cuda" else "CPU"
+        self.peak_flops = gpu_peak(self.device_name) if kind == "cuda" else None
+        self.compute_dtype = DTYPES[config.train.mixed_precision]
+        self.mesh = {"data": self.process_count}
+        self._fetcher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="fetch")
+        self._counts = GraphCounts()
+        self._events: list[GraphEvent] = []
+
+    def rows(self, batch_size: int) -> slice:
+        """See `base.Runtime.rows`."""
+        if batch_size % self.process_count:
+            raise UserError(
+                f"a batch of {batch_size} sequences does not divide over {self.process_count} processes: "
+                "change --train-batch-size / --eval-batch-size"
+            )
+        share = batch_size // self.process_count
+        return slice(self.process_index * share, (self.process_index + 1) * share)
+
+    def place_model(self, model: nn.Module) -> None:
+        """See `base.Runtime.place_model`."""
+        model.to(self.device)
+
+    def forward(self, model: nn.Module) -> Callable[..., Tensor]:
+        """See `base.Runtime.forward`; torch.compile inside DDP, so that gradient buckets still overlap the backward."""
+        inner: Any = torch.compile(model, dynamic=False) if self._compiles else model
+        if not self.distributed:
+            return inner
+        return DistributedDataParallel(
+            inner, device_ids=[self.device.index] if self.device.type == "cuda" else None, broadcast_buffers=False
+        )
+
+    def place_like(self, host: Tensor, parameter: Tensor | None) -> Tensor:
+        """See `base.Runtime.place_like`."""
+        return host.to(self.device, copy=True)
+
+    def place_batch(self, tokens: np.ndarray) -> Tensor:
+        """See `base.Runtime.place_batch`; from pinned memory on CUDA, so that the copy overlaps the step."""
+        host = torch.from_numpy(tokens)
+        if self.device.type == "cuda":
+            return host.pin_memory().to(self.device, non_blocking=True)
+        return host
+
+    def compile(
+        self, function: Callable[..., Tensor], name: str, state: Callable[[], Iterable[Tensor]]
+    ) -> Callable[..., Tensor]:
+        """The function itself: here `forward` and `fuse` compile its parts. Graphs that torch.compile adds are counted."""
+        if not self._compiles:
+            return function
+
+        def run(*arguments: Tensor) -> Tensor:
+            before, start = _graphs_built(), time.perf_counter()
+            result = function(*arguments)
+            added = _graphs_built() - before
+            if added:
+                self._counts.compile_seconds += time.perf_counter() - start
+                if name in self._counts.graphs:
+                    what = f"torch.compile built {added} more graph(s); TORCH_LOGS=recompiles says why"
+                    self._events.append(GraphEvent("recompilation", name, what))
+                self._counts.graphs[name] = self._counts.graphs.get(name, 0) + added
+            return result
+
+        return run
+
+    def fuse(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """See `base.Runtime.fuse`."""
+        return torch.compile(function, dynamic=False) if self._compiles else function
+
+    def reducing(self, model: Callable[..., Tensor], last: bool) -> AbstractContextManager[Any]:
+        """See `base.Runtime.reducing`."""
+        if isinstance(model, DistributedDataParallel) and not last:
+            return model.no_sync()
+        return contextlib.nullcontext()
+
+    def reduce_gradients(self, gradients: list[Tensor]) -> list[Tensor]:
+        """The gradients themselves: DDP has reduced them during the backward."""
+        return gradients
+
+    def mean(self, value: Tensor) -> Tensor:
+        """See `base.Runtime.mean`."""
+        if not self.distributed:
+            return value
+        total = value.detach().clone()
+        dist.all_reduce(total)
+        return total / self.process_count
+
+    def seed(self, seed: int) -> None:
+        """See `base.Runtime.seed`."""
+        torch.manual_seed((seed + self.process_index * 0x9E3779B9) % 2**63)
+
+    def fetch(self, value: Tensor) -> Future[Tensor]:
+        """See `base.Runtime.fetch`; on CUDA a copy to pinned memory, which a thread waits for."""
+        if self.device.type != "cuda":
+            future: Future[Tensor] = Future()
+            future.set_result(value.detach().clone())
+            return future
+        host = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
+        host.copy_(value.detach(), non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record()
+
+        def wait() -> Tensor:
+            copied.synchronize()
+            return host
+
+        return self._fetcher.submit(wait)
+
+    def gather(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """See `base.Runtime.gather`."""
+        if not self.is_main:
+            return {}
+        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+
+    @contextlib.contextmanager
+    def watch(self) -> Iterator[None]:
+        """On CUDA, PyTorch's own synchronisation check warns with a trace; on a CPU nothing can be transferred."""
+        if self.device.type != "cuda":
+            yield
+            return
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    @contextlib.contextmanager
+    def planned(self) -> Iterator[None]:
+        """See `base.Runtime.planned`."""
+        mode = torch.cuda.get_sync_debug_mode() if self.device.type == "cuda" else 0
+        if self.device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+        try:
+            yield
+        finally:
+            if self.device.type == "cuda":
+                torch.cuda.set_sync_debug_mode(mode)
+
+    def take_events(self) -> list[GraphEvent]:
+        """See `base.Runtime.take_events`."""
+        events, self._events = self._events, []
+        return events
+
+    def graph_counts(self) -> GraphCounts:
+        """See `base.Runtime.graph_counts`."""
+        return self._counts
+
+    def memory_bytes(self) -> int:
+        """See `base.Runtime.memory_bytes`."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def wait(self) -> None:
+        """See `base.Runtime.wait`."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def barrier(self) -> None:
+        """See `base.Runtime.barrier`."""
+        if self.distributed:
+            dist.barrier()
+
+    def close(self) -> None:
+        """See `base.Runtime.close`."""
+        self._fetcher.shutdown(wait=True)
+        if self.distributed:
+            dist.destroy_process_group()
+
+
+def _graphs_built() -> int:
+    """Graphs that torch.compile has built in this process, by its own counter."""
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])

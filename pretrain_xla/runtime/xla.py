@@ -1,0 +1,319 @@
+"""TPU (and CPU) through PyTorch/XLA: SPMD over a mesh, or one replica a device in PJRT multiprocessing.
+
+Under SPMD one process a host sees one virtual device; parameters and batches carry shardings from `sharding.py` and the
+compiler writes the collectives. In multiprocessing each device has its own process (or thread), which computes on its own
+rows and averages gradients explicitly. Both trace the whole step lazily and compile it as one graph.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import resource
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from typing import Any
+
+import numpy as np
+import torch
+import torch_xla
+import torch_xla.backends
+import torch_xla.core.xla_model as xm
+import torch_xla.distributed.spmd as xs
+import torch_xla.runtime as xr
+from torch import Tensor, nn
+
+from pretrain_xla.config import RunConfig
+from pretrain_xla.errors import UserError
+from pretrain_xla.runtime import xla_graphs
+from pretrain_xla.runtime.base import GraphCounts, GraphEvent
+from pretrain_xla.runtime.peaks import tpu_peak
+from pretrain_xla.runtime.sharding import ACTIVATIONS, BATCH, check_model_fits, lookup, parameter_axes, resolve_mesh
+from pretrain_xla.runtime.xla_environment import prepare_environment
+
+
+class XlaRuntime:
+    """One process of the xla runtime; see `base.Runtime` for what each member means."""
+
+    name = "xla"
+
+    def __init__(self, config: RunConfig) -> None:
+        prepare_environment()
+        parallel = config.parallel
+        self.is_spmd = not is_multiprocess(config)
+        if self.is_spmd and not xr.is_spmd():
+            # Before anything touches a device: torch_xla crashes otherwise.
+            xr.use_spmd()
+        try:
+            self.device = torch_xla.device()
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(
+                f"PJRT_DEVICE={os.environ['PJRT_DEVICE']}: no such device ({reason}); set PJRT_DEVICE=CPU to run here"
+            ) from None
+        precision = {"highest": "highest", "high": "high", "medium": "default"}[config.train.matmul_precision]
+        # It warns of a second call even at the first one.
+        logging.getLogger("torch_xla.backends").setLevel(logging.ERROR)
+        torch_xla.backends.set_mat_mul_precision(precision)
+        kind = xr.device_type() or "CPU"
+        accelerator = os.environ.get("TPU_ACCELERATOR_TYPE", "") if kind == "TPU" else ""
+        self.device_name = f"TPU {accelerator}".strip() if kind == "TPU" else f"{kind} (XLA)"
+        self.peak_flops = tpu_peak(accelerator) if accelerator else None
+        self.compute_dtype = torch.bfloat16 if config.train.mixed_precision == "bf16" else torch.float32
+        if self.is_spmd:
+            self.process_index, self.process_count = xr.process_index(), xr.process_count()
+            self.device_count = xr.global_runtime_device_count()
+            sizes = (parallel.mesh_data, parallel.mesh_fsdp, parallel.mesh_tensor)
+            data, fsdp, tensor = resolve_mesh(sizes, self.device_count)
+            check_model_fits(config.model, tensor)
+        else:
+            if parallel.mesh_fsdp > 1 or parallel.mesh_tensor > 1:
+                raise UserError(
+                    f"mesh_fsdp={parallel.mesh_fsdp} and mesh_tensor={parallel.mesh_tensor} need SPMD: "
+                    "leave out --mp-start-method and --ddp"
+                )
+            self.process_index, self.process_count = xr.global_ordinal(), xr.world_size()
+            self.device_count = self.process_count
+            data, fsdp, tensor = self.process_count, 1, 1
+        self.is_main = self.process_index == 0
+        self.mesh = {"data": data, "fsdp": fsdp, "tensor": tensor}
+        self._mesh: xs.Mesh | None = None
+        if self.is_spmd and self.device_count > 1:
+            self._mesh = xs.Mesh(np.arange(self.device_count), (data, fsdp, tensor), tuple(self.mesh))
+        # A host may feed only its own rows when its devices hold whole rows, that is without a tensor axis.
+        self._feeds_own_rows = not self.is_spmd or tensor == 1
+        self._strict = config.train.strict_graph
+        self._counts = GraphCounts()
+        self._events: list[GraphEvent] = []
+        self._transfers = xla_graphs.HostTransferWatch(self._events.append)
+        self._fetcher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="fetch")
+
+    def rows(self, batch_size: int) -> slice:
+        """See `base.Runtime.rows`."""
+        shards = self.mesh["data"] * self.mesh["fsdp"]
+        if batch_size % shards:
+            raise UserError(
+                f"a batch of {batch_size} sequences does not divide over data x fsdp = {shards} devices: "
+                "change --train-batch-size / --eval-batch-size, or the mesh"
+            )
+        if not self._feeds_own_rows:
+            return slice(0, batch_size)
+        share = batch_size // self.process_count
+        return slice(self.process_index * share, (self.process_index + 1) * share)
+
+    def place_model(self, model: nn.Module) -> None:
+        """See `base.Runtime.place_model`."""
+        model.to(self.device)
+        if not self.is_spmd and self.process_count > 1:
+            xm.broadcast_master_param(model)  # threads of one process share torch's RNG, so replicas may differ
+        if self._mesh is not None:
+            for name, parameter in model.named_parameters():
+                xs.mark_sharding(parameter, self._mesh, parameter_axes(name))
+            for name, module in model.named_modules():
+                axes = lookup(ACTIVATIONS, name)
+                if axes is not None:
+                    module.register_forward_hook(self._pin(self._mesh, axes))
+        torch_xla.sync()
+
+    def _pin(self, mesh: xs.Mesh, axes: tuple[Any, ...]) -> Callable[..., Tensor]:
+        def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+            return xs.mark_sharding_with_gradients(output, mesh, axes)
+
+        return hook
+
+    def forward(self, model: nn.Module) -> Callable[..., Tensor]:
+        """The model itself: it is traced and compiled as part of the step."""
+        return model
+
+    def place_like(self, host: Tensor, parameter: Tensor | None) -> Tensor:
+        """See `base.Runtime.place_like`."""
+        # Not `host.to(device)`: a 0-d 0, 1 or -1 would become a constant of the first graph that uses it, and not an input.
+        placed = self._send(host)
+        if self._mesh is not None and parameter is not None and host.shape == parameter.shape:
+            sharding = torch_xla._XLAC._get_xla_op_sharding(parameter)
+            if sharding is not None:
+                torch_xla._XLAC._xla_mark_sharding(placed, sharding)
+        return placed
+
+    def place_batch(self, tokens: np.ndarray) -> Tensor:
+        """See `base.Runtime.place_batch`."""
+        host = torch.from_numpy(tokens)
+        if self._mesh is None:
+            return host.to(self.device)
+        minibatch = self.process_count > 1 and self._feeds_own_rows
+        spec = xs.ShardingSpec(self._mesh, (BATCH, None, None), minibatch=minibatch)
+        return self._send(host, spec)
+
+    def _send(self, host: Tensor, spec: xs.ShardingSpec | None = None) -> Tensor:
+        sent: Any = xm.send_cpu_data_to_device([host], self.device, input_sharding=spec)
+        return sent[0]
+
+    def compile(
+        self, function: Callable[..., Tensor], name: str, state: Callable[[], Iterable[Tensor]]
+    ) -> Callable[..., Tensor]:
+        """See `base.Runtime.compile`. The function is traced at each call; its graph is compiled at the first."""
+        return _CompiledFunction(function, name, state, self._counts, self._events.append, explain=self._strict)
+
+    def fuse(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function itself: the whole step is one graph already."""
+        return function
+
+    def reducing(self, model: Callable[..., Tensor], last: bool) -> AbstractContextManager[Any]:
+        """Nothing to do: gradients are reduced once, after the last micro-batch."""
+        return contextlib.nullcontext()
+
+    def reduce_gradients(self, gradients: list[Tensor]) -> list[Tensor]:
+        """See `base.Runtime.reduce_gradients`; under SPMD the compiler has done it."""
+        if not self.is_spmd and self.process_count > 1:
+            xm.all_reduce(xm.REDUCE_SUM, gradients, scale=1.0 / self.process_count)
+        return gradients
+
+    def mean(self, value: Tensor) -> Tensor:
+        """See `base.Runtime.mean`."""
+        if self.is_spmd or self.process_count == 1:
+            return value
+        reduced: Any = xm.all_reduce(xm.REDUCE_SUM, value, scale=1.0 / self.process_count)
+        return reduced
+
+    def seed(self, seed: int) -> None:
+        """See `base.Runtime.seed`. The seed is an input of the graph, so that a new one compiles nothing."""
+        offset = 0 if self.is_spmd else self.process_index * 0x9E3779B9
+        xm.set_rng_state((seed + offset) % 2**63, str(self.device))
+
+    def fetch(self, value: Tensor) -> Future[Tensor]:
+        """See `base.Runtime.fetch`; a thread waits for the value while this one traces the next steps."""
+        return self._fetcher.submit(lambda: value.detach().cpu())
+
+    def gather(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """See `base.Runtime.gather`. A sharded tensor is gathered on the devices first, on every host alike."""
+        if not self.is_spmd and not self.is_main:
+            return {}
+        with self.planned():
+            host = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
+        return host if self.is_main else {}
+
+    @contextlib.contextmanager
+    def watch(self) -> Iterator[None]:
+        """See `base.Runtime.watch`."""
+        with self._transfers:
+            yield
+
+    @contextlib.contextmanager
+    def planned(self) -> Iterator[None]:
+        """See `base.Runtime.planned`."""
+        self._transfers.paused += 1
+        try:
+            yield
+        finally:
+            self._transfers.paused -= 1
+
+    def take_events(self) -> list[GraphEvent]:
+        """See `base.Runtime.take_events`."""
+        events = list(self._events)
+        self._events.clear()
+        return events
+
+    def graph_counts(self) -> GraphCounts:
+        """See `base.Runtime.graph_counts`; `other` are graphs outside any compiled function (placing, gathering)."""
+        graphs = dict(self._counts.graphs)
+        graphs["other"] = xla_graphs.compilations() - sum(graphs.values())
+        return GraphCounts(graphs, xla_graphs.compile_seconds())
+
+    def memory_bytes(self) -> int:
+        """See `base.Runtime.memory_bytes`."""
+        if xr.device_type() == "CPU":
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        device: Any = torch_xla.real_devices()[0] if self.is_spmd else self.device
+        return int(xm.get_memory_info(device)["bytes_used"])
+
+    def wait(self) -> None:
+        """See `base.Runtime.wait`."""
+        xm.wait_device_ops()
+
+    def barrier(self) -> None:
+        """See `base.Runtime.barrier`. Under SPMD the hosts already meet in every collective of the step."""
+        if not self.is_spmd and self.process_count > 1:
+            xm.rendezvous("pretrain_xla")
+
+    def close(self) -> None:
+        """See `base.Runtime.close`."""
+        self._fetcher.shutdown(wait=True)
+
+
+class _CompiledFunction:
+    """A function traced at each call and run as one graph; says where its graph changed, if it did."""
+
+    def __init__(
+        self,
+        function: Callable[..., Tensor],
+        name: str,
+        state: Callable[[], Iterable[Tensor]],
+        counts: GraphCounts,
+        record: Callable[[GraphEvent], None],
+        *,
+        explain: bool,
+    ) -> None:
+        self._function, self._name, self._state = function, name, state
+        self._counts, self._record = counts, record
+        self._first_graph: list[str] = []
+        # On a recompilation, trace once more to find the line. That spends the state, so only a strict run does it.
+        self._explain = explain
+
+    def __call__(self, *arguments: Tensor) -> Tensor:
+        before, fallen = xla_graphs.compilations(), xla_graphs.fallbacks()
+        result = self._function(*arguments)
+        if not self._first_graph:
+            self._first_graph = xla_graphs.graph_text([result, *self._state()])
+        torch_xla.sync()
+        added = xla_graphs.compilations() - before
+        fell = [name for name, times in xla_graphs.fallbacks().items() if times > fallen.get(name, 0)]
+        if fell:
+            lines = self._fallback_lines(arguments)
+            for name in fell:
+                what = f"XLA cannot lower {name}, so the {self._name} step waits for the host"
+                self._record(GraphEvent("host fallback", lines.get(name, f"the {self._name} step"), what))
+        # A fallback or a transfer in the middle cuts the graph in two: the cause is reported, not the new graphs.
+        if added and not fell:
+            if self._counts.graphs.get(self._name):
+                self._record(GraphEvent("recompilation", *self._explanation(arguments)))
+            self._counts.graphs[self._name] = self._counts.graphs.get(self._name, 0) + added
+        return result
+
+    def _fallback_lines(self, arguments: tuple[Tensor, ...]) -> dict[str, str]:
+        if not self._explain:
+            return {}
+        with xla_graphs.FallbackFinder() as finder:
+            self._function(*arguments)
+        return finder.lines
+
+    def _explanation(self, arguments: tuple[Tensor, ...]) -> tuple[str, str]:
+        if not self._explain:
+            return f"the {self._name} step", "its graph changed; --strict-graph stops there and names the line"
+        graph = xla_graphs.traced_with_lines(lambda: [self._function(*arguments), *self._state()])
+        return xla_graphs.first_difference(self._first_graph, graph)
+
+
+def is_multiprocess(config: RunConfig) -> bool:
+    """Whether the config asks for one process a device."""
+    return config.parallel.mp_start_method is not None or config.parallel.ddp
+
+
+def launch(config: RunConfig, main: Callable[[int], None]) -> None:
+    """Run `main(index)` once for each device of this host (PJRT multiprocessing).
+
+    Raises:
+        UserError: on a CPU with more than one device, where replicas compile different collectives and deadlock.
+    """
+    prepare_environment()
+    count = int(os.environ.get("CPU_NUM_DEVICES", "1"))
+    if os.environ["PJRT_DEVICE"] == "CPU" and count > 1:
+        raise UserError(
+            f"multiprocessing with {count} CPU devices deadlocks in XLA: leave out --mp-start-method and --ddp to use "
+            "SPMD, which runs on virtual CPU devices, or set CPU_NUM_DEVICES=1"
+        )
+    if os.environ["PJRT_DEVICE"] == "CPU":
+        main(0)  # one replica: the same code path without a process around it
+        return
+    torch_xla.launch(main, start_method=config.parallel.mp_start_method or "spawn")
