@@ -1,0 +1,210 @@
+"""Checkpoints: folders `step_00001000` under one root, on a disk or in a bucket.
+
+Tensors are written by `torch.distributed.checkpoint` as whole tensors under plain names, so they restore onto any mesh and any
+runtime. `checkpoint.json` is written last: a folder without it is not a checkpoint, whatever else it holds. Writing happens in
+a thread, from host copies; the cost to the run is the copy, and that memory while the write lasts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import fsspec
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from pretrain_xla.errors import UserError
+
+# Of torch's own making, on every save: one process writes here by design, and the storage class is not ours.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+warnings.filterwarnings("ignore", message="TypedStorage is deprecated")
+
+MARKER = "checkpoint.json"
+PREFIX = "step_"
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """What `checkpoint.json` says. step: updates made. valid_loss: the last one measured. data: fingerprint of the shards."""
+
+    step: int
+    valid_loss: float | None
+    data: str
+    config: dict[str, Any]
+    version: int = 1
+
+
+class CheckpointStore:
+    """The checkpoints of one run, newest last; keeps the newest `limit` and the one with the best validation loss."""
+
+    def __init__(self, root: str, limit: int) -> None:
+        self.root = root.rstrip("/")
+        self._limit = limit
+        try:
+            self._files, self._path = fsspec.core.url_to_fs(self.root)
+        except (ImportError, ValueError) as error:
+            raise UserError(f"checkpoints_dir={root}: {error}") from None
+        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+
+    def folder(self, step: int) -> str:
+        """Folder of the checkpoint of a step."""
+        return f"{self.root}/{PREFIX}{step:08d}"
+
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints, ascending."""
+        if not self._files.exists(self._path):
+            return []
+        names = [entry.rstrip("/").rsplit("/", 1)[-1] for entry in self._files.ls(self._path, detail=False)]
+        steps = sorted(
+            int(n.removeprefix(PREFIX)) for n in names if n.startswith(PREFIX) and n[len(PREFIX) :].isdigit()
+        )
+        return [step for step in steps if self._files.exists(self._marker(step))]
+
+    def newest(self) -> int | None:
+        """Step of the newest complete checkpoint."""
+        return max(self.steps(), default=None)
+
+    def best(self) -> int | None:
+        """Step of the checkpoint with the lowest validation loss; the newest of them on a tie."""
+        known = [(info.valid_loss, -step) for step in self.steps() if (info := self.info(step)).valid_loss is not None]
+        return -min(known)[1] if known else None
+
+    def info(self, step: int) -> CheckpointInfo:
+        """What the marker of a step says.
+
+        Raises:
+            UserError: the marker cannot be read.
+        """
+        try:
+            with self._files.open(self._marker(step), "r") as file:
+                return CheckpointInfo(**json.load(file))
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(f"{self.folder(step)}/{MARKER} cannot be read ({error}): remove that folder") from None
+
+    def load(self, step: int) -> dict[str, Tensor]:
+        """All tensors of a checkpoint, whole, on the host.
+
+        Raises:
+            UserError: a file is missing or damaged.
+        """
+        folder = self.folder(step)
+        try:
+            metadata = _reader(folder).read_metadata()
+            tensors: dict[str, Any] = {
+                name: torch.empty(entry.size, dtype=entry.properties.dtype)
+                for name, entry in metadata.state_dict_metadata.items()
+                if isinstance(entry, TensorStorageMetadata)
+            }
+            dcp.load(tensors, storage_reader=_reader(folder), no_dist=True)
+        except Exception as error:  # DCP wraps whatever went wrong on reading in types of its own
+            reason = str(error).strip().splitlines()[-1][:200] if str(error).strip() else type(error).__name__
+            raise UserError(
+                f"{folder} is damaged ({reason}): remove that folder to continue from an older checkpoint"
+            ) from error
+        return tensors
+
+    def save(self, tensors: dict[str, Tensor], info: CheckpointInfo) -> None:
+        """Write host tensors in the background; a fault of an earlier write is raised here.
+
+        Raises:
+            UserError: the earlier write failed (disk full, no permission …).
+        """
+        self.wait()
+        self._pending = self._writer.submit(self._write, tensors, info)
+
+    def wait(self) -> None:
+        """Until what was saved is complete.
+
+        Raises:
+            UserError: it could not be written.
+        """
+        if self._pending is None:
+            return
+        pending, self._pending = self._pending, None
+        try:
+            pending.result()
+        except Exception as error:  # from the writer's thread: OSError, or one of DCP's wrappers around it
+            reason = str(error).strip().splitlines()[-1][:200] if str(error).strip() else type(error).__name__
+            raise UserError(
+                f"{self.root}: a checkpoint could not be written ({reason}); earlier ones are whole: "
+                "make room and start again to continue from the newest"
+            ) from error
+
+    def close(self) -> None:
+        """Finish what is under way and end the thread."""
+        try:
+            self.wait()
+        finally:
+            self._writer.shutdown(wait=True)
+
+    def _marker(self, step: int) -> str:
+        return f"{self._path}/{PREFIX}{step:08d}/{MARKER}"
+
+    def _write(self, tensors: dict[str, Tensor], info: CheckpointInfo) -> None:
+        folder = self.folder(info.step)
+        path = f"{self._path}/{PREFIX}{info.step:08d}"
+        if self._files.exists(path):
+            self._files.rm(path, recursive=True)  # what an interrupted write left behind
+        self._files.makedirs(path, exist_ok=True)
+        dcp.save(tensors, storage_writer=_writer(folder), no_dist=True)
+        with self._files.open(self._marker(info.step), "w") as file:
+            json.dump(asdict(info), file)
+        self._prune()
+
+    def _prune(self) -> None:
+        keep = {*self.steps()[-self._limit :], self.best()}
+        for step in self.steps():
+            if step not in keep:
+                # The marker goes first, so that a half-removed folder is never taken for a checkpoint.
+                self._files.rm(self._marker(step))
+                self._files.rm(f"{self._path}/{PREFIX}{step:08d}", recursive=True)
+
+
+def open_checkpoint(path: str, which: str = "newest") -> tuple[CheckpointStore, int]:
+    """The store and step that a person means by a run folder, a folder of checkpoints, or one checkpoint.
+
+    Args:
+        path: any of the three.
+        which: `newest` or `best`, when there are several.
+
+    Raises:
+        UserError: there is no complete checkpoint there.
+    """
+    path = path.rstrip("/")
+    name = os.path.basename(path)
+    if name.startswith(PREFIX) and name[len(PREFIX) :].isdigit():
+        store, step = CheckpointStore(os.path.dirname(path) or ".", limit=1), int(name[len(PREFIX) :])
+        if step in store.steps():
+            return store, step
+    for root in (path, f"{path}/checkpoints"):
+        store = CheckpointStore(root, limit=1)
+        found = store.best() if which == "best" else store.newest()
+        if found is None and which == "best":
+            found = store.newest()
+        if found is not None:
+            return store, found
+    raise UserError(f"{path}: no complete checkpoint there; name a run folder, its checkpoints folder, or one step_…")
+
+
+def _writer(folder: str) -> Any:
+    if "://" not in folder:
+        return dcp.FileSystemWriter(folder, sync_files=True)
+    from torch.distributed.checkpoint._fsspec_filesystem import FsspecWriter
+
+    return FsspecWriter(folder)
+
+
+def _reader(folder: str) -> Any:
+    if "://" not in folder:
+        return dcp.FileSystemReader(folder)
+    from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
+
+    return FsspecReader(folder)

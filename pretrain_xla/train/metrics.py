@@ -1,0 +1,91 @@
+"""Where a run's numbers go: `metrics.jsonl`, TensorBoard, Weights & Biases, and the console.
+
+`metrics.jsonl` is the record: one line a step and one a validation. It is safe over restarts: when a run resumes at step s,
+lines of later steps (from a run that died after its last checkpoint) are dropped, and so is a last line that was cut off.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+from pretrain_xla.config import RunConfig
+from pretrain_xla.errors import UserError
+
+Row = dict[str, Any]
+
+
+def read_metrics(path: str) -> list[Row]:
+    """Lines of a `metrics.jsonl`; one that was cut off in writing is left out."""
+    rows = []
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                continue
+    return rows
+
+
+class MetricLog:
+    """Appends rows to `metrics.jsonl` and passes them to TensorBoard and Weights & Biases. Only the main process has one."""
+
+    def __init__(self, config: RunConfig, resumed_step: int) -> None:
+        self.path = os.path.join(config.run_dir, "metrics.jsonl")
+        self._config = config
+        kept: list[Row] = []
+        if resumed_step and os.path.exists(self.path):
+            kept = [row for row in read_metrics(self.path) if row["step"] <= resumed_step]
+        temporary = self.path + ".tmp"
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in kept)
+        os.replace(temporary, self.path)
+        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (open for the whole run; see close)
+        self._tensorboard: Any = None
+        if config.logging.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._tensorboard = SummaryWriter(config.run_dir, purge_step=resumed_step + 1 if resumed_step else None)
+        self._wandb = _start_wandb(config) if config.logging.wandb_logging else None
+
+    def write(self, rows: list[Row], *, kind: str) -> None:
+        """Record rows of one kind (`train` or `validation`); each has a `step`."""
+        for row in rows:
+            self._file.write(json.dumps(row) + "\n")
+            if self._tensorboard is not None:
+                for name, value in row.items():
+                    if name != "step":
+                        self._tensorboard.add_scalar(f"{kind}/{name}", value, row["step"])
+            if self._wandb is not None and (
+                kind == "validation" or row["step"] % self._config.logging.wandb_logging_interval == 0
+            ):
+                self._wandb.log({f"{kind}/{name}": value for name, value in row.items()}, step=row["step"])
+        self._file.flush()
+
+    def close(self) -> None:
+        """Flush everything."""
+        self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def _start_wandb(config: RunConfig) -> Any:
+    try:
+        import wandb
+    except ModuleNotFoundError:
+        raise UserError(
+            "wandb_logging needs Weights & Biases: pip install wandb, or leave out --wandb-logging"
+        ) from None
+    logging = config.logging
+    return wandb.init(
+        project=logging.wandb_project,
+        name=logging.wandb_name,
+        config=config.model_dump(mode="json"),
+        notes=logging.wandb_notes,
+        tags=list(logging.wandb_tags),
+        id=logging.wandb_resume_id,
+        resume="must" if logging.wandb_resume_id else None,
+    )

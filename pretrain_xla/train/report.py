@@ -1,0 +1,92 @@
+"""What a finished run leaves for a person: `summary.json` and `loss.png`."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import statistics
+from typing import Any
+
+from pretrain_xla.train.metrics import Row
+
+
+def summarise(rows: list[Row]) -> dict[str, Any]:
+    """Losses and rates of a whole run (restarts included) from its metric rows."""
+    train = [row for row in rows if "loss" in row]
+    valid = [row for row in rows if "valid_loss" in row]
+    rates = [row["tokens_per_second"] for row in train if "tokens_per_second" in row]
+    shares = [row["mfu"] for row in train if "mfu" in row]
+    best = min(valid, key=lambda row: row["valid_loss"], default=None)
+    return {
+        "first_train_loss": train[0]["loss"] if train else None,
+        "last_train_loss": train[-1]["loss"] if train else None,
+        "first_valid_loss": valid[0]["valid_loss"] if valid else None,
+        "last_valid_loss": valid[-1]["valid_loss"] if valid else None,
+        "best_valid_loss": best["valid_loss"] if best else None,
+        "best_valid_step": best["step"] if best else None,
+        "tokens_per_second": statistics.median(rates) if rates else None,
+        "mfu": statistics.median(shares) if shares else None,
+    }
+
+
+def write_summary(run_dir: str, summary: dict[str, Any]) -> None:
+    """Write `summary.json`, whole or not at all."""
+    path = os.path.join(run_dir, "summary.json")
+    with open(path + ".tmp", "w", encoding="utf-8") as file:
+        json.dump(summary, file, indent=2)
+        file.write("\n")
+    os.replace(path + ".tmp", path)
+
+
+def plot_loss(run_dir: str, rows: list[Row], title: str) -> None:
+    """Draw training loss (raw and smoothed), validation loss and the learning rate into `loss.png`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    train = [row for row in rows if "loss" in row]
+    valid = [row for row in rows if "valid_loss" in row]
+    figure, (losses, rates) = plt.subplots(
+        2, 1, figsize=(8, 6), sharex=True, height_ratios=[4, 1], layout="constrained"
+    )
+    steps = [row["step"] for row in train]
+    if train:
+        values = [row["loss"] for row in train]
+        losses.plot(steps, values, color="tab:blue", alpha=0.25, linewidth=0.8, label="training, each step")
+        losses.plot(steps, _smoothed(values), color="tab:blue", linewidth=1.5, label="training, smoothed")
+        rates.plot(steps, [row["learning_rate"] for row in train], color="tab:green", linewidth=1.2)
+    if valid:
+        losses.plot(
+            [row["step"] for row in valid],
+            [row["valid_loss"] for row in valid],
+            color="tab:orange",
+            marker="o",
+            markersize=4,
+            label=f"validation, last {valid[-1]['valid_loss']:.3f}",
+        )
+    losses.set_ylabel("loss (nats per token)")
+    losses.set_title(title)
+    losses.grid(alpha=0.3)
+    losses.legend()
+    rates.set_ylabel("learning rate")
+    rates.set_xlabel("step")
+    rates.grid(alpha=0.3)
+    figure.savefig(os.path.join(run_dir, "loss.png"), dpi=120)
+    plt.close(figure)
+
+
+def _smoothed(values: list[float]) -> list[float]:
+    """Exponential mean over about a fiftieth of the run, corrected for its start."""
+    keep = 1.0 - 1.0 / max(len(values) / 50, 2.0)
+    mean, weight, result = 0.0, 0.0, []
+    for value in values:
+        mean, weight = keep * mean + (1 - keep) * value, keep * weight + (1 - keep)
+        result.append(mean / weight)
+    return result
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), or infinity where that does not fit a float."""
+    return math.exp(loss) if loss < 700 else math.inf

@@ -1,0 +1,81 @@
+"""One training step: (state, batch) → metrics, with everything inside that belongs to an update.
+
+On XLA this function is traced and compiled whole. Nothing in it reads a tensor on the host; the step number, the learning rate
+and the metrics are device values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from pretrain_xla.config import RunConfig
+from pretrain_xla.optim import AdamW
+from pretrain_xla.optim.adamw import clip_by_global_norm
+from pretrain_xla.runtime import Runtime
+from pretrain_xla.train.loss_scale import LossScale
+
+METRICS = ("loss", "grad_norm", "learning_rate")
+"""Columns of the history, in order."""
+
+
+class TrainStep:
+    """Forward, backward, accumulation, reduction, clipping, schedule and update.
+
+    The metrics of the last `log_interval` steps travel through the step as one `[log_interval, len(METRICS)]` tensor, so that
+    one transfer brings them all to the host. It is a new tensor at each step (never updated in place), so a thread may still
+    be reading an older one.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: AdamW, runtime: Runtime, config: RunConfig) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.runtime = runtime
+        self.micro_batches = config.train.gradient_accum_step
+        self.max_grad_norm = config.optim.max_grad_norm
+        self.loss_scale = LossScale(runtime.device) if config.train.mixed_precision == "fp16" else None
+        self.forward = runtime.forward(model)
+        self._update = runtime.fuse(self._clip_and_update)
+
+    def state(self) -> Iterator[Tensor]:
+        """Every tensor that the step changes in place."""
+        yield from self.model.parameters()
+        yield from self.optimizer.state.values()
+        if self.loss_scale is not None:
+            yield from self.loss_scale.state.values()
+
+    def __call__(self, tokens_BAS: Tensor, history_NM: Tensor) -> Tensor:
+        """Make one update in place.
+
+        Args:
+            tokens_BAS: int32 `[rows, micro-batches, T + 1]`; S = T + 1, inputs and targets overlap by T - 1.
+            history_NM: metrics of the last N steps, newest last.
+
+        Returns:
+            The history with this step's metrics at its end.
+        """
+        total: Tensor | None = None
+        for index in range(self.micro_batches):
+            tokens_BS = tokens_BAS[:, index]
+            with self.runtime.reducing(self.forward, last=index == self.micro_batches - 1):
+                loss = self.forward(tokens_BS[:, :-1], tokens_BS[:, 1:]) / self.micro_batches
+                (loss if self.loss_scale is None else loss * self.loss_scale.scale).backward()
+            total = loss.detach() if total is None else total + loss.detach()
+        assert total is not None
+        gradients = self.runtime.reduce_gradients(self.optimizer.gradients())
+        norm, rate = self._update(gradients)
+        self.optimizer.zero_gradients()
+        metrics_M = torch.stack([self.runtime.mean(total), norm, rate])
+        return torch.cat([history_NM[1:], metrics_M[None]])
+
+    def _clip_and_update(self, gradients: list[Tensor]) -> tuple[Tensor, Tensor]:
+        overflow: Tensor | None = None
+        if self.loss_scale is not None:
+            gradients, overflow = self.loss_scale.unscale(gradients)
+        gradients, norm = clip_by_global_norm(gradients, self.max_grad_norm)
+        rate = self.optimizer.update(gradients, skip=overflow)
+        if self.loss_scale is not None and overflow is not None:
+            self.loss_scale.adjust(overflow)
+        return norm, rate
