@@ -1,0 +1,146 @@
+"""Words typed by a person → a config → one call.
+
+`python -m pretrain_xla COMMAND`, and the doors beside the package: `run_pretrain_xla.py`, `run_pretrain.py`, `generate.py`.
+Whatever a user can mend ends here in one line and exit status 2.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from pretrain_xla import __version__
+from pretrain_xla.config import RunConfig, to_yaml
+from pretrain_xla.errors import Interrupted, UserError
+
+COMMANDS = """usage: python -m pretrain_xla COMMAND [--help]
+
+  train            train (or, with --do-test, evaluate) a model
+  prepare          text -> tokens -> shards in train/ and valid/
+  train-tokenizer  train a byte-level BPE on text
+  generate         continue a prompt with a trained model
+  quickstart       all of it on this machine: prepare, train, evaluate, generate
+"""
+
+
+def guarded(function: Callable[..., None]) -> Callable[..., None]:
+    """Turn `UserError` into one line on stderr and exit status 2, and a stop by signal into 128 + signal."""
+
+    @functools.wraps(function)
+    def run(*arguments: Any, **keywords: Any) -> None:
+        try:
+            function(*arguments, **keywords)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            raise SystemExit(2) from None
+        except Interrupted as error:
+            print(str(error), file=sys.stderr, flush=True)
+            raise SystemExit(128 + error.signal) from None
+
+    return run
+
+
+@guarded
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The package's own command line."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    command, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
+    if command in ("-h", "--help", "help"):
+        print(COMMANDS, end="")
+    elif command == "--version":
+        print(__version__)
+    elif command == "train":
+        pretrain(rest, program="python -m pretrain_xla train")
+    elif command == "prepare":
+        from pretrain_xla.data.command import prepare_command
+
+        prepare_command(rest)
+    elif command == "train-tokenizer":
+        from pretrain_xla.data.command import train_tokenizer_command
+
+        train_tokenizer_command(rest)
+    elif command == "generate":
+        from pretrain_xla.generate.command import generate_command
+
+        generate_command(rest)
+    elif command == "quickstart":
+        from pretrain_xla.quickstart import quickstart_command
+
+        quickstart_command(rest)
+    else:
+        raise UserError(f"unknown command {command!r}; `python -m pretrain_xla --help` lists them")
+
+
+@guarded
+def run_pretrain(runtime: str) -> None:
+    """The door `run_pretrain.py` (runtime torch) or `run_pretrain_xla.py` (runtime xla)."""
+    door = "run_pretrain.py" if runtime == "torch" else "run_pretrain_xla.py"
+    pretrain(sys.argv[1:], program=door, fixed={"runtime": runtime})
+
+
+def pretrain(arguments: Sequence[str], *, program: str, fixed: dict[str, Any] | None = None) -> None:
+    """Parse the flags of a run and start it."""
+    from pretrain_xla.flags import parse_flags
+
+    parsed = parse_flags(arguments, program=program, description="Pretrain a GPT-2-scale model.", fixed=fixed)
+    if parsed.print_config:
+        print(to_yaml(parsed.config), end="")
+        return
+    if os.environ.get("RANK", "0") == "0":
+        for line in effectless(parsed.config, parsed.given):
+            print(f"note: {line}", flush=True)
+    start_run(parsed.config)
+
+
+def start_run(config: RunConfig) -> None:
+    """Run a config in this process, or once for each device where it asks for multiprocessing."""
+    if config.parallel.runtime == "xla":
+        try:
+            from pretrain_xla.runtime import xla
+        except ModuleNotFoundError:
+            pass  # `runtime.start` says what to install
+        else:
+            if xla.is_multiprocess(config):
+                xla.launch(config, functools.partial(_run_replica, config))
+                return
+    _run_replica(config)
+
+
+@guarded
+def _run_replica(config: RunConfig, _index: int = 0) -> None:
+    from pretrain_xla.train.run import run
+
+    run(config)
+
+
+def effectless(config: RunConfig, given: frozenset[str]) -> list[str]:
+    """One line for each given flag that changes nothing in this mode."""
+    xla = config.parallel.runtime == "xla"
+    rules = {
+        "compile": (not xla, "the xla runtime always compiles the whole step"),
+        "device": (not xla, "the xla runtime takes its device from PJRT_DEVICE"),
+        "ddp_backend": (not xla, "it belongs to the torch runtime"),
+        "mp_start_method": (xla, "it belongs to the xla runtime; torchrun starts the processes here"),
+        "ddp": (xla, "torchrun decides on data parallelism here"),
+        "mesh_data": (xla, "torchrun decides on data parallelism here"),
+        "strict_graph": (xla or config.train.compile, "nothing is compiled without --compile"),
+        "use_syncfree_optim": (False, "the optimizer never synchronises with the host"),
+        "cooldown_steps": (config.optim.decay_method == "wsd", "only --decay-method wsd cools down"),
+        "min_lr": (config.optim.decay_method not in ("noam", "constant"), "this --decay-method has no floor"),
+        "decay_steps": (config.optim.decay_method not in ("noam", "constant"), "this --decay-method has no end"),
+        "rope_theta": (config.model.positions == "rotary", "only --positions rotary turns"),
+    }
+    lines = [
+        f"--{leaf.replace('_', '-')} has no effect: {why}"
+        for leaf, (works, why) in rules.items()
+        if leaf in given and not works
+    ]
+    if not config.logging.wandb_logging:
+        unused = sorted(leaf for leaf in given if leaf.startswith("wandb_") and leaf != "wandb_logging")
+        if unused:
+            names = ", ".join(f"--{leaf.replace('_', '-')}" for leaf in unused)
+            lines.append(f"{names} has no effect: --wandb-logging is not given")
+    return lines

@@ -1,0 +1,162 @@
+"""The config tree as flat command-line flags.
+
+tyro builds the flags from plain dataclasses that mirror the tree, with the YAML file's values as their defaults; what comes
+back is validated once, by `config.build_config`. So an impossible combination is reported once, after flags and file have met,
+and in one line.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
+
+import tyro
+from pydantic import BaseModel
+
+from pretrain_xla.config import LEAVES, RunConfig, build_config, load_yaml
+from pretrain_xla.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Parsed:
+    """What a command line asks for. given: leaves that were named as flags; print_config: only show the resolved YAML."""
+
+    config: RunConfig
+    given: frozenset[str]
+    print_config: bool
+
+
+def parse_flags(
+    arguments: Sequence[str],
+    *,
+    program: str,
+    description: str,
+    fixed: dict[str, Any] | None = None,
+) -> Parsed:
+    """Default < YAML (`--config`) < flag < `fixed` (leaf name → value that the door itself stands for, unless flagged).
+
+    Raises:
+        UserError: unknown flag, unreadable file, unknown key, bad value or impossible combination.
+        SystemExit: `--help` (0), or a value that is not of its flag's type (2, printed by tyro).
+    """
+    file = _value_of("--config", arguments)
+    tree = load_yaml(file) if file is not None else {}
+    where = f"--config {file}" if file is not None else "command line"
+    given = frozenset(leaf for leaf in LEAVES if _is_named(leaf, arguments))
+    for leaf, value in (fixed or {}).items():
+        if leaf not in given:
+            tree.setdefault(LEAVES[leaf], {})[leaf] = value
+    _check_leaves(tree, where)
+    mirror = _mirror(tree)
+    parsed, unknown = tyro.cli(
+        mirror,
+        prog=program,
+        description=description,
+        args=list(arguments),
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.HelptextFromCommentsOff),
+        return_unknown_args=True,
+    )
+    if unknown:
+        raise UserError(_unknown_flag(unknown[0]))
+    sections = {
+        name: {f.name: getattr(getattr(parsed, name), f.name) for f in dataclasses.fields(getattr(parsed, name))}
+        for name in RunConfig.model_fields
+    }
+    return Parsed(build_config(sections, where), given, parsed.print_config)
+
+
+def _flags(leaf: str) -> tuple[str, ...]:
+    dashed = leaf.replace("_", "-")
+    return (f"--{dashed}", f"--no-{dashed}", f"--{leaf}", f"--no-{leaf}")
+
+
+def _is_named(leaf: str, arguments: Sequence[str]) -> bool:
+    return any(argument.split("=", 1)[0] in _flags(leaf) for argument in arguments)
+
+
+def _value_of(flag: str, arguments: Sequence[str]) -> str | None:
+    for index, argument in enumerate(arguments):
+        if argument.startswith(flag + "="):
+            return argument.split("=", 1)[1]
+        if argument == flag:
+            if index + 1 == len(arguments):
+                raise UserError(f"{flag} needs the name of a file")
+            return arguments[index + 1]
+    return None
+
+
+def _unknown_flag(flag: str) -> str:
+    known = [_flags(leaf)[0] for leaf in LEAVES] + ["--config", "--print-config", "--help"]
+    near = difflib.get_close_matches(flag.split("=")[0], known, n=1)
+    return f"unknown argument {flag!r}" + (f"; did you mean {near[0]}?" if near else "; --help lists all of them")
+
+
+def _check_leaves(tree: dict[str, Any], where: str) -> None:
+    """Refuse unknown keys and values of a wrong type in a file, but not yet combinations that flags may mend."""
+    for section, values in tree.items():
+        for key, value in values.items():
+            try:
+                build_config({section: {key: value}}, where)
+            except UserError as error:
+                cause = str(error)
+                if section not in RunConfig.model_fields or key not in _fields(section) or f"{section}.{key}" in cause:
+                    raise
+    if unknown := [section for section in tree if section not in RunConfig.model_fields]:
+        build_config({unknown[0]: {}}, where)
+
+
+def _fields(section: str) -> dict[str, Any]:
+    model = RunConfig.model_fields[section].annotation
+    assert isinstance(model, type)
+    assert issubclass(model, BaseModel)
+    return model.model_fields
+
+
+def _plain(annotation: Any) -> Any:
+    """A type without pydantic's bounds: tyro shows `INT`, and `build_config` checks the bound."""
+    origin = typing.get_origin(annotation)
+    if origin is Annotated:
+        return _plain(typing.get_args(annotation)[0])
+    if origin is tuple:
+        plain = tuple(a if a is Ellipsis else _plain(a) for a in typing.get_args(annotation))
+        return types.GenericAlias(tuple, plain)
+    if origin is not None and origin is not typing.Literal:
+        result: Any = None
+        for argument in typing.get_args(annotation):
+            result = _plain(argument) if result is None else result | _plain(argument)
+        return result
+    return annotation
+
+
+def _mirror(tree: dict[str, Any]) -> type[Any]:
+    """A dataclass of dataclasses with the tree's leaves, its help texts, and the file's values as defaults."""
+    sections: list[Any] = []
+    for name, field in RunConfig.model_fields.items():
+        leaves: list[Any] = []
+        for leaf, info in _fields(name).items():
+            default = tree.get(name, {}).get(leaf, info.default)
+            if isinstance(default, list):
+                default = tuple(default)
+            annotated = Annotated[_bare(info), tyro.conf.arg(help=info.description or "")]
+            leaves.append((leaf, annotated, dataclasses.field(default=default)))
+        section = dataclasses.make_dataclass(name.capitalize(), leaves, frozen=True)
+        section.__doc__ = (field.annotation.__doc__ or "").splitlines()[0] if field.annotation else ""
+        sections.append((name, section, dataclasses.field(default_factory=_calls(section))))
+    own = [
+        ("config", Annotated[str | None, tyro.conf.arg(help="YAML file; flags go before its values.")], None),
+        ("print_config", Annotated[bool, tyro.conf.arg(help="Print the resolved YAML and end.")], False),
+    ]
+    return dataclasses.make_dataclass("Run", [*own, *sections], frozen=True)
+
+
+def _calls(section: type[Any]) -> Callable[[], Any]:
+    return lambda: section()
+
+
+def _bare(info: Any) -> Any:
+    """A pydantic field's type; the bounds of a bare `Annotated` leaf stand in its metadata and fall away here."""
+    return _plain(info.annotation)

@@ -1,0 +1,106 @@
+"""`make train`: everything once, on this machine, through the real XLA compiler, in a few minutes.
+
+Prepares text (by default the documentation that ships inside Python, so that nothing is downloaded), trains
+`configs/quickstart.yaml`, validates, saves, and writes a sample.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from rich.console import Console
+
+from pretrain_xla.cli import start_run
+from pretrain_xla.config import RunConfig, build_config, load_yaml
+from pretrain_xla.data.command import show_dataset
+from pretrain_xla.data.prepare import prepare
+from pretrain_xla.errors import UserError
+
+CONFIG = Path(__file__).resolve().parents[1] / "configs" / "quickstart.yaml"
+PROMPT = "The with statement"
+
+
+@dataclass(frozen=True)
+class QuickstartFlags:
+    """Prepare text, train a small model through XLA, validate it and let it write."""
+
+    corpus: str | None = None
+    """Your own text: a file, .jsonl or folder; none: the documentation inside Python."""
+    prompt: str = PROMPT
+    """What the sample continues."""
+    train_steps: int | None = None
+    """Fewer (or more) steps than the config's."""
+
+
+def quickstart_command(arguments: Sequence[str]) -> None:
+    """Do all of it, and end with what to do next.
+
+    Raises:
+        UserError: the corpus cannot be read or is too small, or a folder cannot be written.
+    """
+    flags = tyro.cli(QuickstartFlags, prog="python -m pretrain_xla quickstart", args=list(arguments))
+    os.environ.setdefault("PJRT_DEVICE", "CPU")
+    name = "quickstart" if flags.corpus is None else _name_of(flags.corpus)
+    config = _config(name, flags.train_steps)
+    console = Console(highlight=False)
+    console.rule("1. text to tokens")
+    info = prepare(
+        flags.corpus or "quickstart",
+        f"data/{name}",
+        train_vocab_size=config.model.vocab_size,
+        valid_fraction=0.05,
+        overwrite=flags.corpus is not None,
+    )
+    show_dataset(info)
+    console.rule("2. training, through the XLA compiler")
+    start_run(config)
+    console.rule("3. a sample")
+    sample = _write_sample(config, flags.prompt)
+    console.print(sample, markup=False, soft_wrap=True)
+    console.rule("what next")
+    for line in (
+        f"look      {config.run_dir}/loss.png, {config.run_dir}/summary.json; tensorboard --logdir {config.run_dir}",
+        f"write     python generate.py --model {config.run_dir}",
+        "own text  make train CORPUS=path/to/text",
+        "for real  python -m pretrain_xla prepare TEXT data/fineweb_edu",
+        "          PJRT_DEVICE=TPU python run_pretrain_xla.py --config configs/modern_124m.yaml    (on a TPU VM)",
+    ):
+        console.print(line, markup=False, soft_wrap=True)
+
+
+def _name_of(corpus: str) -> str:
+    """Folder name of a corpus of one's own."""
+    stem = re.sub(r"[^A-Za-z0-9_-]+", "-", os.path.basename(corpus.rstrip("/")).split(".")[0]).strip("-")
+    return f"own-{stem or 'corpus'}"
+
+
+def _config(name: str, train_steps: int | None) -> RunConfig:
+    if not CONFIG.exists():
+        raise UserError(f"{CONFIG.name} is not there: run from a checkout of the repository")
+    tree = load_yaml(str(CONFIG))
+    tree["data"] |= {"train_dir": f"data/{name}/train", "valid_dir": f"data/{name}/valid"}
+    tree["logging"] |= {"run_dir": f"runs/{name}"}
+    if train_steps is not None:
+        tree["train"] |= {"train_steps": train_steps}
+        tree["optim"] |= {"decay_steps": train_steps, "warmup_steps": min(tree["optim"]["warmup_steps"], train_steps)}
+    return build_config(tree, str(CONFIG))
+
+
+def _write_sample(config: RunConfig, prompt: str) -> str:
+    # Imported late: it brings the devices with it.
+    from pretrain_xla.generate import Generator, Sampling
+
+    generator = Generator.load(config.run_dir, tokenizer=None, runtime="xla", device="auto")
+    try:
+        sampling = Sampling(temperature=0.8, top_k=50)
+        text = generator.generate(prompt, max_new_tokens=120, sampling=sampling, seed=config.train.seed)
+    finally:
+        generator.runtime.close()
+    with open(os.path.join(config.run_dir, "sample.txt"), "w", encoding="utf-8") as file:
+        file.write(text + "\n")
+    return text

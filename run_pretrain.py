@@ -1,0 +1,6 @@
+"""Train with plain PyTorch on a GPU or CPU: `python run_pretrain.py --config configs/modern_124m.yaml --compile`."""
+
+from pretrain_xla.cli import run_pretrain
+
+if __name__ == "__main__":
+    run_pretrain("torch")
