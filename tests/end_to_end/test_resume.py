@@ -1,0 +1,104 @@
+"""Killed at any step and started again with the same command, a run's numbers are bit for bit those of one never killed."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .conftest import ROOT, environment, metrics, run
+
+DOORS = {"torch": ("run_pretrain.py", {}), "xla": ("run_pretrain_xla.py", {"PJRT_DEVICE": "CPU"})}
+# Dropout, accumulation and several epochs: everything that the next step depends on.
+CHANGES: dict[str, Any] = {"dropout": 0.1, "train_batch_size": 4, "gradient_accum_step": 2, "log_interval": 1}
+
+
+def numbers(run_dir: Path) -> list[tuple[Any, ...]]:
+    keys = ("step", "loss", "grad_norm", "learning_rate", "valid_loss")
+    return [tuple(row.get(key) for key in keys) for row in metrics(run_dir)]
+
+
+def start_and_signal(command: list[str], run_dir: Path, step: int, number: int, extra: dict[str, str]) -> int:
+    """Start a run, send it a signal once the metrics of `step` are on disk; returns its exit status."""
+    process = subprocess.Popen(
+        [sys.executable, *command], cwd=ROOT, env=environment(**extra), stdout=subprocess.DEVNULL
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < deadline:
+            if (run_dir / "metrics.jsonl").exists() and any(row["step"] >= step for row in safe_metrics(run_dir)):
+                os.kill(process.pid, number)
+                break
+            time.sleep(0.002)
+        return process.wait(timeout=120)
+    finally:
+        process.kill()
+
+
+def safe_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    try:
+        return metrics(run_dir)
+    except ValueError:
+        return []  # a line is being written
+
+
+@pytest.mark.parametrize("kind", DOORS)
+def test_killed_and_resumed_is_bit_exact(kind: str, tmp_path: Path, flags: Callable[..., list[str]]) -> None:
+    door, extra = DOORS[kind]
+    # Long enough that a kill lands inside the run, whatever the machine is doing.
+    changes = CHANGES | {"train_steps": 120, "decay_steps": 120, "save_interval": 7, "valid_interval": 40}
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert run(door, *flags(whole, **changes), **extra).status == 0
+    command = [door, *flags(killed, **changes)]
+    statuses = [start_and_signal(command, killed, step, signal.SIGKILL, extra) for step in (3, 60)]
+    assert -signal.SIGKILL in statuses
+    done = run(*command, **extra)
+    assert done.status == 0, done.errors
+    assert "continuing from" in done.output
+    assert numbers(killed) == numbers(whole)
+
+
+@pytest.mark.parametrize("kind", DOORS)
+def test_sigterm_saves_and_says_how_to_go_on(kind: str, tmp_path: Path, flags: Callable[..., list[str]]) -> None:
+    door, extra = DOORS[kind]
+    changes = CHANGES | {"train_steps": 1000, "decay_steps": 1000, "save_interval": 1000, "valid_interval": 1000}
+    command = [door, *flags(tmp_path, **changes)]
+    assert start_and_signal(command, tmp_path, 3, signal.SIGTERM, extra) == 128 + signal.SIGTERM
+    saved = list((tmp_path / "checkpoints").glob("step_*/checkpoint.json"))
+    assert len(saved) == 1
+    step = int(saved[0].parent.name.removeprefix("step_"))
+    assert max(row["step"] for row in metrics(tmp_path)) == step
+
+
+def test_checkpoints_move_between_runtimes(tmp_path: Path, flags: Callable[..., list[str]]) -> None:
+    """A run begun by torch goes on through XLA, on four devices, with the loss curve of one that never moved."""
+    stayed, moved = tmp_path / "stayed", tmp_path / "moved"
+    short = {"train_steps": 10, "decay_steps": 20}
+    assert run("run_pretrain.py", *flags(stayed)).status == 0
+    assert run("run_pretrain.py", *flags(moved, **short)).status == 0
+    done = run(
+        "run_pretrain_xla.py",
+        *flags(moved, mesh_fsdp=2, mesh_tensor=2),
+        "--strict-graph",
+        PJRT_DEVICE="CPU",
+        CPU_NUM_DEVICES="4",
+    )
+    assert done.status == 0, done.errors
+    after = [[row["loss"] for row in metrics(d) if "loss" in row and row["step"] > 10] for d in (stayed, moved)]
+    assert len(after[0]) == 10
+    assert after[1] == pytest.approx(after[0], rel=1e-4)
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path: Path, flags: Callable[..., list[str]]) -> None:
+    done = run("run_pretrain.py", *flags(tmp_path, save_interval=2, saved_checkpoint_limit=2))
+    assert done.status == 0, done.errors
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step_00000018", "step_00000020"]
+    again = run("run_pretrain.py", *flags(tmp_path, save_interval=2, saved_checkpoint_limit=2))
+    assert again.status == 0
+    assert "already made its 20 steps" in again.output
+    assert run("run_pretrain.py", *flags(tmp_path), "--no-resume").status == 2

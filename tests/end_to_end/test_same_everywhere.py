@@ -1,0 +1,109 @@
+"""Every path computes the same thing: the same 20 steps (weights, batches, fp32) on each runtime, mesh and accumulation.
+
+The reference is torch, eager, one process. Each other way of running must give its loss curve, step for step, to 1e-4.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .conftest import losses, metrics, run, summary, torchrun
+
+# A modern model: rotary positions, grouped queries, query/key norm, gating, norms before and after, and a padded vocabulary.
+MODERN = {
+    "num_kv_heads": 4,
+    "num_heads": 8,
+    "head_dim": 8,
+    "norm": "rmsnorm",
+    "positions": "rotary",
+    "activation": "silu",
+    "gated": True,
+    "bias": False,
+    "qk_norm": True,
+    "post_norm": True,
+    "tie_weights": True,
+}
+XLA = {"PJRT_DEVICE": "CPU"}
+FOUR = XLA | {"CPU_NUM_DEVICES": "4"}
+XLA_WAYS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
+    "xla one device": ({}, XLA),
+    "xla multiprocess, one replica": ({"mp_start_method": "spawn"}, XLA),
+    "xla accumulation 2": ({"train_batch_size": 4, "gradient_accum_step": 2}, XLA),
+    "spmd data 4": ({"mesh_data": 4}, FOUR),
+    "spmd fsdp 4": ({"mesh_fsdp": 4}, FOUR),
+    "spmd tensor 4": ({"mesh_tensor": 4}, FOUR),
+    "spmd data 2 x fsdp 2": ({"mesh_data": 2, "mesh_fsdp": 2}, FOUR),
+    "spmd data 2 x tensor 2": ({"mesh_data": 2, "mesh_tensor": 2}, FOUR),
+    "spmd fsdp 2 x tensor 2, accumulation 4": (
+        {"mesh_fsdp": 2, "mesh_tensor": 2, "train_batch_size": 2, "gradient_accum_step": 4},
+        FOUR,
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory, flags: Callable[..., list[str]]) -> Path:
+    """Torch, eager, one process."""
+    run_dir = tmp_path_factory.mktemp("eager")
+    done = run("run_pretrain.py", *flags(run_dir, **MODERN))
+    assert done.status == 0, done.errors
+    curve = losses(run_dir)
+    assert len(curve) == 20
+    assert curve[-1] < 0.95 * curve[0]  # it learns, so equal curves mean something
+    return run_dir
+
+
+def assert_same(run_dir: Path, reference: Path) -> None:
+    assert losses(run_dir) == pytest.approx(losses(reference), rel=1e-4)
+    norms = [[row["grad_norm"] for row in metrics(folder) if "grad_norm" in row] for folder in (run_dir, reference)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3)
+    valid = [[row["valid_loss"] for row in metrics(folder) if "valid_loss" in row] for folder in (run_dir, reference)]
+    assert len(valid[0]) == 3
+    assert valid[0] == pytest.approx(valid[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("way", XLA_WAYS)
+def test_xla(way: str, tmp_path: Path, reference: Path, flags: Callable[..., list[str]]) -> None:
+    changes, extra = XLA_WAYS[way]
+    done = run("run_pretrain_xla.py", *flags(tmp_path, **MODERN, **changes), "--strict-graph", **extra)
+    assert done.status == 0, done.errors
+    assert_same(tmp_path, reference)
+    counts = summary(tmp_path)
+    assert counts["graphs"] == {"train": 1, "validation": 1, "other": 0}
+    assert counts["recompilations"] == counts["host_fallbacks"] == counts["unplanned_host_transfers"] == 0
+
+
+@pytest.mark.parametrize("accumulation", [2, 4])
+def test_torch_accumulation(
+    accumulation: int, tmp_path: Path, reference: Path, flags: Callable[..., list[str]]
+) -> None:
+    changes = {"train_batch_size": 8 // accumulation, "gradient_accum_step": accumulation}
+    done = run("run_pretrain.py", *flags(tmp_path, **MODERN, **changes))
+    assert done.status == 0, done.errors
+    assert_same(tmp_path, reference)
+
+
+def test_torch_compile(tmp_path: Path, reference: Path, flags: Callable[..., list[str]]) -> None:
+    done = run("run_pretrain.py", *flags(tmp_path, **MODERN), "--compile", "--strict-graph", timeout=580)
+    assert done.status == 0, done.errors
+    assert_same(tmp_path, reference)
+    assert summary(tmp_path)["recompilations"] == 0
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_torch_ddp(accumulation: int, tmp_path: Path, reference: Path, flags: Callable[..., list[str]]) -> None:
+    changes = {"train_batch_size": 8 // accumulation, "gradient_accum_step": accumulation}
+    done = torchrun(2, "run_pretrain.py", *flags(tmp_path, **MODERN, **changes))
+    assert done.status == 0, done.errors
+    assert_same(tmp_path, reference)
+
+
+def test_bf16_stays_near_fp32(tmp_path: Path, reference: Path, flags: Callable[..., list[str]]) -> None:
+    for door, extra in (("run_pretrain.py", {}), ("run_pretrain_xla.py", XLA)):
+        run_dir = tmp_path / door
+        done = run(door, *flags(run_dir, **MODERN, mixed_precision="bf16"), **extra)
+        assert done.status == 0, done.errors
+        assert losses(run_dir) == pytest.approx(losses(reference), rel=0.05)
+        assert losses(run_dir) != losses(reference)
