@@ -1,4 +1,4 @@
-"""Train a byte-level BPE: `python scripts/train_tokenizer.py --source quickstart --output-dir tokenizers/4k --vocab-size 4096`."""
+"""Train a byte-level BPE: `python scripts/train_tokenizer.py --source quickstart --output-dir tokenizers/4k`."""
 
 import sys
 from pathlib import Path

@@ -1,6 +1,6 @@
 """One table from parameter name to mesh axes.
 
-It drives XLA SPMD here, and whatever else lays tensors over devices later (FSDP on GPUs, preflight). A pattern is matched by
+It drives XLA SPMD here, and whatever else lays tensors over devices later. A pattern is matched by
 `fnmatch` against the parameter's name, the first match wins, and every parameter must match one: a new layer that is
 forgotten here is an error, not a silently replicated tensor.
 

@@ -18,6 +18,7 @@ import fsspec
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from pretrain_xla.errors import UserError
@@ -104,10 +105,9 @@ class CheckpointStore:
                 if isinstance(entry, TensorStorageMetadata)
             }
             dcp.load(tensors, storage_reader=_reader(folder), no_dist=True)
-        except Exception as error:  # DCP wraps whatever went wrong on reading in types of its own
-            reason = str(error).strip().splitlines()[-1][:200] if str(error).strip() else type(error).__name__
+        except (Exception, CheckpointException) as error:
             raise UserError(
-                f"{folder} is damaged ({reason}): remove that folder to continue from an older checkpoint"
+                f"{folder} is damaged ({_reason(error)}): remove that folder to continue from an older checkpoint"
             ) from error
         return tensors
 
@@ -131,10 +131,9 @@ class CheckpointStore:
         pending, self._pending = self._pending, None
         try:
             pending.result()
-        except Exception as error:  # from the writer's thread: OSError, or one of DCP's wrappers around it
-            reason = str(error).strip().splitlines()[-1][:200] if str(error).strip() else type(error).__name__
+        except (Exception, CheckpointException) as error:
             raise UserError(
-                f"{self.root}: a checkpoint could not be written ({reason}); earlier ones are whole: "
+                f"{self.root}: a checkpoint could not be written ({_reason(error)}); earlier ones are whole: "
                 "make room and start again to continue from the newest"
             ) from error
 
@@ -192,6 +191,14 @@ def open_checkpoint(path: str, which: str = "newest") -> tuple[CheckpointStore, 
         if found is not None:
             return store, found
     raise UserError(f"{path}: no complete checkpoint there; name a run folder, its checkpoints folder, or one step_…")
+
+
+def _reason(error: BaseException) -> str:
+    """The cause in a few words: DCP wraps it in a CheckpointException (a BaseException), with traces in its text."""
+    failures = getattr(error, "failures", None)
+    cause = next(iter(failures.values()))[0] if failures else error
+    words = str(cause).strip().splitlines()
+    return words[-1][:200] if words else type(cause).__name__
 
 
 def _writer(folder: str) -> Any:

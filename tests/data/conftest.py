@@ -7,6 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import settings
+
+settings.register_profile("busy_machine", deadline=None)  # a neighbour's load is no fault of the code
+settings.load_profile("busy_machine")
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 

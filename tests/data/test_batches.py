@@ -109,10 +109,11 @@ def test_batch_does_not_depend_on_what_was_asked_before(case):
         np.testing.assert_array_equal(make(**case).rows(step), forward[step])
 
 
-def test_seeds_and_epochs_differ():
-    lengths = [400] * 6
+@pytest.mark.parametrize("shards", [1, 6])
+def test_seeds_and_epochs_differ(shards):
+    lengths = [400] * shards
     orders = {
-        (seed, epoch): tuple(make(lengths, seed=seed, sequences_per_batch=6 * 133).rows(epoch)[:, 0].tolist())
+        (seed, epoch): tuple(make(lengths, seed=seed, sequences_per_batch=shards * 133).rows(epoch)[:, 0].tolist())
         for seed in range(4)
         for epoch in range(4)
     }

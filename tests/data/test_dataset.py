@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from pretrain_xla.data import dataset as dataset_module
 from pretrain_xla.data.dataset import open_dataset, verify_checksums
-from pretrain_xla.data.files import filesystem
+from pretrain_xla.data.files import filesystem, write_atomically
 from pretrain_xla.data.manifest import dataset_info
 from pretrain_xla.data.prepare import prepare
 from pretrain_xla.data.shards import open_shard, write_shard
@@ -18,6 +18,10 @@ from pretrain_xla.data.sources import Source
 from pretrain_xla.errors import UserError
 
 LOCAL = filesystem(".")[0]
+
+
+class Stop(BaseException):
+    """Such as KeyboardInterrupt."""
 
 
 def ids(count, highest=100, dtype=np.uint16):
@@ -42,6 +46,18 @@ def test_shard_is_what_numpy_writes_and_reads(tmp_path, dtype):
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["a.npy"]
 
 
+@pytest.mark.parametrize(("fault", "raised"), [(OSError(28, "No space left on device"), UserError), (Stop(), Stop)])
+def test_file_that_fails_midway_leaves_the_one_before(tmp_path, fault, raised):
+    def parts():
+        yield b"half"
+        raise fault
+
+    (tmp_path / "a").write_text("before")
+    with pytest.raises(raised):
+        write_atomically(LOCAL, f"{tmp_path}/a", parts())
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a", "before")]
+
+
 def test_shards_of_others_need_no_manifest(write_shards):
     first, second = ids(50), ids(70)
     dataset = open_dataset(write_shards(first, second), 16, 100)
@@ -56,9 +72,10 @@ def test_shards_on_another_file_system():
     np.testing.assert_array_equal(dataset.gather(0, np.array([3, 40]), 5), [ids(50)[3:8], ids(50)[40:45]])
 
 
-def test_replaced_shard_is_not_taken_for_the_one_before(write_shards):
+def test_replaced_shard_is_not_taken_for_the_one_before(tmp_path):
+    folder = str(tmp_path)
     for highest in (100, 50):
-        folder = write_shards(ids(50, highest))
+        write_shard(LOCAL, f"{folder}/0.npy", ids(50, highest))
         np.testing.assert_array_equal(open_dataset(folder, 16, 100).gather(0, np.array([0]), 50)[0], ids(50, highest))
 
 

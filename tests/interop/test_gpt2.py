@@ -36,5 +36,5 @@ def test_without_network_and_cache_the_error_says_what_to_do(tmp_path, monkeypat
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(UserError, match="cannot be downloaded .* put it into the Hub's cache"):
+    with pytest.raises(UserError, match=r"cannot be downloaded .* put it into the Hub's cache"):
         load_gpt2("gpt2", ModelConfig(seq_length=1024, tie_weights=True))

@@ -1,0 +1,55 @@
+"""The model through the XLA compiler, in a process of its own: importing torch_xla changes torch for whoever comes after."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = """
+import torch, torch_xla
+import torch_xla.debug.metrics as met
+from pretrain_xla.config import ModelConfig
+from pretrain_xla.model import GPT, initialize
+
+SIZES = dict(vocab_size=61, vocab_multiple=16, seq_length=12, d_model=24, num_layers=1, num_heads=4, d_ff=40)
+GPT2 = {}
+GEMMA = dict(norm="rmsnorm_zero_centered", positions="rotary", gated=True, bias=False, qk_norm=True, num_kv_heads=2,
+             tie_weights=True, post_norm=True, attention="reference", attention_softcap=5.0, logit_softcap=3.0)
+device = torch_xla.device()
+for options in (GPT2, GEMMA):
+    model = GPT(ModelConfig(**SIZES, **options))
+    initialize(model, 0)
+    tokens_BT = torch.randint(0, 61, (2, 12), dtype=torch.int32)
+    results = []
+    for place in ("cpu", device):
+        model.to(place)
+        model.zero_grad()
+        logits_BTV, loss = model(tokens_BT.to(place)), model(tokens_BT.to(place), tokens_BT.roll(-1, 1).to(place))
+        loss.backward()
+        text = torch_xla._XLAC._get_xla_tensors_text([loss]) if place == device else ""
+        assert "f64" not in text, text
+        torch_xla.sync()
+        results.append([logits_BTV.detach().cpu(), loss.detach().cpu(), *(p.grad.cpu() for p in model.parameters())])
+    for on_cpu, on_xla in zip(*results, strict=True):
+        torch.testing.assert_close(on_xla, on_cpu, atol=1e-5, rtol=1e-5)
+    compiled = []
+    for _ in range(3):
+        model.zero_grad()
+        model(tokens_BT.to(device), tokens_BT.roll(-1, 1).to(device)).backward()
+        torch_xla.sync()
+        compiled.append(met.metric_data("CompileTime")[0])
+    assert compiled[1] == compiled[2], compiled
+fallbacks = [name for name in met.counter_names() if name.startswith("aten::")]
+assert not fallbacks, fallbacks
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torch_xla") is None, reason="needs torch_xla")
+def test_same_results_one_graph_and_nothing_on_the_host():
+    root = Path(__file__).parents[2]
+    environment = os.environ | {"PJRT_DEVICE": "CPU", "PYTHONPATH": str(root)}
+    run = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, cwd=root, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]

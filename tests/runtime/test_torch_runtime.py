@@ -1,0 +1,159 @@
+"""The torch runtime on a CPU: what it refuses, and the promises of `base.Runtime` that the trainer leans on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from pretrain_xla.config import build_config
+from pretrain_xla.errors import UserError
+from pretrain_xla.runtime import start
+from pretrain_xla.runtime.torch_runtime import TorchRuntime
+
+Make = Callable[..., TorchRuntime]
+
+
+@pytest.fixture
+def make(monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
+    """Builds a runtime on the CPU, alone; keywords are sections with their changes."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    made: list[TorchRuntime] = []
+
+    def build(**tree: dict[str, Any]) -> TorchRuntime:
+        tree["parallel"] = {"runtime": "torch", "device": "cpu"} | tree.get("parallel", {})
+        made.append(TorchRuntime(build_config(tree, "test")))
+        return made[-1]
+
+    yield build
+    for runtime in made:
+        runtime.close()
+
+
+@pytest.mark.parametrize(
+    ("tree", "expected"),
+    [
+        ({"train": {"mixed_precision": "fp16"}}, "mixed_precision=fp16 needs CUDA"),
+        ({"parallel": {"mesh_fsdp": 2}}, "mesh_fsdp=2 and mesh_tensor=1 need runtime=xla"),
+        ({"parallel": {"mesh_tensor": 2}}, "mesh_fsdp=1 and mesh_tensor=2 need runtime=xla"),
+    ],
+)
+def test_what_a_cpu_cannot_do_is_refused(tree: dict[str, Any], expected: str, make: Make) -> None:
+    with pytest.raises(UserError, match=expected):
+        make(**tree)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_without_cuda(make: Make) -> None:
+    with pytest.raises(UserError, match=r"sees no CUDA device: .*--device cpu"):
+        make(parallel={"device": "cuda"})
+    assert make(parallel={"device": "auto"}).device == torch.device("cpu")
+
+
+def test_nccl_on_a_cpu_is_refused(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(UserError, match="ddp_backend=nccl needs CUDA: use --ddp-backend gloo"):
+        make(parallel={"ddp_backend": "nccl"})
+    assert not dist.is_initialized()
+
+
+def test_who_it_is(make: Make) -> None:
+    runtime = make(train={"mixed_precision": "bf16"})
+    assert (runtime.name, runtime.device_name, runtime.device_count) == ("torch", "CPU", 1)
+    assert (runtime.process_index, runtime.process_count, runtime.is_main) == (0, 1, True)
+    assert runtime.mesh == {"data": 1}
+    assert runtime.compute_dtype == torch.bfloat16
+    assert make().compute_dtype == torch.float32
+    assert runtime.peak_flops is None
+    assert 10_000_000 < runtime.memory_bytes() < 2**40
+    assert runtime.take_events() == []
+    assert isinstance(start(build_config({"parallel": {"runtime": "torch", "device": "cpu"}}, "test")), TorchRuntime)
+
+
+def test_each_process_reads_its_share_of_the_rows(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert make().rows(7) == slice(0, 7)
+    taken = []
+    for rank in range(4):
+        runtime = make()
+        runtime.process_index, runtime.process_count = rank, 4
+        taken += list(range(12))[runtime.rows(12)]
+        with pytest.raises(UserError, match="a batch of 6 sequences does not divide over 4 processes"):
+            runtime.rows(6)
+    assert taken == list(range(12))
+
+
+def test_random_numbers_are_a_function_of_seed_and_process(make: Make) -> None:
+    runtime = make()
+
+    def draw(seed: int, process: int = 0) -> list[float]:
+        runtime.process_index = process
+        runtime.seed(seed)
+        values: list[float] = torch.rand(4).tolist()
+        return values
+
+    assert draw(5) == draw(5)
+    assert draw(5) != draw(6)
+    assert draw(5) != draw(5, process=1)
+    assert draw(2**62 + 1) == draw(2**62 + 1)
+
+
+def test_what_is_handed_over_is_a_copy(make: Make) -> None:
+    runtime = make()
+    tensor = torch.ones(3)
+    later, placed, gathered = runtime.fetch(tensor), runtime.place_like(tensor, None), runtime.gather({"a": tensor})
+    tensor.zero_()
+    for copy in (later.result(), placed, gathered["a"]):
+        assert torch.equal(copy, torch.ones(3))
+    runtime.is_main = False
+    assert runtime.gather({"a": tensor}) == {}
+
+
+def test_a_batch_arrives_as_it_was(make: Make) -> None:
+    tokens = np.arange(24, dtype=np.int32).reshape(4, 2, 3)
+    placed = make().place_batch(tokens)
+    assert placed.dtype == torch.int32
+    assert np.array_equal(placed.numpy(), tokens)
+
+
+def test_alone_there_is_nothing_to_reduce_or_compile(make: Make) -> None:
+    runtime, model = make(), nn.Linear(2, 2)
+    gradients = [torch.ones(2)]
+    assert runtime.forward(model) is model
+    assert runtime.fuse(len) is len
+    assert runtime.compile(abs, "x", tuple) is abs
+    assert runtime.reduce_gradients(gradients) is gradients
+    assert float(runtime.mean(torch.tensor(2.5))) == 2.5
+    assert runtime.graph_counts().graphs == {}
+    with runtime.watch(), runtime.planned(), runtime.reducing(model, last=False):
+        runtime.wait()
+        runtime.barrier()
+
+
+def test_in_a_process_group(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}.items():
+        monkeypatch.setitem(os.environ, name, value)
+    runtime = make()
+    try:
+        assert dist.get_backend() == "gloo"
+        model = nn.Linear(3, 1)
+        wrapped = runtime.forward(model)
+        x = torch.randn(4, 3)
+        with runtime.reducing(wrapped, last=True):
+            wrapped(x).sum().backward()
+        assert model.weight.grad is not None
+        torch.testing.assert_close(model.weight.grad[0], x.sum(0))
+        value = torch.tensor(2.5)
+        assert float(runtime.mean(value)) == 2.5
+        assert float(value) == 2.5
+        runtime.barrier()
+    finally:
+        runtime.close()
+    assert not dist.is_initialized()
+    runtime.distributed = False

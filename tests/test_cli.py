@@ -1,0 +1,149 @@
+"""Words → one call: what is refused ends in one line and status 2, and a flag without effect is said to be one."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pretrain_xla import __version__, cli
+from pretrain_xla.errors import Interrupted, UserError
+from pretrain_xla.flags import parse_flags
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs the package's command line; returns (status, stdout, stderr)."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        status: object = 0
+        try:
+            cli.main(arguments)
+        except SystemExit as end:
+            status = end.code or 0
+        printed = capsys.readouterr()
+        assert isinstance(status, int)
+        return status, printed.out, printed.err
+
+    return run
+
+
+def assert_refused(result: tuple[int, str, str], *expected: str) -> None:
+    status, out, err = result
+    assert status == 2
+    assert len(err.splitlines()) == 1, err
+    assert err.startswith("error: ")
+    for part in expected:
+        assert part in err
+    assert out == ""
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"], ["help"]])
+def test_help_lists_the_commands(arguments: list[str], run: Run) -> None:
+    status, out, err = run(*arguments)
+    assert (status, err) == (0, "")
+    for command in ("train", "prepare", "train-tokenizer", "generate", "quickstart"):
+        assert f"\n  {command} " in out
+
+
+def test_version(run: Run) -> None:
+    assert run("--version") == (0, f"{__version__}\n", "")
+
+
+@pytest.mark.parametrize("command", ["trian", "--train", ""])
+def test_unknown_command(command: str, run: Run) -> None:
+    assert_refused(run(command), f"unknown command {command!r}", "--help")
+
+
+def test_refusals_of_train(run: Run, tmp_path: Path) -> None:
+    assert_refused(run("train", "--d-modle", "64"), "'--d-modle'", "--d-model")
+    assert_refused(run("train", "--num-heads", "7"), "d_model=768", "num_heads=7")
+    assert_refused(run("train", "--config", str(tmp_path / "no.yaml")), "no.yaml", "no such file")
+    (tmp_path / "c.yaml").write_text("model: {d_modle: 64}")
+    assert_refused(run("train", "--config", str(tmp_path / "c.yaml")), "c.yaml", "'model.d_modle'", "'d_model'")
+
+
+@pytest.mark.parametrize("command", ["train", "prepare", "train-tokenizer", "generate", "quickstart"])
+def test_every_command_has_help(command: str, run: Run) -> None:
+    status, out, _ = run(command, "--help")
+    assert status == 0
+    assert "usage" in out.lower()
+
+
+def test_a_run_without_data_is_refused(run: Run, tmp_path: Path) -> None:
+    flags = ["--runtime", "torch", "--device", "cpu", "--run-dir", str(tmp_path / "run"), "--train-dir"]
+    assert_refused(run("train", *flags, str(tmp_path / "none"), "--valid-dir", str(tmp_path / "none")), "no such folder")
+
+
+def test_guarded_lets_our_own_defects_keep_their_trace(capsys: pytest.CaptureFixture[str]) -> None:
+    @cli.guarded
+    def fails(error: Exception) -> None:
+        raise error
+
+    with pytest.raises(ZeroDivisionError):
+        fails(ZeroDivisionError("ours"))
+    with pytest.raises(SystemExit) as refused:
+        fails(UserError("theirs"))
+    assert refused.value.code == 2
+    assert capsys.readouterr().err == "error: theirs\n"
+    with pytest.raises(SystemExit) as stopped:
+        fails(Interrupted("stopped at step 3", signal.SIGTERM))
+    assert stopped.value.code == 143
+    assert capsys.readouterr().err == "stopped at step 3\n"
+
+
+@pytest.mark.parametrize("runtime", ["torch", "xla"])
+def test_each_door_stands_for_its_runtime(
+    runtime: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["door.py", "--print-config"])
+    cli.run_pretrain(runtime)
+    assert f"\n  runtime: {runtime}\n" in capsys.readouterr().out
+
+
+def notes(*arguments: str) -> list[str]:
+    parsed = parse_flags(arguments, program="door.py", description="A door.")
+    return cli.effectless(parsed.config, parsed.given)
+
+
+# (flags without effect, the flag and the reason in its line, flags with which it has one)
+EFFECTLESS: list[tuple[str, str, str, str]] = [
+    ("--compile", "--compile", "xla runtime always compiles", "--compile --runtime torch"),
+    ("--device cpu", "--device", "PJRT_DEVICE", "--device cpu --runtime torch"),
+    ("--ddp-backend gloo", "--ddp-backend", "torch runtime", "--ddp-backend gloo --runtime torch"),
+    ("--mp-start-method spawn --runtime torch", "--mp-start-method", "torchrun", "--mp-start-method spawn"),
+    ("--ddp --runtime torch", "--ddp", "torchrun", "--ddp"),
+    ("--mesh-data 2 --runtime torch", "--mesh-data", "torchrun", "--mesh-data 2"),
+    ("--strict-graph --runtime torch", "--strict-graph", "--compile", "--strict-graph"),
+    ("--strict-graph --runtime torch", "--strict-graph", "--compile", "--strict-graph --runtime torch --compile"),
+    ("--use-syncfree-optim", "--use-syncfree-optim", "never synchronises", "--seed 1"),
+    ("--cooldown-steps 5", "--cooldown-steps", "wsd", "--cooldown-steps 5 --decay-method wsd"),
+    ("--min-lr 0 --decay-method noam", "--min-lr", "floor", "--min-lr 0"),
+    ("--min-lr 0 --decay-method constant", "--min-lr", "floor", "--min-lr 0 --decay-method linear"),
+    ("--decay-steps 9 --decay-method noam", "--decay-steps", "end", "--decay-steps 9000"),
+    ("--decay-steps 9 --decay-method constant", "--decay-steps", "end", "--decay-steps 9000 --decay-method wsd"),
+    ("--rope-theta 1e6", "--rope-theta", "--positions rotary", "--rope-theta 1e6 --positions rotary"),
+    ("--wandb-name x", "--wandb-name", "--wandb-logging is not given", "--wandb-name x --wandb-logging"),
+]
+
+
+@pytest.mark.parametrize(("useless", "flag", "reason", "useful"), EFFECTLESS)
+def test_a_flag_without_effect_is_said_to_be_one(useless: str, flag: str, reason: str, useful: str) -> None:
+    lines = notes(*useless.split())
+    assert len(lines) == 1
+    assert lines[0].startswith(f"{flag} has no effect: ")
+    assert reason in lines[0]
+    assert notes(*useful.split()) == []
+
+
+def test_only_what_was_given_is_spoken_of() -> None:
+    assert notes() == []
+    assert notes("--runtime", "torch") == []
+    lines = notes(*"--wandb-name x --wandb-project y --compile --seed 3".split())
+    assert len(lines) == 2
+    assert "--wandb-name, --wandb-project" in lines[1]

@@ -1,0 +1,282 @@
+"""Checkpoints: bit-exact, complete or absent, pruned with care, and clear about what is damaged."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from pretrain_xla.errors import UserError
+from pretrain_xla.train.checkpoint import MARKER, CheckpointInfo, CheckpointStore, open_checkpoint
+
+CONFIG = {"model": {"d_model": 8}}
+
+
+def state(seed: int = 0) -> dict[str, Tensor]:
+    """Tensors of every kind that a run saves, and some more."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "model.embedding.weight": torch.randn(7, 5, generator=generator),
+        "model.bf16": torch.randn(9, generator=generator).bfloat16(),
+        "optimizer.step": torch.tensor(seed + 3, dtype=torch.int32),
+        "optimizer.first_moment.odd": torch.tensor([float("inf"), -0.0, 1e-45, torch.finfo(torch.float32).max]),
+        "big": torch.tensor([2**62 + 1, -1]),
+        "mask": torch.tensor([True, False]),
+        "empty": torch.zeros(0, 3),
+        "transposed": torch.randn(4, 6, generator=generator).T,
+    }
+
+
+def info(step: int, loss: float | None = None) -> CheckpointInfo:
+    return CheckpointInfo(step=step, valid_loss=loss, data="fingerprint", config=CONFIG)
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(
+        a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b) for a, b in ((one[k], other[k]) for k in one)
+    )
+
+
+@pytest.fixture(params=["disk", "url"])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """A folder that is not there yet, on the disk and at a URL."""
+    if request.param == "disk":
+        yield str(tmp_path / "run" / "checkpoints")
+        return
+    url = f"memory://{uuid.uuid4().hex}"
+    yield f"{url}/run/checkpoints"
+    files, path = fsspec.core.url_to_fs(url)
+    if files.exists(path):
+        files.rm(path, recursive=True)
+
+
+@pytest.fixture
+def store(root: str) -> Iterator[CheckpointStore]:
+    """An empty store there that keeps two."""
+    store = CheckpointStore(root, limit=2)
+    yield store
+    store.close()
+
+
+def save(store: CheckpointStore, *losses: float | None, first: int = 1) -> None:
+    for step, loss in enumerate(losses, start=first):
+        store.save(state(step), info(step, loss))
+    store.wait()
+
+
+def test_what_is_loaded_is_what_was_saved_bit_for_bit(store: CheckpointStore) -> None:
+    saved = state()
+    store.save(saved, info(12, 3.25))
+    store.wait()
+    assert same(store.load(12), saved)
+    assert store.info(12) == info(12, 3.25)
+    assert store.folder(12) == f"{store.root}/step_00000012"
+
+
+def test_a_new_store_is_empty(store: CheckpointStore) -> None:
+    assert store.steps() == []
+    assert store.newest() is None
+    assert store.best() is None
+    store.wait()
+
+
+def test_another_process_finds_them_in_order(store: CheckpointStore, root: str) -> None:
+    save(store, 3.0, 2.0)
+    other = CheckpointStore(f"{root}/", limit=9)
+    assert other.steps() == [1, 2]
+    assert (other.newest(), other.best()) == (2, 2)
+    assert same(other.load(1), state(1))
+
+
+def test_a_folder_without_its_marker_is_no_checkpoint(store: CheckpointStore, root: str) -> None:
+    save(store, 3.0, 2.0)
+    files, path = fsspec.core.url_to_fs(root)
+    files.rm(f"{path}/step_00000002/{MARKER}")
+    for name in ("step_00000009", "step_x", "notes"):
+        files.makedirs(f"{path}/{name}", exist_ok=True)
+        files.touch(f"{path}/{name}/left_behind")
+    assert (store.steps(), store.newest(), store.best()) == ([1], 1, 1)
+    assert open_checkpoint(root)[1] == 1
+    with pytest.raises(UserError, match="no complete checkpoint"):
+        open_checkpoint(f"{root}/step_00000002")
+    save(store, 1.0, first=2)  # over what the interrupted write left behind
+    assert store.newest() == 2
+    assert same(store.load(2), state(2))
+
+
+def test_the_newest_and_the_best_are_kept(store: CheckpointStore, root: str) -> None:
+    save(store, 3.0, 1.0, 2.0, None, 2.5)
+    assert store.steps() == [2, 4, 5]
+    assert (store.newest(), store.best()) == (5, 2)
+    files, path = fsspec.core.url_to_fs(root)
+    names = sorted(entry.rstrip("/").rsplit("/", 1)[-1] for entry in files.ls(path, detail=False))
+    assert names == ["step_00000002", "step_00000004", "step_00000005"], "nothing of the others is left"
+    save(store, 0.5, 0.5, first=6)
+    assert store.steps() == [6, 7]
+    assert store.best() == 7, "of equals the newest"
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(losses=st.lists(st.none() | st.sampled_from([1.0, 2.0, 3.0]), min_size=1, max_size=6), limit=st.integers(1, 3))
+def test_pruning_keeps_the_newest_and_the_best_of_all(
+    losses: list[float | None], limit: int, tmp_path: Path
+) -> None:
+    store = CheckpointStore(str(tmp_path / uuid.uuid4().hex), limit)
+    for step, loss in enumerate(losses, start=1):
+        store.save({"x": torch.tensor(step)}, info(step, loss))
+    store.close()
+    measured = [(loss, -step) for step, loss in enumerate(losses, start=1) if loss is not None]
+    best = {-min(measured)[1]} if measured else set()
+    assert set(store.steps()) == set(range(1, len(losses) + 1)[-limit:]) | best
+
+
+def test_a_loss_that_is_no_number_is_never_the_best(store: CheckpointStore) -> None:
+    save(store, 3.0, 2.0, float("nan"))
+    assert store.best() == 2
+
+
+def test_every_way_to_name_a_checkpoint(store: CheckpointStore, root: str) -> None:
+    save(store, 1.0, 2.0)
+    run = root.removesuffix("/checkpoints")
+    for path in (run, f"{run}/", root, f"{root}/"):
+        for which, step in (("newest", 2), ("best", 1)):
+            opened, found = open_checkpoint(path, which)
+            assert found == step
+            assert same(opened.load(found), state(step))
+    for path in (f"{root}/step_00000001", f"{root}/step_00000001/"):
+        for which in ("newest", "best"):
+            assert open_checkpoint(path, which)[1] == 1
+
+
+def test_without_a_measured_loss_the_best_is_the_newest(store: CheckpointStore, root: str) -> None:
+    save(store, None, None)
+    assert open_checkpoint(root, "best")[1] == 2
+
+
+def test_a_step_folder_by_its_bare_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(CheckpointStore(str(tmp_path), limit=2), 1.0)
+    monkeypatch.chdir(tmp_path)
+    opened, step = open_checkpoint("step_00000001")
+    assert same(opened.load(step), state(1))
+
+
+def test_where_there_is_none(tmp_path: Path, root: str) -> None:
+    (tmp_path / "file").write_text("x")
+    for path in (root, f"{root}/step_00000001", str(tmp_path), str(tmp_path / "file")):
+        with pytest.raises(UserError) as caught:
+            open_checkpoint(path)
+        assert str(caught.value).startswith(f"{path}: no complete checkpoint there")
+
+
+def test_a_url_of_no_known_kind() -> None:
+    with pytest.raises(UserError, match="checkpoints_dir=qq://bucket/c: Protocol not known: qq"):
+        CheckpointStore("qq://bucket/c", limit=1)
+
+
+def truncate(path: Path, to: int) -> None:
+    os.truncate(path, to)
+
+
+def data_file(folder: Path) -> Path:
+    return next(folder.glob("*.distcp"))
+
+
+DAMAGE: dict[str, Callable[[Path], Any]] = {
+    "cut data": lambda folder: truncate(data_file(folder), 200),
+    "empty data": lambda folder: truncate(data_file(folder), 0),
+    "no data": lambda folder: data_file(folder).unlink(),
+    "overwritten data": lambda folder: data_file(folder).write_bytes(b"\0" * data_file(folder).stat().st_size),
+    "cut metadata": lambda folder: truncate(folder / ".metadata", 60),
+    "no metadata": lambda folder: (folder / ".metadata").unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage_is_one_line_that_names_the_folder_and_the_way_out(damage: str, tmp_path: Path) -> None:
+    store = CheckpointStore(str(tmp_path), limit=2)
+    save(store, 2.0, 1.0)
+    DAMAGE[damage](tmp_path / "step_00000002")
+    with pytest.raises(UserError) as caught:
+        store.load(2)
+    line = str(caught.value)
+    assert line.startswith(f"{tmp_path}/step_00000002 is damaged")
+    assert "remove that folder" in line
+    assert "\n" not in line
+    assert same(store.load(1), state(1)), "the older one is whole"
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b'{"step": 2}', b'{"step": 2, "surprise": 1}'])
+def test_a_damaged_marker(content: bytes, tmp_path: Path) -> None:
+    store = CheckpointStore(str(tmp_path), limit=2)
+    save(store, 2.0)
+    (tmp_path / "step_00000001" / MARKER).write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        store.info(1)
+    assert str(caught.value).startswith(f"{tmp_path}/step_00000001/{MARKER} cannot be read")
+    assert "\n" not in str(caught.value)
+
+
+def assert_write_failed(error: UserError, root: Path) -> None:
+    assert str(error).startswith(f"{root}: a checkpoint could not be written")
+    assert "earlier ones are whole" in str(error)
+    assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize("asked", ["wait", "save", "close"])
+def test_a_write_that_fails_is_heard_of_at_the_next_call(asked: str, tmp_path: Path) -> None:
+    root = tmp_path / "checkpoints"
+    store = CheckpointStore(str(root), limit=5)
+    save(store, 2.0)
+    moved = root.rename(tmp_path / "moved")
+    root.write_text("in the way")  # tests may run as root, whom no permission stops
+    store.save(state(2), info(2))
+    calls: dict[str, Callable[[], None]] = {
+        "wait": store.wait,
+        "save": lambda: store.save(state(3), info(3)),
+        "close": store.close,
+    }
+    with pytest.raises(UserError) as caught:
+        calls[asked]()
+    assert_write_failed(caught.value, root)
+    root.unlink()
+    moved.rename(root)
+    assert store.steps() == [1]
+    assert same(store.load(1), state(1))
+    if asked != "close":
+        save(store, 1.0, first=2)  # said once; with the cause gone it goes on
+        assert store.steps() == [1, 2]
+
+
+def test_a_full_disk_costs_no_earlier_checkpoint(tmp_path: Path) -> None:
+    store = CheckpointStore(str(tmp_path), limit=1)
+    save(store, 2.0)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # a longer file fails as on a full disk
+    try:
+        store.save({"model.wide": torch.zeros(100_000)}, info(2, 1.0))
+        with pytest.raises(UserError) as caught:
+            store.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert_write_failed(caught.value, tmp_path)
+    assert store.steps() == [1]
+    assert same(store.load(1), state(1))
+    save(store, 1.0, first=2)
+    assert store.steps() == [2]
+
+
+def test_the_marker_says_what_the_checkpoint_is(tmp_path: Path) -> None:
+    save(CheckpointStore(str(tmp_path), limit=1), 2.5)
+    marker = json.loads((tmp_path / "step_00000001" / MARKER).read_text())
+    assert marker == {"step": 1, "valid_loss": 2.5, "data": "fingerprint", "config": CONFIG, "version": 1}

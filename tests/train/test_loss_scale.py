@@ -1,0 +1,78 @@
+"""Dynamic loss scaling: an overflow halves and zeroes, patience doubles, and the host is never asked."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pretrain_xla.train import loss_scale as module
+from pretrain_xla.train.loss_scale import GROWTH_INTERVAL, INITIAL_SCALE, LossScale
+
+CPU = torch.device("cpu")
+YES, NO = torch.tensor(True), torch.tensor(False)
+
+
+def test_gradients_come_back_divided() -> None:
+    scale = LossScale(CPU)
+    given = [torch.full((3,), INITIAL_SCALE), torch.tensor([[-2.0 * INITIAL_SCALE]])]
+    clean, overflow = scale.unscale(given)
+    assert not overflow
+    assert torch.equal(clean[0], torch.ones(3))
+    assert torch.equal(clean[1], torch.tensor([[-2.0]]))
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
+def test_one_overflow_anywhere_zeroes_every_gradient(bad: float) -> None:
+    clean, overflow = LossScale(CPU).unscale([torch.ones(3), torch.tensor([1.0, bad])])
+    assert overflow.dtype == torch.bool
+    assert overflow.shape == ()
+    assert bool(overflow)
+    assert all(torch.equal(gradient, torch.zeros_like(gradient)) for gradient in clean)
+
+
+def test_an_overflow_halves() -> None:
+    scale = LossScale(CPU)
+    scale.adjust(NO)
+    scale.adjust(YES)
+    assert float(scale.scale) == INITIAL_SCALE / 2
+    assert int(scale.good_steps) == 0
+    scale.adjust(YES)
+    assert float(scale.scale) == INITIAL_SCALE / 4
+
+
+def test_it_grows_after_an_interval_without_overflow_and_not_before() -> None:
+    scale = LossScale(CPU)
+    for _ in range(GROWTH_INTERVAL - 1):
+        scale.adjust(NO)
+    assert float(scale.scale) == INITIAL_SCALE
+    assert int(scale.good_steps) == GROWTH_INTERVAL - 1
+    scale.adjust(NO)
+    assert float(scale.scale) == 2 * INITIAL_SCALE
+    assert int(scale.good_steps) == 0
+
+
+def test_an_overflow_begins_the_interval_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "GROWTH_INTERVAL", 3)
+    scale = LossScale(CPU)
+    found = []
+    for overflow in (NO, NO, YES, NO, NO, NO, NO):
+        scale.adjust(overflow)
+        found.append(float(scale.scale) / INITIAL_SCALE)
+    assert found == [1, 1, 0.5, 0.5, 0.5, 1, 1]
+
+
+def test_state_is_live() -> None:
+    scale = LossScale(CPU)
+    state = scale.state
+    scale.adjust(YES)
+    assert float(state["scale"]) == INITIAL_SCALE / 2
+    state["scale"].fill_(8.0)
+    assert float(scale.unscale([torch.tensor([16.0])])[0][0]) == 2.0
+
+
+def test_nothing_reads_a_value() -> None:
+    scale = LossScale(torch.device("meta"))  # a tensor there has no value to read
+    clean, overflow = scale.unscale([torch.empty(3, device="meta")])
+    scale.adjust(overflow)
+    assert clean[0].is_meta
+    assert overflow.is_meta
