@@ -1,14 +1,14 @@
 """What the trainer costs beside the device: `python benchmarks/host_overhead.py`, about five minutes on two cores.
 
-For each runtime on the CPU, three loops around the same model and batches take turns in one process, so that drift of the
+For each runtime on the CPU, two loops around the same model and batches take turns in one process, so that drift of the
 machine hits all alike:
 
 * textbook: what a tutorial writes. torch.optim.AdamW with its scheduler, `loss.item()` and a print each step, the batch read
   and copied in the loop. On XLA with `torch_xla.sync()` after each step.
 * ours: the compiled step, the prefetch thread, metrics read every ten steps, the graph guard. Everything that training runs.
 
-It prints tokens/s of each, their ratio (ours / textbook; above 1 is faster), and the share of a step of ours that the host spends
-tracing, waiting for input, and on the rest.
+It prints tokens/s of each, their ratio (ours / textbook; above 1 is faster), and the share of a step of ours that the host
+spends tracing, waiting for input, and on metrics and files.
 """
 
 from __future__ import annotations
@@ -147,7 +147,9 @@ def measure(kind: str, rounds: int, steps: int) -> None:
     trainer.fit()
     rows = [row for row in read_metrics(str(folder / "run" / "metrics.jsonl")) if "tokens_per_second" in row]
     whole = statistics.median(row["tokens_per_second"] for row in rows)
-    print(f"       with metrics, TensorBoard and console: {whole:,.0f} tokens/s, {whole * mine / tokens:.3f} of the bare steps")
+    print(
+        f"       with metrics, TensorBoard and console: {whole:,.0f} tokens/s, {whole * mine / tokens:.3f} of the bare steps"
+    )
     runtime.close()
     shutil.rmtree(folder)
 
@@ -179,7 +181,16 @@ def main() -> None:
         measure(flags.runtime, flags.rounds, flags.steps)
         return
     for kind in ("xla", "torch"):
-        command = [sys.executable, __file__, "--runtime", kind, "--rounds", str(flags.rounds), "--steps", str(flags.steps)]
+        command = [
+            sys.executable,
+            __file__,
+            "--runtime",
+            kind,
+            "--rounds",
+            str(flags.rounds),
+            "--steps",
+            str(flags.steps),
+        ]
         subprocess.run(command, check=True)
 
 

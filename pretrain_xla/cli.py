@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from pretrain_xla import __version__
-from pretrain_xla.config import RunConfig, to_yaml
+from pretrain_xla.config import PRETRAINED_MODELS, RunConfig, to_yaml
 from pretrain_xla.errors import Interrupted, UserError
 
 COMMANDS = """usage: python -m pretrain_xla COMMAND [--help]
@@ -92,7 +92,16 @@ def pretrain(arguments: Sequence[str], *, program: str, fixed: dict[str, Any] | 
     if os.environ.get("RANK", "0") == "0":
         for line in effectless(parsed.config, parsed.given):
             print(f"note: {line}", flush=True)
-    start_run(parsed.config)
+    config = parsed.config
+    if config.train.from_checkpoint in PRETRAINED_MODELS:
+        from pretrain_xla.interop.gpt2 import match_vocabulary
+
+        config = match_vocabulary(config)
+        if config is not parsed.config:
+            print(
+                f"note: vocab_size {parsed.config.model.vocab_size} -> {config.model.vocab_size}: the rest is padding"
+            )
+    start_run(config)
 
 
 def start_run(config: RunConfig) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import operator
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -141,7 +142,9 @@ def _mirror(tree: dict[str, Any]) -> type[Any]:
             default = tree.get(name, {}).get(leaf, info.default)
             if isinstance(default, list):
                 default = tuple(default)
-            annotated = Annotated[_bare(info), tyro.conf.arg(help=info.description or "")]
+            annotated: Any = operator.getitem(
+                Annotated, (_plain(info.annotation), tyro.conf.arg(help=info.description))
+            )
             leaves.append((leaf, annotated, dataclasses.field(default=default)))
         section = dataclasses.make_dataclass(name.capitalize(), leaves, frozen=True)
         section.__doc__ = (field.annotation.__doc__ or "").splitlines()[0] if field.annotation else ""
@@ -155,8 +158,3 @@ def _mirror(tree: dict[str, Any]) -> type[Any]:
 
 def _calls(section: type[Any]) -> Callable[[], Any]:
     return lambda: section()
-
-
-def _bare(info: Any) -> Any:
-    """A pydantic field's type; the bounds of a bare `Annotated` leaf stand in its metadata and fall away here."""
-    return _plain(info.annotation)

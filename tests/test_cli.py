@@ -77,7 +77,9 @@ def test_every_command_has_help(command: str, run: Run) -> None:
 
 def test_a_run_without_data_is_refused(run: Run, tmp_path: Path) -> None:
     flags = ["--runtime", "torch", "--device", "cpu", "--run-dir", str(tmp_path / "run"), "--train-dir"]
-    assert_refused(run("train", *flags, str(tmp_path / "none"), "--valid-dir", str(tmp_path / "none")), "no such folder")
+    assert_refused(
+        run("train", *flags, str(tmp_path / "none"), "--valid-dir", str(tmp_path / "none")), "no such folder"
+    )
 
 
 def test_guarded_lets_our_own_defects_keep_their_trace(capsys: pytest.CaptureFixture[str]) -> None:

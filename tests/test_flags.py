@@ -324,7 +324,9 @@ def test_the_original_command_line_works_word_for_word(runtime: str, own: dict[s
     assert parsed.given == set(expected)
     assert parsed.config.parallel.runtime == runtime
     default = {name: leaf(RunConfig(), name) for name in expected}
-    assert not {name for name in expected if expected[name] == default[name]}, "a value that is the default shows nothing"
+    assert not {name for name in expected if expected[name] == default[name]}, (
+        "a value that is the default shows nothing"
+    )
 
 
 @pytest.mark.parametrize(

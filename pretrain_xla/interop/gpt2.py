@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pretrain_xla.config import ModelConfig
+from pretrain_xla.config import ModelConfig, RunConfig
 from pretrain_xla.errors import UserError
 
 # (d_model, num_layers, num_heads) of each checkpoint.
@@ -37,6 +37,17 @@ CLASSIC = {
 }
 
 
+def match_vocabulary(config: RunConfig) -> RunConfig:
+    """The config with GPT-2's own vocabulary, when it starts from GPT-2 with a padded one (50,304, say).
+
+    GPT-2's logits are around -35 to -80, so a padding row of zeros that counted as a token would dominate the softmax.
+    Here padding is a matter of `vocab_multiple`, and is masked.
+    """
+    if config.train.from_checkpoint not in SHAPES or config.model.vocab_size <= VOCAB_SIZE:
+        return config
+    return config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": VOCAB_SIZE})})
+
+
 def load_gpt2(name: str, config: ModelConfig) -> dict[str, Tensor]:
     """Download (or find in the Hub's cache) one of OpenAI's checkpoints, and give it our parameter names.
 
@@ -54,10 +65,10 @@ def load_gpt2(name: str, config: ModelConfig) -> dict[str, Tensor]:
             raise UserError(
                 f"--from-checkpoint {name} has {key}={value}, this model has {getattr(config, key)}: set it"
             )
-    if config.seq_length > 1024 or config.vocab_size < VOCAB_SIZE:
+    if config.seq_length > 1024 or config.vocab_size != VOCAB_SIZE:
         raise UserError(
             f"--from-checkpoint {name} has 1024 positions and {VOCAB_SIZE} tokens; this model wants "
-            f"{config.seq_length} and {config.vocab_size}: lower --seq-length, and keep --vocab-size {VOCAB_SIZE} or more"
+            f"{config.seq_length} and {config.vocab_size}: set --seq-length 1024 or less, and --vocab-size {VOCAB_SIZE}"
         )
     # Imported here: only this door needs the Hub, and its client comes with `datasets`.
     from huggingface_hub import hf_hub_download

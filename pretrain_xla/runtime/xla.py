@@ -80,7 +80,9 @@ class XlaRuntime:
         self.is_main = self.process_index == 0
         self.mesh = {"data": data, "fsdp": fsdp, "tensor": tensor}
         self._mesh: xs.Mesh | None = None
-        if self.is_spmd and self.device_count > 1:
+        if (
+            self.is_spmd
+        ):  # one device too: what is not marked now gets a mark from its first graph, and the next one differs
             self._mesh = xs.Mesh(np.arange(self.device_count), (data, fsdp, tensor), tuple(self.mesh))
         # A host may feed only its own rows when its devices hold whole rows, that is without a tensor axis.
         self._feeds_own_rows = not self.is_spmd or tensor == 1

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from .conftest import ROOT, environment, metrics, run
+from .conftest import ROOT, environment, metrics, run, summary
 
 DOORS = {"torch": ("run_pretrain.py", {}), "xla": ("run_pretrain_xla.py", {"PJRT_DEVICE": "CPU"})}
 # Dropout, accumulation and several epochs: everything that the next step depends on.
-CHANGES: dict[str, Any] = {"dropout": 0.1, "train_batch_size": 4, "gradient_accum_step": 2, "log_interval": 1}
+CHANGES: dict[str, Any] = {"dropout": 0.1, "train_batch_size": 4, "gradient_accum_step": 2, "log_interval": 1, "strict_graph": True}
 
 
 def numbers(run_dir: Path) -> list[tuple[Any, ...]]:
@@ -61,6 +61,8 @@ def test_killed_and_resumed_is_bit_exact(kind: str, tmp_path: Path, flags: Calla
     assert done.status == 0, done.errors
     assert "continuing from" in done.output
     assert numbers(killed) == numbers(whole)
+    if kind == "xla":
+        assert summary(killed)["graphs"] == {"train": 1, "validation": 1, "other": 0}
 
 
 @pytest.mark.parametrize("kind", DOORS)

@@ -133,12 +133,11 @@ def test_int32_tokens_give_the_same(tiny, build, batch):
     assert torch.equal(model(*batch(config, dtype=torch.int32)), model(*batch(config)))
 
 
+@pytest.mark.parametrize("norm", ["layernorm", "rmsnorm"])
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("attention", ["sdpa", "reference"])
-def test_bf16_compute_keeps_fp32_weights_and_stays_near(tiny, build, batch, tied, attention):
-    config = tiny(
-        norm="rmsnorm", positions="rotary", qk_norm=True, num_kv_heads=2, tie_weights=tied, attention=attention
-    )
+def test_bf16_compute_keeps_fp32_weights_and_stays_near(tiny, build, batch, tied, attention, norm):
+    config = tiny(norm=norm, positions="rotary", qk_norm=True, num_kv_heads=2, tie_weights=tied, attention=attention)
     full, half = build(config), build(config, torch.bfloat16)
     products = []
     for module in half.modules():
@@ -227,6 +226,15 @@ def test_dropout_is_random_in_training_and_off_in_evaluation(tiny, build, batch)
     assert torch.equal(model(*batch(config)), plain(*batch(config)))
     model.train()
     assert model(*batch(config)) != model(*batch(config))
+
+
+def test_dropout_falls_on_embeddings_attention_weights_and_both_branches(tiny, build, batch, monkeypatch):
+    config = tiny(dropout=0.3, attention="reference", num_layers=1, num_kv_heads=2)
+    model = build(config).train()
+    shapes = []
+    monkeypatch.setattr(torch.nn.functional, "dropout", lambda x, rate: shapes.append((rate, *x.shape)) or x)
+    model(*batch(config))
+    assert shapes == [(0.3, 2, 12, 24), (0.3, 2, 2, 2, 12, 12), (0.3, 2, 12, 24), (0.3, 2, 12, 24)]
 
 
 def test_config_default_is_gpt2():

@@ -37,7 +37,8 @@ def rate_of(step: Tensor) -> Tensor:
 
 
 def make(named: list[tuple[str, nn.Parameter]], **changes: Any) -> AdamW:
-    return AdamW(named, OptimConfig(**({"weight_decay": 0.1, "betas": (0.9, 0.95)} | changes)), rate_of)
+    values: dict[str, Any] = {"weight_decay": 0.1, "betas": (0.9, 0.95)}
+    return AdamW(named, OptimConfig(**(values | changes)), rate_of)
 
 
 def in_order(optimizer: AdamW, by_name: dict[str, Tensor]) -> list[Tensor]:
@@ -189,7 +190,7 @@ def test_the_norm_of_half_precision_is_taken_in_fp32() -> None:
 def test_nothing_reads_a_value(kind: str) -> None:
     # Meta tensors have no values: a host read or a branch on one would raise, and on a TPU would stop the device.
     named = [(name, nn.Parameter(torch.empty(shape, device="meta"))) for name, shape in SHAPES.items()]
-    config = OptimConfig(optim_type=kind, weight_decay=0.1)
+    config = OptimConfig.model_validate({"optim_type": kind, "weight_decay": 0.1})
     optimizer = AdamW(named, config, lambda step: learning_rate(step, config, 64))
     given, norm = clip_by_global_norm([torch.empty_like(p) for p in optimizer.parameters], 1.0)
     skip = torch.empty((), dtype=torch.bool, device="meta")

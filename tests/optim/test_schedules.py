@@ -18,14 +18,15 @@ METHODS = ("cosine", "linear", "noam", "constant", "wsd")
 
 
 def config(method: str, **changes: Any) -> OptimConfig:
-    values = {
+    values: dict[str, Any] = {
+        "decay_method": method,
         "learning_rate": PEAK,
         "min_lr": FLOOR,
         "warmup_steps": WARMUP,
         "decay_steps": END,
         "cooldown_steps": COOLDOWN,
     }
-    return OptimConfig(decay_method=method, **(values | changes))
+    return OptimConfig(**(values | changes))
 
 
 def rate(step: int, settings: OptimConfig) -> float:

@@ -43,7 +43,7 @@ def test_every_parameter_of_every_config_has_its_row(path: Path) -> None:
     assert_covered(on_meta(build_config(load_yaml(str(path)), path.name).model))
 
 
-TINY = {"vocab_size": 61, "seq_length": 8, "d_model": 16, "num_layers": 2, "num_heads": 4, "d_ff": 24}
+TINY: dict[str, Any] = {"vocab_size": 61, "seq_length": 8, "d_model": 16, "num_layers": 2, "num_heads": 4, "d_ff": 24}
 CHOICES: dict[str, list[Any]] = {
     "norm": ["layernorm", "rmsnorm", "rmsnorm_zero_centered"],
     "bias": [True, False],

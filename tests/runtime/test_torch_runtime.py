@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -137,8 +136,8 @@ def test_alone_there_is_nothing_to_reduce_or_compile(make: Make) -> None:
 
 
 def test_in_a_process_group(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}.items():
-        monkeypatch.setitem(os.environ, name, value)
+    for name, text in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}.items():
+        monkeypatch.setenv(name, text)
     runtime = make()
     try:
         assert dist.get_backend() == "gloo"

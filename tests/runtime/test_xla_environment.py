@@ -20,7 +20,9 @@ POD = {"TPU_PROCESS_ADDRESSES": "local", "CLOUD_TPU_TASK_ID": "3"}
 @pytest.fixture(autouse=True)
 def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """A copy of the environment that knows of no notebook, pod or device but a CPU."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("KAGGLE_", "COLAB_")) and key not in POD}
+    kept = {
+        key: value for key, value in os.environ.items() if not key.startswith(("KAGGLE_", "COLAB_")) and key not in POD
+    }
     monkeypatch.setattr(os, "environ", kept | {"PJRT_DEVICE": "CPU"})
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from pretrain_xla.config import RunConfig, build_config
 from pretrain_xla.runtime.torch_runtime import TorchRuntime
@@ -23,6 +24,15 @@ TINY = {
 }
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tensors this small take longer to share out than to compute."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def make_config(tmp_path: Path) -> Callable[..., RunConfig]:
     """A small run on the torch runtime that writes below `tmp_path`; keywords are sections with their changes."""
@@ -31,7 +41,13 @@ def make_config(tmp_path: Path) -> Callable[..., RunConfig]:
         tree: dict[str, dict[str, Any]] = {
             "model": TINY,
             "data": {"train_dir": str(tmp_path / "data" / "train"), "valid_dir": str(tmp_path / "data" / "valid")},
-            "optim": {"warmup_steps": 2, "decay_steps": 20, "learning_rate": 1e-2, "min_lr": 1e-3, "max_grad_norm": 1.0},
+            "optim": {
+                "warmup_steps": 2,
+                "decay_steps": 20,
+                "learning_rate": 1e-2,
+                "min_lr": 1e-3,
+                "max_grad_norm": 1.0,
+            },
             "train": {"train_steps": 2, "valid_steps": 2, "train_batch_size": 4, "eval_batch_size": 4},
             "parallel": {"runtime": "torch", "device": "cpu"},
             "logging": {"run_dir": str(tmp_path / "run"), "tensorboard": False},

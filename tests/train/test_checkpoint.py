@@ -129,9 +129,7 @@ def test_the_newest_and_the_best_are_kept(store: CheckpointStore, root: str) -> 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(losses=st.lists(st.none() | st.sampled_from([1.0, 2.0, 3.0]), min_size=1, max_size=6), limit=st.integers(1, 3))
-def test_pruning_keeps_the_newest_and_the_best_of_all(
-    losses: list[float | None], limit: int, tmp_path: Path
-) -> None:
+def test_pruning_keeps_the_newest_and_the_best_of_all(losses: list[float | None], limit: int, tmp_path: Path) -> None:
     store = CheckpointStore(str(tmp_path / uuid.uuid4().hex), limit)
     for step, loss in enumerate(losses, start=1):
         store.save({"x": torch.tensor(step)}, info(step, loss))

@@ -71,10 +71,10 @@ def test_the_picture_shows_the_loss_fall_or_rise(tmp_path: Path) -> None:
         assert image.shape[0] > 300
         assert image.shape[1] > 500
         line = blue(image)
-        line = line[line[:, 1] < 0.6 * image.shape[1]]  # away from the legend, whatever its corner
-        assert len(line) > 100
-        left, right = (line[line[:, 1] == column, 0].mean() for column in (line[:, 1].min(), line[:, 1].max()))
-        assert (right > left + 20) == (slope < 0), "rows of pixels count downwards"
+        assert len(line) > 500, "far more than the legend's sample of it"
+        steepness = np.polyfit(line[:, 1], line[:, 0], 1)[0]
+        assert abs(steepness) > 0.1
+        assert (steepness > 0) == (slope < 0), "rows of pixels count downwards"
 
 
 def test_validation_and_learning_rate_are_in_the_picture(tmp_path: Path) -> None:

@@ -1,0 +1,84 @@
+"""The words of `generate.py`: its old flags, a prompt from anywhere, and faults in one line."""
+
+from __future__ import annotations
+
+import io
+import sys
+from pathlib import Path
+
+import pytest
+
+from pretrain_xla.cli import main
+from pretrain_xla.errors import UserError
+from pretrain_xla.generate.command import generate_command
+
+HERE = ["--runtime", "torch", "--device", "cpu"]
+
+
+def test_the_originals_flags_word_for_word(tmp_path: Path) -> None:
+    flags = "--tokenizer gpt2 --seed 1 --temperature 0.8 --max-new-tokens 5 --top-k 40 --top-p 0.95".split()
+    with pytest.raises(UserError, match="no complete checkpoint there"):  # so the words were all understood
+        generate_command(["--model", str(tmp_path / "none"), *flags])
+
+
+def test_a_prompt_on_the_command_line(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "out.txt"
+    flags = ["--model", str(run_dir), "--prompt", "abc", "--max-new-tokens", "9", *HERE]
+    generate_command([*flags, "--output", str(output)])
+    printed = capsys.readouterr().out
+    assert printed.startswith("abc")
+    assert len(printed) > 4
+    assert output.read_text(encoding="utf-8") == printed
+    generate_command(flags)
+    assert capsys.readouterr().out == printed, "the seed has a default"
+    generate_command([*flags, "--seed", "43"])
+    assert capsys.readouterr().out != printed
+    generate_command([*flags, "--checkpoint", "best", "--temperature", "0"])
+    best = capsys.readouterr().out
+    generate_command([*flags, "--temperature", "0"])
+    assert capsys.readouterr().out != best
+
+
+def test_prompts_from_a_pipe(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--model", str(run_dir), "--max-new-tokens", "4", "--temperature", "0", *HERE]
+    generate_command([*flags, "--prompt", "abc"])
+    one = capsys.readouterr().out
+    generate_command([*flags, "--prompt", "xyz"])
+    other = capsys.readouterr().out
+    monkeypatch.setattr(sys, "stdin", io.StringIO("abc\n\n  \nxyz"))
+    generate_command(flags)
+    assert capsys.readouterr().out == one + other
+
+
+def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as caught:
+        main(["generate", *arguments])
+    assert caught.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+def test_faults_end_in_one_line(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = ["--model", str(run_dir), *HERE]
+    assert "no complete checkpoint there" in refusal(["--model", str(tmp_path / "none"), *HERE], capsys)
+    assert "--temperature -1.0 is negative" in refusal([*model, "--temperature", "-1"], capsys)
+    assert "--top-p 2.0 is outside" in refusal([*model, "--top-p", "2"], capsys)
+    assert "--top-k -2 is negative" in refusal([*model, "--top-k", "-2"], capsys)
+    assert "'klingon'" in refusal([*model, "--prompt", "a", "--tokenizer", "klingon"], capsys)
+
+
+def test_an_output_that_cannot_be_written(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = str(tmp_path / "none" / "out.txt")
+    flags = ["--model", str(run_dir), "--prompt", "a", "--max-new-tokens", "1", *HERE]
+    assert output in refusal([*flags, "--output", output], capsys)
+
+
+def test_the_model_is_required(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        generate_command([])
+    assert caught.value.code == 2
+    assert "--model" in capsys.readouterr().err

@@ -1,0 +1,84 @@
+"""What a run keeps beside its metrics, where it may write, and a whole small run in this process."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pretrain_xla.config import RunConfig, build_config, load_yaml
+from pretrain_xla.data.tokenizer import load_tokenizer
+from pretrain_xla.data.train_tokenizer import train_tokenizer
+from pretrain_xla.errors import UserError
+from pretrain_xla.train.checkpoint import CheckpointStore
+from pretrain_xla.train.files import find_tokenizer, write_run_files
+from pretrain_xla.train.run import check_writable, run
+
+Make = Callable[..., RunConfig]
+
+
+def test_the_config_is_kept_and_is_enough_to_repeat_the_run(make_config: Make, tmp_path: Path) -> None:
+    config = make_config(logging={"wandb_notes": "null"}, data={"tokenizer": "bytes"})
+    (tmp_path / "run").mkdir()
+    write_run_files(config)
+    path = str(tmp_path / "run" / "config.yaml")
+    assert build_config(load_yaml(path), path) == config
+    assert [entry.name for entry in (tmp_path / "run").iterdir()] == ["config.yaml"], "a name needs no copy"
+    assert find_tokenizer(config.checkpoints_dir) is None
+
+
+def test_folders_are_made_and_nothing_is_left_in_them(make_config: Make, tmp_path: Path) -> None:
+    check_writable(make_config())
+    assert [entry.relative_to(tmp_path) for entry in (tmp_path / "run").rglob("*")] == [Path("run/checkpoints")]
+
+
+@pytest.mark.parametrize("key", ["run_dir", "checkpoints_dir"])
+def test_a_folder_that_cannot_be_written_is_named(key: str, make_config: Make, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    folder = str(tmp_path / "file" / "x")
+    config = make_config(**({"logging": {key: folder}} if key == "run_dir" else {"checkpoint": {key: folder}}))
+    with pytest.raises(UserError) as caught:
+        check_writable(config)
+    assert str(caught.value) == f"{key}={folder} cannot be written (Not a directory): name another folder"
+
+
+@pytest.mark.usefixtures("tokens", "runtime")
+def test_checkpoints_may_live_elsewhere_than_the_run(make_config: Make, tmp_path: Path) -> None:
+    url = f"memory://{uuid.uuid4().hex}"
+    run(make_config(checkpoint={"checkpoints_dir": url}))
+    assert CheckpointStore(url, 1).steps() == [2]
+    assert {"config.yaml", "metrics.jsonl", "summary.json", "loss.png"} <= {
+        entry.name for entry in (tmp_path / "run").iterdir()
+    }
+
+
+@pytest.mark.usefixtures("tokens", "runtime")
+@pytest.mark.parametrize("key", ["run_dir", "checkpoints_dir"])
+def test_a_run_whose_only_folder_is_a_url_works_or_is_refused(key: str, make_config: Make) -> None:
+    url = f"memory://{uuid.uuid4().hex}/run"
+    if key == "run_dir":
+        config = make_config(logging={"run_dir": url})
+    else:
+        config = make_config(logging={"run_dir": None}, checkpoint={"checkpoints_dir": url})
+    try:
+        run(config)
+    except UserError as error:
+        assert url in str(error)  # noqa: PT017 (either end is right; a stack trace is not)
+    else:
+        assert CheckpointStore(config.checkpoints_dir, 1).steps() == [2]
+
+
+@pytest.mark.parametrize("named_by", ["tokenizer.json", "its folder"])
+def test_a_tokenizer_of_ones_own_is_kept_with_the_run(named_by: str, make_config: Make, tmp_path: Path) -> None:
+    folder = str(tmp_path / "vocabulary")
+    trained = train_tokenizer(["some text, and some more text"] * 3, 300, folder)
+    config = make_config(data={"tokenizer": f"{folder}/tokenizer.json" if named_by == "tokenizer.json" else folder})
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    write_run_files(config)
+    kept = find_tokenizer(config.checkpoints_dir)
+    assert kept == str(tmp_path / "run" / "tokenizer" / "tokenizer.json")
+    copy = load_tokenizer(kept)
+    assert copy.encode("some more text") == trained.encode("some more text")
+    assert (copy.vocab_size, copy.end_of_text) == (trained.vocab_size, trained.end_of_text)

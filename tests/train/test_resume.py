@@ -1,0 +1,144 @@
+"""Where a run begins, and what it refuses to begin from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pretrain_xla.config import ModelConfig, RunConfig
+from pretrain_xla.errors import UserError
+from pretrain_xla.model import GPT, initialize
+from pretrain_xla.train.checkpoint import CheckpointInfo, CheckpointStore
+from pretrain_xla.train.loss_scale import LossScale
+from pretrain_xla.train.resume import Start, check_same_model, find_start
+
+Make = Callable[..., RunConfig]
+
+
+def leave(config: RunConfig, *steps: int, root: str | None = None) -> dict[str, Tensor]:
+    """Checkpoints as a run of this config leaves them; returns the tensors of the last."""
+    store = CheckpointStore(root or config.checkpoints_dir, limit=9)
+    tensors: dict[str, Tensor] = {}
+    for step in steps:
+        model = GPT(config.model)
+        initialize(model, seed=step)
+        tensors = {f"model.{name}": value.detach() for name, value in model.named_parameters()}
+        tensors["optimizer.step"] = torch.tensor(step, dtype=torch.int32)
+        store.save(tensors, CheckpointInfo(step, float(step), "data", config.model_dump(mode="json")))
+    store.close()
+    return tensors
+
+
+def test_a_new_run_starts_from_nothing(make_config: Make, tmp_path: Path) -> None:
+    said: list[str] = []
+    start = find_start(make_config(), "data", said.append)
+    assert (start.step, start.valid_loss, start.tensors, said) == (0, None, {}, [])
+    assert start.store.root == str(tmp_path / "run" / "checkpoints")
+    weight = torch.ones(3, 2)
+    assert torch.equal(start.optimizer_tensor("first_moment.x", weight), torch.zeros(3, 2))
+    assert start.optimizer_tensor("step", weight).shape == ()
+    assert start.optimizer_tensor("step", weight).dtype == torch.int32
+
+
+def test_a_run_continues_from_its_newest(make_config: Make) -> None:
+    config = make_config()
+    said: list[str] = []
+    tensors = leave(config, 3, 5)
+    start = find_start(config, "data", said.append)
+    assert (start.step, start.valid_loss) == (5, 5.0)
+    assert said == [f"continuing from {start.store.folder(5)}"]
+    model = GPT(config.model)
+    start.load_model(model)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, tensors[f"model.{name}"]), name
+    assert int(start.optimizer_tensor("step", torch.ones(2))) == 5
+    start.release()
+    assert start.tensors == {}
+
+
+def test_other_data_is_pointed_out(make_config: Make) -> None:
+    config = make_config()
+    leave(config, 3)
+    said: list[str] = []
+    assert find_start(config, "other data", said.append).step == 3
+    assert len(said) == 2
+    assert "was trained on other shards" in said[0]
+    assert config.data.train_dir in said[0]
+
+
+def test_no_resume_never_writes_over_a_run(make_config: Make) -> None:
+    config = make_config(checkpoint={"resume": False})
+    assert find_start(config, "data", print).step == 0
+    leave(config, 3)
+    with pytest.raises(
+        UserError, match=r"--no-resume, but .*run/checkpoints holds checkpoints up to step 3: name another"
+    ):
+        find_start(config, "data", print)
+    evaluated = make_config(checkpoint={"resume": False}, train={"do_test": True})
+    assert find_start(evaluated, "data", print).step == 3
+
+
+def test_from_another_runs_checkpoint(make_config: Make, tmp_path: Path) -> None:
+    other = str(tmp_path / "other" / "checkpoints")
+    tensors = leave(make_config(), 4, 8, root=other)
+    for path in (str(tmp_path / "other"), other, f"{other}/step_00000008"):
+        start = find_start(make_config(train={"from_checkpoint": path}), "data", print)
+        assert start.step == 8
+        assert torch.equal(start.tensors["model.embedding.weight"], tensors["model.embedding.weight"])
+        assert start.store.root == str(tmp_path / "run" / "checkpoints"), "it writes to its own"
+    with pytest.raises(UserError, match="no complete checkpoint there"):
+        find_start(make_config(train={"from_checkpoint": str(tmp_path / "none")}), "data", print)
+
+
+def test_its_own_checkpoint_goes_before_another_runs_except_in_a_test(make_config: Make, tmp_path: Path) -> None:
+    other = str(tmp_path / "other")
+    leave(make_config(), 8, root=other)
+    leave(make_config(), 3)
+    assert find_start(make_config(train={"from_checkpoint": other}), "data", print).step == 3
+    assert find_start(make_config(train={"from_checkpoint": other, "do_test": True}), "data", print).step == 8
+
+
+def test_a_test_of_nothing_says_so(make_config: Make) -> None:
+    said: list[str] = []
+    assert find_start(make_config(train={"do_test": True}), "data", said.append).tensors == {}
+    assert said == ["there is no checkpoint: evaluating freshly initialised weights"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("d_model", 32), ("num_layers", 3), ("tie_weights", True), ("vocab_size", 38), ("positions", "rotary")],
+)
+def test_another_models_checkpoint_is_refused_by_the_key_that_differs(key: str, value: Any, make_config: Make) -> None:
+    leave(make_config(), 3)
+    had = getattr(make_config().model, key)
+    with pytest.raises(UserError) as caught:
+        find_start(make_config(model={key: value}), "data", print)
+    line = str(caught.value)
+    assert "step_00000003 is a checkpoint of another model" in line
+    assert f"its {key} is {had}, this run's is {value}" in line
+    assert "\n" not in line
+
+
+def test_what_does_not_change_the_weights_may_change() -> None:
+    info = CheckpointInfo(1, None, "data", {"model": ModelConfig().model_dump(mode="json")})
+    check_same_model(info, ModelConfig(), "folder")
+    check_same_model(info, ModelConfig(dropout=0.1, attention="reference", init="fan_in"), "folder")
+    with pytest.raises(UserError, match="norm_eps"):
+        check_same_model(info, ModelConfig(norm_eps=1e-6), "folder")
+
+
+def test_the_loss_scale_continues(make_config: Make) -> None:
+    saved = {"loss_scale.scale": torch.tensor(1024.0), "loss_scale.good_steps": torch.tensor(7, dtype=torch.int32)}
+    store = CheckpointStore(make_config().checkpoints_dir, 1)
+    scale = LossScale(torch.device("cpu"))
+    Start(store, tensors=saved).load_loss_scale(scale)
+    assert (float(scale.scale), int(scale.good_steps)) == (1024.0, 7)
+    fresh = LossScale(torch.device("cpu"))
+    Start(store).load_loss_scale(fresh)
+    assert float(fresh.scale) == 2.0**16
+    Start(store, tensors=saved).load_loss_scale(None)

@@ -1,0 +1,180 @@
+"""The training step on a CPU, against a loop in plain PyTorch, and against itself with other micro-batches."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pretrain_xla.config import RunConfig
+from pretrain_xla.model import GPT, initialize
+from pretrain_xla.optim import AdamW, learning_rate
+from pretrain_xla.runtime.torch_runtime import TorchRuntime
+from pretrain_xla.train.step import METRICS, TrainStep
+
+Make = Callable[..., RunConfig]
+SEQUENCES, UPDATES, HISTORY = 8, 3, 4
+
+
+def make_model(config: RunConfig) -> GPT:
+    model = GPT(config.model)
+    initialize(model, seed=5)
+    with torch.no_grad():  # norms and biases that are no identities, so that each has a gradient to speak of
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    return model
+
+
+def make_step(config: RunConfig, runtime: TorchRuntime, model: nn.Module | None = None) -> TrainStep:
+    model = model or make_model(config)
+    schedule = lambda step: learning_rate(step, config.optim, config.model.d_model)  # noqa: E731
+    return TrainStep(model, AdamW(model.named_parameters(), config.optim, schedule), runtime, config)
+
+
+def batches(config: RunConfig) -> list[Tensor]:
+    """Whole batches `[sequences, T + 1]`, one an update."""
+    generator = torch.Generator().manual_seed(2)
+    shape = (SEQUENCES, config.model.seq_length + 1)
+    ids = [torch.randint(0, config.model.vocab_size, shape, generator=generator) for _ in range(UPDATES)]
+    return [tokens.to(torch.int32) for tokens in ids]
+
+
+def parts(tokens_NS: Tensor, micro_batches: int) -> Tensor:
+    """The same sequences as `[rows, micro-batches, T + 1]`."""
+    return tokens_NS.reshape(micro_batches, -1, tokens_NS.shape[1]).transpose(0, 1)
+
+
+def train(step: TrainStep, config: RunConfig) -> Tensor:
+    """All updates; returns the history."""
+    history = torch.zeros(HISTORY, len(METRICS))
+    for tokens in batches(config):
+        history = step(parts(tokens, config.train.gradient_accum_step), history)
+    return history
+
+
+OPTIM = {"adam_eps": 1e-4, "weight_decay": 0.1, "betas": (0.9, 0.95), "max_grad_norm": 0.5}
+
+
+def test_it_is_the_plain_loop(make_config: Make, runtime: TorchRuntime) -> None:
+    config = make_config(optim=OPTIM)
+    reference = make_model(config)
+    matrices = [p for p in reference.parameters() if p.dim() >= 2]
+    others = [p for p in reference.parameters() if p.dim() < 2]
+    torchs = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
+        betas=(0.9, 0.95),
+        eps=1e-4,
+    )
+    expected = []
+    for update, tokens in enumerate(batches(config)):
+        rate = float(learning_rate(torch.tensor(update), config.optim, config.model.d_model))
+        for group in torchs.param_groups:
+            group["lr"] = rate
+        loss = reference(tokens[:, :-1], tokens[:, 1:])
+        torchs.zero_grad()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(reference.parameters(), 0.5)
+        torchs.step()
+        expected.append([float(loss), float(norm), rate])
+    assert min(norm for _, norm, _ in expected) > 0.5, "so that clipping is seen"
+
+    step = make_step(config, runtime)
+    history = train(step, config)
+    torch.testing.assert_close(history[-UPDATES:], torch.tensor(expected), rtol=1e-5, atol=1e-6)
+    assert not history[: HISTORY - UPDATES].any(), "older rows move up"
+    for (name, parameter), other in zip(step.model.named_parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(parameter, other, rtol=0, atol=1e-6, msg=name)
+        assert parameter.grad is None
+    assert int(step.optimizer.step) == UPDATES
+
+
+@pytest.mark.parametrize("micro_batches", [2, 4, 8])
+def test_accumulation_makes_the_same_update(micro_batches: int, make_config: Make, runtime: TorchRuntime) -> None:
+    whole = make_config(optim=OPTIM)
+    split = make_config(
+        optim=OPTIM, train={"gradient_accum_step": micro_batches, "train_batch_size": SEQUENCES // micro_batches}
+    )
+    one, other = make_step(whole, runtime), make_step(split, runtime)
+    torch.testing.assert_close(train(other, split), train(one, whole), rtol=1e-5, atol=1e-6)
+    before = dict(make_model(whole).named_parameters())
+    for (name, parameter), accumulated in zip(one.model.named_parameters(), other.model.parameters(), strict=True):
+        torch.testing.assert_close(accumulated, parameter, rtol=0, atol=1e-6, msg=name)
+        assert not torch.equal(parameter, before[name]), name
+
+
+def test_a_history_that_a_thread_still_reads_does_not_change(make_config: Make, runtime: TorchRuntime) -> None:
+    config = make_config()
+    step, old = make_step(config, runtime), torch.zeros(HISTORY, len(METRICS))
+    new = step(parts(batches(config)[0], 1), old)
+    assert not old.any()
+    assert new[-1].all()
+
+
+def test_every_tensor_that_it_changes_is_in_its_state(make_config: Make, runtime: TorchRuntime) -> None:
+    config = make_config()
+    step = make_step(config, runtime)
+    names = [*dict(step.model.named_parameters()), *step.optimizer.state]
+    before = [tensor.clone() for tensor in step.state()]
+    train(step, config)
+    for name, old, new in zip(names, before, step.state(), strict=True):
+        assert not torch.equal(old, new), name
+
+
+def test_a_parameter_that_no_gradient_reaches_is_a_defect(make_config: Make, runtime: TorchRuntime) -> None:
+    config = make_config()
+    model = make_model(config)
+    model.register_parameter("forgotten", nn.Parameter(torch.ones(3)))
+    with pytest.raises(AssertionError, match="forgotten"):
+        train(make_step(config, runtime, model), config)
+
+
+def scaled(config: RunConfig) -> RunConfig:
+    """With fp16's loss scaling: on a CPU the model computes in fp32 all the same, so nothing but the scaling is new."""
+    changed = copy.deepcopy(config)
+    return changed.model_copy(update={"train": config.train.model_copy(update={"mixed_precision": "fp16"})})
+
+
+def test_loss_scaling_changes_no_update(make_config: Make, runtime: TorchRuntime) -> None:
+    config = make_config(optim=OPTIM, train={"gradient_accum_step": 2})
+    plain, with_scale = make_step(config, runtime), make_step(scaled(config), runtime)
+    assert with_scale.loss_scale is not None
+    torch.testing.assert_close(train(with_scale, config), train(plain, config), rtol=1e-5, atol=1e-6)
+    for one, other in zip(plain.model.parameters(), with_scale.model.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+    assert int(with_scale.loss_scale.good_steps) == UPDATES
+
+
+def test_an_overflow_skips_the_update_and_halves_the_scale(make_config: Make, runtime: TorchRuntime) -> None:
+    config = make_config(optim=OPTIM)
+    step = make_step(scaled(config), runtime)
+    assert step.loss_scale is not None
+    tokens = parts(batches(config)[0], 1)
+    step(tokens, torch.zeros(HISTORY, len(METRICS)))
+    with torch.no_grad():
+        step.model.get_parameter("head.weight").mul_(100)  # gradients above 1.2 …
+        whole = batches(config)[0]
+        loss = step.model(whole[:, :-1], whole[:, 1:])
+    step.loss_scale.scale.fill_(3e38)  # … which times this are no fp32 numbers any more
+    watched = [*step.model.parameters(), *step.optimizer.state.values()]
+    before = [tensor.clone() for tensor in watched]
+    history = step(tokens, torch.zeros(HISTORY, len(METRICS)))
+    assert float(step.loss_scale.scale) == pytest.approx(1.5e38)
+    assert all(torch.equal(old, new) for old, new in zip(before, watched, strict=True))
+    assert float(history[-1, 0]) == pytest.approx(float(loss)), "the loss shown is the unscaled one"
+
+
+@pytest.mark.parametrize("changes", [{}, {"positions": "rotary", "norm": "rmsnorm", "gated": True, "qk_norm": True}])
+def test_nothing_in_it_reads_a_value(changes: dict[str, Any], make_config: Make, runtime: TorchRuntime) -> None:
+    # A meta tensor has no value, so a read anywhere in the step would raise; on a TPU it would stop the device.
+    config = make_config(model=changes, train={"gradient_accum_step": 2})
+    with torch.device("meta"):
+        model = GPT(config.model)
+    step = make_step(config, runtime, model)
+    tokens = torch.empty(4, 2, config.model.seq_length + 1, dtype=torch.int32, device="meta")
+    history = step(tokens, torch.empty(HISTORY, len(METRICS), device="meta"))
+    assert history.is_meta
+    assert history.shape == (HISTORY, len(METRICS))

@@ -1,0 +1,78 @@
+"""The mean loss over a fixed set of batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from pretrain_xla.config import RunConfig
+from pretrain_xla.data.batches import Batches
+from pretrain_xla.data.dataset import open_dataset
+from pretrain_xla.evaluate import ValidationLoss
+from pretrain_xla.model import GPT, initialize
+from pretrain_xla.runtime.torch_runtime import TorchRuntime
+
+from .conftest import TINY
+
+Make = Callable[..., RunConfig]
+LENGTH = TINY["seq_length"]
+ROWS = 4
+
+
+@pytest.fixture
+def model(make_config: Make) -> GPT:
+    model = GPT(make_config(model={"dropout": 0.5}).model)
+    initialize(model, seed=1)
+    return model
+
+
+def validation(model: GPT, runtime: TorchRuntime, tokens: Path, steps: int) -> ValidationLoss:
+    batches = Batches(
+        open_dataset(str(tokens / "valid"), LENGTH, TINY["vocab_size"]),
+        sequences_per_batch=ROWS,
+        seq_length=LENGTH,
+        seed=0,
+        shuffle=False,
+    )
+    return ValidationLoss(model, runtime.forward(model), batches, runtime, steps, prefetch=2)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_it_is_the_mean_over_the_first_sequences(steps: int, model: GPT, runtime: TorchRuntime, tokens: Path) -> None:
+    done: list[int] = []
+    measured = validation(model, runtime, tokens, steps)(done.append)
+    shard = torch.from_numpy(np.load(tokens / "valid" / "000.npy").astype(np.int64))
+    count = steps * ROWS * LENGTH
+    model.eval()
+    with torch.no_grad():
+        logits = model(shard[:count].reshape(-1, LENGTH))
+    expected = F.cross_entropy(logits.flatten(0, 1), shard[1 : count + 1])
+    assert measured == pytest.approx(float(expected), rel=1e-5)
+    assert done == list(range(1, steps + 1))
+
+
+def test_it_is_the_same_every_time_and_leaves_the_model_as_it_was(
+    model: GPT, runtime: TorchRuntime, tokens: Path
+) -> None:
+    measure = validation(model, runtime, tokens, 2)
+    model.train()
+    chance = torch.get_rng_state()
+    first = measure()
+    assert model.training
+    assert torch.equal(chance, torch.get_rng_state()), "training's chance is not used up"
+    model.eval()
+    assert measure() == first, "no dropout, whichever mode it was called in"
+    assert not model.training
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_it_stops_at_the_end_of_the_data(model: GPT, runtime: TorchRuntime, tokens: Path) -> None:
+    measure = validation(model, runtime, tokens, 1000)
+    sequences = (100 - 1) // LENGTH
+    assert measure.steps == -(-sequences // ROWS)
+    assert 0 < measure() < 10
