@@ -86,7 +86,7 @@ def test_an_unknown_key_like_no_other_lists_the_known_ones() -> None:
         ("model", "tie_weights", "perhaps", "boolean"),
         ("data", "tokenizer", 5, "string"),
         ("optim", "learning_rate", "fast", "number"),
-        ("optim", "learning_rate", float("nan"), "greater than 0"),
+        ("optim", "learning_rate", float("nan"), "Input should be"),
         ("optim", "betas", 0.9, "tuple"),
         ("train", "mixed_precision", "fp32", "'bf16' or 'fp16'"),
         ("train", "seed", -1, "greater than or equal to 0"),

@@ -15,7 +15,13 @@ from .conftest import ROOT, environment, metrics, run, summary
 
 DOORS = {"torch": ("run_pretrain.py", {}), "xla": ("run_pretrain_xla.py", {"PJRT_DEVICE": "CPU"})}
 # Dropout, accumulation and several epochs: everything that the next step depends on.
-CHANGES: dict[str, Any] = {"dropout": 0.1, "train_batch_size": 4, "gradient_accum_step": 2, "log_interval": 1, "strict_graph": True}
+CHANGES: dict[str, Any] = {
+    "dropout": 0.1,
+    "train_batch_size": 4,
+    "gradient_accum_step": 2,
+    "log_interval": 1,
+    "strict_graph": True,
+}
 
 
 def numbers(run_dir: Path) -> list[tuple[Any, ...]]:
