@@ -151,5 +151,5 @@ def effectless(config: RunConfig, given: frozenset[str]) -> list[str]:
         unused = sorted(leaf for leaf in given if leaf.startswith("wandb_") and leaf != "wandb_logging")
         if unused:
             names = ", ".join(f"--{leaf.replace('_', '-')}" for leaf in unused)
-            lines.append(f"{names} has no effect: --wandb-logging is not given")
+            lines.append(f"{names} {'has' if len(unused) == 1 else 'have'} no effect: --wandb-logging is not given")
     return lines

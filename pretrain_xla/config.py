@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -27,7 +28,7 @@ NonNegativeFloat = Annotated[float, Field(ge=0)]
 class Section(BaseModel):
     """A frozen group of settings; an unknown key is an error, and every leaf's docstring is its `--help` text."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class ModelConfig(Section):
@@ -208,7 +209,7 @@ class TrainConfig(Section):
     do_test: bool = False
     """Only evaluate: print loss and perplexity on valid_dir, and end."""
     from_checkpoint: str | None = None
-    """Start from these weights: a checkpoint folder or a run folder."""
+    """Start from gpt2[-medium|-large|-xl], or from where another run stands: its folder, or one of its checkpoints."""
     use_syncfree_optim: bool = False
     """Accepted for old command lines: the optimizer never synchronises here."""
     strict_graph: bool = False
@@ -311,6 +312,12 @@ class RunConfig(Section):
     def _check(self) -> RunConfig:
         if self.train.mixed_precision == "fp16" and self.parallel.runtime == "xla":
             raise ValueError("mixed_precision=fp16 needs CUDA (runtime=torch): XLA devices compute in bf16")
+        if "://" in self.run_dir and not self.train.do_test:
+            key = "run_dir" if self.logging.run_dir else "checkpoints_dir"
+            raise ValueError(
+                f"{key}={self.run_dir} is a URL, and metrics are appended to on a local disk: name a local --run-dir "
+                "(checkpoints_dir may stay a URL)"
+            )
         return self
 
 
@@ -366,6 +373,20 @@ def build_config(tree: dict[str, Any], where: str) -> RunConfig:
         raise UserError(_one_line(error, where)) from None
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1, but `3e-4` is a number: the standard wants a dot in it, and people do not."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes what `_Loader` reads back equal: a string that looks like such a number goes in quotes."""
+
+
+for _kind in (_Loader, _Dumper):
+    _kind.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+    )
+
+
 def load_yaml(path: str) -> dict[str, Any]:
     """Read a YAML config as a nested dict, not yet validated.
 
@@ -374,7 +395,7 @@ def load_yaml(path: str) -> dict[str, Any]:
     """
     try:
         with open(path, encoding="utf-8") as file:
-            tree = yaml.safe_load(file)
+            tree = yaml.load(file, _Loader)
     except FileNotFoundError:
         raise UserError(f"--config {path}: no such file; ready ones are in configs/") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -384,10 +405,14 @@ def load_yaml(path: str) -> dict[str, Any]:
     if tree is None:
         return {}
     if not isinstance(tree, dict) or not all(isinstance(value, dict | None) for value in tree.values()):
-        raise UserError(f"--config {path}: expected sections ({', '.join(RunConfig.model_fields)}), each with its keys")
+        flat = next((key for key in tree if key in LEAVES), None) if isinstance(tree, dict) else None
+        hint = f"; {flat!r} belongs under {LEAVES[flat]!r}" if flat else ""
+        raise UserError(
+            f"--config {path}: expected sections ({', '.join(RunConfig.model_fields)}), each with its keys{hint}"
+        )
     return {section: value or {} for section, value in tree.items()}
 
 
 def to_yaml(config: RunConfig) -> str:
     """The whole resolved tree as YAML; reading it back gives an equal config."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)

@@ -67,7 +67,8 @@ def parse_flags(
         name: {f.name: getattr(getattr(parsed, name), f.name) for f in dataclasses.fields(getattr(parsed, name))}
         for name in RunConfig.model_fields
     }
-    return Parsed(build_config(sections, where), given, parsed.print_config)
+    both = f"{where} and flags" if file is not None and given else where
+    return Parsed(build_config(sections, both), given, parsed.print_config)
 
 
 def _flags(leaf: str) -> tuple[str, ...]:
@@ -80,14 +81,16 @@ def _is_named(leaf: str, arguments: Sequence[str]) -> bool:
 
 
 def _value_of(flag: str, arguments: Sequence[str]) -> str | None:
+    """The last value given to a flag, as argparse and tyro would take it."""
+    value: str | None = None
     for index, argument in enumerate(arguments):
         if argument.startswith(flag + "="):
-            return argument.split("=", 1)[1]
-        if argument == flag:
+            value = argument.split("=", 1)[1]
+        elif argument == flag:
             if index + 1 == len(arguments):
                 raise UserError(f"{flag} needs the name of a file")
-            return arguments[index + 1]
-    return None
+            value = arguments[index + 1]
+    return value
 
 
 def _unknown_flag(flag: str) -> str:
@@ -150,7 +153,7 @@ def _mirror(tree: dict[str, Any]) -> type[Any]:
         section.__doc__ = (field.annotation.__doc__ or "").splitlines()[0] if field.annotation else ""
         sections.append((name, section, dataclasses.field(default_factory=_calls(section))))
     own = [
-        ("config", Annotated[str | None, tyro.conf.arg(help="YAML file; flags go before its values.")], None),
+        ("config", Annotated[str | None, tyro.conf.arg(help="YAML file of settings; a flag overrides it.")], None),
         ("print_config", Annotated[bool, tyro.conf.arg(help="Print the resolved YAML and end.")], False),
     ]
     return dataclasses.make_dataclass("Run", [*own, *sections], frozen=True)

@@ -166,6 +166,16 @@ IMPOSSIBLE: dict[str, tuple[dict[str, Any], list[str], dict[str, Any]]] = {
         ["mixed_precision=fp16", "runtime=torch", "bf16"],
         {"train": {"mixed_precision": "fp16"}, "parallel": {"runtime": "torch"}},
     ),
+    "a run at a URL": (
+        {"logging": {"run_dir": "gs://bucket/run"}},
+        ["run_dir=gs://bucket/run", "URL", "local --run-dir"],
+        {"logging": {"run_dir": "run"}, "checkpoint": {"checkpoints_dir": "gs://bucket/run"}},
+    ),
+    "checkpoints at a URL and no run_dir": (
+        {"checkpoint": {"checkpoints_dir": "gs://bucket/run"}},
+        ["checkpoints_dir=gs://bucket/run", "URL", "local --run-dir"],
+        {"checkpoint": {"checkpoints_dir": "gs://bucket/run"}, "logging": {"run_dir": "run"}},
+    ),
 }
 
 
@@ -216,7 +226,7 @@ def test_derived_sizes() -> None:
 )
 def test_where_the_run_puts_its_files(run_dir: str | None, checkpoints_dir: str, files: str, checkpoints: str) -> None:
     tree = {"logging": {"run_dir": run_dir}, "checkpoint": {"checkpoints_dir": checkpoints_dir}}
-    config = build_config(tree, "my.yaml")
+    config = build_config(tree | {"train": {"do_test": True}}, "my.yaml")  # a test writes nothing, so a URL will do
     assert config.run_dir == files
     assert config.checkpoints_dir == checkpoints
 

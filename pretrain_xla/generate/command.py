@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from pretrain_xla.errors import UserError
 from pretrain_xla.generate.generator import Generator
 from pretrain_xla.generate.sampling import Sampling
 
@@ -51,6 +52,12 @@ def generate_command(arguments: Sequence[str]) -> None:
         UserError: no checkpoint, no tokenizer, or a setting out of range.
     """
     flags = tyro.cli(Annotated[GenerateFlags, tyro.conf.arg(name="")], prog="generate.py", args=list(arguments))
+    if flags.max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens {flags.max_new_tokens}: ask for at least 1")
+    if flags.output is not None and flags.prompt is None:
+        raise UserError(f"--output {flags.output} needs --prompt: what is typed at the prompt goes to the screen")
+    if flags.output is not None:
+        _check_writable(flags.output)
     sampling = Sampling(flags.temperature, flags.top_k, flags.top_p)
     runtime = flags.runtime or ("xla" if "PJRT_DEVICE" in os.environ else "torch")
     generator = Generator.load(
@@ -68,6 +75,15 @@ def generate_command(arguments: Sequence[str]) -> None:
                 _print_stream(generator, line, flags, sampling)
     finally:
         generator.runtime.close()
+
+
+def _check_writable(path: str) -> None:
+    """Find out before the model is loaded, not after it has written."""
+    try:
+        with open(path, "a", encoding="utf-8"):
+            pass
+    except OSError as error:
+        raise UserError(f"--output {path} cannot be written ({error.strerror}): name another file") from None
 
 
 def _ask() -> str | None:

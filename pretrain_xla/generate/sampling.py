@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,8 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
+        if not math.isfinite(self.temperature):
+            raise UserError(f"--temperature {self.temperature} is not a number to divide by: use 0 (greedy) or more")
         if self.temperature < 0:
             raise UserError(f"--temperature {self.temperature} is negative: use 0 (greedy) or more")
         if self.top_k < 0:
@@ -39,20 +42,21 @@ def sample(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> 
     """
     if sampling.temperature == 0:
         return int(logits_V.argmax())
-    probabilities_V = torch.softmax(_filtered(logits_V / sampling.temperature, sampling), dim=-1)
+    # The highest becomes 0 first, so that a tiny temperature gives 0 and -inf, and never inf / inf.
+    scaled_V = (logits_V - logits_V.max()) / sampling.temperature
+    probabilities_V = torch.softmax(_filtered(scaled_V, sampling), dim=-1)
     return int(torch.multinomial(probabilities_V, 1, generator=generator))
 
 
 def _filtered(logits_V: Tensor, sampling: Sampling) -> Tensor:
     """Logits with everything outside top-k and top-p at minus infinity; the likeliest token always stays."""
     if 0 < sampling.top_k < len(logits_V):
-        lowest = torch.topk(logits_V, sampling.top_k).values[-1]
-        logits_V = logits_V.masked_fill(logits_V < lowest, -torch.inf)
+        kept = torch.topk(logits_V, sampling.top_k)
+        logits_V = torch.full_like(logits_V, -torch.inf).scatter(0, kept.indices, kept.values)
     if sampling.top_p < 1:
         sorted_V, order_V = logits_V.sort(descending=True)
         probabilities_V = torch.softmax(sorted_V, dim=-1)
         before_V = probabilities_V.cumsum(-1) - probabilities_V
-        logits_V = logits_V.masked_fill(
-            torch.zeros_like(logits_V, dtype=torch.bool).scatter(0, order_V, before_V >= sampling.top_p), -torch.inf
-        )
+        kept_V = sorted_V.masked_fill(before_V >= sampling.top_p, -torch.inf)
+        logits_V = torch.empty_like(logits_V).scatter(0, order_V, kept_V)
     return logits_V

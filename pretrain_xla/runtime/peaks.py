@@ -6,6 +6,8 @@ so the figure is half the chip's. GPUs: NVIDIA data sheets, dense (without spars
 
 from __future__ import annotations
 
+import re
+
 TERA = 1e12
 
 TPU_PEAKS = {
@@ -39,4 +41,5 @@ def tpu_peak(accelerator_type: str) -> float | None:
 
 def gpu_peak(name: str) -> float | None:
     """Peak of a GPU by the name its driver gives."""
-    return next((peak for key, peak in GPU_PEAKS.items() if key in name), None)
+    # Whole words: an L40 is not an L4, nor a T400 a T4.
+    return next((peak for key, peak in GPU_PEAKS.items() if re.search(rf"\b{key}\b", name)), None)

@@ -8,6 +8,7 @@ a thread, from host copies; the cost to the run is the copy, and that memory whi
 from __future__ import annotations
 
 import json
+import math
 import os
 import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -61,9 +62,11 @@ class CheckpointStore:
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, ascending."""
-        if not self._files.exists(self._path):
-            return []
-        names = [entry.rstrip("/").rsplit("/", 1)[-1] for entry in self._files.ls(self._path, detail=False)]
+        try:
+            found = self._files.ls(self._path, detail=False) if self._files.exists(self._path) else []
+        except OSError as error:  # a bucket that is not there, or not ours
+            raise UserError(f"checkpoints_dir={self.root} cannot be listed: {error}") from None
+        names = [entry.rstrip("/").rsplit("/", 1)[-1] for entry in found]
         steps = sorted(
             int(n.removeprefix(PREFIX)) for n in names if n.startswith(PREFIX) and n[len(PREFIX) :].isdigit()
         )
@@ -75,7 +78,8 @@ class CheckpointStore:
 
     def best(self) -> int | None:
         """Step of the checkpoint with the lowest validation loss; the newest of them on a tie."""
-        known = [(info.valid_loss, -step) for step in self.steps() if (info := self.info(step)).valid_loss is not None]
+        losses = {step: self.info(step).valid_loss for step in self.steps()}
+        known = [(loss, -step) for step, loss in losses.items() if loss is not None and math.isfinite(loss)]
         return -min(known)[1] if known else None
 
     def info(self, step: int) -> CheckpointInfo:
@@ -148,6 +152,8 @@ class CheckpointStore:
         return f"{self._path}/{PREFIX}{step:08d}/{MARKER}"
 
     def _write(self, tensors: dict[str, Tensor], info: CheckpointInfo) -> None:
+        if info.step in self.steps():
+            return  # asked to stop just after a save: what is there is this state, and rewriting would put it at risk
         folder = self.folder(info.step)
         path = f"{self._path}/{PREFIX}{info.step:08d}"
         if self._files.exists(path):

@@ -8,7 +8,7 @@ import fsspec
 
 from pretrain_xla.config import RunConfig, to_yaml
 from pretrain_xla.data.manifest import dataset_info
-from pretrain_xla.data.tokenizer import JsonTokenizer, load_tokenizer
+from pretrain_xla.data.tokenizer import JsonTokenizer, known_tokenizers, load_tokenizer
 from pretrain_xla.errors import UserError
 
 TOKENIZER_FOLDER = "tokenizer"
@@ -20,10 +20,10 @@ def write_run_files(config: RunConfig) -> None:
         file.write(to_yaml(config))
     info = dataset_info(config.data.train_dir)
     name = config.data.tokenizer or (info.tokenizer_name if info else None)
-    if name and name.endswith(".json"):
+    if name and name not in known_tokenizers():
         tokenizer = load_tokenizer(name)
-        assert isinstance(tokenizer, JsonTokenizer)
-        tokenizer.save(os.path.join(config.run_dir, TOKENIZER_FOLDER))
+        if isinstance(tokenizer, JsonTokenizer):
+            tokenizer.save(os.path.join(config.run_dir, TOKENIZER_FOLDER))
 
 
 def find_tokenizer(checkpoints_dir: str) -> str | None:

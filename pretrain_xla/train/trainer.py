@@ -182,8 +182,9 @@ class Trainer:
             for row in rows:
                 if not math.isfinite(row["loss"]):
                     raise UserError(
-                        f"step {row['step']}: the loss is {row['loss']}; checkpoints before it are whole. "
-                        "Lower --learning-rate, raise --warmup-steps or set --max-grad-norm 1.0"
+                        f"step {row['step']}: the loss is {row['loss']}: lower --learning-rate, raise --warmup-steps or set "
+                        "--max-grad-norm 1.0; if it comes back at once, remove the newest step_ folder of "
+                        f"{self.config.checkpoints_dir}, which may hold the ruined weights"
                     )
             if self.log is not None:
                 self.log.write(rows, kind="train")

@@ -38,7 +38,7 @@ def test_the_readme_command_of_the_original(door: str, tokens: Path, tmp_path: P
     more, extra = DOORS[door]
     done = run(door, *original(tokens, tmp_path), *more, **extra)
     assert done.status == 0, done.errors
-    assert "note: --wandb-logging-interval, --wandb-name, --wandb-project has no effect" in done.output
+    assert "note: --wandb-logging-interval, --wandb-name, --wandb-project have no effect" in done.output
     if more:
         assert "note: --use-syncfree-optim has no effect" in done.output
     assert len(losses(tmp_path)) == 6

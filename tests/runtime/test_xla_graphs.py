@@ -73,6 +73,10 @@ IR {
   %7 = f32[] aten::sum(%6), dtype=6, location=loss@model.py:20, xla_shape=f32[], ROOT=0
 }
 """
+# One more output, behind the sum, whose own number among the outputs changes with it.
+WITH_OUTPUT = located(BEFORE.replace("ROOT=0\n}", "ROOT=1\n}"), LINES).replace(
+    "\n}", "\n  %6 = f32[3,4]{1,0} aten::neg(%4), location=extra@model.py:40, xla_shape=f32[3,4]{1,0}, ROOT=0\n}"
+)
 AFTER = {
     "same": located(BEFORE, LINES),
     "wider input": located(BEFORE, LINES).replace("[3,4]", "[3,5]"),
@@ -80,6 +84,7 @@ AFTER = {
     "other operation": located(BEFORE.replace("aten::mul", "aten::div"), LINES),
     "other constant": located(BEFORE.replace("value=1", "value=2"), LINES),
     "new constant": WITH_CONSTANT,
+    "new output": WITH_OUTPUT,
     "no lines": BEFORE.replace("aten::mul", "aten::div"),
     "empty": "",
 }
@@ -91,6 +96,7 @@ EXPECTED = {
     "other operation": ("scale@model.py:10", "aten::div"),
     "other constant": ("add@model.py:12", "prim::Constant f32[] is new in the graph"),
     "new constant": ("mask@model.py:30", "prim::Constant"),
+    "new output": ("extra@model.py:40", "aten::neg"),
     "no lines": ("unknown line", "aten::div"),
     "empty": ("unknown line", ""),
 }

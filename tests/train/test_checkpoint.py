@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
@@ -256,17 +257,38 @@ def test_a_write_that_fails_is_heard_of_at_the_next_call(asked: str, tmp_path: P
         assert store.steps() == [1, 2]
 
 
+@contextlib.contextmanager
+def full_disk() -> Iterator[None]:
+    """A file of more than 100 kB fails, much as it does on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+WIDE = {"model.wide": torch.zeros(100_000)}
+
+
+def test_a_step_that_is_saved_twice_is_never_lost(tmp_path: Path) -> None:
+    # A run that is told to stop just after it has saved saves once more; that must not put the first at risk.
+    store = CheckpointStore(str(tmp_path), limit=1)
+    save(store, 2.0)
+    with full_disk(), contextlib.suppress(UserError):
+        store.save(WIDE, info(1, 2.0))
+        store.wait()
+    assert store.steps() == [1]
+    assert same(store.load(1), state(1))
+
+
 def test_a_full_disk_costs_no_earlier_checkpoint(tmp_path: Path) -> None:
     store = CheckpointStore(str(tmp_path), limit=1)
     save(store, 2.0)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # a longer file fails as on a full disk
-    try:
-        store.save({"model.wide": torch.zeros(100_000)}, info(2, 1.0))
+    with full_disk():
+        store.save(WIDE, info(2, 1.0))
         with pytest.raises(UserError) as caught:
             store.wait()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert_write_failed(caught.value, tmp_path)
     assert store.steps() == [1]
     assert same(store.load(1), state(1))

@@ -54,22 +54,6 @@ def test_checkpoints_may_live_elsewhere_than_the_run(make_config: Make, tmp_path
     }
 
 
-@pytest.mark.usefixtures("tokens", "runtime")
-@pytest.mark.parametrize("key", ["run_dir", "checkpoints_dir"])
-def test_a_run_whose_only_folder_is_a_url_works_or_is_refused(key: str, make_config: Make) -> None:
-    url = f"memory://{uuid.uuid4().hex}/run"
-    if key == "run_dir":
-        config = make_config(logging={"run_dir": url})
-    else:
-        config = make_config(logging={"run_dir": None}, checkpoint={"checkpoints_dir": url})
-    try:
-        run(config)
-    except UserError as error:
-        assert url in str(error)  # noqa: PT017 (either end is right; a stack trace is not)
-    else:
-        assert CheckpointStore(config.checkpoints_dir, 1).steps() == [2]
-
-
 @pytest.mark.parametrize("named_by", ["tokenizer.json", "its folder"])
 def test_a_tokenizer_of_ones_own_is_kept_with_the_run(named_by: str, make_config: Make, tmp_path: Path) -> None:
     folder = str(tmp_path / "vocabulary")

@@ -76,7 +76,7 @@ def test_a_line_cut_off_by_a_kill_is_repaired(cut: int, make_config: Make, path:
 
 
 def test_a_fresh_start_empties_the_file(make_config: Make, path: Path) -> None:
-    write(make_config(), 0, rows(1, 5))
+    write(make_config(), 0, [{"step": 0, "valid_loss": 9.0}, *rows(1, 5)])
     write(make_config(), 0, rows(1, 1, offset=0.5))
     assert read_metrics(str(path)) == rows(1, 1, offset=0.5)
 
