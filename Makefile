@@ -17,7 +17,7 @@ $(VENV)/.ready: requirements.txt requirements-xla_tpu.txt requirements-dev.txt p
 	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) is not there: install Python 3.11, or name yours: make PYTHON=python3" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-xla_tpu.txt -r requirements-dev.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	@touch $@
 
 train: setup ## prepare text, train a small model through XLA on the CPU, evaluate it, write a sample; CORPUS=path for your own text
