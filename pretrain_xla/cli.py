@@ -6,15 +6,14 @@ Whatever a user can mend ends here in one line and exit status 2.
 
 from __future__ import annotations
 
-import functools
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from pretrain_xla import __version__
 from pretrain_xla.config import PRETRAINED_MODELS, RunConfig, to_yaml
-from pretrain_xla.errors import Interrupted, UserError
+from pretrain_xla.errors import UserError, guarded
 
 COMMANDS = """usage: python -m pretrain_xla COMMAND [--help]
 
@@ -24,23 +23,6 @@ COMMANDS = """usage: python -m pretrain_xla COMMAND [--help]
   generate         continue a prompt with a trained model
   quickstart       all of it on this machine: prepare, train, evaluate, generate
 """
-
-
-def guarded(function: Callable[..., None]) -> Callable[..., None]:
-    """Turn `UserError` into one line on stderr and exit status 2, and a stop by signal into 128 + signal."""
-
-    @functools.wraps(function)
-    def run(*arguments: Any, **keywords: Any) -> None:
-        try:
-            function(*arguments, **keywords)
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-            raise SystemExit(2) from None
-        except Interrupted as error:
-            print(str(error), file=sys.stderr, flush=True)
-            raise SystemExit(128 + error.signal) from None
-
-    return run
 
 
 @guarded
@@ -92,6 +74,8 @@ def pretrain(arguments: Sequence[str], *, program: str, fixed: dict[str, Any] | 
     if os.environ.get("RANK", "0") == "0":
         for line in effectless(parsed.config, parsed.given):
             print(f"note: {line}", flush=True)
+    from pretrain_xla.train.run import start_run
+
     config = parsed.config
     if config.train.from_checkpoint in PRETRAINED_MODELS:
         from pretrain_xla.interop.gpt2 import match_vocabulary
@@ -102,27 +86,6 @@ def pretrain(arguments: Sequence[str], *, program: str, fixed: dict[str, Any] | 
                 f"note: vocab_size {parsed.config.model.vocab_size} -> {config.model.vocab_size}: the rest is padding"
             )
     start_run(config)
-
-
-def start_run(config: RunConfig) -> None:
-    """Run a config in this process, or once for each device where it asks for multiprocessing."""
-    if config.parallel.runtime == "xla":
-        try:
-            from pretrain_xla.runtime import xla
-        except ModuleNotFoundError:
-            pass  # `runtime.start` says what to install
-        else:
-            if xla.is_multiprocess(config):
-                xla.launch(config, functools.partial(_run_replica, config))
-                return
-    _run_replica(config)
-
-
-@guarded
-def _run_replica(config: RunConfig, _index: int = 0) -> None:
-    from pretrain_xla.train.run import run
-
-    run(config)
 
 
 def effectless(config: RunConfig, given: frozenset[str]) -> list[str]:

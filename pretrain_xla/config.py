@@ -86,7 +86,7 @@ class ModelConfig(Section):
     """gpt2: normal(0.02), residual projections divided by sqrt(2 layers); normal: normal(0.02) throughout; fan_in: std
     1/sqrt(fan-in), residual projections zero."""
     attention: Literal["sdpa", "reference"] = "sdpa"
-    """Attention implementation; reference is plain fp32 and the only one with a soft-cap."""
+    """Attention implementation; reference is plain matrix products with an fp32 softmax, and the only one with a soft-cap."""
 
     @property
     def heads_dim(self) -> int:

@@ -15,11 +15,11 @@ from pathlib import Path
 import tyro
 from rich.console import Console
 
-from pretrain_xla.cli import start_run
 from pretrain_xla.config import RunConfig, build_config, load_yaml
 from pretrain_xla.data.command import show_dataset
 from pretrain_xla.data.prepare import prepare
 from pretrain_xla.errors import UserError
+from pretrain_xla.train.run import start_run
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "quickstart.yaml"
 PROMPT = "The with statement"

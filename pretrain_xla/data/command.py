@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
@@ -57,7 +58,9 @@ def prepare_command(arguments: Sequence[str]) -> None:
 
 def show_dataset(info: DatasetInfo) -> None:
     """A small table of a dataset."""
-    table = Table(title=f"{info.root}: {info.tokenizer_name}, {info.vocab_size:,} ids, {info.dtype}")
+    print(f"{os.path.relpath(info.root) if '://' not in info.root else info.root}: ", end="")
+    print(f"{info.vocab_size:,} token ids by {info.tokenizer}, stored as {info.dtype}")
+    table = Table()
     for heading in ("split", "documents", "tokens", "shards"):
         table.add_column(heading, justify="left" if heading == "split" else "right")
     for name, split in info.splits.items():

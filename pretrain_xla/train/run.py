@@ -1,13 +1,33 @@
-"""One process of a run, from a config to its end."""
+"""A run, from a config to its end: in this process, or in one for each device."""
 
 from __future__ import annotations
 
+import functools
 import os
 
 from pretrain_xla.config import RunConfig
-from pretrain_xla.errors import UserError
+from pretrain_xla.errors import UserError, guarded
 from pretrain_xla.runtime import start
 from pretrain_xla.train.files import write_run_files
+
+
+def start_run(config: RunConfig) -> None:
+    """Run a config in this process, or once for each device where it asks for multiprocessing."""
+    if config.parallel.runtime == "xla":
+        try:
+            from pretrain_xla.runtime import xla
+        except ModuleNotFoundError:
+            pass  # `runtime.start` says what to install
+        else:
+            if xla.is_multiprocess(config):
+                xla.launch(config, functools.partial(_run_replica, config))
+                return
+    _run_replica(config)
+
+
+@guarded
+def _run_replica(config: RunConfig, _index: int = 0) -> None:
+    run(config)
 
 
 def run(config: RunConfig) -> None:
