@@ -31,8 +31,8 @@ class PrepareFlags:
     """Instead of --tokenizer: train a BPE of so many ids on the text first."""
     shard_size: int = 100_000_000
     """Tokens in a shard."""
-    valid_fraction: float = 0.01
-    """Share of the documents held out for validation."""
+    valid_fraction: float = 0.05
+    """Share of the documents held out for validation; for a large corpus much less will do."""
     overwrite: bool = False
     """Replace a dataset that was made otherwise."""
 

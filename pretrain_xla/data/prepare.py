@@ -44,7 +44,7 @@ def prepare(
     *,
     train_vocab_size: int | None = None,
     shard_size: int = 100_000_000,
-    valid_fraction: float = 0.01,
+    valid_fraction: float = 0.05,
     overwrite: bool = False,
     progress: bool = True,
 ) -> DatasetInfo:

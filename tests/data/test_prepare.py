@@ -132,7 +132,7 @@ def test_another_recipe_is_refused_and_overwrites_when_told(tmp_path):
     for arguments, message in [
         ({"source": source(version="2")}, "source_version '1' → '2'"),
         ({"shard_size": 9000}, "shard_size 3000 → 9000"),
-        ({"valid_fraction": 0.5}, "valid_fraction 0.01 → 0.5"),
+        ({"valid_fraction": 0.5}, "valid_fraction 0.05 → 0.5"),
         ({"tokenizer": None, "train_vocab_size": 300}, "tokenizer 'bytes' → 'bpe of 300 ids'"),
     ]:
         with pytest.raises(UserError) as error:
