@@ -69,12 +69,12 @@ def measure(kind: str, rounds: int, steps: int) -> None:
     from pretrain_xla.train.metrics import read_metrics
     from pretrain_xla.train.trainer import Trainer
 
+    tree = load_yaml(str(ROOT / "configs" / "quickstart.yaml"))
     folder = Path(tempfile.mkdtemp())
     draws = np.random.default_rng(0)
     for split in ("train", "valid"):
         (folder / split).mkdir()
-        np.save(folder / split / "0.npy", draws.integers(0, 4096, 400_000).astype(np.uint16))
-    tree = load_yaml(str(ROOT / "configs" / "quickstart.yaml"))
+        np.save(folder / split / "0.npy", draws.integers(0, tree["model"]["vocab_size"], 400_000).astype(np.uint16))
     tree["data"] = {"train_dir": str(folder / "train"), "valid_dir": str(folder / "valid")}
     tree["logging"] |= {"run_dir": str(folder / "run")}
     tree["parallel"] = {"runtime": kind}
@@ -136,8 +136,8 @@ def measure(kind: str, rounds: int, steps: int) -> None:
     if kind == "xla":
         only_trace = trace_seconds(trainer, history[0])
         print(
-            f"       a step of {mine * 1e3:.0f} ms: tracing {only_trace * 1e3:.1f} ms ({only_trace / mine:.1%}, beside the "
-            f"device), waiting for input {statistics.median(waits):.2%}"
+            f"       a step of {mine * 1e3:.0f} ms: tracing {only_trace * 1e3:.1f} ms ({only_trace / mine:.1%}; beside the device on a "
+            f"TPU, before it on the CPU), waiting for input {statistics.median(waits):.2%}"
         )
     else:
         print(f"       a step of {mine * 1e3:.0f} ms: waiting for input {statistics.median(waits):.2%}")
