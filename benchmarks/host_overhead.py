@@ -136,8 +136,8 @@ def measure(kind: str, rounds: int, steps: int) -> None:
     if kind == "xla":
         only_trace = trace_seconds(trainer, history[0])
         print(
-            f"       a step of {mine * 1e3:.0f} ms: tracing {only_trace * 1e3:.1f} ms ({only_trace / mine:.1%}; beside the device on a "
-            f"TPU, before it on the CPU), waiting for input {statistics.median(waits):.2%}"
+            f"       a step of {mine * 1e3:.0f} ms: tracing {only_trace * 1e3:.1f} ms ({only_trace / mine:.1%}; "
+            f"on a TPU it runs beside the device), waiting for input {statistics.median(waits):.2%}"
         )
     else:
         print(f"       a step of {mine * 1e3:.0f} ms: waiting for input {statistics.median(waits):.2%}")
