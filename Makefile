@@ -11,7 +11,7 @@ CORPUS ?=
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
-setup: $(VENV)/.ready ## make .venv with everything (torch, torch_xla, test tools); about 3 minutes
+setup: $(VENV)/.ready ## make .venv with everything (torch, torch_xla, test tools); about 5 minutes
 
 $(VENV)/.ready: requirements.txt requirements-xla_tpu.txt requirements-dev.txt pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) is not there: install Python 3.11, or name yours: make PYTHON=python3" >&2; exit 2; }
