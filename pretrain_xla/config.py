@@ -86,7 +86,8 @@ class ModelConfig(Section):
     """gpt2: normal(0.02), residual projections divided by sqrt(2 layers); normal: normal(0.02) throughout; fan_in: std
     1/sqrt(fan-in), residual projections zero."""
     attention: Literal["sdpa", "reference"] = "sdpa"
-    """Attention implementation; reference is plain matrix products with an fp32 softmax, and the only one with a soft-cap."""
+    """sdpa: the machine's fused kernel, where it has one for these heads (TPU: ours; elsewhere PyTorch's); reference: plain
+    matrix products around an fp32 softmax."""
 
     @property
     def heads_dim(self) -> int:
@@ -117,10 +118,6 @@ class ModelConfig(Section):
             )
         if self.positions == "rotary" and self.heads_dim % 2:
             raise ValueError(f"head_dim={self.heads_dim} is odd, and rotary positions turn pairs: make it even")
-        if self.attention == "sdpa" and self.attention_softcap is not None:
-            raise ValueError(
-                f"attention_softcap={self.attention_softcap} needs attention=reference: sdpa cannot cap its scores"
-            )
         return self
 
 
@@ -210,6 +207,15 @@ class TrainConfig(Section):
     """Only evaluate: print loss and perplexity on valid_dir, and end."""
     from_checkpoint: str | None = None
     """Start from gpt2[-medium|-large|-xl], or from where another run stands: its folder, or one of its checkpoints."""
+    rematerialization: Literal["none", "selective", "full"] = "none"
+    """What the backward pass computes again instead of keeping: none; selective: all but attention and matrix products;
+    full: each block from its input."""
+    scan_layers: bool = False
+    """xla: one compiled loop over the blocks instead of a copy of the program for each; compiles deep models fast."""
+    loss_chunk: Positive | None = None
+    """Tokens of a device whose logits exist at one time; none: all of a micro-batch. Saves memory, costs little time."""
+    preflight_only: bool = False
+    """Compile the training step for `topology` with the TPU's compiler, print what it needs and takes, and end."""
     use_syncfree_optim: bool = False
     """Accepted for old command lines: the optimizer never synchronises here."""
     strict_graph: bool = False
@@ -229,6 +235,8 @@ class ParallelConfig(Section):
     """xla: devices over which parameters and optimizer state are sharded, each with its own rows of the batch."""
     mesh_tensor: Positive = 1
     """xla: devices that share each matrix product."""
+    topology: str | None = None
+    """preflight: the TPU to compile for, as v5e:2x4, v5litepod-8 or v3-8; none: the one in this machine."""
     mp_start_method: Literal["fork", "spawn"] | None = None
     """xla: run one process for each device (PJRT multiprocessing), started this way; none: SPMD."""
     ddp: bool = False

@@ -131,11 +131,6 @@ IMPOSSIBLE: dict[str, tuple[dict[str, Any], list[str], dict[str, Any]]] = {
         ["head_dim=7", "rotary", "even"],
         {"model": {"d_model": 84, "num_heads": 12, "positions": "learned"}},
     ),
-    "soft-cap in sdpa": (
-        {"model": {"attention_softcap": 50.0}},
-        ["attention_softcap=50.0", "attention=reference"],
-        {"model": {"attention_softcap": 50.0, "attention": "reference"}},
-    ),
     "warm-up past the end of cosine": (
         {"optim": {"warmup_steps": 501, "decay_steps": 500}},
         ["warmup_steps=501", "step 500", "cosine", "raise decay_steps"],

@@ -4,8 +4,9 @@
 to it). Shapes: B batch, T query tokens, S key tokens, H query heads, K key/value heads, G = H / K, E head width.
 """
 
+import dataclasses
 from collections.abc import Callable
-from typing import cast
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +14,9 @@ from torch import Tensor, nn
 
 from pretrain_xla.config import ModelConfig
 from pretrain_xla.model.layers import Linear
-from pretrain_xla.model.norms import make_head_norm
+from pretrain_xla.model.norms import RMSNorm, make_head_norm
 from pretrain_xla.model.positions import RotaryTables, rotate
+from pretrain_xla.model.remember import remember
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(query_BHTE, key_BKTE, value_BKTE) → heads_BHTE."""
@@ -45,12 +47,10 @@ def _sdpa(
 ) -> Tensor:
     """PyTorch's fused kernels: the scores never reach memory.
 
-    XLA has none, and would lower this call to all-fp32 matrix products around two more passes over the scores: there,
-    the reference, which multiplies in the compute type, is the faster one.
+    They cannot cap scores. And XLA has none, and would lower this call to all-fp32 matrix products around two more passes
+    over the scores: there, the reference, which multiplies in the compute type, is the faster one where no `Kernel` is.
     """
-    if softcap is not None:
-        raise ValueError(f"softcap={softcap} needs implementation='reference': sdpa cannot cap its scores")
-    if query_BHTE.device.type == "xla":
+    if query_BHTE.device.type == "xla" or softcap is not None:
         return _reference(query_BHTE, key_BKTE, value_BKTE, scale, softcap, dropout)
     return F.scaled_dot_product_attention(
         query_BHTE,
@@ -99,8 +99,47 @@ def attend(
     return IMPLEMENTATIONS[implementation](query_BHTE, key_BKTE, value_BKTE, scale, softcap, rate)
 
 
+@dataclasses.dataclass(frozen=True)
+class HeadsSpec:
+    """What a kernel must know of the heads besides their tensors; see `ModelConfig`."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float
+    softcap: float | None
+    norm_eps: float
+
+
+class Kernel(Protocol):
+    """Causal attention on the projections as they are, heads side by side, where a machine has a kernel for that."""
+
+    def __call__(
+        self,
+        query_BTF: Tensor,
+        key_BTS: Tensor,
+        value_BTS: Tensor,
+        spec: HeadsSpec,
+        norms: tuple[Tensor | None, Tensor | None],
+        rotary: RotaryTables | None,
+    ) -> Tensor | None:
+        """Attend.
+
+        Args:
+            query_BTF: queries, F = H * E.
+            key_BTS: keys, S = K * E.
+            value_BTS: values.
+            spec: the heads.
+            norms: weights (E,) of the query and the key norm, by which a normalised head is multiplied, or none.
+            rotary: tables for the turn that follows the norm, or none.
+
+        Returns:
+            heads_BTF, or none where the kernel cannot do this.
+        """
+
+
 class Attention(nn.Module):
-    """Project to heads, attend, project back."""
+    """Project to heads, attend, project back. `kernel` is set by the runtime where there is one."""
 
     def __init__(self, config: ModelConfig, compute_dtype: torch.dtype) -> None:
         super().__init__()
@@ -110,13 +149,17 @@ class Attention(nn.Module):
         self.key = Linear(config.d_model, key_width, config.bias)
         self.value = Linear(config.d_model, key_width, config.bias)
         self.output = Linear(query_width, config.d_model, config.bias)
-        self.query_norm = make_head_norm(config, compute_dtype) if config.qk_norm else None
-        self.key_norm = make_head_norm(config, compute_dtype) if config.qk_norm else None
+        self.query_norm: RMSNorm | None = make_head_norm(config, compute_dtype) if config.qk_norm else None
+        self.key_norm: RMSNorm | None = make_head_norm(config, compute_dtype) if config.qk_norm else None
         self.head_dim = config.heads_dim
         self.implementation = config.attention
         self.scale = config.query_scale or config.heads_dim**-0.5
         self.softcap = config.attention_softcap
         self.dropout = config.dropout
+        self.spec = HeadsSpec(
+            config.num_heads, config.kv_heads, config.heads_dim, self.scale, self.softcap, config.norm_eps
+        )
+        self.kernel: Kernel | None = None
 
     def forward(self, x_BTD: Tensor, rotary: RotaryTables | None, attend: Attend | None = None) -> Tensor:
         """Mix tokens, each with those before it and itself.
@@ -126,11 +169,25 @@ class Attention(nn.Module):
             rotary: tables for these T tokens; none: no rotary turn.
             attend: what to do with the heads instead of `attend` over these tokens (generation looks into its cache).
         """
-        query_BHTE = self._split_heads(self.query(x_BTD), self.query_norm, rotary)
-        key_BKTE = self._split_heads(self.key(x_BTD), self.key_norm, rotary)
-        value_BKTE = self._split_heads(self.value(x_BTD), None, None)
-        heads_BHTE = (attend or self._attend)(query_BHTE, key_BKTE, value_BKTE)
-        return cast(Tensor, self.output(heads_BHTE.transpose(1, 2).flatten(2)))
+        query_BTF = remember(self.query(x_BTD))
+        key_BTS, value_BTS = remember(self.key(x_BTD)), remember(self.value(x_BTD))
+        heads_BTF = None if attend is not None else self._run_kernel(query_BTF, key_BTS, value_BTS, rotary)
+        if heads_BTF is None:
+            query_BHTE = self._split_heads(query_BTF, self.query_norm, rotary)
+            key_BKTE = self._split_heads(key_BTS, self.key_norm, rotary)
+            value_BKTE = self._split_heads(value_BTS, None, None)
+            heads_BHTE = (attend or self._attend)(query_BHTE, key_BKTE, value_BKTE)
+            heads_BTF = remember(heads_BHTE.transpose(1, 2).flatten(2))
+        return remember(self.output(heads_BTF))
+
+    def _run_kernel(
+        self, query_BTF: Tensor, key_BTS: Tensor, value_BTS: Tensor, rotary: RotaryTables | None
+    ) -> Tensor | None:
+        if self.kernel is None or self.implementation == "reference" or (self.dropout and self.training):
+            return None
+        query_scale = None if self.query_norm is None else self.query_norm.scale()
+        key_scale = None if self.key_norm is None else self.key_norm.scale()
+        return self.kernel(query_BTF, key_BTS, value_BTS, self.spec, (query_scale, key_scale), rotary)
 
     def _split_heads(self, x_BTF: Tensor, norm: nn.Module | None, rotary: RotaryTables | None) -> Tensor:
         heads_BHTE = x_BTF.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from pretrain_xla.config import ModelConfig
 from pretrain_xla.model.layers import Linear
+from pretrain_xla.model.remember import remember
 
 
 def _gelu(x: Tensor) -> Tensor:
@@ -33,6 +34,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """Map each token by itself, in x's type."""
+        up_BTF = remember(self.up(x_BTD))
         if self.gate is None:
-            return cast(Tensor, self.down(self.activation(self.up(x_BTD))))
-        return cast(Tensor, self.down(self.activation(self.gate(x_BTD)) * self.up(x_BTD)))
+            return cast(Tensor, self.down(self.activation(up_BTF)))
+        return cast(Tensor, self.down(self.activation(remember(self.gate(x_BTD))) * up_BTF))

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 from pretrain_xla.config import ModelConfig
 from pretrain_xla.model.attention import Attend, Attention
+from pretrain_xla.model.execution import Execution
 from pretrain_xla.model.feed_forward import FeedForward
 from pretrain_xla.model.layers import Embedding, Linear
-from pretrain_xla.model.loss import cross_entropy
+from pretrain_xla.model.loops import python_loop
+from pretrain_xla.model.loss import PADDING_LOGIT, Head, cross_entropy, linear_cross_entropy
 from pretrain_xla.model.norms import make_norm
 from pretrain_xla.model.positions import RotaryTables, rotary_tables
-
-PADDING_LOGIT = -1e30
-"""Logit of a padding row: its softmax is exactly 0 in fp32, and 0 * it is 0, where 0 * -inf would be NaN."""
+from pretrain_xla.model.stack import run_blocks
 
 
 class Block(nn.Module):
@@ -30,6 +30,7 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, compute_dtype: torch.dtype) -> None:
         super().__init__()
+        self.compute_dtype = compute_dtype
         self.attention_norm = make_norm(config, compute_dtype)
         self.attention = Attention(config, compute_dtype)
         self.attention_post_norm = make_norm(config, compute_dtype) if config.post_norm else None
@@ -61,16 +62,20 @@ class GPT(nn.Module):
     Args:
         config: the architecture.
         compute_dtype: type of matrix products; the weights stay fp32.
+        execution: how it is run.
     """
 
     rotary_cos: Tensor
     rotary_sin: Tensor
     vocab_mask: Tensor
 
-    def __init__(self, config: ModelConfig, compute_dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, config: ModelConfig, compute_dtype: torch.dtype = torch.float32, execution: Execution | None = None
+    ) -> None:
         super().__init__()
         self.config = config
         self.compute_dtype = compute_dtype
+        self.execution = execution or Execution()
         self.embedding = Embedding(config.padded_vocab_size, config.d_model)
         learned = config.positions == "learned"
         self.position_embedding = Embedding(config.seq_length, config.d_model) if learned else None
@@ -97,7 +102,13 @@ class GPT(nn.Module):
         x_BTD = self.hidden(tokens_BT)
         if targets_BT is None:
             return self.logits(x_BTD)
-        return cross_entropy(self._masked_logits(x_BTD), targets_BT)
+        execution = self.execution
+        if execution.loop is None and execution.loss_chunk is None:
+            return cross_entropy(self._masked_logits(x_BTD), targets_BT)  # fused kernels on GPU and CPU
+        table = self.embedding if self.head is None else self.head
+        loop = execution.loop or python_loop
+        head = Head(self.config.vocab_size, self.config.logit_softcap, execution.loss_chunk, loop)
+        return linear_cross_entropy(x_BTD, table.weight.to(x_BTD.dtype), targets_BT, head)
 
     def hidden(
         self, tokens_BT: Tensor, positions_T: Tensor | None = None, attends: Sequence[Attend] | None = None
@@ -121,8 +132,11 @@ class GPT(nn.Module):
         rotary = None
         if self.config.positions == "rotary":
             rotary = (_rows(self.rotary_cos, length, positions_T), _rows(self.rotary_sin, length, positions_T))
-        for index, block in enumerate(self.blocks):
-            x_BTD = block(x_BTD, rotary, attends[index] if attends is not None else None)
+        if attends is not None:
+            for block, attend in zip(self.blocks, attends, strict=True):
+                x_BTD = block(x_BTD, rotary, attend)
+        else:
+            x_BTD = run_blocks(list(self.blocks), x_BTD, rotary, self.execution)
         return cast(Tensor, self.final_norm(x_BTD))
 
     def logits(self, x_BTD: Tensor) -> Tensor:

@@ -1,17 +1,128 @@
-"""The training loss."""
+"""The training loss, from logits or, without ever keeping them, from the last hidden state."""
 
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pretrain_xla.model.loops import Loop, python_loop
+
+PADDING_LOGIT = -1e30
+"""Logit of a padding row: its softmax is exactly 0 in fp32, and 0 * it is 0, where 0 * -inf would be NaN."""
+IGNORED = -100
+"""Target of a token that is left out of the mean, as in PyTorch."""
+
 
 def cross_entropy(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
-    """Mean over tokens of log-sum-exp(logits) - logits[target], in fp32 and nats, as a 0-d tensor.
-
-    PyTorch's own, because it is the right form everywhere: fused kernels on GPU and CPU, and on XLA a compare with an
-    iota that melts into the reductions. (A gather would cost a scatter over all of B, T, V in its backward pass.)
+    """Mean over tokens of log-sum-exp(logits) - logits[target], in fp32 and nats, as a 0-d tensor. The reference.
 
     Args:
         logits_BTV: scores, any floating type.
         targets_BT: the right token ids, int32 or int64; -100 leaves a token out of the mean.
     """
     return F.cross_entropy(logits_BTV.float().flatten(0, 1), targets_BT.flatten().long())
+
+
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """What lies between the last hidden state and the loss.
+
+    vocab_size: rows of the output table that are real; softcap: bound on the logits, none: no bound; chunk: tokens whose
+    logits exist at one time, none: all; loop: what runs the chunks.
+    """
+
+    vocab_size: int
+    softcap: float | None = None
+    chunk: int | None = None
+    loop: Loop = python_loop
+
+
+def linear_cross_entropy(x_BTD: Tensor, weight_VD: Tensor, targets_BT: Tensor, head: Head) -> Tensor:
+    """`cross_entropy(x @ weight.T, targets)`, with its gradients computed at once and by hand.
+
+    Only the logits of `head.chunk` tokens exist at a time, in the type of x; in the chunk that made them they are turned
+    into the gradients of x and of the weight, so that nothing is computed again, or kept, for the backward pass. Against
+    autograd's way that saves three passes over [tokens, V] even with a single chunk: the target's logit is the product
+    with one row of the table instead of a masked sum over all of them, the count of targets likewise, and the gradient's
+    sum over V is known to be zero.
+
+    Args:
+        x_BTD: output of the last norm, in the compute type.
+        weight_VD: output table, in the compute type, V a multiple of the padding.
+        targets_BT: the right token ids, int32 or int64; -100 leaves a token out of the mean.
+        head: see `Head`; where the chunk does not divide the tokens, the next smaller divisor is taken.
+
+    Returns:
+        The mean in fp32 and nats, 0-d. It can be differentiated once.
+    """
+    loss: Tensor = _LinearCrossEntropy.apply(x_BTD, weight_VD, targets_BT, head)
+    return loss
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_BTD: Tensor, weight_VD: Tensor, targets_BT: Tensor, head: Head) -> Tensor:
+        x_ND, targets_N = x_BTD.flatten(0, 1), targets_BT.flatten()
+        share = 1.0 / (targets_N != IGNORED).sum().float()
+        chunks = _chunks(len(x_ND), head.chunk)
+        if chunks == 1:
+            loss, grad_x_ND, grad_weight_VD = _loss_and_gradients(x_ND, weight_VD, targets_N, share, head)
+        else:
+
+            def body(carried: list[Tensor], chunk: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+                loss, grad_x_CD, grad_weight_VD = _loss_and_gradients(chunk[0], weight_VD, chunk[1], carried[2], head)
+                return [carried[0] + loss, carried[1] + grad_weight_VD, carried[2]], [grad_x_CD]
+
+            zeros = [torch.zeros((), device=x_ND.device), torch.zeros(weight_VD.shape, device=x_ND.device)]
+            slices = [x_ND.unflatten(0, (chunks, -1)), targets_N.unflatten(0, (chunks, -1))]
+            (loss, grad_weight_VD, _), (grad_x_LCD,) = head.loop(body, [*zeros, share], slices)
+            grad_x_ND = grad_x_LCD.flatten(0, 1)
+        ctx.save_for_backward(grad_x_ND.view(x_BTD.shape), grad_weight_VD, share)
+        ctx.weight_dtype = weight_VD.dtype
+        return loss * share
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        grad_x_BTD, grad_weight_VD, share = ctx.saved_tensors
+        factor = grads[0] * share if grad_x_BTD.dtype == torch.float16 else grads[0]
+        return (grad_x_BTD * factor).to(grad_x_BTD.dtype), (grad_weight_VD * factor).to(ctx.weight_dtype), None, None
+
+
+def _chunks(tokens: int, chunk: int | None) -> int:
+    """Number of chunks: the least that divides `tokens` into parts of at most `chunk`."""
+    if chunk is None:
+        return 1
+    return next(count for count in range(-(-tokens // chunk), tokens + 1) if tokens % count == 0)
+
+
+def _loss_and_gradients(
+    x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, share: Tensor, head: Head
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Summed loss of N tokens, and the gradients of `share` times it: of x in x's type, of the weight in fp32.
+
+    In fp16 the share, one over the number of tokens, would be lost to underflow here: there it is left out, and comes with
+    the loss scale in backward. Elsewhere it comes before the products, so that the sum over replicas directly follows them
+    and can be made once after all micro-batches.
+    """
+    logits_NV = (x_ND @ weight_VD.T).float()
+    rows_ND = F.embedding(targets_N.clamp(min=0), weight_VD)
+    target_N = (x_ND.float() * rows_ND.float()).sum(-1)
+    if head.softcap is not None:
+        logits_NV = head.softcap * torch.tanh(logits_NV / head.softcap)
+        target_N = head.softcap * torch.tanh(target_N / head.softcap)
+    columns_V = torch.arange(len(weight_VD), device=x_ND.device, dtype=targets_N.dtype)
+    masked_NV = torch.where(columns_V < head.vocab_size, logits_NV, PADDING_LOGIT)
+    maximum_N1 = masked_NV.amax(-1, keepdim=True)
+    logsumexp_N1 = maximum_N1 + torch.log(torch.exp(masked_NV - maximum_N1).sum(-1, keepdim=True))
+    valid_N = targets_N != IGNORED
+    loss = torch.where(valid_N, logsumexp_N1[:, 0] - target_N, 0.0).sum()
+    grad_NV = torch.exp(masked_NV - logsumexp_N1) - (columns_V == targets_N[:, None]).float()
+    if head.softcap is not None:
+        grad_NV = grad_NV * (1.0 - (logits_NV / head.softcap).square())
+    weight_N = valid_N.float() if x_ND.dtype == torch.float16 else torch.where(valid_N, share, 0.0)
+    grad_NV = (grad_NV * weight_N[:, None]).to(x_ND.dtype)
+    return loss, grad_NV @ weight_VD, (grad_NV.T @ x_ND).float()

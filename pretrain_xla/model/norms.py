@@ -40,8 +40,11 @@ class RMSNorm(nn.Module):
         """Normalise the last dimension."""
         x = x.float()
         normed = x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + self.eps)
-        weight = 1.0 + self.weight if self.zero_centered else self.weight
-        return (normed * weight).to(self.compute_dtype)
+        return (normed * self.scale()).to(self.compute_dtype)
+
+    def scale(self) -> Tensor:
+        """What a normalised value is multiplied by."""
+        return 1.0 + self.weight if self.zero_centered else self.weight
 
 
 def make_norm(config: ModelConfig, compute_dtype: torch.dtype) -> nn.Module:
@@ -51,6 +54,6 @@ def make_norm(config: ModelConfig, compute_dtype: torch.dtype) -> nn.Module:
     return RMSNorm(config.d_model, config.norm_eps, config.norm == "rmsnorm_zero_centered", compute_dtype)
 
 
-def make_head_norm(config: ModelConfig, compute_dtype: torch.dtype) -> nn.Module:
+def make_head_norm(config: ModelConfig, compute_dtype: torch.dtype) -> RMSNorm:
     """The normalisation of one query or key head: always RMS, zero-centred where the others are."""
     return RMSNorm(config.heads_dim, config.norm_eps, config.norm == "rmsnorm_zero_centered", compute_dtype)

@@ -71,17 +71,6 @@ class AdamW:
             tensors[f"second_moment.{name}"] = second
         return tensors
 
-    def zero_gradients(self) -> None:
-        """Drop the gradients; the next backward makes new ones, so no memory holds them between steps."""
-        for parameter in self.parameters:
-            parameter.grad = None
-
-    def gradients(self) -> list[Tensor]:
-        """Gradients in the order of `parameters`; a parameter outside the graph is a defect and fails here."""
-        missing = [name for name, p in zip(self.names, self.parameters, strict=True) if p.grad is None]
-        assert not missing, f"no gradient reached {missing}"
-        return [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-
     @torch.no_grad()
     def update(self, gradients: Sequence[Tensor], skip: Tensor | None = None) -> Tensor:
         """One update of the parameters in place; returns the learning rate used (0-d float32).
@@ -134,7 +123,7 @@ def clip_by_global_norm(gradients: Sequence[Tensor], max_norm: float) -> tuple[l
 
     Returns the gradients and their norm before clipping (0-d float32). No host branch: the factor is computed on the device.
     """
-    norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g.float()) for g in gradients]))
+    norm = torch.stack([gradient.float().square().sum() for gradient in gradients]).sum().sqrt()
     if max_norm == 0.0:
         return list(gradients), norm
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)

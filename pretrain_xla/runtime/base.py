@@ -6,7 +6,7 @@ CPU; alone or DDP). Model, optimizer, data and trainer are written against this 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -15,6 +15,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from pretrain_xla.model.loops import Fence, Loop
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,10 @@ class Runtime(Protocol):
     """Whether this process writes the files and speaks to the person."""
     mesh: dict[str, int]
     """Axis name → devices along it."""
+    loop: Loop | None
+    """A loop that compiles into one, for the model to use; none: there is no such thing here."""
+    fence: Fence
+    """Keeps the compiler from merging a second computation with the first."""
 
     def rows(self, batch_size: int) -> slice:
         """The rows of a global batch that this process reads.
@@ -85,11 +91,24 @@ class Runtime(Protocol):
     def fuse(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Compile a part of the step where the step is not compiled whole; else the function itself."""
 
-    def reducing(self, model: Callable[..., Tensor], last: bool) -> AbstractContextManager[Any]:
-        """Around forward and backward of a micro-batch: only the last one reduces gradients over replicas."""
+    def gradients(
+        self,
+        loss: Callable[[Tensor], Tensor],
+        parameters: Sequence[Tensor],
+        tokens_BAS: Tensor,
+        scale: Tensor | None = None,
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """Mean loss over the micro-batches, and its gradients, reduced once over all replicas.
 
-    def reduce_gradients(self, gradients: list[Tensor]) -> list[Tensor]:
-        """Mean over replicas, where neither the compiler nor the wrapped model has done it."""
+        Args:
+            loss: mean loss of one micro-batch `[rows, T + 1]`; it calls what `forward` gave.
+            parameters: what to differentiate by.
+            tokens_BAS: `[rows, micro-batches, T + 1]` of this process.
+            scale: factor on the loss before differentiation (fp16), or none.
+
+        Returns:
+            The unscaled loss of this process's rows (0-d, fp32), and each parameter's gradient, none where none reached it.
+        """
 
     def mean(self, value: Tensor) -> Tensor:
         """Mean of a 0-d tensor over replicas, on the device."""

@@ -7,9 +7,8 @@ import os
 import resource
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pretrain_xla.config import RunConfig
 from pretrain_xla.errors import UserError
+from pretrain_xla.model.loops import Fence, Loop, no_fence
 from pretrain_xla.runtime.base import GraphCounts, GraphEvent
 from pretrain_xla.runtime.peaks import gpu_peak
 
@@ -49,6 +49,9 @@ class TorchRuntime:
                 "the torch runtime replicates the model (DDP); set both to 1"
             )
         self._compiles = config.train.compile
+        self.loop: Loop | None = None
+        self.fence: Fence = no_fence
+        self._replica: DistributedDataParallel | None = None
         self.process_count = int(os.environ.get("WORLD_SIZE", "1"))
         self.process_index = int(os.environ.get("RANK", "0"))
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -97,9 +100,9 @@ class TorchRuntime:
         inner: Any = torch.compile(model, dynamic=False) if self._compiles else model
         if not self.distributed:
             return inner
-        return DistributedDataParallel(
-            inner, device_ids=[self.device.index] if self.device.type == "cuda" else None, broadcast_buffers=False
-        )
+        devices = [self.device.index] if self.device.type == "cuda" else None
+        self._replica = DistributedDataParallel(inner, device_ids=devices, broadcast_buffers=False)
+        return self._replica
 
     def place_like(self, host: Tensor, parameter: Tensor | None) -> Tensor:
         """See `base.Runtime.place_like`."""
@@ -137,15 +140,26 @@ class TorchRuntime:
         """See `base.Runtime.fuse`."""
         return torch.compile(function, dynamic=False) if self._compiles else function
 
-    def reducing(self, model: Callable[..., Tensor], last: bool) -> AbstractContextManager[Any]:
-        """See `base.Runtime.reducing`."""
-        if isinstance(model, DistributedDataParallel) and not last:
-            return model.no_sync()
-        return contextlib.nullcontext()
-
-    def reduce_gradients(self, gradients: list[Tensor]) -> list[Tensor]:
-        """The gradients themselves: DDP has reduced them during the backward."""
-        return gradients
+    def gradients(
+        self,
+        loss: Callable[[Tensor], Tensor],
+        parameters: Sequence[Tensor],
+        tokens_BAS: Tensor,
+        scale: Tensor | None = None,
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """See `base.Runtime.gradients`; DDP reduces during the backward pass of the last micro-batch."""
+        count = tokens_BAS.shape[1]
+        total = torch.zeros((), device=tokens_BAS.device)
+        for index in range(count):
+            waits = self._replica is not None and index < count - 1
+            with self._replica.no_sync() if waits and self._replica is not None else contextlib.nullcontext():
+                value = loss(tokens_BAS[:, index]) / count
+                (value if scale is None else value * scale).backward()
+            total = total + value.detach()
+        gradients = [parameter.grad for parameter in parameters]
+        for parameter in parameters:
+            parameter.grad = None  # the next backward makes new ones, so no memory holds them between steps
+        return total, gradients
 
     def mean(self, value: Tensor) -> Tensor:
         """See `base.Runtime.mean`."""

@@ -11,9 +11,8 @@ import contextlib
 import logging
 import os
 import resource
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -27,11 +26,13 @@ from torch import Tensor, nn
 
 from pretrain_xla.config import RunConfig
 from pretrain_xla.errors import UserError
+from pretrain_xla.model.loops import Fence, Loop
 from pretrain_xla.runtime import xla_graphs
 from pretrain_xla.runtime.base import GraphCounts, GraphEvent
 from pretrain_xla.runtime.peaks import tpu_peak
 from pretrain_xla.runtime.sharding import ACTIVATIONS, BATCH, check_model_fits, lookup, parameter_axes, resolve_mesh
 from pretrain_xla.runtime.xla_environment import prepare_environment
+from pretrain_xla.runtime.xla_loop import xla_fence, xla_loop
 
 
 class XlaRuntime:
@@ -41,6 +42,8 @@ class XlaRuntime:
 
     def __init__(self, config: RunConfig) -> None:
         prepare_environment()
+        self.loop: Loop | None = xla_loop
+        self.fence: Fence = xla_fence
         parallel = config.parallel
         self.is_spmd = not is_multiprocess(config)
         if self.is_spmd and not xr.is_spmd():
@@ -113,11 +116,27 @@ class XlaRuntime:
         if self._mesh is not None:
             for name, parameter in model.named_parameters():
                 xs.mark_sharding(parameter, self._mesh, parameter_axes(name))
-            for name, module in model.named_modules():
-                axes = lookup(ACTIVATIONS, name)
-                if axes is not None:
-                    module.register_forward_hook(self._pin(self._mesh, axes))
+        self.pin_activations(model)
         torch_xla.sync()
+
+    def install_kernels(self, model: nn.Module, chip: str) -> None:
+        """Let attention use its TPU kernel, on a generation of TPUs that has one."""
+        from pretrain_xla.model.attention import Attention
+        from pretrain_xla.runtime.xla_kernels import FlashAttention  # it needs jax, which a CPU does without
+
+        kernel = FlashAttention(chip, self._mesh if self.device_count > 1 else None)
+        for module in model.modules():
+            if isinstance(module, Attention):
+                module.kernel = kernel
+
+    def pin_activations(self, model: nn.Module) -> None:
+        """Under SPMD, mark the outputs of the modules that the sharding table names, and their gradients."""
+        if self._mesh is None:
+            return
+        for name, module in model.named_modules():
+            axes = lookup(ACTIVATIONS, name)
+            if axes is not None:
+                module.register_forward_hook(self._pin(self._mesh, axes))
 
     def _pin(self, mesh: xs.Mesh, axes: tuple[Any, ...]) -> Callable[..., Tensor]:
         def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
@@ -162,15 +181,39 @@ class XlaRuntime:
         """The function itself: the whole step is one graph already."""
         return function
 
-    def reducing(self, model: Callable[..., Tensor], last: bool) -> AbstractContextManager[Any]:
-        """Nothing to do: gradients are reduced once, after the last micro-batch."""
-        return contextlib.nullcontext()
+    def gradients(
+        self,
+        loss: Callable[[Tensor], Tensor],
+        parameters: Sequence[Tensor],
+        tokens_BAS: Tensor,
+        scale: Tensor | None = None,
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """See `base.Runtime.gradients`; several micro-batches are one loop of the program, under SPMD the compiler reduces."""
+        count = tokens_BAS.shape[1]
 
-    def reduce_gradients(self, gradients: list[Tensor]) -> list[Tensor]:
-        """See `base.Runtime.reduce_gradients`; under SPMD the compiler has done it."""
+        def one(tokens_BS: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+            with torch.enable_grad():
+                value = loss(tokens_BS)
+            return value.detach(), list(torch.autograd.grad(value, parameters, scale, allow_unused=True))
+
+        def body(carried: list[Tensor], slices: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+            value, gradients = one(slices[0])
+            sums = [
+                total if gradient is None else total + gradient
+                for total, gradient in zip(carried[1:], gradients, strict=True)
+            ]
+            return [carried[0] + value, *sums], []
+
+        if count == 1:
+            total, gradients = one(tokens_BAS[:, 0])
+        else:
+            zeros = [torch.zeros((), device=self.device), *(torch.zeros_like(parameter) for parameter in parameters)]
+            # Divided after the loop: a plain sum in it lets the compiler move the reduction over replicas out of it, too.
+            (total, *sums), _ = xla_loop(body, zeros, [tokens_BAS.transpose(0, 1)])
+            total, gradients = total / count, [gradient / count for gradient in sums]
         if not self.is_spmd and self.process_count > 1:
-            xm.all_reduce(xm.REDUCE_SUM, gradients, scale=1.0 / self.process_count)
-        return gradients
+            xm.all_reduce(xm.REDUCE_SUM, [g for g in gradients if g is not None], scale=1.0 / self.process_count)
+        return total, gradients
 
     def mean(self, value: Tensor) -> Tensor:
         """See `base.Runtime.mean`."""

@@ -33,7 +33,6 @@ class TrainStep:
         self.model = model
         self.optimizer = optimizer
         self.runtime = runtime
-        self.micro_batches = config.train.gradient_accum_step
         self.max_grad_norm = config.optim.max_grad_norm
         self.loss_scale = LossScale(runtime.device) if config.train.mixed_precision == "fp16" else None
         self.forward = runtime.forward(model)
@@ -56,19 +55,16 @@ class TrainStep:
         Returns:
             The history with this step's metrics at its end.
         """
-        total: Tensor | None = None
-        for index in range(self.micro_batches):
-            tokens_BS = tokens_BAS[:, index]
-            with self.runtime.reducing(self.forward, last=index == self.micro_batches - 1):
-                loss = self.forward(tokens_BS[:, :-1], tokens_BS[:, 1:]) / self.micro_batches
-                (loss if self.loss_scale is None else loss * self.loss_scale.scale).backward()
-            total = loss.detach() if total is None else total + loss.detach()
-        assert total is not None
-        gradients = self.runtime.reduce_gradients(self.optimizer.gradients())
+        scale = None if self.loss_scale is None else self.loss_scale.scale
+        total, gradients = self.runtime.gradients(self._loss, self.optimizer.parameters, tokens_BAS, scale)
+        missing = [name for name, g in zip(self.optimizer.names, gradients, strict=True) if g is None]
+        assert not missing, f"no gradient reached {missing}"
         norm, rate = self._update(gradients)
-        self.optimizer.zero_gradients()
         metrics_M = torch.stack([self.runtime.mean(total), norm, rate])
         return torch.cat([history_NM[1:], metrics_M[None]])
+
+    def _loss(self, tokens_BS: Tensor) -> Tensor:
+        return self.forward(tokens_BS[:, :-1], tokens_BS[:, 1:])
 
     def _clip_and_update(self, gradients: list[Tensor]) -> tuple[Tensor, Tensor]:
         overflow: Tensor | None = None

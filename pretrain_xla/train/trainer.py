@@ -22,9 +22,9 @@ from pretrain_xla.data.dataset import open_dataset
 from pretrain_xla.data.prefetch import Prefetcher
 from pretrain_xla.errors import UserError
 from pretrain_xla.evaluate import ValidationLoss
-from pretrain_xla.model import GPT, flops_per_token, initialize, parameter_count
-from pretrain_xla.optim import AdamW, learning_rate
+from pretrain_xla.model import flops_per_token, initialize, parameter_count
 from pretrain_xla.runtime import Runtime
+from pretrain_xla.train.build import build_model, build_optimizer
 from pretrain_xla.train.checkpoint import CheckpointInfo
 from pretrain_xla.train.console import Console
 from pretrain_xla.train.guard import GraphGuard
@@ -69,17 +69,16 @@ class Trainer:
             drop_last=False,
         )
         self.start: Start = find_start(config, self.data_fingerprint, self.console.note)
-        self.model = GPT(model, compute_dtype=runtime.compute_dtype)
+        self.model = build_model(config, runtime)
         if self.start.step == 0 and not self.start.tensors:
             initialize(self.model, train.seed)
         else:
             self.start.load_model(self.model)
         runtime.place_model(self.model)
-        self.optimizer = AdamW(
-            self.model.named_parameters(),
-            config.optim,
-            lambda step: learning_rate(step, config.optim, model.d_model),
-            place=lambda name, parameter: runtime.place_like(self.start.optimizer_tensor(name, parameter), parameter),
+        self.optimizer = build_optimizer(
+            config,
+            self.model,
+            lambda name, parameter: runtime.place_like(self.start.optimizer_tensor(name, parameter), parameter),
         )
         self.step = TrainStep(self.model, self.optimizer, runtime, config)
         self.start.load_loss_scale(self.step.loss_scale)

@@ -108,21 +108,6 @@ def test_an_update_that_might_have_been_skipped_is_the_same_update() -> None:
         assert torch.equal(tensor, masked.state[name]), name
 
 
-def test_gradients_come_in_the_order_of_the_parameters_and_none_is_missing() -> None:
-    named = parameters()
-    optimizer = make(named)
-    for index, (_, parameter) in enumerate(named):
-        parameter.grad = torch.full_like(parameter, float(index))
-    found = dict(zip(optimizer.names, optimizer.gradients(), strict=True))
-    for index, (name, _) in enumerate(named):
-        assert torch.equal(found[name], torch.full(SHAPES[name], float(index)))
-    named[2][1].grad = None
-    with pytest.raises(AssertionError, match=r"no gradient reached \['weight'\]"):
-        optimizer.gradients()
-    optimizer.zero_gradients()
-    assert all(parameter.grad is None for _, parameter in named)
-
-
 def test_state_is_addressed_by_name_and_placed_by_the_caller() -> None:
     asked: dict[str, tuple[int, ...]] = {}
 

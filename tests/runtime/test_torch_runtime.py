@@ -123,16 +123,26 @@ def test_a_batch_arrives_as_it_was(make: Make) -> None:
 
 def test_alone_there_is_nothing_to_reduce_or_compile(make: Make) -> None:
     runtime, model = make(), nn.Linear(2, 2)
-    gradients = [torch.ones(2)]
     assert runtime.forward(model) is model
     assert runtime.fuse(len) is len
     assert runtime.compile(abs, "x", tuple) is abs
-    assert runtime.reduce_gradients(gradients) is gradients
     assert float(runtime.mean(torch.tensor(2.5))) == 2.5
     assert runtime.graph_counts().graphs == {}
-    with runtime.watch(), runtime.planned(), runtime.reducing(model, last=False):
+    with runtime.watch(), runtime.planned():
         runtime.wait()
         runtime.barrier()
+
+
+def test_gradients_are_the_mean_over_micro_batches(make: Make) -> None:
+    runtime, weight, unused = make(), nn.Parameter(torch.tensor([2.0])), nn.Parameter(torch.ones(1))
+    tokens_BAS = torch.tensor([[[1.0], [3.0]]])
+    loss = lambda tokens_BS: (weight * tokens_BS).sum() ** 2  # noqa: E731
+    total, gradients = runtime.gradients(loss, [weight, unused], tokens_BAS, scale=torch.tensor(10.0))
+    assert float(total) == (4 + 36) / 2
+    assert gradients[0] is not None
+    assert float(gradients[0]) == 10 * (2 * 2 * 1 + 2 * 2 * 9) / 2
+    assert gradients[1] is None
+    assert weight.grad is None
 
 
 def test_in_a_process_group(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,10 +154,11 @@ def test_in_a_process_group(make: Make, monkeypatch: pytest.MonkeyPatch) -> None
         model = nn.Linear(3, 1)
         wrapped = runtime.forward(model)
         x = torch.randn(4, 3)
-        with runtime.reducing(wrapped, last=True):
-            wrapped(x).sum().backward()
-        assert model.weight.grad is not None
-        torch.testing.assert_close(model.weight.grad[0], x.sum(0))
+        total, (gradient,) = runtime.gradients(lambda x_BI: wrapped(x_BI).sum(), [model.weight], torch.stack([x, x], 1))
+        torch.testing.assert_close(total, 2 * (model(x).sum() / 2).detach())
+        assert gradient is not None
+        torch.testing.assert_close(gradient[0], x.sum(0))
+        assert model.weight.grad is None
         value = torch.tensor(2.5)
         assert float(runtime.mean(value)) == 2.5
         assert float(value) == 2.5

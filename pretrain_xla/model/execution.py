@@ -1,0 +1,29 @@
+"""How a model is run, as opposed to what it computes: memory against time, loops against copies."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from pretrain_xla.model.loops import Fence, Loop, no_fence
+
+
+@dataclasses.dataclass(frozen=True)
+class Execution:
+    """The same numbers, up to rounding, by other means.
+
+    Attributes:
+        rematerialization: what backward computes again: `none`; `selective`: all but matrix products and attention; `full`:
+            each block from its input.
+        scan_layers: run the blocks as one loop; needs `loop`. What is between matrix products is then always
+            rematerialised: `none` means `selective`.
+        loss_chunk: tokens whose logits exist at one time; none: all.
+        loop: a loop that compiles into one; none: there is no such thing here.
+        fence: keeps a compiler from merging a second computation with the first.
+    """
+
+    rematerialization: Literal["none", "selective", "full"] = "none"
+    scan_layers: bool = False
+    loss_chunk: int | None = None
+    loop: Loop | None = None
+    fence: Fence = no_fence

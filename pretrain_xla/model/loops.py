@@ -1,0 +1,58 @@
+"""A loop as a value: what runs the same function over the slices of stacked tensors.
+
+In plain PyTorch that is a Python loop. The xla runtime hands the model another one with the same meaning, which becomes a
+single loop of the compiled program instead of a copy of its body for each turn (`runtime/xla_loop.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+Fence = Callable[[list[Tensor]], list[Tensor]]
+"""The same tensors, of which a compiler believes that none of them is there before all are."""
+
+Body = Callable[[list[Tensor], list[Tensor]], tuple[list[Tensor], list[Tensor]]]
+"""(what is carried, this turn's slices) → (what is carried on, this turn's results)."""
+
+
+class Loop(Protocol):
+    """Runs a body over the leading dimension of `slices`, as `jax.lax.scan` does."""
+
+    def __call__(
+        self, body: Body, carried: Sequence[Tensor], slices: Sequence[Tensor], *, reverse: bool = False
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Run the loop.
+
+        Args:
+            body: called with lists of tensors; must keep the carried shapes and types, and change nothing in place.
+            carried: first value of what goes from turn to turn.
+            slices: tensors of equal leading length N; turn i sees element i of each.
+            reverse: run from the last element to the first; results are stacked in the order of the slices all the same.
+
+        Returns:
+            What was carried out of the last turn, and each result stacked over the N turns.
+        """
+
+
+def python_loop(
+    body: Body, carried: Sequence[Tensor], slices: Sequence[Tensor], *, reverse: bool = False
+) -> tuple[list[Tensor], list[Tensor]]:
+    """`Loop` in plain Python."""
+    state = list(carried)
+    turns = range(len(slices[0]))
+    results: list[list[Tensor]] = []
+    for index in reversed(turns) if reverse else turns:
+        state, result = body(state, [tensor[index] for tensor in slices])
+        results.append(result)
+    if reverse:
+        results.reverse()
+    return state, [torch.stack(column) for column in zip(*results, strict=True)]
+
+
+def no_fence(tensors: list[Tensor]) -> list[Tensor]:
+    """`Fence` where nothing is compiled."""
+    return tensors

@@ -1,0 +1,148 @@
+"""`model.loops.Loop` as one XLA while loop: the body is traced once, whatever the number of turns.
+
+The body may hold anything that can be traced, autograd included: it runs eagerly on placeholders, and what it computed is
+lowered to a computation of its own, which the loop then calls with each turn's slices. (`torch_xla.experimental.scan` does
+the same around AOTAutograd; here the body decides itself what it differentiates and what it keeps.)
+
+Tensors that the body uses without being passed them (weights, tables) become loop invariants. Random numbers: every turn
+gets a seed of its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import torch
+import torch_xla
+import torch_xla.core.xla_builder as xb
+import torch_xla.core.xla_model as xm
+from torch import Tensor
+
+from pretrain_xla.model.loops import Body
+
+
+def xla_loop(
+    body: Body, carried: Sequence[Tensor], slices: Sequence[Tensor], *, reverse: bool = False
+) -> tuple[list[Tensor], list[Tensor]]:
+    """See `model.loops.Loop`. What comes out has no gradient history: a body that needs gradients takes them inside."""
+    turns = len(slices[0])
+    with torch.no_grad():
+        fake_carried = [xb.create_placeholder_tensor(tensor.shape, tensor.dtype) for tensor in carried]
+        fake_slices = [xb.create_placeholder_tensor(tensor.shape[1:], tensor.dtype) for tensor in slices]
+    # Times 1, because marking a sharding replaces the data of a placeholder in place, and the loop would lose its input;
+    # the compiler drops it.
+    new_carried, results = body([_touch(tensor) for tensor in fake_carried], [_touch(tensor) for tensor in fake_slices])
+    assert [tensor.shape for tensor in new_carried] == [tensor.shape for tensor in carried]
+    assert [tensor.dtype for tensor in new_carried] == [tensor.dtype for tensor in carried]
+    outputs = [*new_carried, *results]
+
+    context = torch_xla._XLAC.lowering.LoweringContext("loop_body")
+    context.build([output.detach() for output in outputs])
+    invariants = dict(context.device_parameter_id_tensor_mapping())
+    number_of: list[int] = []
+    for fake in (*fake_carried, *fake_slices):
+        number_of.append(context.tensor_parameter_id(fake))
+        invariants.pop(number_of[-1], None)
+    seed = _seed_parameter(context, outputs)
+    if seed is not None:
+        invariants[seed] = torch.randint(0, 2**62, (turns,), dtype=torch.int64, device=invariants[seed].device)
+
+    stacked = [torch.zeros((turns, *result.shape), dtype=result.dtype, device=result.device) for result in results]
+    inputs = [*carried, *slices, *stacked, *(tensor.to(torch_xla.device()) for tensor in invariants.values())]
+    n_carried, n_slices, n_results = len(carried), len(slices), len(results)
+    # Where each parameter of the body's computation stands among the loop's inputs.
+    place = {number: index for index, number in enumerate(number_of) if number != -1}
+    place |= {number: n_carried + n_slices + n_results + index for index, number in enumerate(invariants)}
+    layout = _Layout(
+        turns, reverse, n_carried, n_slices, n_results, tuple(place[number] for number in range(len(place))),
+        None if seed is None else place[seed],
+    )  # fmt: skip
+    # The body's hash as a graph, not that of its text: a weight that has been updated in place is transposed anew for each use,
+    # and the text of the second step would be another one.
+    key = torch_xla._XLAC._get_graph_hash(outputs), layout, tuple((tensor.shape, tensor.dtype) for tensor in inputs)
+    if (
+        key not in _programs
+    ):  # an XLA computation has a name, and so a hash, of its own: the same loop must be the same one
+        _programs[key] = _build(xb.computation_from_module_proto("loop_body", context.hlo()), layout, inputs)
+    program = _programs[key]
+    final = torch_xla._XLAC._xla_user_computation("xla::loop", inputs, program)[1:]
+    start = n_carried + n_slices
+    return list(final[:n_carried]), list(final[start : start + n_results])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layout:
+    """A loop without its tensors. Its inputs: what is carried, the slices, the stacked results, the invariants.
+
+    arguments: for each parameter of the body, its input. seeds: the input that holds a seed for each turn, if any.
+    """
+
+    turns: int
+    reverse: bool
+    carried: int
+    slices: int
+    results: int
+    arguments: tuple[int, ...]
+    seeds: int | None
+
+
+_programs: dict[Hashable, Any] = {}
+
+
+def _build(body: Any, layout: _Layout, inputs: Sequence[Tensor]) -> Any:
+    builder = xb.create_builder("loop")
+    parameters = [xb.mkparam(builder, index, xb.tensor_shape(tensor)) for index, tensor in enumerate(inputs)]
+    first = xb.Op.scalar(builder, 0, dtype=xb.Type.S32)
+
+    def going(turn: xb.Op, *_state: xb.Op) -> xb.Op:
+        return turn < xb.Op.scalar(turn.builder(), layout.turns, dtype=xb.Type.S32)
+
+    def one_turn(turn: xb.Op, *state: xb.Op) -> tuple[xb.Op, ...]:
+        last = xb.Op.scalar(turn.builder(), layout.turns - 1, dtype=xb.Type.S32)
+        index = last - turn if layout.reverse else turn
+        values = list(state)
+        for position in range(layout.carried, layout.carried + layout.slices):
+            values[position] = _element(state[position], index)
+        if layout.seeds is not None:
+            values[layout.seeds] = _element(state[layout.seeds], index)
+        result = xb.Op.call(body, [values[place] for place in layout.arguments])
+        new_state = list(state)
+        for position in range(layout.carried):
+            new_state[position] = result.get_tuple_element(position)
+        for position in range(layout.results):
+            target = layout.carried + layout.slices + position
+            new_state[target] = _with_element(state[target], result.get_tuple_element(layout.carried + position), index)
+        return (turn + xb.Op.scalar(turn.builder(), 1, dtype=xb.Type.S32), *new_state)
+
+    return xb.Op.mkwhile([first, *parameters], going, one_turn).build("loop")
+
+
+def xla_fence(tensors: list[Tensor]) -> list[Tensor]:
+    """See `model.loops.Fence`."""
+    passed = [tensor.clone() for tensor in tensors]
+    xm.optimization_barrier_(passed)
+    return passed
+
+
+def _touch(tensor: Tensor) -> Tensor:
+    return tensor * 1 if tensor.dtype.is_floating_point else tensor
+
+
+def _seed_parameter(context: torch_xla._XLAC.lowering.LoweringContext, outputs: list[Tensor]) -> int | None:
+    """Number of the body's parameter that is the seed of random numbers, if it draws any."""
+    numbers, values = torch_xla._XLAC._get_tensors_xla_device_data_node(outputs)
+    seed = torch_xla._XLAC._get_seed_info_id()
+    return context.tensor_parameter_id(values[numbers.index(seed)]) if seed in numbers else None
+
+
+def _element(tensors: xb.Op, index: xb.Op) -> xb.Op:
+    sizes = list(tensors.shape().sizes)
+    starts = [index] + [index.zeros_like() for _ in sizes[1:]]
+    return tensors.dynamic_slice(starts, [1, *sizes[1:]]).reshape(sizes[1:])
+
+
+def _with_element(tensors: xb.Op, element: xb.Op, index: xb.Op) -> xb.Op:
+    starts = [index] + [index.zeros_like() for _ in tensors.shape().sizes[1:]]
+    return tensors.dynamic_update_slice(element.broadcast([1]), starts)

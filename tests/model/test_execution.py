@@ -1,0 +1,108 @@
+"""How a model is run changes no number: chunked loss, rematerialised and looped blocks against the plain reference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from pretrain_xla.config import ModelConfig
+from pretrain_xla.model import GPT, Execution, cross_entropy, initialize
+from pretrain_xla.model.loops import python_loop
+from pretrain_xla.model.loss import Head, linear_cross_entropy
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 61, "vocab_multiple": 16, "seq_length": 12, "d_model": 24, "num_layers": 3, "num_heads": 4, "d_ff": 40,
+}  # fmt: skip
+MODELS: dict[str, dict[str, Any]] = {
+    "gpt2": {"tie_weights": True},
+    "modern": {"norm": "rmsnorm", "positions": "rotary", "gated": True, "activation": "silu", "qk_norm": True, "bias": False},
+    "gemma": {
+        "norm": "rmsnorm_zero_centered", "positions": "rotary", "gated": True, "bias": False, "num_kv_heads": 2,
+        "post_norm": True, "attention": "reference", "attention_softcap": 5.0, "logit_softcap": 3.0,
+    },
+}  # fmt: skip
+
+
+def loss_and_gradients(model: GPT, ignored: bool = False) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    tokens_BT = torch.randint(0, 61, (2, 12), generator=generator, dtype=torch.int32)
+    targets_BT = tokens_BT.roll(-1, 1).clone()
+    if ignored:
+        targets_BT[0, 3:7] = -100
+    loss = model(tokens_BT, targets_BT)
+    return [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
+
+
+def make(options: dict[str, Any], execution: Execution) -> GPT:
+    model = GPT(ModelConfig(**SIZES, **options), execution=execution)
+    initialize(model, seed=3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    return model
+
+
+EXECUTIONS = {
+    "fused loss": Execution(loop=python_loop),
+    "chunked loss": Execution(loss_chunk=5),
+    "selective": Execution("selective", loop=python_loop),
+    "full": Execution("full", loop=python_loop),
+    "scan": Execution(scan_layers=True, loop=python_loop),
+    "scan, full, chunked": Execution("full", scan_layers=True, loss_chunk=8, loop=python_loop),
+    "torch selective": Execution("selective"),
+    "torch full": Execution("full"),
+}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("way", EXECUTIONS)
+def test_same_loss_and_gradients(kind: str, way: str) -> None:
+    expected = loss_and_gradients(make(MODELS[kind], Execution()), ignored=True)
+    found = loss_and_gradients(make(MODELS[kind], EXECUTIONS[way]), ignored=True)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_what_is_computed_again() -> None:
+    """Selective repeats no matrix product; full repeats those of the blocks, but for the last, which nothing waits for."""
+
+    def operations(execution: Execution) -> int:
+        with FlopCounterMode(display=False) as counter:
+            loss_and_gradients(make(MODELS["gpt2"], execution))
+        return counter.get_total_flops()
+
+    products = 2 * 24 * 3 * (4 * 24 * 24 + 24 * 40)
+    assert operations(Execution("selective")) == operations(Execution())
+    assert operations(Execution("full")) - operations(Execution()) == products
+
+
+def test_without_gradients_nothing_is_kept() -> None:
+    model = make(MODELS["gpt2"], Execution("selective", scan_layers=True, loop=python_loop))
+    tokens_BT = torch.zeros(1, 12, dtype=torch.int32)
+    with torch.no_grad():
+        loss = model(tokens_BT, tokens_BT)
+    assert not loss.requires_grad
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("chunk", [None, 1, 7, 24])
+def test_linear_cross_entropy(softcap: float | None, chunk: int | None) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x_BTD = torch.randn(2, 12, 8, generator=generator, dtype=torch.float64).float().requires_grad_()
+    weight_VD = torch.randn(32, 8, generator=generator).requires_grad_()
+    targets_BT = torch.randint(0, 30, (2, 12), generator=generator, dtype=torch.int32)
+    targets_BT[1, :5] = -100
+    logits_BTV = (x_BTD @ weight_VD.T)[..., :30]
+    if softcap is not None:
+        logits_BTV = softcap * torch.tanh(logits_BTV / softcap)
+    expected = 3.0 * cross_entropy(logits_BTV, targets_BT)
+    found = 3.0 * linear_cross_entropy(x_BTD, weight_VD, targets_BT, Head(30, softcap, chunk))
+    torch.testing.assert_close(found, expected)
+    for one, other in zip(
+        torch.autograd.grad(found, [x_BTD, weight_VD]), torch.autograd.grad(expected, [x_BTD, weight_VD]), strict=True
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
