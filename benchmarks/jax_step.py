@@ -1,24 +1,17 @@
 """The same training step in JAX and optax: what `tpu_step.py` compares ours with.
 
-The architecture, the optimizer and the numerics are those of `pretrain_xla` (`tests/benchmarks/test_jax_step.py` holds them
-equal over three updates), written the way JAX is written: plain functions over a tree of arrays, no hand-written backward
-pass, no kernel but JAX's own Pallas attention. Where there was a choice, it was made by the TPU compiler's figures, in
-favour of the faster step; the comments say which. `compile_for` needs no TPU and holds no weights: it compiles for a named
-topology from shapes alone.
-
-The parameter tree has the names of our state dict (`params["blocks"][0]["attention"]["query"]["weight"]`), with matrices laid
-out (in, out), as `x @ weight` wants them. Shapes: B batch, T tokens, S tokens + 1, D model width, H heads, E head width, F
-feed-forward width, V padded vocabulary.
+The architecture (`jax_model.py`), the optimizer and the numerics are those of `pretrain_xla`
+(`tests/benchmarks/test_jax_step.py` holds them equal over three updates). `compile_for` needs no TPU and holds no weights: it
+compiles for a named topology from shapes alone.
 """
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from unittest import mock
 
 import jax
@@ -28,24 +21,12 @@ import optax  # type: ignore[import-untyped]
 from jax import Array
 from jax._src import tpu_custom_call
 from jax.experimental import topologies
-from jax.experimental.pallas.ops.tpu import flash_attention as flash
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from pretrain_xla.config import ModelConfig, OptimConfig, RunConfig
+from benchmarks.jax_model import ATTENTION, Tree, init_params, loss_of
+from pretrain_xla.config import OptimConfig, RunConfig
 
-Tree = Any
-"""Nested dicts and lists of arrays."""
-
-Attend = Callable[[Array, Array, Array], Array]
-"""(query_BHTE, key_BHTE, value_BHTE) → heads_BHTE."""
-
-RotaryTables = tuple[np.ndarray, np.ndarray]
-"""Cosines, and sines with the first half negated, each (T, E) in fp32."""
-
-PADDING_LOGIT = -1e30
 MOSAIC_VERSION = 7
 """Newest version of the kernel language that libtpu 0.0.21 reads; jax 0.7.1 writes 8 unless told."""
 
@@ -153,62 +134,6 @@ def compile_for(
     return lowered.compile()
 
 
-def params_from_torch(state_dict: Mapping[str, Any], model: ModelConfig) -> Tree:
-    """Our `GPT`'s state dict (values that NumPy can read) as the tree of this module; linear matrices are transposed."""
-    params: Tree = {"blocks": [{} for _ in range(model.num_layers)]}
-    for name, tensor in state_dict.items():
-        *path, leaf = name.split(".")
-        node = params
-        for part in path:
-            node = node[int(part)] if isinstance(node, list) else node.setdefault(part, {})
-        value = np.array(tensor)  # a copy: the torch side updates its own in place
-        node[leaf] = jnp.asarray(value.T if value.ndim == 2 and "embedding" not in name else value)
-    return params
-
-
-def init_params(key: Array, model: ModelConfig) -> Tree:
-    """GPT-2's first values: normal(0.02), divided by sqrt(2 layers) where the residual stream is written to."""
-    heads_width = model.num_heads * model.heads_dim
-    # Biases as in GPT-2 belong to linear layers and to LayerNorm alike.
-    norm_bias = model.bias and model.norm == "layernorm"
-    names = iter(range(2**16))
-
-    def matrix(rows: int, columns: int, std: float = 0.02) -> Array:
-        return std * jax.random.normal(jax.random.fold_in(key, next(names)), (rows, columns))
-
-    def linear(fan_in: int, fan_out: int, std: float = 0.02) -> Tree:
-        weight = {"weight": matrix(fan_in, fan_out, std)}
-        return weight | {"bias": jnp.zeros(fan_out)} if model.bias else weight
-
-    def norm(width: int, bias: bool) -> Tree:
-        weight = {"weight": jnp.ones(width)}
-        return weight | {"bias": jnp.zeros(width)} if bias else weight
-
-    def block() -> Tree:
-        residual_std = 0.02 / math.sqrt(2 * model.num_layers)
-        attention = {name: linear(model.d_model, heads_width) for name in ("query", "key", "value")}
-        attention["output"] = linear(heads_width, model.d_model, residual_std)
-        if model.qk_norm:
-            attention |= {name: norm(model.heads_dim, False) for name in ("query_norm", "key_norm")}
-        feed_forward = {name: linear(model.d_model, model.d_ff) for name in ("up", "gate")[: 1 + model.gated]}
-        feed_forward["down"] = linear(model.d_ff, model.d_model, residual_std)
-        return {
-            "attention_norm": norm(model.d_model, norm_bias),
-            "attention": attention,
-            "feed_forward_norm": norm(model.d_model, norm_bias),
-            "feed_forward": feed_forward,
-        }
-
-    params: Tree = {
-        "embedding": {"weight": matrix(model.padded_vocab_size, model.d_model)},
-        "blocks": [block() for _ in range(model.num_layers)],
-        "final_norm": norm(model.d_model, norm_bias),
-    }
-    if model.positions == "learned":
-        params["position_embedding"] = {"weight": matrix(model.seq_length, model.d_model)}
-    return params
-
-
 def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
     """Clip, then AdamW on a warm-up and a cosine; only matrices decay."""
     rise_and_fall = optax.warmup_cosine_decay_schedule(
@@ -223,181 +148,6 @@ def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
         mask=lambda params: jax.tree.map(lambda leaf: leaf.ndim >= 2, params),
     )
     return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), adamw) if config.max_grad_norm else adamw
-
-
-def loss_of(
-    params: Tree,
-    tokens_BS: Array,
-    *,
-    model: ModelConfig,
-    attend: Attend,
-    compute_dtype: jnp.dtype,
-    residual_dtype: jnp.dtype,
-) -> Array:
-    """Mean cross-entropy of each next token, fp32 and 0-d."""
-    tokens_BT, targets_BT = tokens_BS[:, :-1], tokens_BS[:, 1:]
-    x_BTD = params["embedding"]["weight"][tokens_BT].astype(residual_dtype)
-    if "position_embedding" in params:
-        x_BTD += params["position_embedding"]["weight"].astype(residual_dtype)
-    rotary = rotary_tables(model) if model.positions == "rotary" else None
-    norm = partial(normalize, model=model, dtype=compute_dtype)
-    for block in params["blocks"]:
-        x_BTD += attention_layer(block["attention"], norm(block["attention_norm"], x_BTD), model, rotary, attend)
-        x_BTD += feed_forward(block["feed_forward"], norm(block["feed_forward_norm"], x_BTD), model)
-    x_BTD = norm(params["final_norm"], x_BTD)
-    # The logits are written once, in the compute type; every fp32 pass over them is fused into its reader.
-    logits_BTV = jnp.einsum("btd,vd->btv", x_BTD, params["embedding"]["weight"].astype(compute_dtype))
-    return cross_entropy(logits_BTV.astype(jnp.float32), targets_BT, model.vocab_size)
-
-
-def cross_entropy(logits_BTV: Array, targets_BT: Array, vocab_size: int) -> Array:
-    """Mean over tokens of log-sum-exp(logits) - logits[target], without the padding of the vocabulary.
-
-    The target's logit is picked by comparison: a gather (optax's own loss) has a scatter over B, T, V as its backward pass.
-    """
-    ids_V = jnp.arange(logits_BTV.shape[-1])
-    logits_BTV = jnp.where(ids_V < vocab_size, logits_BTV, PADDING_LOGIT)
-    target_logits_BT = jnp.where(ids_V == targets_BT[..., None], logits_BTV, 0.0).sum(-1)
-    return (jax.nn.logsumexp(logits_BTV, axis=-1) - target_logits_BT).mean()
-
-
-def attention_layer(
-    params: Tree, x_BTD: Array, model: ModelConfig, rotary: RotaryTables | None, attend: Attend
-) -> Array:
-    """Project to heads, attend, project back."""
-    query_BHTE, key_BHTE, value_BHTE = (_heads(params[name], x_BTD, model) for name in ("query", "key", "value"))
-    if model.qk_norm:
-        query_BHTE = normalize(params["query_norm"], query_BHTE, model, x_BTD.dtype)
-        key_BHTE = normalize(params["key_norm"], key_BHTE, model, x_BTD.dtype)
-    if rotary is not None:
-        query_BHTE, key_BHTE = rotate(query_BHTE, rotary), rotate(key_BHTE, rotary)
-    heads_BHTE = attend(query_BHTE, key_BHTE, value_BHTE)
-    weight_HED = params["output"]["weight"].astype(x_BTD.dtype).reshape(model.num_heads, model.heads_dim, model.d_model)
-    return _add_bias(jnp.einsum("bhte,hed->btd", heads_BHTE, weight_HED), params["output"])
-
-
-def _heads(params: Tree, x_BTD: Array, model: ModelConfig) -> Array:
-    """x @ weight + bias as (B, H, T, E), which the kernel reads.
-
-    By einsum and not by product, reshape, transpose: the transposition is then part of the matrix product. The weights stay
-    (D, H * E) between steps, since a last dimension of 64 would be padded to 128 in memory.
-    """
-    weight_DHE = params["weight"].astype(x_BTD.dtype).reshape(model.d_model, model.num_heads, model.heads_dim)
-    heads_BHTE = jnp.einsum("btd,dhe->bhte", x_BTD, weight_DHE)
-    if "bias" not in params:
-        return heads_BHTE
-    return heads_BHTE + params["bias"].astype(x_BTD.dtype).reshape(model.num_heads, 1, model.heads_dim)
-
-
-def feed_forward(params: Tree, x_BTD: Array, model: ModelConfig) -> Array:
-    """down(activation(up(x))), or down(activation(gate(x)) * up(x)) when gated."""
-    hidden_BTF = linear(params["up"], x_BTD)
-    activation = ACTIVATIONS[model.activation]
-    hidden_BTF = activation(linear(params["gate"], x_BTD)) * hidden_BTF if model.gated else activation(hidden_BTF)
-    return linear(params["down"], hidden_BTF)
-
-
-def linear(params: Tree, x: Array) -> Array:
-    """x @ weight + bias, in the type of x."""
-    return _add_bias(x @ params["weight"].astype(x.dtype), params)
-
-
-def _add_bias(x: Array, params: Tree) -> Array:
-    return x + params["bias"].astype(x.dtype) if "bias" in params else x
-
-
-def normalize(params: Tree, x: Array, model: ModelConfig, dtype: jnp.dtype) -> Array:
-    """LayerNorm, or RMSNorm (always for a head), of the last dimension: fp32 inside, `dtype` outside."""
-    x = x.astype(jnp.float32)
-    mean_square = jnp.square(x).mean(axis=-1, keepdims=True)
-    if model.norm == "layernorm":
-        # The variance from the mean square, as flax does: both sums then come out of the product that wrote x, in one pass.
-        mean = x.mean(axis=-1, keepdims=True)
-        normed = (x - mean) * jax.lax.rsqrt(mean_square - jnp.square(mean) + model.norm_eps)
-    else:
-        normed = x * jax.lax.rsqrt(mean_square + model.norm_eps)
-    normed = normed * params["weight"]
-    return (normed + params["bias"] if "bias" in params else normed).astype(dtype)
-
-
-def rotary_tables(model: ModelConfig) -> RotaryTables:
-    """Cosine and signed sine of position * theta ** (-2i / E), as constants of the compiled step."""
-    exponents = np.arange(0, model.heads_dim, 2, dtype=np.float32) / model.heads_dim
-    angles = np.outer(np.arange(model.seq_length, dtype=np.float32), np.float32(1.0) / model.rope_theta**exponents)
-    cos, sin = np.cos(angles), np.sin(angles)
-    return np.concatenate((cos, cos), axis=-1), np.concatenate((-sin, sin), axis=-1)
-
-
-def rotate(x_BHTE: Array, tables: RotaryTables) -> Array:
-    """Turn channel i together with channel i + E/2; fp32 inside, x's type outside.
-
-    The halves of a head change places by a product with a permutation, which is exact. Cutting and joining them, as on other
-    machines, moves data across the lanes of a register: the compiler's estimate for `modern_124m` on v5e fell from 73 to 63 ms.
-    """
-    cos, sin = tables
-    head_dim = x_BHTE.shape[-1]
-    swap_EE = np.roll(np.eye(head_dim), head_dim // 2, axis=1)
-    swapped_BHTE = x_BHTE @ jnp.asarray(swap_EE, x_BHTE.dtype)
-    return (x_BHTE.astype(jnp.float32) * cos + swapped_BHTE.astype(jnp.float32) * sin).astype(x_BHTE.dtype)
-
-
-def _reference(query_BHTE: Array, key_BHTE: Array, value_BHTE: Array, scale: float) -> Array:
-    """Causal attention written out: its scores (B, H, T, T) are real."""
-    length = query_BHTE.shape[2]
-    scores_BHTS = jnp.einsum("bhte,bhse->bhts", query_BHTE, key_BHTE).astype(jnp.float32) * scale
-    scores_BHTS = jnp.where(np.tri(length, dtype=bool), scores_BHTS, -jnp.inf)
-    weights_BHTS = jax.nn.softmax(scores_BHTS, axis=-1).astype(value_BHTE.dtype)
-    return jnp.einsum("bhts,bhse->bhte", weights_BHTS, value_BHTE)
-
-
-def _splash(query_BHTE: Array, key_BHTE: Array, value_BHTE: Array, scale: float) -> Array:
-    """JAX's newer Pallas kernel: one backward kernel, and one number of state for each row where the older keeps 128."""
-    heads, length = query_BHTE.shape[1:3]
-    block = min(512, length)
-    sizes = splash.BlockSizes(
-        block_q=block,
-        block_kv=block,
-        block_kv_compute=block,
-        block_q_dkv=block,
-        block_kv_dkv=block,
-        block_kv_dkv_compute=block,
-        use_fused_bwd_kernel=True,
-    )
-    mask = splash_mask.MultiHeadMask([splash_mask.CausalMask((length, length))] * heads)
-    kernel = splash.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1)
-    # It takes one sequence, and has no scale of its own.
-    return jax.vmap(kernel)(query_BHTE * jnp.asarray(scale, query_BHTE.dtype), key_BHTE, value_BHTE)
-
-
-def _flash(query_BHTE: Array, key_BHTE: Array, value_BHTE: Array, scale: float) -> Array:
-    """JAX's older Pallas kernel, the one that torch_xla wraps."""
-    length = query_BHTE.shape[2]
-    # For the gradient of the queries a number a row is spread over block_k_major_dq columns in memory: with 1,024 of them
-    # this alone took 18 ms of the 93 of `gpt2_124m` on v5e.
-    block, narrow = min(1024, length), min(256, length)
-    sizes = flash.BlockSizes(
-        block_b=1,
-        block_q=block,
-        block_k_major=block,
-        block_k=block,
-        block_q_major_dkv=block,
-        block_q_dkv=block,
-        block_k_major_dkv=block,
-        block_k_dkv=block,
-        block_q_dq=block,
-        block_k_major_dq=narrow,
-        block_k_dq=narrow,
-    )
-    return flash.flash_attention(query_BHTE, key_BHTE, value_BHTE, causal=True, sm_scale=scale, block_sizes=sizes)
-
-
-ATTENTION = {"splash": _splash, "flash": _flash, "reference": _reference}
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "gelu": partial(jax.nn.gelu, approximate=True),
-    "relu": jax.nn.relu,
-    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
-    "silu": jax.nn.silu,
-}
 
 
 def _refuse_the_rest(config: RunConfig) -> None:

@@ -18,6 +18,7 @@ from pretrain_xla.errors import UserError, guarded
 COMMANDS = """usage: python -m pretrain_xla COMMAND [--help]
 
   train            train (or, with --do-test, evaluate) a model
+  preflight        compile the training step for a TPU that is not here: does it fit, how fast, what does it cost
   prepare          text -> tokens -> shards in train/ and valid/
   train-tokenizer  train a byte-level BPE on text
   generate         continue a prompt with a trained model
@@ -36,6 +37,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(__version__)
     elif command == "train":
         pretrain(rest, program="python -m pretrain_xla train")
+    elif command == "preflight":
+        from pretrain_xla.preflight.command import preflight_command
+
+        if status := preflight_command(rest):
+            raise SystemExit(status)
     elif command == "prepare":
         from pretrain_xla.data.command import prepare_command
 
@@ -74,9 +80,15 @@ def pretrain(arguments: Sequence[str], *, program: str, fixed: dict[str, Any] | 
     if os.environ.get("RANK", "0") == "0":
         for line in effectless(parsed.config, parsed.given):
             print(f"note: {line}", flush=True)
+    config = parsed.config
+    if config.train.preflight_only:
+        from pretrain_xla.preflight.command import preflight
+
+        if status := preflight(config):
+            raise SystemExit(status)
+        return
     from pretrain_xla.train.run import start_run
 
-    config = parsed.config
     if config.train.from_checkpoint in PRETRAINED_MODELS:
         from pretrain_xla.interop.gpt2 import match_vocabulary
 

@@ -29,7 +29,7 @@ class Loop(Protocol):
 
         Args:
             body: called with lists of tensors; must keep the carried shapes and types, and change nothing in place.
-            carried: first value of what goes from turn to turn.
+            carried: first value of what goes from turn to turn; weights that the body uses belong here too.
             slices: tensors of equal leading length N; turn i sees element i of each.
             reverse: run from the last element to the first; results are stacked in the order of the slices all the same.
 

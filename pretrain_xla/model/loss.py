@@ -74,12 +74,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         else:
 
             def body(carried: list[Tensor], chunk: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-                loss, grad_x_CD, grad_weight_VD = _loss_and_gradients(chunk[0], weight_VD, chunk[1], carried[2], head)
-                return [carried[0] + loss, carried[1] + grad_weight_VD, carried[2]], [grad_x_CD]
+                total, sums_VD, share, weight_VD = carried
+                loss, grad_x_CD, grad_weight_VD = _loss_and_gradients(chunk[0], weight_VD, chunk[1], share, head)
+                return [total + loss, sums_VD + grad_weight_VD, share, weight_VD], [grad_x_CD]
 
             zeros = [torch.zeros((), device=x_ND.device), torch.zeros(weight_VD.shape, device=x_ND.device)]
             slices = [x_ND.unflatten(0, (chunks, -1)), targets_N.unflatten(0, (chunks, -1))]
-            (loss, grad_weight_VD, _), (grad_x_LCD,) = head.loop(body, [*zeros, share], slices)
+            (loss, grad_weight_VD, *_), (grad_x_LCD,) = head.loop(body, [*zeros, share, weight_VD], slices)
             grad_x_ND = grad_x_LCD.flatten(0, 1)
         ctx.save_for_backward(grad_x_ND.view(x_BTD.shape), grad_weight_VD, share)
         ctx.weight_dtype = weight_VD.dtype

@@ -13,7 +13,8 @@ import os
 import resource
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -26,13 +27,19 @@ from torch import Tensor, nn
 
 from pretrain_xla.config import RunConfig
 from pretrain_xla.errors import UserError
+from pretrain_xla.model.attention import Attention
 from pretrain_xla.model.loops import Fence, Loop
 from pretrain_xla.runtime import xla_graphs
 from pretrain_xla.runtime.base import GraphCounts, GraphEvent
+from pretrain_xla.runtime.chips import generation
 from pretrain_xla.runtime.peaks import tpu_peak
 from pretrain_xla.runtime.sharding import ACTIVATIONS, BATCH, check_model_fits, lookup, parameter_axes, resolve_mesh
 from pretrain_xla.runtime.xla_environment import prepare_environment
 from pretrain_xla.runtime.xla_loop import xla_fence, xla_loop
+from pretrain_xla.runtime.xla_parts import on_parts, part, whole
+
+if TYPE_CHECKING:
+    from pretrain_xla.runtime.xla_kernels import FlashAttention
 
 
 class XlaRuntime:
@@ -64,6 +71,7 @@ class XlaRuntime:
         accelerator = os.environ.get("TPU_ACCELERATOR_TYPE", "") if kind == "TPU" else ""
         self.device_name = f"TPU {accelerator}".strip() if kind == "TPU" else f"{kind} (XLA)"
         self.peak_flops = tpu_peak(accelerator) if accelerator else None
+        self._chip = generation(accelerator.split("-")[0]) if accelerator else None
         self.compute_dtype = torch.bfloat16 if config.train.mixed_precision == "bf16" else torch.float32
         if self.is_spmd:
             self.process_index, self.process_count = xr.process_index(), xr.process_count()
@@ -87,6 +95,12 @@ class XlaRuntime:
             self.is_spmd
         ):  # one device too: what is not marked now gets a mark from its first graph, and the next one differs
             self._mesh = xs.Mesh(np.arange(self.device_count), (data, fsdp, tensor), tuple(self.mesh))
+        # Dropout draws one mask for the whole batch, which devices on their own could not.
+        self._replicates = self.is_spmd and self.device_count == data > 1 and config.model.dropout == 0
+        self._weights: dict[str, Tensor] | None = None
+        self._alone = False
+        self._kernel: FlashAttention | None = None
+        self._kernel_mesh = self._mesh if self.device_count > 1 else None
         # A host may feed only its own rows when its devices hold whole rows, that is without a tensor axis.
         self._feeds_own_rows = not self.is_spmd or tensor == 1
         self._strict = config.train.strict_graph
@@ -117,17 +131,27 @@ class XlaRuntime:
             for name, parameter in model.named_parameters():
                 xs.mark_sharding(parameter, self._mesh, parameter_axes(name))
         self.pin_activations(model)
+        if self._chip is not None:
+            self.install_kernels(model, self._chip)
         torch_xla.sync()
 
     def install_kernels(self, model: nn.Module, chip: str) -> None:
-        """Let attention use its TPU kernel, on a generation of TPUs that has one."""
-        from pretrain_xla.model.attention import Attention
-        from pretrain_xla.runtime.xla_kernels import FlashAttention  # it needs jax, which a CPU does without
+        """Let attention use its TPU kernel, on a generation of TPUs that has one.
 
-        kernel = FlashAttention(chip, self._mesh if self.device_count > 1 else None)
+        Raises:
+            UserError: jax, which lowers the kernels, is not installed.
+        """
+        try:
+            from pretrain_xla.runtime.xla_kernels import FlashAttention
+        except ModuleNotFoundError as error:
+            raise UserError(
+                f"the TPU's attention kernels need {error.name}: pip install -r requirements-xla_tpu.txt, "
+                "or choose --attention reference"
+            ) from None
+        self._kernel = FlashAttention(chip, self._kernel_mesh)
         for module in model.modules():
             if isinstance(module, Attention):
-                module.kernel = kernel
+                module.kernel = self._kernel
 
     def pin_activations(self, model: nn.Module) -> None:
         """Under SPMD, mark the outputs of the modules that the sharding table names, and their gradients."""
@@ -140,13 +164,25 @@ class XlaRuntime:
 
     def _pin(self, mesh: xs.Mesh, axes: tuple[Any, ...]) -> Callable[..., Tensor]:
         def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+            if self._alone:
+                return output
             return xs.mark_sharding_with_gradients(output, mesh, axes)
 
         return hook
 
     def forward(self, model: nn.Module) -> Callable[..., Tensor]:
-        """The model itself: it is traced and compiled as part of the step."""
-        return model
+        """The model: it is traced and compiled as part of the step."""
+        self._model = model
+
+        def run(*arguments: Any) -> Tensor:
+            result: Tensor = (
+                model(*arguments)
+                if self._weights is None
+                else torch.func.functional_call(model, self._weights, arguments)
+            )
+            return result
+
+        return run
 
     def place_like(self, host: Tensor, parameter: Tensor | None) -> Tensor:
         """See `base.Runtime.place_like`."""
@@ -189,31 +225,59 @@ class XlaRuntime:
         scale: Tensor | None = None,
     ) -> tuple[Tensor, list[Tensor | None]]:
         """See `base.Runtime.gradients`; several micro-batches are one loop of the program, under SPMD the compiler reduces."""
-        count = tokens_BAS.shape[1]
+        if self._replicates:
+            return self._gradients_of_replicas(loss, parameters, tokens_BAS, scale)
+        name_of = {id(tensor): name for name, tensor in self._model.named_parameters()}
+        names = [name_of[id(tensor)] for tensor in parameters]
 
-        def one(tokens_BS: Tensor) -> tuple[Tensor, list[Tensor | None]]:
-            with torch.enable_grad():
-                value = loss(tokens_BS)
-            return value.detach(), list(torch.autograd.grad(value, parameters, scale, allow_unused=True))
+        def using(values: list[Tensor]) -> AbstractContextManager[None]:
+            return self._with_weights(dict(zip(names, values, strict=True)), alone=False)
 
-        def body(carried: list[Tensor], slices: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-            value, gradients = one(slices[0])
-            sums = [
-                total if gradient is None else total + gradient
-                for total, gradient in zip(carried[1:], gradients, strict=True)
-            ]
-            return [carried[0] + value, *sums], []
-
-        if count == 1:
-            total, gradients = one(tokens_BAS[:, 0])
-        else:
-            zeros = [torch.zeros((), device=self.device), *(torch.zeros_like(parameter) for parameter in parameters)]
-            # Divided after the loop: a plain sum in it lets the compiler move the reduction over replicas out of it, too.
-            (total, *sums), _ = xla_loop(body, zeros, [tokens_BAS.transpose(0, 1)])
-            total, gradients = total / count, [gradient / count for gradient in sums]
+        total, gradients = _accumulate(loss, using, parameters, len(parameters), tokens_BAS, scale)
         if not self.is_spmd and self.process_count > 1:
             xm.all_reduce(xm.REDUCE_SUM, [g for g in gradients if g is not None], scale=1.0 / self.process_count)
         return total, gradients
+
+    def _gradients_of_replicas(
+        self, loss: Callable[[Tensor], Tensor], parameters: Sequence[Tensor], tokens_BAS: Tensor, scale: Tensor | None
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """Under SPMD with whole weights everywhere: each device takes the gradients of its own rows, and they meet once.
+
+        Left to itself the partitioner reduces a gradient wherever one arises: twice for tied embeddings, and in every
+        micro-batch where it does not find out that the sum could wait.
+        """
+        assert self._mesh is not None
+        mesh = self._mesh
+        placed = dict(self._model.named_parameters()) | dict(self._model.named_buffers())
+        # Parameters first, in the order in which their gradients are asked for.
+        order = {id(tensor): index for index, tensor in enumerate(parameters)}
+        names = sorted(placed, key=lambda name: order.get(id(placed[name]), len(order)))
+
+        def using(values: list[Tensor]) -> AbstractContextManager[None]:
+            return self._with_weights(dict(zip(names, values, strict=True)), alone=True)
+
+        with on_parts(mesh):
+            values = [part(placed[name].detach(), (None,) * placed[name].dim(), mesh) for name in names]
+            rows = part(tokens_BAS, (BATCH, None, None), mesh)
+            total, gradients = _accumulate(loss, using, values, len(parameters), rows, scale)
+
+        def mean(own: Tensor) -> Tensor:
+            return whole(own[None], (BATCH, *(None,) * own.dim()), mesh).mean(0)
+
+        return mean(total), [None if gradient is None else mean(gradient) for gradient in gradients]
+
+    @contextlib.contextmanager
+    def _with_weights(self, values: dict[str, Tensor], *, alone: bool) -> Iterator[None]:
+        """The model runs with these tensors. alone: they are one device's, so that nothing is marked or split."""
+        self._weights, self._alone = values, alone
+        if self._kernel is not None:
+            self._kernel.mesh = None if alone else self._kernel_mesh
+        try:
+            yield
+        finally:
+            self._weights, self._alone = None, False
+            if self._kernel is not None:
+                self._kernel.mesh = self._kernel_mesh
 
     def mean(self, value: Tensor) -> Tensor:
         """See `base.Runtime.mean`."""
@@ -285,6 +349,42 @@ class XlaRuntime:
     def close(self) -> None:
         """See `base.Runtime.close`."""
         self._fetcher.shutdown(wait=True)
+
+
+def _accumulate(
+    loss: Callable[[Tensor], Tensor],
+    using: Callable[[list[Tensor]], AbstractContextManager[None]],
+    values: Sequence[Tensor],
+    parameters: int,
+    tokens_BAS: Tensor,
+    scale: Tensor | None,
+) -> tuple[Tensor, list[Tensor | None]]:
+    """Mean loss over the micro-batches and its gradients, by one loop of the program.
+
+    using: makes the model run, forward and backward, with given tensors. values: those tensors, `parameters` first, by which
+    the loss is differentiated.
+    """
+    count = tokens_BAS.shape[1]
+
+    def one(tokens_BS: Tensor, given: Sequence[Tensor]) -> tuple[Tensor, list[Tensor | None]]:
+        leaves = [tensor.detach().requires_grad_() for tensor in given[:parameters]]
+        with using([*leaves, *given[parameters:]]), torch.enable_grad():
+            value = loss(tokens_BS)
+            return value.detach(), list(torch.autograd.grad(value, leaves, scale, allow_unused=True))
+
+    def body(carried: list[Tensor], slices: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        total, sums, given = carried[0], carried[1 : 1 + parameters], carried[1 + parameters :]
+        value, gradients = one(slices[0], given)
+        sums = [old if new is None else old + new for old, new in zip(sums, gradients, strict=True)]
+        return [total + value, *sums, *given], []
+
+    if count == 1:
+        return one(tokens_BAS[:, 0], values)
+    zeros = [torch.zeros_like(tensor) for tensor in values[:parameters]]
+    total = torch.zeros((), device=tokens_BAS.device)
+    # Divided after the loop: a plain sum in it lets the compiler move a reduction over devices out of it, too.
+    (total, *sums), _ = xla_loop(body, [total, *zeros, *values], [tokens_BAS.transpose(0, 1)])
+    return total / count, [gradient / count for gradient in sums[:parameters]]
 
 
 class _CompiledFunction:

@@ -8,7 +8,6 @@ this file on a CPU.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -19,7 +18,6 @@ import torch_xla
 import torch_xla.core.xla_builder as xb
 import torch_xla.distributed.spmd as xs
 from torch import Tensor
-from torch_xla.distributed.spmd.xla_sharding import unwrap_sharded_tensor
 
 from pretrain_xla.model.attention import HeadsSpec
 from pretrain_xla.model.flash_backward import backward
@@ -28,6 +26,7 @@ from pretrain_xla.model.flash_kernels import Heads, mosaic_version, supports
 from pretrain_xla.model.flash_prepare import Preparation
 from pretrain_xla.model.remember import remembered
 from pretrain_xla.runtime.sharding import BATCH, Axis
+from pretrain_xla.runtime.xla_parts import part, whole
 
 JAX_TYPES = {torch.bfloat16: jnp.bfloat16, torch.float32: jnp.float32, torch.int32: jnp.int32}
 
@@ -57,12 +56,12 @@ def call_jax(function: Callable[..., Any], key: Hashable, tensors: Sequence[Tens
     return results
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class FlashAttention:
     """`model.attention.Kernel` on TPUs.
 
-    chip: generation, as `v5e`. mesh: of more than one device, else none; queries, keys and values are then split by rows
-    and heads, and each device runs the kernel on its part. interpret: run without a TPU.
+    chip: generation, as `v5e`. mesh: of the devices over which queries, keys and values are split, by rows and heads; none
+    where there is one device, or the tensors are one device's already. interpret: run without a TPU.
     """
 
     chip: str
@@ -102,9 +101,9 @@ class FlashAttention:
         platform = "cpu" if self.interpret else "tpu"
         if self.mesh is None:
             return call_jax(call, key, list(present.values()), platform)
-        parts = [_part(tensor, AXES[name], self.mesh) for name, tensor in present.items()]
+        parts = [part(tensor, AXES[name], self.mesh) for name, tensor in present.items()]
         return [
-            _whole(part, AXES[name], self.mesh)
+            whole(part, AXES[name], self.mesh)
             for name, part in zip(results, call_jax(call, key, parts, platform), strict=True)
         ]
 
@@ -119,22 +118,6 @@ AXES: dict[str, tuple[Axis, ...]] = {
     **dict.fromkeys(("dquery_norm", "dkey_norm"), ((*BATCH, "tensor"), None)),
 }
 """Mesh axes of each dimension of what goes into a kernel and comes out."""
-
-
-def _part(tensor: Tensor, axes: tuple[Axis, ...], mesh: xs.Mesh) -> Tensor:
-    """One device's part of a tensor, for code that the partitioner leaves alone."""
-    part = xs.enable_manual_sharding(tensor * 1, axes, mesh=mesh)  # times 1: a graph's input would be marked in place
-    return unwrap_sharded_tensor(part)
-
-
-def _whole(part: Tensor, axes: tuple[Axis, ...], mesh: xs.Mesh) -> Tensor:
-    """The tensor whose parts the devices hold."""
-    sizes = mesh.shape()
-    shape = []
-    for length, axis in zip(part.shape, axes, strict=True):
-        names = (axis,) if isinstance(axis, str) else axis or ()
-        shape.append(functools.reduce(lambda size, name: size * sizes[name], names, length))
-    return unwrap_sharded_tensor(xs.disable_manual_sharding(part, axes, torch.Size(shape), mesh=mesh))
 
 
 def _preparation(arrays: dict[str, Any]) -> Preparation:

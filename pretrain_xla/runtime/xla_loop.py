@@ -4,14 +4,16 @@ The body may hold anything that can be traced, autograd included: it runs eagerl
 lowered to a computation of its own, which the loop then calls with each turn's slices. (`torch_xla.experimental.scan` does
 the same around AOTAutograd; here the body decides itself what it differentiates and what it keeps.)
 
-Tensors that the body uses without being passed them (weights, tables) become loop invariants. Random numbers: every turn
-gets a seed of its own.
+Tensors that the body uses without being passed them (tables, numbers) become loop invariants. Weights must be passed: finding
+one again in the graph gives its data another owner, and the next step would not update it in place. Random numbers: every
+turn gets a seed of its own.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ import torch_xla.core.xla_model as xm
 from torch import Tensor
 
 from pretrain_xla.model.loops import Body
+from pretrain_xla.runtime.xla_parts import belonging, everywhere
 
 
 def xla_loop(
@@ -33,7 +36,10 @@ def xla_loop(
         fake_slices = [xb.create_placeholder_tensor(tensor.shape[1:], tensor.dtype) for tensor in slices]
     # Times 1, because marking a sharding replaces the data of a placeholder in place, and the loop would lose its input;
     # the compiler drops it.
-    new_carried, results = body([_touch(tensor) for tensor in fake_carried], [_touch(tensor) for tensor in fake_slices])
+    with _nested():
+        new_carried, results = body(
+            [_touch(tensor) for tensor in fake_carried], [_touch(tensor) for tensor in fake_slices]
+        )
     assert [tensor.shape for tensor in new_carried] == [tensor.shape for tensor in carried]
     assert [tensor.dtype for tensor in new_carried] == [tensor.dtype for tensor in carried]
     outputs = [*new_carried, *results]
@@ -49,8 +55,10 @@ def xla_loop(
     if seed is not None:
         invariants[seed] = torch.randint(0, 2**62, (turns,), dtype=torch.int64, device=invariants[seed].device)
 
-    stacked = [torch.zeros((turns, *result.shape), dtype=result.dtype, device=result.device) for result in results]
-    inputs = [*carried, *slices, *stacked, *(tensor.to(torch_xla.device()) for tensor in invariants.values())]
+    carried = [belonging(tensor) for tensor in carried]
+    zeros = [torch.zeros((turns, *result.shape), dtype=result.dtype, device=result.device) for result in results]
+    stacked = [belonging(tensor) for tensor in zeros]
+    inputs = [*carried, *slices, *stacked, *(_invariant(tensor) for tensor in invariants.values())]
     n_carried, n_slices, n_results = len(carried), len(slices), len(results)
     # Where each parameter of the body's computation stands among the loop's inputs.
     place = {number: index for index, number in enumerate(number_of) if number != -1}
@@ -124,6 +132,31 @@ def xla_fence(tensors: list[Tensor]) -> list[Tensor]:
     passed = [tensor.clone() for tensor in tensors]
     xm.optimization_barrier_(passed)
     return passed
+
+
+def _invariant(tensor: Tensor) -> Tensor:
+    """A tensor of the graph that the body found by itself, on the device.
+
+    Among parts, a number (a factor, an epsilon) becomes one device's own on its way into the outermost loop; weights the
+    body itself has turned into parts.
+    """
+    tensor = tensor.to(torch_xla.device())
+    return everywhere(tensor) if tensor.dim() == 0 and _Depth.loops == 0 else tensor
+
+
+class _Depth:
+    """How many loops' bodies are being traced; of the process, see `xla_parts._Inside`."""
+
+    loops = 0
+
+
+@contextmanager
+def _nested() -> Iterator[None]:
+    _Depth.loops += 1
+    try:
+        yield
+    finally:
+        _Depth.loops -= 1
 
 
 def _touch(tensor: Tensor) -> Tensor:

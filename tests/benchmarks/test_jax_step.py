@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import jax_step
+from benchmarks import jax_model, jax_step
 from pretrain_xla.config import RunConfig, build_config
 from pretrain_xla.model import GPT, initialize
 from pretrain_xla.optim import AdamW, learning_rate
@@ -85,7 +85,7 @@ def test_three_updates_equal_ours(architecture: dict[str, object]) -> None:
     model = draw_model(config)
     tokens_NBS = draw_tokens(config, 3)
     trainer = jax_step.build(config, attention="reference")
-    params = jax_step.params_from_torch(model.state_dict(), config.model)
+    params = jax_model.params_from_torch(model.state_dict(), config.model)
     first_shapes = jax.eval_shape(lambda: trainer.init(jax.random.key(0)))
     assert jax.tree.map(np.shape, params) == jax.tree.map(np.shape, first_shapes.params)
 
@@ -97,13 +97,13 @@ def test_three_updates_equal_ours(architecture: dict[str, object]) -> None:
         state, metrics = step(state, tokens_BS)
         losses.append(float(metrics["loss"]))
         norms.append(float(metrics["grad_norm"]))
-    before = jax_step.params_from_torch(model.state_dict(), config.model)
+    before = jax_model.params_from_torch(model.state_dict(), config.model)
     our_losses, our_norms = torch_steps(config, model, tokens_NBS)
 
     assert min(our_norms) > 2 * config.optim.max_grad_norm
     np.testing.assert_allclose(losses, our_losses, atol=1e-5, rtol=0)
     np.testing.assert_allclose(norms, our_norms, rtol=1e-4)
-    ours = jax_step.params_from_torch(model.state_dict(), config.model)
+    ours = jax_model.params_from_torch(model.state_dict(), config.model)
     jax.tree.map_with_path(
         lambda path, a, b: np.testing.assert_allclose(a, b, atol=1e-4, rtol=0, err_msg=jax.tree_util.keystr(path)),
         state.params,

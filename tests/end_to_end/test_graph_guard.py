@@ -96,3 +96,15 @@ def test_without_strict_it_is_said_once_and_counted(tmp_path: Path, flags: Calla
     assert counts["unplanned_host_transfers"] == 2 * 16  # two layers, steps 5 to 20
     assert any("faulty.py" in line for line in counts["lines"])
     assert len(losses(tmp_path / "run")) == 20
+
+
+def test_500_steps_with_validations_and_checkpoints_compile_once(
+    tmp_path: Path, flags: Callable[..., list[str]]
+) -> None:
+    long = flags(tmp_path, train_steps=500, decay_steps=500, valid_interval=100, save_interval=150, log_interval=50)
+    done = run("run_pretrain_xla.py", *long, "--strict-graph", **XLA)
+    assert done.status == 0, done.errors
+    counts = summary(tmp_path)
+    assert counts["steps"] == 500
+    assert counts["graphs"] == {"train": 1, "validation": 1, "other": 0}
+    assert counts["recompilations"] == counts["host_fallbacks"] == counts["unplanned_host_transfers"] == 0

@@ -32,6 +32,23 @@ XLA_WAYS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "xla multiprocess, one replica": ({"mp_start_method": "spawn"}, XLA),
     "xla accumulation 2": ({"train_batch_size": 4, "gradient_accum_step": 2}, XLA),
     "spmd data 4": ({"mesh_data": 4}, FOUR),
+    "spmd data 4, accumulation 2": (
+        {"mesh_data": 4, "train_batch_size": 4, "gradient_accum_step": 2},
+        FOUR,
+    ),
+    "spmd data 4, loops in loops": (
+        {
+            "mesh_data": 4,
+            "train_batch_size": 4,
+            "gradient_accum_step": 2,
+            "scan_layers": True,
+            "loss_chunk": 64,
+            "rematerialization": "full",
+        },
+        FOUR,
+    ),
+    "spmd fsdp 4, scan": ({"mesh_fsdp": 4, "scan_layers": True}, FOUR),
+    "xla rematerialised": ({"rematerialization": "selective"}, XLA),
     "spmd fsdp 4": ({"mesh_fsdp": 4}, FOUR),
     "spmd tensor 4": ({"mesh_tensor": 4}, FOUR),
     "spmd data 2 x fsdp 2": ({"mesh_data": 2, "mesh_fsdp": 2}, FOUR),

@@ -1,0 +1,49 @@
+"""What to change when a step does not fit, each change tried by compiling it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from pretrain_xla.config import RunConfig
+from pretrain_xla.preflight.report import Report
+from pretrain_xla.preflight.trials import Compiler, Trial
+
+CHUNK = 2048
+"""Tokens whose logits exist at one time, where chunking is tried: large enough for full matrix products."""
+
+
+def remedies(config: RunConfig, report: Report) -> Iterator[dict[str, Any]]:
+    """Changes that keep what is learnt and need less memory, the cheapest in time first. Leaf → value."""
+    train = config.train
+    devices = report.mesh["data"] * report.mesh["fsdp"]
+    rows = train.train_batch_size // devices
+    for shrink in (2, 4, 8):
+        if rows % shrink == 0:
+            yield {
+                "train_batch_size": train.train_batch_size // shrink,
+                "gradient_accum_step": train.gradient_accum_step * shrink,
+            }
+    tokens = rows * config.model.seq_length
+    if (train.loss_chunk or tokens) > CHUNK and tokens % CHUNK == 0:
+        yield {"loss_chunk": CHUNK}
+    if train.rematerialization == "none":
+        yield {"rematerialization": "selective"}
+    if train.rematerialization != "full":
+        yield {"rematerialization": "full"}
+    if report.mesh["data"] > 1:
+        yield {"mesh_data": 1, "mesh_fsdp": devices}
+
+
+def advise(config: RunConfig, report: Report, compiler: Compiler) -> list[Trial]:
+    """Try each remedy alone; of the smaller batches only as many as it takes to find one that fits."""
+    tried: list[Trial] = []
+    changes = list(remedies(config, report))
+    compiler.expect(len(changes))
+    for number, change in enumerate(changes):
+        smaller_fits = any(trial.fits and "train_batch_size" in trial.changes for trial in tried)
+        if "train_batch_size" in change and smaller_fits:
+            continue
+        compiler.expect(len(changes) - number)
+        tried.append(compiler.attempt(config, change))
+    return tried

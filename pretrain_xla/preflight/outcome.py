@@ -1,0 +1,101 @@
+"""What the worker hands back besides the compiler's figures: the step's inputs, as plain values.
+
+Neither torch_xla nor JAX is imported here: the process that reports never loads them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Input:
+    """One input of the step. kind: `parameter`, `optimizer`, `batch` or `other`. device_bytes: one device's share.
+
+    sharded: whether the mesh splits it. aliased: whether its memory is used again for the value that replaces it.
+    """
+
+    name: str
+    kind: str
+    dtype: str
+    shape: tuple[int, ...]
+    device_bytes: int
+    sharded: bool
+    aliased: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What the compiler says of one device's program; bytes. bytes_accessed includes on-chip traffic."""
+
+    hlo_text: str
+    flops: float
+    bytes_accessed: float
+    argument_bytes: int
+    output_bytes: int
+    alias_bytes: int
+    temp_bytes: int
+    code_bytes: int
+    seconds: float
+
+    @property
+    def total_bytes(self) -> int:
+        """HBM that the step needs on one device."""
+        return self.argument_bytes + self.output_bytes - self.alias_bytes + self.temp_bytes + self.code_bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Allocation:
+    """A large buffer that the compiler names when memory runs out. unpadded_bytes: without the layout's padding."""
+
+    bytes: int
+    unpadded_bytes: int
+    shape: str
+    where: str
+    kind: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Shortage:
+    """The compiler's refusal. needed: bytes on one device, at least; largest: where it says; message: its own words."""
+
+    needed: int
+    limit: int
+    largest: tuple[Allocation, ...]
+    message: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """A compilation that ended. Exactly one of compiled and shortage is there. Times in seconds."""
+
+    compiled: Compiled | None
+    shortage: Shortage | None
+    inputs: tuple[Input, ...]
+    mesh: dict[str, int]
+    trace_seconds: float
+    compile_seconds: float
+    libtpu: str
+
+    def to_tree(self) -> dict[str, Any]:
+        """As JSON can hold it."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_tree(cls, tree: dict[str, Any]) -> Outcome:
+        """The inverse of `to_tree`, after JSON has made lists of the tuples."""
+        compiled, shortage = tree["compiled"], tree["shortage"]
+        if shortage:
+            shortage = shortage | {"largest": tuple(Allocation(**item) for item in shortage["largest"])}
+        inputs = tuple(Input(**(item | {"shape": tuple(item["shape"])})) for item in tree["inputs"])
+        return cls(
+            **(
+                tree
+                | {
+                    "compiled": Compiled(**compiled) if compiled else None,
+                    "shortage": Shortage(**shortage) if shortage else None,
+                    "inputs": inputs,
+                }
+            )
+        )

@@ -1,0 +1,129 @@
+"""Everything that preflight says of one configuration, as plain values: what `--json` prints and `render.py` draws."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import Any
+
+from pretrain_xla.config import RunConfig
+from pretrain_xla.model.flops import parameter_count
+from pretrain_xla.preflight.collectives import Collective, find_collectives
+from pretrain_xla.preflight.estimate import Estimate, estimate_step
+from pretrain_xla.preflight.health import Finding, config_findings, input_findings, module_findings
+from pretrain_xla.preflight.hlo import Module
+from pretrain_xla.preflight.memory import Memory, read_memory
+from pretrain_xla.preflight.outcome import Outcome
+from pretrain_xla.preflight.topology import Topology
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """The configured run at the estimated rates; dollars where a price was given. Neither validation nor restarts count."""
+
+    steps: int
+    tokens: int
+    hours_optimistic: float
+    hours_sober: float
+    dollars_optimistic: float | None
+    dollars_sober: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """One configuration on one slice. estimate, collectives and run are missing when it does not fit."""
+
+    topology: str
+    libtpu_topology: str
+    libtpu: str
+    chips: int
+    devices: int
+    device_noun: str
+    parameters: int
+    settings: dict[str, Any]
+    mesh: dict[str, int]
+    sequences_per_device: float
+    tokens_per_step: int
+    memory: Memory
+    estimate: Estimate | None
+    collectives: tuple[Collective, ...]
+    run: Run | None
+    findings: tuple[Finding, ...]
+    trace_seconds: float
+    compile_seconds: float
+    host_cores: int
+
+    @property
+    def fits(self) -> bool:
+        """Whether the compiler found room for the step."""
+        return self.memory.fits
+
+    def to_tree(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return {"fits": self.fits} | dataclasses.asdict(self)
+
+
+def make_report(config: RunConfig, topology: Topology, outcome: Outcome, price_per_chip_hour: float | None) -> Report:
+    """Read a compilation.
+
+    Args:
+        config: what was compiled.
+        topology: for which slice.
+        outcome: the compiler's answer.
+        price_per_chip_hour: dollars, for the run's cost.
+    """
+    module = Module(outcome.compiled.hlo_text) if outcome.compiled else None
+    memory = read_memory(outcome, module, topology)
+    findings = config_findings(config, topology.chip.name) + input_findings(outcome, memory)
+    collectives: tuple[Collective, ...] = ()
+    estimate = None
+    run = None
+    if module is not None:
+        collectives = find_collectives(module, topology)
+        estimate = estimate_step(config, module, collectives, topology)
+        findings += module_findings(config, module)
+        run = _run(config, topology, estimate, price_per_chip_hour)
+    rows = config.train.train_batch_size / (outcome.mesh["data"] * outcome.mesh["fsdp"])
+    return Report(
+        topology=topology.name,
+        libtpu_topology=topology.libtpu_name,
+        libtpu=outcome.libtpu,
+        chips=topology.chips,
+        devices=topology.devices,
+        device_noun=topology.chip.device_noun,
+        parameters=parameter_count(config.model),
+        settings=settings(config),
+        mesh=outcome.mesh,
+        sequences_per_device=rows,
+        tokens_per_step=config.tokens_per_step,
+        memory=memory,
+        estimate=estimate,
+        collectives=collectives,
+        run=run,
+        findings=tuple(sorted(findings, key=lambda finding: finding.level, reverse=True)),
+        trace_seconds=outcome.trace_seconds,
+        compile_seconds=outcome.compile_seconds,
+        host_cores=len(os.sched_getaffinity(0)),
+    )
+
+
+def settings(config: RunConfig) -> dict[str, Any]:
+    """The settings that decide on memory and time."""
+    train, model = config.train, config.model
+    return {
+        "seq_length": model.seq_length,
+        "train_batch_size": train.train_batch_size,
+        "gradient_accum_step": train.gradient_accum_step,
+        "mixed_precision": train.mixed_precision or "fp32",
+        "rematerialization": train.rematerialization,
+        "loss_chunk": train.loss_chunk,
+        "scan_layers": train.scan_layers,
+        "attention": model.attention,
+    }
+
+
+def _run(config: RunConfig, topology: Topology, estimate: Estimate, price: float | None) -> Run:
+    steps = config.train.train_steps
+    hours = [steps * speed.seconds / 3600 for speed in (estimate.optimistic, estimate.sober)]
+    dollars = [None if price is None else hour * topology.chips * price for hour in hours]
+    return Run(steps, steps * config.tokens_per_step, hours[0], hours[1], dollars[0], dollars[1])

@@ -1,0 +1,133 @@
+"""The trainer's own step, traced into HLO with no weights in memory.
+
+`AbstractRuntime` is the xla runtime with one difference: where that one copies a tensor to the devices, this one makes a
+placeholder of its shape and type and remembers what it stands for. Model, optimizer and `TrainStep` are the trainer's, and
+cannot tell. A step of 1.5B parameters over 256 devices is traced in a second.
+
+The process must have been started with `PJRT_DEVICE=CPU` and `CPU_NUM_DEVICES` set to the number of devices of the mesh:
+torch_xla reads both once, when it first touches a device.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch_xla
+import torch_xla.core.xla_builder as xb
+from torch import Tensor, nn
+
+from pretrain_xla.config import RunConfig
+from pretrain_xla.runtime.sharding import BATCH, Axis, parameter_axes
+from pretrain_xla.runtime.xla import XlaRuntime
+from pretrain_xla.train.build import build_model, build_optimizer
+from pretrain_xla.train.step import METRICS, TrainStep
+
+
+@dataclasses.dataclass(frozen=True)
+class Argument:
+    """One input of the step. kind: `parameter`, `optimizer`, `batch` or `other`. axes: mesh axes of each dimension."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    axes: tuple[Axis, ...]
+
+    def device_bytes(self, mesh: dict[str, int]) -> int:
+        """Bytes of one device's share."""
+        size = self.dtype.itemsize
+        for length, axis in zip(self.shape, self.axes, strict=True):
+            names = (axis,) if isinstance(axis, str) else axis or ()
+            ways = 1
+            for name in names:
+                ways *= mesh[name]
+            size *= -(-length // ways)
+        return size
+
+
+@dataclasses.dataclass(frozen=True)
+class TracedStep:
+    """A step as the compiler gets it.
+
+    hlo: serialised HloModuleProto for the whole batch, before partitioning. arguments: input number → what it is; inputs
+    that are missing are scalars. results: for each output the argument that it replaces (donated), or none, and its axes.
+    """
+
+    hlo: bytes
+    arguments: dict[int, Argument]
+    results: tuple[tuple[int | None, tuple[Axis, ...]], ...]
+    mesh: dict[str, int]
+
+
+class AbstractRuntime(XlaRuntime):
+    """The xla runtime with placeholders for data."""
+
+    def __init__(self, config: RunConfig, chip: str) -> None:
+        super().__init__(config)
+        self.chip = chip
+        self.placed: list[tuple[Argument, Tensor]] = []
+
+    def placeholder(self, name: str, kind: str, shape: Iterable[int], dtype: torch.dtype, axes: Any) -> Tensor:
+        """A tensor on the device with no data behind it."""
+        argument = Argument(name, kind, tuple(shape), dtype, tuple(axes))
+        tensor = xb.create_placeholder_tensor(argument.shape, dtype)
+        self.placed.append((argument, tensor))
+        # The step gets a clone, which is the same value in the graph: an in-place update would take the handle with it.
+        return tensor.clone()
+
+    def place_model(self, model: nn.Module) -> None:
+        """Placeholders for parameters and buffers; the sharding marks on activations as in a real run."""
+        for name, parameter in model.named_parameters():
+            owner, leaf = _owner(model, name)
+            tensor = self.placeholder(name, "parameter", parameter.shape, parameter.dtype, parameter_axes(name))
+            owner.register_parameter(leaf, nn.Parameter(tensor))
+        for name, buffer in model.named_buffers():
+            owner, leaf = _owner(model, name)
+            owner._buffers[leaf] = self.placeholder(name, "other", buffer.shape, buffer.dtype, (None,) * buffer.dim())
+        self.pin_activations(model)
+        self.install_kernels(model, self.chip)
+
+
+def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, leaf = name.rpartition(".")
+    return model.get_submodule(path), leaf
+
+
+def trace_step(config: RunConfig, chip: str = "v5e") -> TracedStep:
+    """Trace one training step of a run, as its trainer would.
+
+    Raises:
+        UserError: the batch or the model does not divide over the mesh.
+    """
+    runtime = AbstractRuntime(config, chip)
+    rows = runtime.rows(config.train.train_batch_size)
+    with torch.device("meta"):
+        model = build_model(config, runtime)
+    runtime.place_model(model)
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+
+    def place(name: str, _parameter: Tensor) -> Tensor:
+        parameter = name.partition(".")[2]
+        if parameter not in shapes:
+            return runtime.placeholder(name, "optimizer", (), torch.int32, ())
+        return runtime.placeholder(name, "optimizer", shapes[parameter], torch.float32, parameter_axes(parameter))
+
+    optimizer = build_optimizer(config, model, place)
+    step = TrainStep(model, optimizer, runtime, config)
+    batch = (rows.stop - rows.start, config.train.gradient_accum_step, config.model.seq_length + 1)
+    tokens = runtime.placeholder("tokens", "batch", batch, torch.int32, (BATCH, None, None))
+    history = (config.logging.log_interval, len(METRICS))
+    new_history = step(tokens, runtime.placeholder("metrics", "other", history, torch.float32, (None, None)))
+
+    state = [*model.named_parameters(), *((name, tensor) for name, tensor in optimizer.state.items())]
+    context = torch_xla._XLAC.lowering.LoweringContext("train_step")
+    context.build([new_history, *(tensor for _, tensor in state)])
+    arguments = {context.tensor_parameter_id(tensor): argument for argument, tensor in runtime.placed}
+    arguments.pop(-1, None)
+    number = {argument.name: index for index, argument in arguments.items()}
+    results: list[tuple[int | None, tuple[Axis, ...]]] = [(number["metrics"], (None, None))]
+    results += [(number[name], arguments[number[name]].axes) for name, _ in state]
+    return TracedStep(context.hlo(), arguments, tuple(results), runtime.mesh)

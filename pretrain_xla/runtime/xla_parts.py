@@ -1,0 +1,75 @@
+"""Code that each device runs on its own part of a tensor, and the way there and back.
+
+What lies between `part` and `whole` is left alone by XLA's partitioner (manual sharding, JAX's `shard_map`): kernels, which it
+cannot split, and whatever should be reduced at a time of our choosing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch_xla
+import torch_xla.distributed.spmd as xs
+from torch import Tensor
+from torch_xla.distributed.spmd.xla_sharding import unwrap_sharded_tensor
+
+from pretrain_xla.runtime.sharding import Axis
+
+
+class _Inside:
+    """The mesh whose devices' parts the traced code runs on, if it does.
+
+    Of the process, not of a thread: autograd traces the backward pass in a thread of its own, and under SPMD a process traces
+    one thing at a time.
+    """
+
+    mesh: xs.Mesh | None = None
+
+
+_inside = _Inside()
+
+
+@contextmanager
+def on_parts(mesh: xs.Mesh) -> Iterator[None]:
+    """While it is open, what is traced runs on parts."""
+    before, _inside.mesh = _inside.mesh, mesh
+    try:
+        yield
+    finally:
+        _inside.mesh = before
+
+
+def belonging(tensor: Tensor) -> Tensor:
+    """A tensor made on the spot, of zeros for instance, as a part among parts; the tensor itself where there are none.
+
+    The partitioner finds out by itself for what a calculation reads, but not for what enters a loop.
+    """
+    if _inside.mesh is None:
+        return tensor
+    inner = tensor.clone()
+    torch_xla._XLAC._mark_manual_sharding(inner, torch_xla._XLAC.OpSharding([], [], [], xs.ShardingType.MANUAL))
+    return inner
+
+
+def everywhere(tensor: Tensor) -> Tensor:
+    """A tensor that every device has whole, as a part among parts; the tensor itself where there are none."""
+    return tensor if _inside.mesh is None else part(tensor, (None,) * tensor.dim(), _inside.mesh)
+
+
+def part(tensor: Tensor, axes: tuple[Axis, ...], mesh: xs.Mesh) -> Tensor:
+    """One device's part of a tensor that is split along `axes`."""
+    inner = tensor * 1  # a mark on an input of the graph would move its data
+    return unwrap_sharded_tensor(xs.enable_manual_sharding(inner, axes, mesh=mesh))
+
+
+def whole(part: Tensor, axes: tuple[Axis, ...], mesh: xs.Mesh) -> Tensor:
+    """The tensor of which every device holds a part."""
+    sizes = mesh.shape()
+    shape = [
+        length * math.prod(sizes[name] for name in ((axis,) if isinstance(axis, str) else axis or ()))
+        for length, axis in zip(part.shape, axes, strict=True)
+    ]
+    return unwrap_sharded_tensor(xs.disable_manual_sharding(part, axes, torch.Size(shape), mesh=mesh))

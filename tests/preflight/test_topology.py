@@ -1,0 +1,122 @@
+"""Names of TPU slices, as people and as libtpu write them; libtpu itself accepts what we make of them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from pretrain_xla.errors import UserError
+from pretrain_xla.preflight.client import ENVIRONMENT
+from pretrain_xla.preflight.topology import SHAPES_2D, SHAPES_3D, chosen_topology, resolve_topology
+from pretrain_xla.runtime.chips import CHIPS
+
+
+@pytest.mark.parametrize(
+    ("name", "libtpu", "chips", "devices"),
+    [
+        ("v2-8", "v2:2x2", 4, 8),
+        ("v3-8", "v3:2x2", 4, 8),
+        ("v3-1", "v3:1x1", 1, 1),
+        ("v3-256", "v3:8x16", 128, 256),
+        ("v4-8", "v4:2x2x1", 4, 4),
+        ("v4-32", "v4:2x2x4", 16, 16),
+        ("v4-512", "v4:4x8x8", 256, 256),
+        ("v5litepod-1", "v5e:1x1", 1, 1),
+        ("v5litepod-16", "v5e:4x4", 16, 16),
+        ("V5E-8", "v5e:2x4", 8, 8),
+        ("v5e-256", "v5e:16x16", 256, 256),
+        ("v5p-8", "v5p:2x2x1", 4, 4),
+        ("v5p-128", "v5p:4x4x4", 64, 64),
+        ("v6e-8", "v6e:2x4", 8, 8),
+        ("v5e:2x4", "v5e:2x4", 8, 8),
+        ("v5e:4x2", "v5e:4x2", 8, 8),
+        ("v5e:2x2x1", "v5e:2x2", 4, 4),
+        ("v3:2x2", "v3:2x2", 4, 8),
+        ("v4:2x2x1", "v4:2x2x1", 4, 4),
+        ("v5litepod:4x4", "v5e:4x4", 16, 16),
+    ],
+)
+def test_names(name: str, libtpu: str, chips: int, devices: int) -> None:
+    topology = resolve_topology(name)
+    assert (topology.libtpu_name, topology.chips, topology.devices) == (libtpu, chips, devices)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("v9-8", "known are v2, v3, v4, v5e, v5p, v6e"),
+        ("h100", "unknown TPU"),
+        ("", "unknown TPU"),
+        ("v5e", "v5litepod-16"),
+        ("v5e-6", "v5e-4, v5e-8"),
+        ("v4-7", "counts cores"),
+        ("v5e-7", "counts chips"),
+        ("v5e:3x3", "v5e:2x4"),
+        ("v4:2x2", "v4:2x2x1"),
+        ("v5e:2x2x2", "no such slice"),
+    ],
+)
+def test_unknown_names_say_what_is_known(name: str, expected: str) -> None:
+    with pytest.raises(UserError, match=expected):
+        resolve_topology(name)
+
+
+def test_without_a_name_it_is_this_machines_slice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TPU_ACCELERATOR_TYPE", "v5litepod-8")
+    assert chosen_topology(None).libtpu_name == "v5e:2x4"
+    assert chosen_topology("v3-8").libtpu_name == "v3:2x2"
+    monkeypatch.delenv("TPU_ACCELERATOR_TYPE")
+    with pytest.raises(UserError, match="--topology: v3-8"):
+        chosen_topology(None)
+
+
+@pytest.mark.parametrize(
+    ("name", "links"),
+    [("v5e-1", 0), ("v5e-8", 2), ("v5e-16", 2), ("v5e-256", 4), ("v4-8", 2), ("v4-64", 3), ("v4-128", 6), ("v3-8", 2)],
+)
+def test_links_of_a_corner(name: str, links: int) -> None:
+    topology = resolve_topology(name)
+    assert topology.links == links
+    assert topology.chip_bandwidth == pytest.approx(topology.chip.interconnect_bandwidth * links / topology.chip.links)
+
+
+def test_table_of_chips_is_in_devices() -> None:
+    assert CHIPS["v3"].peak_flops == 61.5e12
+    assert CHIPS["v3"].usable_hbm < CHIPS["v3"].hbm_bytes == 16 * 2**30
+    for chip in CHIPS.values():
+        assert 0.5 < chip.matmul_fraction < 1
+        assert 0.5 < chip.stream_fraction < 1
+
+
+def test_libtpu_accepts_every_slice() -> None:
+    names = [
+        f"{chip.name}:{'x'.join(map(str, shape))}"
+        for chip in CHIPS.values()
+        for count, shape in (SHAPES_3D if chip.links == 6 else SHAPES_2D).items()
+        if count * chip.devices_per_chip <= 256
+    ]
+    program = (
+        "import json, sys\n"
+        "from jax.experimental import topologies\n"
+        "from pretrain_xla.preflight.topology import resolve_topology\n"
+        "found = {}\n"
+        "for name in json.loads(sys.argv[1]):\n"
+        "    t = resolve_topology(name)\n"
+        "    found[name] = len(topologies.get_topology_desc(t.libtpu_name, 'tpu', **t.libtpu_options).devices)\n"
+        "print(json.dumps(found))\n"
+    )
+    import os
+
+    done = subprocess.run(
+        [sys.executable, "-c", program, json.dumps(names)],
+        env=dict(os.environ) | ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == "", "libtpu is silent about the TPU that is not there"
+    assert json.loads(done.stdout) == {name: resolve_topology(name).devices for name in names}

@@ -1,0 +1,104 @@
+"""Loops and kernels inside a traced graph, through the XLA compiler on a CPU; in a process of its own, as in `tests/model`."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PREAMBLE = """
+import torch, torch_xla
+import torch_xla.debug.metrics as met
+from pretrain_xla.model.loops import python_loop
+from pretrain_xla.runtime.xla_loop import xla_fence, xla_loop
+device = torch_xla.device()
+generator = torch.Generator().manual_seed(0)
+def noise(*shape): return torch.randn(*shape, generator=generator)
+"""
+
+LOOPS = """
+x_IJ, weights_NJJ, bias_J = noise(3, 4), noise(5, 4, 4), noise(4)
+
+def outer(loop, x_IJ, weights_NJJ, bias_J, reverse):
+    def body(carried, slices):
+        leaf_IJ = carried[0].detach().requires_grad_()
+        with torch.enable_grad():
+            value = torch.tanh(leaf_IJ @ slices[0] + bias_J).sum()  # bias_J is found, not passed
+        (gradient_IJ,) = torch.autograd.grad(value, leaf_IJ)
+        def inner(carried, slices):
+            return [carried[0] * 0.5 + slices[0].sum()], [slices[0] * 2]
+        (total,), (doubled_IJ,) = loop(inner, [carried[1]], [gradient_IJ])
+        return [carried[0] + gradient_IJ, total], [doubled_IJ, value.detach()]
+    carried, results = loop(body, [x_IJ, torch.zeros((), device=x_IJ.device)], [weights_NJJ], reverse=reverse)
+    return [*carried, *results]
+
+for reverse in (False, True):
+    expected = outer(python_loop, x_IJ, weights_NJJ, bias_J, reverse)
+    compiled = []
+    for _ in range(3):
+        found = outer(xla_loop, *(tensor.to(device) for tensor in (x_IJ, weights_NJJ, bias_J)), reverse)
+        torch_xla.sync()
+        compiled.append(met.counter_value("UncachedCompile"))
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one.cpu(), other)
+    assert compiled[1] == compiled[2], compiled  # traced again, the loop is the same loop
+
+ones_J = torch.ones(64, device=device)
+body = lambda carried, slices: ([carried[0]], [torch.nn.functional.dropout(ones_J * slices[0], 0.5)])
+_, (masks_NJ,) = xla_loop(body, [ones_J], [torch.ones(3, 1).to(device)])
+masks_NJ = masks_NJ.cpu()
+assert 40 < int((masks_NJ == 0).sum()) < 152, "half of it is dropped"
+assert not torch.equal(masks_NJ[0], masks_NJ[1]), "each turn draws for itself"
+assert not torch.equal(masks_NJ[1], masks_NJ[2])
+
+first, second = xla_fence([noise(2).to(device), noise(3).to(device)])
+assert first.shape == (2,) and second.shape == (3,)
+"""
+
+KERNEL = """
+from pretrain_xla.config import ModelConfig
+from pretrain_xla.model import GPT, Execution, initialize
+from pretrain_xla.model.attention import Attention
+from pretrain_xla.runtime import xla_kernels
+from pretrain_xla.runtime.xla_kernels import FlashAttention
+
+SIZES = dict(vocab_size=61, vocab_multiple=16, seq_length=128, d_model=128, num_layers=2, num_heads=2, d_ff=64)
+GPT2 = dict(head_dim=64)
+MODERN = dict(norm="rmsnorm_zero_centered", positions="rotary", bias=False, qk_norm=True, num_kv_heads=1, head_dim=128,
+              attention_softcap=3.0)
+tokens_BT = torch.randint(0, 61, (2, 128), generator=generator, dtype=torch.int32)
+for options, execution in ((GPT2, Execution(loop=xla_loop)), (MODERN, Execution("selective", True, loop=xla_loop))):
+    results = []
+    for kernel in (None, FlashAttention("v5e", interpret=True)):
+        model = GPT(ModelConfig(**SIZES, **options), execution=execution)
+        initialize(model, 0)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+        model.to(device)
+        for module in model.modules():
+            if isinstance(module, Attention):
+                module.kernel = kernel
+        ids_BT = tokens_BT.to(device)
+        loss = model(ids_BT, ids_BT.roll(-1, 1))
+        gradients = torch.autograd.grad(loss, list(model.parameters()))
+        torch_xla.sync()
+        results.append([loss.detach().cpu(), *(gradient.cpu() for gradient in gradients)])
+    for (name, _), one, other in zip([("loss", None), *model.named_parameters()], *results, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+assert len(xla_kernels._computations) == 4, "each kernel ran, forward and backward"
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torch_xla") is None, reason="needs torch_xla")
+@pytest.mark.parametrize("script", [LOOPS, KERNEL], ids=["loops", "kernel"])
+def test_on_xla(script: str) -> None:
+    root = Path(__file__).parents[2]
+    quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    environment = os.environ | {"PJRT_DEVICE": "CPU", "PYTHONPATH": str(root), "XLA_FLAGS": quick}
+    run = subprocess.run(
+        [sys.executable, "-c", PREAMBLE + script], env=environment, cwd=root, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
