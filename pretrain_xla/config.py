@@ -237,6 +237,9 @@ class ParallelConfig(Section):
     """xla: devices that share each matrix product."""
     topology: str | None = None
     """preflight: the TPU to compile for, as v5e:2x4, v5litepod-8 or v3-8; none: the one in this machine."""
+    compile_cache: str | None = None
+    """TPU: local folder where compiled programs stay, so that a restart need not compile them again; none: no such folder.
+    (XLA's CPU client stores programs too, but cannot load them.)"""
     mp_start_method: Literal["fork", "spawn"] | None = None
     """xla: run one process for each device (PJRT multiprocessing), started this way; none: SPMD."""
     ddp: bool = False

@@ -191,7 +191,6 @@ def test_a_fault_in_the_file_names_the_file(text: str, expected: str, yaml: Call
         ("model: {num_heads: 7}", ["--d-model", "70"]),
         ("model: {num_heads: 7}", ["--head-dim", "64"]),
         ("model: {num_kv_heads: 5}", ["--num-kv-heads", "None"]),
-        ("model: {attention_softcap: 50.0}", ["--attention", "reference"]),
         ("optim: {warmup_steps: 30000}", ["--decay-steps", "40000"]),
         ("optim: {decay_method: noam, warmup_steps: 0}", ["--warmup-steps", "10"]),
         ("optim: {min_lr: 1.0}", ["--learning-rate", "2.0"]),

@@ -11,8 +11,11 @@ torch_xla reads both once, when it first touches a device.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 import torch_xla
@@ -96,12 +99,29 @@ def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     return model.get_submodule(path), leaf
 
 
-def trace_step(config: RunConfig, chip: str = "v5e") -> TracedStep:
-    """Trace one training step of a run, as its trainer would.
+def trace_step(config: RunConfig, chip: str) -> TracedStep:
+    """Trace one training step of a run, as its trainer would on a generation of TPUs (`v5e`).
 
     Raises:
         UserError: the batch or the model does not divide over the mesh.
     """
+    with _many_devices():
+        return _trace(config, chip)
+
+
+@contextmanager
+def _many_devices() -> Iterator[None]:
+    """Let torch_xla believe in more devices than PyTorch's autograd, which counts them in 8 bits, could bear."""
+    count = int(os.environ.get("CPU_NUM_DEVICES", "1"))
+    if count <= 127:
+        yield
+        return
+    os.environ["CPU_NUM_DEVICES"] = "1"
+    with mock.patch("torch_xla.runtime.global_runtime_device_count", return_value=count):
+        yield
+
+
+def _trace(config: RunConfig, chip: str) -> TracedStep:
     runtime = AbstractRuntime(config, chip)
     rows = runtime.rows(config.train.train_batch_size)
     with torch.device("meta"):

@@ -89,6 +89,8 @@ class XlaRuntime:
             self.device_count = self.process_count
             data, fsdp, tensor = self.process_count, 1, 1
         self.is_main = self.process_index == 0
+        if parallel.compile_cache is not None and kind == "TPU":
+            xr.initialize_cache(os.path.join(parallel.compile_cache, f"process_{self.process_index}"), readonly=False)
         self.mesh = {"data": data, "fsdp": fsdp, "tensor": tensor}
         self._mesh: xs.Mesh | None = None
         if (

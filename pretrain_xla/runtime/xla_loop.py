@@ -70,9 +70,8 @@ def xla_loop(
     # The body's hash as a graph, not that of its text: a weight that has been updated in place is transposed anew for each use,
     # and the text of the second step would be another one.
     key = torch_xla._XLAC._get_graph_hash(outputs), layout, tuple((tensor.shape, tensor.dtype) for tensor in inputs)
-    if (
-        key not in _programs
-    ):  # an XLA computation has a name, and so a hash, of its own: the same loop must be the same one
+    if key not in _programs:
+        # An XLA computation has a name, and so a hash, of its own: the same loop must be the same object at each step.
         _programs[key] = _build(xb.computation_from_module_proto("loop_body", context.hlo()), layout, inputs)
     program = _programs[key]
     final = torch_xla._XLAC._xla_user_computation("xla::loop", inputs, program)[1:]
