@@ -64,7 +64,8 @@ def measure(kind: str, rounds: int, steps: int) -> None:
     """Compare the loops on one runtime, and print the figures."""
     import torch
 
-    from pretrain_xla.config import build_config, load_yaml
+    from pretrain_xla.config import build_config
+    from pretrain_xla.config_file import load_yaml
     from pretrain_xla.runtime import start
     from pretrain_xla.train.metrics import read_metrics
     from pretrain_xla.train.trainer import Trainer

@@ -25,7 +25,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.step_figures import RULES, Figures, expensive_lines, print_checks, print_table, read_figures  # noqa: E402
-from pretrain_xla.config import RunConfig, build_config, load_yaml  # noqa: E402
+from pretrain_xla.config import RunConfig, build_config  # noqa: E402
+from pretrain_xla.config_file import load_yaml  # noqa: E402
 from pretrain_xla.errors import UserError  # noqa: E402
 from pretrain_xla.preflight.client import ENVIRONMENT, STALE, Request, compile_request  # noqa: E402
 from pretrain_xla.preflight.hlo import Module  # noqa: E402

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from pretrain_xla import __version__
-from pretrain_xla.config import PRETRAINED_MODELS, RunConfig, to_yaml
+from pretrain_xla.config import PRETRAINED_MODELS, RunConfig
+from pretrain_xla.config_file import to_yaml
 from pretrain_xla.errors import UserError, guarded
 
 COMMANDS = """usage: python -m pretrain_xla COMMAND [--help]

@@ -18,7 +18,8 @@ from typing import Annotated, Any
 import tyro
 from pydantic import BaseModel
 
-from pretrain_xla.config import LEAVES, RunConfig, build_config, load_yaml
+from pretrain_xla.config import LEAVES, RunConfig, build_config
+from pretrain_xla.config_file import load_yaml
 from pretrain_xla.errors import UserError
 
 

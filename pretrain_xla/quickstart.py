@@ -15,7 +15,8 @@ from pathlib import Path
 import tyro
 from rich.console import Console
 
-from pretrain_xla.config import RunConfig, build_config, load_yaml
+from pretrain_xla.config import RunConfig, build_config
+from pretrain_xla.config_file import load_yaml
 from pretrain_xla.data.command import show_dataset
 from pretrain_xla.data.prepare import prepare
 from pretrain_xla.errors import UserError

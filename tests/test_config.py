@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from pretrain_xla.config import LEAVES, RunConfig, build_config, load_yaml, to_yaml
+from pretrain_xla.config import LEAVES, RunConfig, build_config
+from pretrain_xla.config_file import load_yaml, to_yaml
 from pretrain_xla.errors import UserError
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from pretrain_xla.config import LEAVES, RunConfig, build_config, load_yaml, to_yaml
+from pretrain_xla.config import LEAVES, RunConfig, build_config
+from pretrain_xla.config_file import load_yaml, to_yaml
 from pretrain_xla.errors import UserError
 from pretrain_xla.flags import Parsed, parse_flags
 

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pretrain_xla.config import PRETRAINED_MODELS, RunConfig, to_yaml
+from pretrain_xla.config import PRETRAINED_MODELS, RunConfig
+from pretrain_xla.config_file import to_yaml
 from pretrain_xla.errors import UserError
 from pretrain_xla.flags import parse_flags
 from pretrain_xla.preflight.advise import advise

@@ -17,8 +17,8 @@ from pretrain_xla.preflight.hlo import aliased_parameters
 from pretrain_xla.preflight.out_of_memory import is_out_of_memory, read_shortage
 from pretrain_xla.preflight.outcome import Compiled, Input, Shortage
 from pretrain_xla.preflight.topology import Topology
-from pretrain_xla.preflight.trace import Argument, TracedStep
-from pretrain_xla.runtime.sharding import Axis
+from pretrain_xla.preflight.trace import TracedStep
+from pretrain_xla.runtime.sharding import Axis, ways
 
 INSTALL = "preflight needs jax and libtpu: pip install -r requirements-xla_tpu.txt"
 
@@ -69,7 +69,7 @@ def sharding_text(axes: tuple[Axis, ...], mesh: Mapping[str, int]) -> str:
     used: list[int] = []
     for axis in axes:
         dims = (axis,) if isinstance(axis, str) else axis or ()
-        tiles.append(math.prod(mesh[name] for name in dims))
+        tiles.append(ways(axis, mesh))
         used += [names.index(name) for name in dims]
     total, shards = math.prod(mesh.values()), math.prod(tiles)
     if shards == 1:
@@ -138,7 +138,7 @@ def describe_inputs(step: TracedStep, compiled: Compiled | Shortage) -> tuple[In
             str(argument.dtype).removeprefix("torch."),
             argument.shape,
             argument.device_bytes(step.mesh),
-            _ways(argument, step.mesh) > 1,
+            any(ways(axis, step.mesh) > 1 for axis in argument.axes),
             index in aliased,
         )
         for index, argument in sorted(step.arguments.items())
@@ -151,11 +151,6 @@ def input_text(step: TracedStep) -> str:
 
     text: str = xla_client._xla.HloModule.from_serialized_hlo_module_proto(step.hlo).to_string()
     return text
-
-
-def _ways(argument: Argument, mesh: Mapping[str, int]) -> int:
-    axes = [name for axis in argument.axes for name in ((axis,) if isinstance(axis, str) else axis or ())]
-    return math.prod(mesh[name] for name in axes)
 
 
 def _module(step: TracedStep) -> bytes:

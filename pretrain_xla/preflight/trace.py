@@ -23,7 +23,7 @@ import torch_xla.core.xla_builder as xb
 from torch import Tensor, nn
 
 from pretrain_xla.config import RunConfig
-from pretrain_xla.runtime.sharding import BATCH, Axis, parameter_axes
+from pretrain_xla.runtime.sharding import BATCH, Axis, parameter_axes, ways
 from pretrain_xla.runtime.xla import XlaRuntime
 from pretrain_xla.train.build import build_model, build_optimizer
 from pretrain_xla.train.step import METRICS, TrainStep
@@ -43,11 +43,7 @@ class Argument:
         """Bytes of one device's share."""
         size = self.dtype.itemsize
         for length, axis in zip(self.shape, self.axes, strict=True):
-            names = (axis,) if isinstance(axis, str) else axis or ()
-            ways = 1
-            for name in names:
-                ways *= mesh[name]
-            size *= -(-length // ways)
+            size *= -(-length // ways(axis, mesh))
         return size
 
 

@@ -11,7 +11,8 @@ matrix, as in ZeRO-3.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from pretrain_xla.config import ModelConfig
@@ -52,6 +53,11 @@ def lookup(table: dict[str, tuple[Axis, ...]], name: str) -> tuple[Axis, ...] | 
         if fnmatchcase(name, pattern) and (name.count(".") == pattern.count(".") or pattern.startswith("*")):
             return axes
     return None
+
+
+def ways(axis: Axis, mesh: Mapping[str, int]) -> int:
+    """Into how many parts a dimension along `axis` is split."""
+    return math.prod(mesh[name] for name in ((axis,) if isinstance(axis, str) else axis or ()))
 
 
 def parameter_axes(name: str) -> tuple[Axis, ...]:

@@ -34,7 +34,9 @@ from pretrain_xla.runtime.base import GraphCounts, GraphEvent
 from pretrain_xla.runtime.chips import generation
 from pretrain_xla.runtime.peaks import tpu_peak
 from pretrain_xla.runtime.sharding import ACTIVATIONS, BATCH, check_model_fits, lookup, parameter_axes, resolve_mesh
+from pretrain_xla.runtime.xla_compiled import CompiledFunction
 from pretrain_xla.runtime.xla_environment import prepare_environment
+from pretrain_xla.runtime.xla_gradients import accumulate
 from pretrain_xla.runtime.xla_loop import xla_fence, xla_loop
 from pretrain_xla.runtime.xla_parts import on_parts, part, whole
 
@@ -93,9 +95,8 @@ class XlaRuntime:
             xr.initialize_cache(os.path.join(parallel.compile_cache, f"process_{self.process_index}"), readonly=False)
         self.mesh = {"data": data, "fsdp": fsdp, "tensor": tensor}
         self._mesh: xs.Mesh | None = None
-        if (
-            self.is_spmd
-        ):  # one device too: what is not marked now gets a mark from its first graph, and the next one differs
+        if self.is_spmd:
+            # One device too: what is not marked now gets a mark from its first graph, and the next one differs.
             self._mesh = xs.Mesh(np.arange(self.device_count), (data, fsdp, tensor), tuple(self.mesh))
         # Dropout draws one mask for the whole batch, which devices on their own could not.
         self._replicates = self.is_spmd and self.device_count == data > 1 and config.model.dropout == 0
@@ -213,7 +214,7 @@ class XlaRuntime:
         self, function: Callable[..., Tensor], name: str, state: Callable[[], Iterable[Tensor]]
     ) -> Callable[..., Tensor]:
         """See `base.Runtime.compile`. The function is traced at each call; its graph is compiled at the first."""
-        return _CompiledFunction(function, name, state, self._counts, self._events.append, explain=self._strict)
+        return CompiledFunction(function, name, state, self._counts, self._events.append, explain=self._strict)
 
     def fuse(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """The function itself: the whole step is one graph already."""
@@ -235,7 +236,7 @@ class XlaRuntime:
         def using(values: list[Tensor]) -> AbstractContextManager[None]:
             return self._with_weights(dict(zip(names, values, strict=True)), alone=False)
 
-        total, gradients = _accumulate(loss, using, parameters, len(parameters), tokens_BAS, scale)
+        total, gradients = accumulate(loss, using, parameters, len(parameters), tokens_BAS, scale)
         if not self.is_spmd and self.process_count > 1:
             xm.all_reduce(xm.REDUCE_SUM, [g for g in gradients if g is not None], scale=1.0 / self.process_count)
         return total, gradients
@@ -261,7 +262,7 @@ class XlaRuntime:
         with on_parts(mesh):
             values = [part(placed[name].detach(), (None,) * placed[name].dim(), mesh) for name in names]
             rows = part(tokens_BAS, (BATCH, None, None), mesh)
-            total, gradients = _accumulate(loss, using, values, len(parameters), rows, scale)
+            total, gradients = accumulate(loss, using, values, len(parameters), rows, scale)
 
         def mean(own: Tensor) -> Tensor:
             return whole(own[None], (BATCH, *(None,) * own.dim()), mesh).mean(0)
@@ -351,95 +352,6 @@ class XlaRuntime:
     def close(self) -> None:
         """See `base.Runtime.close`."""
         self._fetcher.shutdown(wait=True)
-
-
-def _accumulate(
-    loss: Callable[[Tensor], Tensor],
-    using: Callable[[list[Tensor]], AbstractContextManager[None]],
-    values: Sequence[Tensor],
-    parameters: int,
-    tokens_BAS: Tensor,
-    scale: Tensor | None,
-) -> tuple[Tensor, list[Tensor | None]]:
-    """Mean loss over the micro-batches and its gradients, by one loop of the program.
-
-    using: makes the model run, forward and backward, with given tensors. values: those tensors, `parameters` first, by which
-    the loss is differentiated.
-    """
-    count = tokens_BAS.shape[1]
-
-    def one(tokens_BS: Tensor, given: Sequence[Tensor]) -> tuple[Tensor, list[Tensor | None]]:
-        leaves = [tensor.detach().requires_grad_() for tensor in given[:parameters]]
-        with using([*leaves, *given[parameters:]]), torch.enable_grad():
-            value = loss(tokens_BS)
-            return value.detach(), list(torch.autograd.grad(value, leaves, scale, allow_unused=True))
-
-    def body(carried: list[Tensor], slices: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        total, sums, given = carried[0], carried[1 : 1 + parameters], carried[1 + parameters :]
-        value, gradients = one(slices[0], given)
-        sums = [old if new is None else old + new for old, new in zip(sums, gradients, strict=True)]
-        return [total + value, *sums, *given], []
-
-    if count == 1:
-        return one(tokens_BAS[:, 0], values)
-    zeros = [torch.zeros_like(tensor) for tensor in values[:parameters]]
-    total = torch.zeros((), device=tokens_BAS.device)
-    # Divided after the loop: a plain sum in it lets the compiler move a reduction over devices out of it, too.
-    (total, *sums), _ = xla_loop(body, [total, *zeros, *values], [tokens_BAS.transpose(0, 1)])
-    return total / count, [gradient / count for gradient in sums[:parameters]]
-
-
-class _CompiledFunction:
-    """A function traced at each call and run as one graph; says where its graph changed, if it did."""
-
-    def __init__(
-        self,
-        function: Callable[..., Tensor],
-        name: str,
-        state: Callable[[], Iterable[Tensor]],
-        counts: GraphCounts,
-        record: Callable[[GraphEvent], None],
-        *,
-        explain: bool,
-    ) -> None:
-        self._function, self._name, self._state = function, name, state
-        self._counts, self._record = counts, record
-        self._first_graph: list[str] = []
-        # On a recompilation, trace once more to find the line. That spends the state, so only a strict run does it.
-        self._explain = explain
-
-    def __call__(self, *arguments: Tensor) -> Tensor:
-        before, fallen = xla_graphs.compilations(), xla_graphs.fallbacks()
-        result = self._function(*arguments)
-        if not self._first_graph:
-            self._first_graph = xla_graphs.graph_text([result, *self._state()])
-        torch_xla.sync()
-        added = xla_graphs.compilations() - before
-        fell = [name for name, times in xla_graphs.fallbacks().items() if times > fallen.get(name, 0)]
-        if fell:
-            lines = self._fallback_lines(arguments)
-            for name in fell:
-                what = f"XLA cannot lower {name}, so the {self._name} step waits for the host"
-                self._record(GraphEvent("host fallback", lines.get(name, f"the {self._name} step"), what))
-        # A fallback or a transfer in the middle cuts the graph in two: the cause is reported, not the new graphs.
-        if added and not fell:
-            if self._counts.graphs.get(self._name):
-                self._record(GraphEvent("recompilation", *self._explanation(arguments)))
-            self._counts.graphs[self._name] = self._counts.graphs.get(self._name, 0) + added
-        return result
-
-    def _fallback_lines(self, arguments: tuple[Tensor, ...]) -> dict[str, str]:
-        if not self._explain:
-            return {}
-        with xla_graphs.FallbackFinder() as finder:
-            self._function(*arguments)
-        return finder.lines
-
-    def _explanation(self, arguments: tuple[Tensor, ...]) -> tuple[str, str]:
-        if not self._explain:
-            return f"the {self._name} step", "its graph changed; --strict-graph stops there and names the line"
-        graph = xla_graphs.traced_with_lines(lambda: [self._function(*arguments), *self._state()])
-        return xla_graphs.first_difference(self._first_graph, graph)
 
 
 def is_multiprocess(config: RunConfig) -> bool:

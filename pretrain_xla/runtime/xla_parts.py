@@ -6,7 +6,6 @@ cannot split, and whatever should be reduced at a time of our choosing.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -16,7 +15,7 @@ import torch_xla.distributed.spmd as xs
 from torch import Tensor
 from torch_xla.distributed.spmd.xla_sharding import unwrap_sharded_tensor
 
-from pretrain_xla.runtime.sharding import Axis
+from pretrain_xla.runtime.sharding import Axis, ways
 
 
 class _Inside:
@@ -68,8 +67,5 @@ def part(tensor: Tensor, axes: tuple[Axis, ...], mesh: xs.Mesh) -> Tensor:
 def whole(part: Tensor, axes: tuple[Axis, ...], mesh: xs.Mesh) -> Tensor:
     """The tensor of which every device holds a part."""
     sizes = mesh.shape()
-    shape = [
-        length * math.prod(sizes[name] for name in ((axis,) if isinstance(axis, str) else axis or ()))
-        for length, axis in zip(part.shape, axes, strict=True)
-    ]
+    shape = [length * ways(axis, sizes) for length, axis in zip(part.shape, axes, strict=True)]
     return unwrap_sharded_tensor(xs.disable_manual_sharding(part, axes, torch.Size(shape), mesh=mesh))

@@ -6,7 +6,8 @@ import os
 
 import fsspec
 
-from pretrain_xla.config import RunConfig, to_yaml
+from pretrain_xla.config import RunConfig
+from pretrain_xla.config_file import to_yaml
 from pretrain_xla.data.manifest import dataset_info
 from pretrain_xla.data.tokenizer import JsonTokenizer, known_tokenizers, load_tokenizer
 from pretrain_xla.errors import UserError

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pretrain_xla.config import build_config, load_yaml
+from pretrain_xla.config import build_config
+from pretrain_xla.config_file import load_yaml
 from pretrain_xla.model import GPT, parameter_count
 
 CONFIGS = Path(__file__).parents[2] / "configs"

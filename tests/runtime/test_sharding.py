@@ -11,7 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pretrain_xla.config import ModelConfig, build_config, load_yaml
+from pretrain_xla.config import ModelConfig, build_config
+from pretrain_xla.config_file import load_yaml
 from pretrain_xla.errors import UserError
 from pretrain_xla.model import GPT
 from pretrain_xla.runtime.sharding import ACTIVATIONS, BATCH, check_model_fits, lookup, parameter_axes, resolve_mesh

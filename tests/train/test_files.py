@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from pretrain_xla.config import RunConfig, build_config, load_yaml
+from pretrain_xla.config import RunConfig, build_config
+from pretrain_xla.config_file import load_yaml
 from pretrain_xla.data.tokenizer import load_tokenizer
 from pretrain_xla.data.train_tokenizer import train_tokenizer
 from pretrain_xla.errors import UserError

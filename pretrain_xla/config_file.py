@@ -1,0 +1,56 @@
+"""The config tree as a YAML file: one mapping of keys for each section."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import yaml
+
+from pretrain_xla.config import LEAVES, RunConfig
+from pretrain_xla.errors import UserError
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1, but `3e-4` is a number: the standard wants a dot in it, and people do not."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes what `_Loader` reads back equal: a string that looks like such a number goes in quotes."""
+
+
+for _kind in (_Loader, _Dumper):
+    _kind.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+    )
+
+
+def load_yaml(path: str) -> dict[str, Any]:
+    """Read a YAML config as a nested dict, not yet validated.
+
+    Raises:
+        UserError: no such file, not YAML, or not a mapping of sections.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            tree = yaml.load(file, _Loader)
+    except FileNotFoundError:
+        raise UserError(f"--config {path}: no such file; ready ones are in configs/") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path}: cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"--config {path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict) or not all(isinstance(value, dict | None) for value in tree.values()):
+        flat = next((key for key in tree if key in LEAVES), None) if isinstance(tree, dict) else None
+        hint = f"; {flat!r} belongs under {LEAVES[flat]!r}" if flat else ""
+        raise UserError(
+            f"--config {path}: expected sections ({', '.join(RunConfig.model_fields)}), each with its keys{hint}"
+        )
+    return {section: value or {} for section, value in tree.items()}
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The whole resolved tree as YAML; reading it back gives an equal config."""
+    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)

@@ -1,0 +1,65 @@
+"""A traced function as one compiled graph, and the watch over it: did it compile anew, did it fall back to the host, where."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch_xla
+from torch import Tensor
+
+from pretrain_xla.runtime import xla_graphs
+from pretrain_xla.runtime.base import GraphCounts, GraphEvent
+
+
+class CompiledFunction:
+    """A function traced at each call and run as one graph; says where its graph changed, if it did."""
+
+    def __init__(
+        self,
+        function: Callable[..., Tensor],
+        name: str,
+        state: Callable[[], Iterable[Tensor]],
+        counts: GraphCounts,
+        record: Callable[[GraphEvent], None],
+        *,
+        explain: bool,
+    ) -> None:
+        self._function, self._name, self._state = function, name, state
+        self._counts, self._record = counts, record
+        self._first_graph: list[str] = []
+        # On a recompilation, trace once more to find the line. That spends the state, so only a strict run does it.
+        self._explain = explain
+
+    def __call__(self, *arguments: Tensor) -> Tensor:
+        """Trace, run, and record what should not have happened."""
+        before, fallen = xla_graphs.compilations(), xla_graphs.fallbacks()
+        result = self._function(*arguments)
+        if not self._first_graph:
+            self._first_graph = xla_graphs.graph_text([result, *self._state()])
+        torch_xla.sync()
+        added = xla_graphs.compilations() - before
+        fell = [name for name, times in xla_graphs.fallbacks().items() if times > fallen.get(name, 0)]
+        if fell:
+            lines = self._fallback_lines(arguments)
+            for name in fell:
+                what = f"XLA cannot lower {name}, so the {self._name} step waits for the host"
+                self._record(GraphEvent("host fallback", lines.get(name, f"the {self._name} step"), what))
+        # A fallback or a transfer in the middle cuts the graph in two: the cause is reported, not the new graphs.
+        if added and not fell:
+            if self._counts.graphs.get(self._name):
+                self._record(GraphEvent("recompilation", *self._explanation(arguments)))
+            self._counts.graphs[self._name] = self._counts.graphs.get(self._name, 0) + added
+        return result
+
+    def _fallback_lines(self, arguments: tuple[Tensor, ...]) -> dict[str, str]:
+        if not self._explain:
+            return {}
+        with xla_graphs.FallbackFinder() as finder:
+            self._function(*arguments)
+        return finder.lines
+
+    def _explanation(self, arguments: tuple[Tensor, ...]) -> tuple[str, str]:
+        if not self._explain:
+            return f"the {self._name} step", "its graph changed; --strict-graph stops there and names the line"
+        graph = xla_graphs.traced_with_lines(lambda: [self._function(*arguments), *self._state()])
+        return xla_graphs.first_difference(self._first_graph, graph)
