@@ -12,7 +12,22 @@ from pretrain_xla.errors import UserError
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1, but `3e-4` is a number: the standard wants a dot in it, and people do not."""
+    """YAML 1.1, but `3e-4` is a number (the standard wants a dot in it, and people do not), and a key comes once: PyYAML takes
+    the last of several in silence.
+    """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """A mapping whose keys differ.
+
+        Raises:
+            ConstructorError: one comes twice.
+        """
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} comes twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 class _Dumper(yaml.SafeDumper):

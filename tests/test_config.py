@@ -291,6 +291,8 @@ def test_an_empty_file_or_section_means_the_defaults(tmp_path: Path) -> None:
         (b"model: [d_model]\n", "expected sections"),
         (b"\xff\xfe\x00", "cannot be read"),
         (b"model: \x00", "not valid YAML"),
+        (b"model:\n  d_model: 64\n  seq_length: 8\n  d_model: 96\n", "key 'd_model' comes twice"),
+        (b"model:\n  d_model: 64\nmodel:\n  seq_length: 8\n", "key 'model' comes twice"),
     ],
 )
 def test_a_file_that_is_no_config(content: bytes, expected: str, tmp_path: Path) -> None:

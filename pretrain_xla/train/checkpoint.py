@@ -1,8 +1,9 @@
 """Checkpoints: folders `step_00001000` under one root, on a disk or in a bucket.
 
 Tensors are written by `torch.distributed.checkpoint` as whole tensors under plain names, so they restore onto any mesh and any
-runtime. `checkpoint.json` is written last: a folder without it is not a checkpoint, whatever else it holds. Writing happens in
-a thread, from host copies; the cost to the run is the copy, and that memory while the write lasts.
+runtime. `checkpoint.json` is written last: a folder without it is not a checkpoint, whatever else it holds. It carries a
+CRC-32 of each tensor, made before the write and compared after a load, so a bit that a disk or a transfer flips is found.
+Writing happens in a thread, from host copies; the cost to the run is the copy, and that memory while the write lasts.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ import json
 import math
 import os
 import warnings
+import zlib
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import fsspec
@@ -34,13 +36,16 @@ PREFIX = "step_"
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """What `checkpoint.json` says. step: updates made. valid_loss: the last one measured. data: fingerprint of the shards."""
+    """What `checkpoint.json` says. step: updates made. valid_loss: the last one measured. data: fingerprint of the shards.
+    checksums: of each tensor; none in checkpoints from before there were any.
+    """
 
     step: int
     valid_loss: float | None
     data: str
     config: dict[str, Any]
     version: int = 1
+    checksums: dict[str, int] | None = None
 
 
 class CheckpointStore:
@@ -100,7 +105,7 @@ class CheckpointStore:
         Raises:
             UserError: a file is missing or damaged.
         """
-        folder = self.folder(step)
+        folder, checksums = self.folder(step), self.info(step).checksums
         try:
             metadata = _reader(folder).read_metadata()
             tensors: dict[str, Any] = {
@@ -113,6 +118,13 @@ class CheckpointStore:
             raise UserError(
                 f"{folder} is damaged ({_reason(error)}): remove that folder to continue from an older checkpoint"
             ) from error
+        if checksums is not None:
+            changed = [name for name in checksums if name not in tensors or _checksum(tensors[name]) != checksums[name]]
+            if changed:
+                raise UserError(
+                    f"{folder} is damaged (what is stored of {changed[0]} is not what was written): remove that folder to "
+                    "continue from an older checkpoint"
+                )
         return tensors
 
     def save(self, tensors: dict[str, Tensor], info: CheckpointInfo) -> None:
@@ -159,6 +171,7 @@ class CheckpointStore:
         if self._files.exists(path):
             self._files.rm(path, recursive=True)  # what an interrupted write left behind
         self._files.makedirs(path, exist_ok=True)
+        info = replace(info, checksums={name: _checksum(tensor) for name, tensor in tensors.items()})
         dcp.save(tensors, storage_writer=_writer(folder), no_dist=True)
         with self._files.open(self._marker(info.step), "w") as file:
             json.dump(asdict(info), file)
@@ -197,6 +210,10 @@ def open_checkpoint(path: str, which: str = "newest") -> tuple[CheckpointStore, 
         if found is not None:
             return store, found
     raise UserError(f"{path}: no complete checkpoint there; name a run folder, its checkpoints folder, or one step_…")
+
+
+def _checksum(tensor: Tensor) -> int:
+    return zlib.crc32(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _reason(error: BaseException) -> str:
