@@ -71,13 +71,14 @@ def evaluate_command(arguments: Sequence[str]) -> None:
     flags = tyro.cli(Annotated[EvaluateFlags, tyro.conf.arg(name="")], prog="evaluate.py", args=list(arguments))
     _check(flags)
     loaded = load_model(flags.model, flags.checkpoint)
-    runtime, model = place(
+    runtime, model = build(
         loaded,
         runtime=flags.runtime,
         device=flags.device,
         mixed_precision=flags.mixed_precision,
         mesh=(flags.mesh_fsdp, flags.mesh_tensor),
     )
+    runtime.place_model(model)
     try:
         console = Console(enabled=runtime.is_main)
         evaluation = Evaluation(
@@ -101,7 +102,7 @@ def evaluate_command(arguments: Sequence[str]) -> None:
         runtime.close()
 
 
-def place(
+def build(
     loaded: LoadedModel,
     *,
     runtime: str | None,
@@ -109,7 +110,7 @@ def place(
     mixed_precision: str | None = None,
     mesh: tuple[int, int] = (1, 1),
 ) -> tuple[Runtime, GPT]:
-    """A loaded model on its devices, ready to be scored.
+    """The machine that was asked for, and the loaded model, still on the host.
 
     Args:
         loaded: its tensors.
@@ -135,8 +136,7 @@ def place(
     machine = start(config)
     model = build_model(config, machine)
     model.load_state_dict(loaded.tensors, strict=True)
-    machine.place_model(model.eval())
-    return machine, model
+    return machine, model.eval()
 
 
 def tokenizer_of(loaded: LoadedModel, named: str | None) -> Tokenizer:
@@ -154,20 +154,19 @@ def tokenizer_of(loaded: LoadedModel, named: str | None) -> Tokenizer:
 def show_results(results: Sequence[Result], title: str) -> None:
     """A table: one line for each score."""
     table = Table(title=title)
-    for heading in ("task", "score", "value", "±", "items", "source"):
-        table.add_column(heading, justify="right" if heading in ("value", "±", "items") else "left")
+    for heading in ("task", "score", "value", "±", "items"):
+        table.add_column(heading, justify="left" if heading in ("task", "score") else "right", no_wrap=True)
     for result in results:
         for index, (name, value) in enumerate(result.scores.items()):
             error = f"{result.errors[name]:.4f}" if name in result.errors else ""
-            first = (result.task, f"{result.items:,}", result.source) if index == 0 else ("", "", "")
-            shown = f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
-            table.add_row(first[0], name, shown, error, first[1], first[2])
+            task, items = (result.task, f"{result.items:,}") if index == 0 else ("", "")
+            table.add_row(task, name, f"{value:,}" if isinstance(value, int) else f"{value:.4f}", error, items)
     console = RichConsole(highlight=False)
     console.print(table)
     for result in results:
-        console.print(f"{result.task}: {result.definition}", markup=False, soft_wrap=True)
-        if result.cut:
-            console.print(f"note: {result.task}: {result.cut} rows are longer than the model and lost their beginning")
+        cut = f"; {result.cut} rows lost their beginning: the model is shorter" if result.cut else ""
+        line = f"{result.task}: {result.definition}; from {result.source}{cut}"
+        console.print(line, markup=False, soft_wrap=True)
 
 
 def _check(flags: EvaluateFlags) -> None:
