@@ -91,4 +91,3 @@ class Evaluation:
                 )
             )  # fmt: skip
         return results
-

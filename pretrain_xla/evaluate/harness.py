@@ -38,7 +38,7 @@ class PretrainXlaLM(TemplateLM):
         mesh_fsdp: xla: devices over which the weights are sharded.
         mesh_tensor: xla: devices that share each matrix product.
         batch_size: lm-eval's --batch_size: rows of full length in a batch.
-        device: lm-eval's --device: of the torch runtime, `cpu` or `cuda`.
+        device: lm-eval's --device: with the torch runtime `cpu`; whatever else means CUDA where there is one.
         max_batch_size: lm-eval's, without meaning here: shapes are static.
     """
 
@@ -60,7 +60,8 @@ class PretrainXlaLM(TemplateLM):
         machine, model = build(
             loaded,
             runtime=runtime,
-            device=device or "auto",
+            # lm-eval says cuda:0 where nobody asked for anything, also on machines without CUDA.
+            device="cpu" if device == "cpu" else "auto",
             mixed_precision=mixed_precision,
             mesh=(int(mesh_fsdp), int(mesh_tensor)),
         )
@@ -86,7 +87,7 @@ class PretrainXlaLM(TemplateLM):
         """For the names of lm-eval's caches."""
         return self._tokenizer.name.replace("/", "__")
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **unused: Any) -> list[int]:
         """Ids of a text; no token is ever added."""
         return self._tokenizer.encode(string)
 
@@ -94,7 +95,7 @@ class PretrainXlaLM(TemplateLM):
         self,
         requests: list[tuple[tuple[str, str], list[int], list[int]]],
         disable_tqdm: bool = False,
-        **_: Any,
+        **unused: Any,
     ) -> list[tuple[float, bool]]:
         rows = [cut([*context, *continuation], len(context), self.max_length) for _, context, continuation in requests]
         answers = self._answers(rows, disable_tqdm)
@@ -137,7 +138,8 @@ class PretrainXlaLM(TemplateLM):
     def _continue(self, prompt: str, options: dict[str, Any]) -> str:
         kwargs: dict[str, Any] = dict(normalize_gen_kwargs(options))
         stops = handle_stop_sequences(kwargs["until"], eos=None)
-        sampling = Sampling(float(kwargs["temperature"]), int(kwargs.get("top_k", 0)), float(kwargs.get("top_p", 1.0)))
+        temperature = float(kwargs.get("temperature", 1.0)) if kwargs["do_sample"] else 0.0
+        sampling = Sampling(temperature, int(kwargs.get("top_k", 0)), float(kwargs.get("top_p", 1.0)))
         tokens: list[int] = []
         text = ""
         count = int(kwargs["max_gen_toks"])

@@ -39,7 +39,9 @@ def choice(
         example = {"gold": question.gold, "acc": _likeliest(logprobs)}
         if by is not None:
             sizes = question.lengths if by == "characters" else [score.count for score in own]
-            example["acc_norm"] = _likeliest([value / max(size, 1) for value, size in zip(logprobs, sizes, strict=True)])
+            example["acc_norm"] = _likeliest(
+                [value / max(size, 1) for value, size in zip(logprobs, sizes, strict=True)]
+            )
         found.append(example | {"logprobs": logprobs})
     names = ["acc"] if by is None else ["acc", "acc_norm"]
     values = {name: _share([example[name] == example["gold"] for example in found]) for name in names}

@@ -120,7 +120,9 @@ def _number(record: Record, key: str, count: int) -> int:
     try:
         number = int(value)
     except (TypeError, ValueError):
-        raise UserError(f"{record.where}: {key} is {value!r}: the items of a test set come without their answers") from None
+        raise UserError(
+            f"{record.where}: {key} is {value!r}: the items of a test set come without their answers"
+        ) from None
     if not 0 <= number < count:
         raise UserError(f"{record.where}: {key} is {number}, and there are {count} choices")
     return number

@@ -119,7 +119,10 @@ class Scorer:
         plan = self._plan(rows)
         was_training = self._model.training
         self._model.eval()
-        with self._runtime.planned(), Prefetcher(lambda step: self._pack(rows, *plan[step]), 0, len(plan), AHEAD) as packed:
+        with (
+            self._runtime.planned(),
+            Prefetcher(lambda step: self._pack(rows, *plan[step]), 0, len(plan), AHEAD) as packed,
+        ):
             for (length, indices), batch_R2T in zip(plan, packed, strict=True):
                 pending.append((indices, self._runtime.fetch(self._steps[length](batch_R2T))))
                 read(leave=BEHIND)

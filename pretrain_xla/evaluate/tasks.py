@@ -110,7 +110,9 @@ def prepare_task(word: str, settings: Settings, reader: Reader) -> Prepared:
     name, _, source = word.partition("=")
     if name not in TASKS:
         near = difflib.get_close_matches(name, TASKS, n=1)
-        raise UserError(f"unknown task {name!r}" + (f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(TASKS)}"))
+        raise UserError(
+            f"unknown task {name!r}" + (f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(TASKS)}")
+        )
     return TASKS[name].prepare(name, TASKS[name], source or None, settings, reader)
 
 
