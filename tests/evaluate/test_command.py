@@ -120,7 +120,7 @@ def test_lm_evals_command_line(
         f"include: {Path(lm_eval.__file__).parent}/tasks/piqa/piqa.yaml\ntask: local_piqa\ndataset_path: json\n"
         f"dataset_kwargs: {{data_files: {{validation: {data}/piqa.jsonl}}, cache_dir: {data}}}\ntraining_split: null\n"
     )
-    model = ["--model_args", f"pretrained={trio.run_dir},runtime=torch,device=cpu"]
+    model = ["--model_args", f"pretrained={trio.run_dir},runtime=torch", "--device", "cpu"]
     lm_eval_command([*model, "--tasks", "local_piqa", "--include_path", str(data), "--limit", "2"])
     printed = capsys.readouterr().out
     assert "pretrain_xla (" in printed
