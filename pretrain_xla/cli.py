@@ -1,6 +1,7 @@
 """Words typed by a person → a config → one call.
 
-`python -m pretrain_xla COMMAND`, and the doors beside the package: `run_pretrain_xla.py`, `run_pretrain.py`, `generate.py`.
+`python -m pretrain_xla COMMAND`, and the doors beside the package: `run_pretrain_xla.py`, `run_pretrain.py`, `generate.py`,
+`evaluate.py`.
 Whatever a user can mend ends here in one line and exit status 2.
 """
 
@@ -23,6 +24,8 @@ COMMANDS = """usage: python -m pretrain_xla COMMAND [--help]
   prepare          text -> tokens -> shards in train/ and valid/
   train-tokenizer  train a byte-level BPE on text
   generate         continue a prompt with a trained model
+  evaluate         loss, perplexity and zero-shot scores of a model
+  lm-eval          EleutherAI's lm-eval on a model of ours (pip install lm-eval)
   quickstart       all of it on this machine: prepare, train, evaluate, generate
 """
 
@@ -55,6 +58,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from pretrain_xla.generate.command import generate_command
 
         generate_command(rest)
+    elif command == "evaluate":
+        from pretrain_xla.evaluate.command import evaluate_command
+
+        evaluate_command(rest)
+    elif command == "lm-eval":
+        from pretrain_xla.evaluate.lm_eval_command import lm_eval_command
+
+        lm_eval_command(rest)
     elif command == "quickstart":
         from pretrain_xla.quickstart import quickstart_command
 
@@ -116,6 +127,7 @@ def effectless(config: RunConfig, given: frozenset[str]) -> list[str]:
         "cooldown_steps": (config.optim.decay_method == "wsd", "only --decay-method wsd cools down"),
         "min_lr": (config.optim.decay_method not in ("noam", "constant"), "this --decay-method has no floor"),
         "decay_steps": (config.optim.decay_method not in ("noam", "constant"), "this --decay-method has no end"),
+        "eval_interval": (bool(config.evaluation.eval_tasks), "there are no --eval-tasks"),
         "rope_theta": (config.model.positions == "rotary", "only --positions rotary turns"),
     }
     lines = [

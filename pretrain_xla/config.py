@@ -221,6 +221,23 @@ class TrainConfig(Section):
     """Stop the run when a step recompiles, falls back to the host or waits for the device after warm-up."""
 
 
+class EvaluationConfig(Section):
+    """Scores in the training loop, besides the validation loss (docs/evaluation.md says what each one is)."""
+
+    eval_tasks: tuple[str, ...] = ()
+    """shards, wikitext, text, hellaswag, hellaswag_llmc, lambada, piqa, arc_easy, winogrande; each NAME or NAME=SOURCE."""
+    eval_interval: Positive | None = None
+    """Steps between evaluations of eval_tasks; none: only after the last step."""
+    eval_data: str | None = None
+    """Folder with the tasks' files, found by how their names begin; none: the Hugging Face Hub."""
+    eval_limit: Positive | None = None
+    """Items of each task; none: all."""
+    eval_stride: Positive | None = None
+    """wikitext, text: tokens between the beginnings of windows; none: half of seq_length."""
+    eval_top_k: tuple[Positive, ...] = (1, 5)
+    """shards, wikitext, text: each k of the top-k accuracies."""
+
+
 class ParallelConfig(Section):
     """Machines: which runtime, and how the devices are laid out."""
 
@@ -292,6 +309,7 @@ class RunConfig(Section):
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
     parallel: ParallelConfig = ParallelConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()

@@ -113,6 +113,9 @@ class Runtime(Protocol):
     def mean(self, value: Tensor) -> Tensor:
         """Mean of a 0-d tensor over replicas, on the device."""
 
+    def all_rows(self, rows: Tensor) -> Tensor:
+        """The rows of every process, in the order of the batch, for each process to read; called in a compiled function."""
+
     def seed(self, seed: int) -> None:
         """Set the state of the device's random numbers; replicas draw different ones."""
 

@@ -169,6 +169,14 @@ class TorchRuntime:
         dist.all_reduce(total)
         return total / self.process_count
 
+    def all_rows(self, rows: Tensor) -> Tensor:
+        """See `base.Runtime.all_rows`."""
+        if not self.distributed:
+            return rows
+        gathered = rows.new_empty((self.process_count * len(rows), *rows.shape[1:]))
+        dist.all_gather_into_tensor(gathered, rows.contiguous())
+        return gathered
+
     def seed(self, seed: int) -> None:
         """See `base.Runtime.seed`."""
         torch.manual_seed((seed + self.process_index * 0x9E3779B9) % 2**63)

@@ -289,6 +289,13 @@ class XlaRuntime:
         reduced: Any = xm.all_reduce(xm.REDUCE_SUM, value, scale=1.0 / self.process_count)
         return reduced
 
+    def all_rows(self, rows: Tensor) -> Tensor:
+        """See `base.Runtime.all_rows`. Under SPMD the rows are there already, but may lie on another host's devices."""
+        if self._mesh is not None:
+            return xs.mark_sharding_with_gradients(rows, self._mesh, (None,) * rows.dim())
+        gathered: Tensor = xm.all_gather(rows) if self.process_count > 1 else rows
+        return gathered
+
     def seed(self, seed: int) -> None:
         """See `base.Runtime.seed`. The seed is an input of the graph, so that a new one compiles nothing."""
         offset = 0 if self.is_spmd else self.process_index * 0x9E3779B9

@@ -54,6 +54,18 @@ class Console:
             style="bold",
         )
 
+    def evaluation(self, row: Row) -> None:
+        """Scores of the tasks, a line for each task."""
+        tasks: dict[str, list[str]] = {}
+        for name, value in row.items():
+            task, _, score = name.partition("/")
+            if score:
+                tasks.setdefault(task, []).append(
+                    f"{score} {value:,.4f}" if isinstance(value, float) else f"{score} {value:,}"
+                )
+        for task, scores in tasks.items():
+            self._console.print(f"step {row['step']:>6}  {task}  {'  '.join(scores)}", markup=False, style="bold")
+
     def summary(self, summary: dict[str, Any], run_dir: str) -> None:
         """The closing table."""
         table = Table(title="what happened", show_header=False)
@@ -116,6 +128,13 @@ class TrainingBar:
     def advance(self, done: int) -> None:
         """Update number `done` has been handed to the device."""
         self._bar.update(self._task, completed=done)
+
+    @contextlib.contextmanager
+    def progress(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
+        """A second line for a piece of work in between; see `Console.progress`."""
+        task = self._bar.add_task(what, total=total, detail="")
+        yield lambda done: self._bar.update(task, completed=done)
+        self._bar.remove_task(task)
 
     def show(self, row: Row) -> None:
         """The newest reading of the metrics."""

@@ -6,7 +6,7 @@ import os
 
 import fsspec
 
-from pretrain_xla.config import RunConfig
+from pretrain_xla.config import DataConfig, RunConfig
 from pretrain_xla.config_file import to_yaml
 from pretrain_xla.data.manifest import dataset_info
 from pretrain_xla.data.tokenizer import JsonTokenizer, known_tokenizers, load_tokenizer
@@ -25,6 +25,12 @@ def write_run_files(config: RunConfig) -> None:
         tokenizer = load_tokenizer(name)
         if isinstance(tokenizer, JsonTokenizer):
             tokenizer.save(os.path.join(config.run_dir, TOKENIZER_FOLDER))
+
+
+def tokenizer_of(data: DataConfig) -> str:
+    """Name of the tokenizer that a run's shards were made with: as configured, as the manifest beside them says, or gpt2."""
+    info = None if data.tokenizer else dataset_info(data.train_dir)
+    return data.tokenizer or (info.tokenizer_name if info else "gpt2")
 
 
 def find_tokenizer(checkpoints_dir: str) -> str | None:

@@ -1,7 +1,8 @@
 """Where a run's numbers go: `metrics.jsonl`, TensorBoard, Weights & Biases, and the console.
 
-`metrics.jsonl` is the record: one line a step and one a validation. It is safe over restarts: when a run resumes at step s,
-lines of later steps (from a run that died after its last checkpoint) are dropped, and so is a last line that was cut off.
+`metrics.jsonl` is the record: one line a step, one a validation and one an evaluation. It is safe over restarts: when a run
+resumes at step s, lines of later steps (from a run that died after its last checkpoint) are dropped, and so is a last line that
+was cut off.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class MetricLog:
         self._wandb = _start_wandb(config) if config.logging.wandb_logging else None
 
     def write(self, rows: list[Row], *, kind: str) -> None:
-        """Record rows of one kind (`train` or `validation`); each has a `step`."""
+        """Record rows of one kind (`train`, `validation` or `evaluation`); each has a `step`."""
         for row in rows:
             self._file.write(json.dumps(row) + "\n")
             if self._tensorboard is not None:
@@ -58,7 +59,7 @@ class MetricLog:
                     if name != "step":
                         self._tensorboard.add_scalar(f"{kind}/{name}", value, row["step"])
             if self._wandb is not None and (
-                kind == "validation" or row["step"] % self._config.logging.wandb_logging_interval == 0
+                kind != "train" or row["step"] % self._config.logging.wandb_logging_interval == 0
             ):
                 self._wandb.log({f"{kind}/{name}": value for name, value in row.items()}, step=row["step"])
         self._file.flush()

@@ -17,6 +17,7 @@ def summarise(rows: list[Row]) -> dict[str, Any]:
     valid = [row for row in rows if "valid_loss" in row]
     rates = [row["tokens_per_second"] for row in train if "tokens_per_second" in row]
     shares = [row["mfu"] for row in train if "mfu" in row]
+    scores = [row for row in rows if any("/" in name for name in row)]
     best = min(valid, key=lambda row: row["valid_loss"], default=None)
     return {
         "first_train_loss": train[0]["loss"] if train else None,
@@ -25,6 +26,7 @@ def summarise(rows: list[Row]) -> dict[str, Any]:
         "last_valid_loss": valid[-1]["valid_loss"] if valid else None,
         "best_valid_loss": best["valid_loss"] if best else None,
         "best_valid_step": best["step"] if best else None,
+        "scores": {name: value for name, value in scores[-1].items() if name != "step"} if scores else None,
         "tokens_per_second": statistics.median(rates) if rates else None,
         "mfu": statistics.median(shares) if shares else None,
     }

@@ -20,13 +20,15 @@ from pretrain_xla.config import RunConfig
 from pretrain_xla.data.batches import Batches
 from pretrain_xla.data.dataset import open_dataset
 from pretrain_xla.data.prefetch import Prefetcher
+from pretrain_xla.data.tokenizer import load_tokenizer
 from pretrain_xla.errors import UserError
-from pretrain_xla.evaluate import ValidationLoss
+from pretrain_xla.evaluate import Evaluation, Settings, ValidationLoss
 from pretrain_xla.model import flops_per_token, initialize, parameter_count
 from pretrain_xla.runtime import Runtime
 from pretrain_xla.train.build import build_model, build_optimizer
 from pretrain_xla.train.checkpoint import CheckpointInfo
 from pretrain_xla.train.console import Console
+from pretrain_xla.train.files import tokenizer_of
 from pretrain_xla.train.guard import GraphGuard
 from pretrain_xla.train.metrics import MetricLog, Row, read_metrics
 from pretrain_xla.train.report import perplexity, plot_loss, summarise, write_summary
@@ -86,6 +88,7 @@ class Trainer:
         self.validation = ValidationLoss(
             self.model, self.step.forward, valid_batches, runtime, train.valid_steps, config.data.prefetch_batches
         )
+        self.evaluation = None if train.do_test else self._read_tasks()
         self.guard = GraphGuard(runtime, strict=train.strict_graph, say=self.console.warn)
         self.start.release()
 
@@ -136,19 +139,23 @@ class Trainer:
         self._history = self._train_step(tokens, self._history)
         validates = done % train.valid_interval == 0 or done == last
         saves = done % self.config.checkpoint.save_interval == 0 or done == last
+        evaluates = self._evaluates(done)
+        pauses = validates or evaluates or saves
         if done == self.start.step + 1:
             with self.runtime.planned():
                 self.runtime.wait()  # so that compiling is not counted as training
             self._clock.restart(done)
-        if done - self._read_until == self.config.logging.log_interval or validates or saves:
+        if done - self._read_until == self.config.logging.log_interval or pauses:
             self._request_metrics(done)
-            self._collect_metrics(leave=0 if validates or saves else 1)
+            self._collect_metrics(leave=0 if pauses else 1)
         if validates:
             with self.runtime.planned():
                 self._validate(done)
+        if evaluates:
+            self._evaluate(done)
         if saves:
             self._save(done)
-        if validates or saves:
+        if pauses:
             self._clock.restart(done)
         self.guard.check(done)
         self._bar.advance(done)
@@ -211,6 +218,36 @@ class Trainer:
         if self.log is not None:
             self.log.write([row], kind="validation")
         self.console.validation(row)
+
+    def _evaluates(self, done: int) -> bool:
+        interval = self.config.evaluation.eval_interval
+        due = done == self.config.train.train_steps or (interval is not None and done % interval == 0)
+        return self.evaluation is not None and due
+
+    def _evaluate(self, done: int) -> None:
+        """Score the tasks of the config; a score is called `task/score` in the metrics."""
+        assert self.evaluation is not None
+        results = self.evaluation(self._bar.progress)
+        scores = {f"{result.task}/{name}": value for result in results for name, value in result.scores.items()}
+        row: Row = {"step": done, **scores}
+        if self.log is not None:
+            self.log.write([row], kind="evaluation")
+        self.console.evaluation(row)
+
+    def _read_tasks(self) -> Evaluation | None:
+        """The tasks to score in the loop, read and tokenized now, so that what is missing is missed before training."""
+        config = self.config.evaluation
+        if not config.eval_tasks:
+            return None
+        return Evaluation(
+            self.model,
+            self.runtime,
+            lambda: load_tokenizer(tokenizer_of(self.config.data)),
+            config.eval_tasks,
+            Settings(config.eval_data, config.eval_limit, config.eval_stride, self.config.data.valid_dir),
+            batch_size=self.config.train.eval_batch_size,
+            top_k=config.eval_top_k,
+        )
 
     def _save(self, done: int) -> None:
         """Write the state after update `done`; metrics up to there are on disk before it counts."""

@@ -22,7 +22,7 @@ def run(steps: int = 60, slope: float = -0.05) -> list[dict[str, Any]]:
         if step % 10 == 0:
             rows[-1] |= {"tokens_per_second": 100.0 * step, "mfu": step / 1000}
     rows += [{"step": 30, "valid_loss": 5.0}, {"step": 60, "valid_loss": 5.5}]
-    return rows
+    return [*rows, {"step": 30, "piqa/acc": 0.5}, {"step": 60, "piqa/acc": 0.75, "piqa/acc_norm": 0.25}]
 
 
 def test_a_summary_has_first_last_best_and_the_median_rate() -> None:
@@ -33,6 +33,7 @@ def test_a_summary_has_first_last_best_and_the_median_rate() -> None:
         "last_valid_loss": 5.5,
         "best_valid_loss": 5.0,
         "best_valid_step": 30,
+        "scores": {"piqa/acc": 0.75, "piqa/acc_norm": 0.25},
         "tokens_per_second": 3500.0,
         "mfu": pytest.approx(0.035),
     }

@@ -1,0 +1,190 @@
+"""The words of `evaluate.py`: a model, tasks, and where the results go."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import tyro
+from rich.console import Console as RichConsole
+from rich.table import Table
+
+from pretrain_xla.config import build_config
+from pretrain_xla.data.files import filesystem, write_atomically
+from pretrain_xla.data.tokenizer import Tokenizer, load_tokenizer
+from pretrain_xla.errors import UserError
+from pretrain_xla.evaluate.evaluation import Evaluation, Result
+from pretrain_xla.evaluate.tasks import TASKS, Settings
+from pretrain_xla.interop.load import LoadedModel, load_model
+from pretrain_xla.model import GPT
+from pretrain_xla.runtime import Runtime, start
+from pretrain_xla.train.build import build_model
+from pretrain_xla.train.console import Console
+
+
+@dataclass(frozen=True)
+class EvaluateFlags:
+    """Score a model: loss, perplexity, zero-shot tasks."""
+
+    model: str
+    """Run folder, checkpoints folder, one checkpoint, or gpt2[-medium|-large|-xl]."""
+    tasks: tuple[str, ...]
+    """shards, wikitext, text, hellaswag, hellaswag_llmc, lambada, piqa, arc_easy, winogrande; each NAME or NAME=SOURCE, where
+    SOURCE is a path, glob or URL of its file (of a folder, for shards)."""
+    data_dir: str | None = None
+    """Folder with the tasks' files, found by how their names begin; none: the Hugging Face Hub."""
+    limit: int | None = None
+    """Items of each task (questions, passages, windows, sequences); none: all."""
+    stride: int | None = None
+    """wikitext, text: tokens between the beginnings of windows; none: half of the model's length."""
+    top_k: tuple[int, ...] = (1, 5)
+    """shards, wikitext, text: each k of the top-k accuracies."""
+    batch_size: int = 8
+    """Rows of full length in a batch, over all devices; shorter rows come more at a time."""
+    output: str | None = None
+    """JSON file for the results, with what was found for each item."""
+    tokenizer: str | None = None
+    """Tokenizer; none: the model's own."""
+    checkpoint: Literal["newest", "best"] = "newest"
+    """Which checkpoint of a run."""
+    mixed_precision: Literal["bf16"] | None = None
+    """Compute in bf16 instead of fp32."""
+    runtime: Literal["xla", "torch"] | None = None
+    """none: xla where PJRT_DEVICE is set, else torch."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """torch runtime: device."""
+    mesh_fsdp: int = 1
+    """xla: devices over which the weights are sharded; the rest share the rows."""
+    mesh_tensor: int = 1
+    """xla: devices that share each matrix product."""
+
+
+def evaluate_command(arguments: Sequence[str]) -> None:
+    """Parse, load, score, and show the results.
+
+    Raises:
+        UserError: no model, no such task or file, or a setting out of range.
+    """
+    flags = tyro.cli(Annotated[EvaluateFlags, tyro.conf.arg(name="")], prog="evaluate.py", args=list(arguments))
+    _check(flags)
+    loaded = load_model(flags.model, flags.checkpoint)
+    runtime, model = build(
+        loaded,
+        runtime=flags.runtime,
+        device=flags.device,
+        mixed_precision=flags.mixed_precision,
+        mesh=(flags.mesh_fsdp, flags.mesh_tensor),
+    )
+    runtime.place_model(model)
+    try:
+        console = Console(enabled=runtime.is_main)
+        evaluation = Evaluation(
+            model,
+            runtime,
+            lambda: tokenizer_of(loaded, flags.tokenizer),
+            flags.tasks,
+            Settings(flags.data_dir, flags.limit, flags.stride),
+            batch_size=flags.batch_size,
+            top_k=flags.top_k,
+        )
+        results = evaluation(console.progress)
+        if runtime.is_main:
+            show_results(results, loaded.where)
+            counts = runtime.graph_counts()
+            if counts.graphs:
+                console.print(f"{sum(counts.graphs.values())} graphs compiled, {counts.compile_seconds:.0f} s")
+            if flags.output is not None:
+                _write(flags.output, loaded.where, results, counts.graphs)
+    finally:
+        runtime.close()
+
+
+def build(
+    loaded: LoadedModel,
+    *,
+    runtime: str | None,
+    device: str,
+    mixed_precision: str | None = None,
+    mesh: tuple[int, int] = (1, 1),
+) -> tuple[Runtime, GPT]:
+    """The machine that was asked for, and the loaded model, still on the host.
+
+    Args:
+        loaded: its tensors.
+        runtime: `xla` or `torch`; none: xla where PJRT_DEVICE is set.
+        device: for torch, `auto`, `cpu` or `cuda`.
+        mixed_precision: `bf16`, or none for fp32.
+        mesh: for xla, devices along fsdp and tensor.
+
+    Raises:
+        UserError: the devices are not there, or the mesh does not fit them.
+    """
+    tree: dict[str, Any] = {
+        "model": loaded.config.model_dump() | {"dropout": 0.0},
+        "train": {"mixed_precision": mixed_precision},
+        "parallel": {
+            "runtime": runtime or ("xla" if "PJRT_DEVICE" in os.environ else "torch"),
+            "device": device,
+            "mesh_fsdp": mesh[0],
+            "mesh_tensor": mesh[1],
+        },
+    }
+    config = build_config(tree, loaded.where)
+    machine = start(config)
+    model = build_model(config, machine)
+    model.load_state_dict(loaded.tensors, strict=True)
+    return machine, model.eval()
+
+
+def tokenizer_of(loaded: LoadedModel, named: str | None) -> Tokenizer:
+    """The tokenizer that a person named, or the model's own.
+
+    Raises:
+        UserError: there is neither.
+    """
+    name = named or loaded.tokenizer
+    if name is None:
+        raise UserError(f"{loaded.where} came without a tokenizer: name it with --tokenizer")
+    return load_tokenizer(name)
+
+
+def show_results(results: Sequence[Result], title: str) -> None:
+    """A table: one line for each score."""
+    table = Table(title=title)
+    for heading in ("task", "score", "value", "±", "items"):
+        table.add_column(heading, justify="left" if heading in ("task", "score") else "right", no_wrap=True)
+    for result in results:
+        for index, (name, value) in enumerate(result.scores.items()):
+            error = f"{result.errors[name]:.4f}" if name in result.errors else ""
+            task, items = (result.task, f"{result.items:,}") if index == 0 else ("", "")
+            table.add_row(task, name, f"{value:,}" if isinstance(value, int) else f"{value:.4f}", error, items)
+    console = RichConsole(highlight=False)
+    console.print(table)
+    for result in results:
+        cut = f"; {result.cut} rows lost their beginning: the model is shorter" if result.cut else ""
+        line = f"{result.task}: {result.definition}; from {result.source}{cut}"
+        console.print(line, markup=False, soft_wrap=True)
+
+
+def _check(flags: EvaluateFlags) -> None:
+    for name in ("limit", "stride", "batch_size", "mesh_fsdp", "mesh_tensor"):
+        value = getattr(flags, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value}: use 1 or more")
+    if any(k < 1 for k in flags.top_k):
+        raise UserError(f"--top-k {min(flags.top_k)}: use 1 or more")
+    if not flags.tasks:
+        raise UserError(f"--tasks needs at least one of {', '.join(TASKS)}")
+    if flags.output is not None:
+        fs, path = filesystem(flags.output)
+        if fs.isdir(path):
+            raise UserError(f"--output {flags.output} is a folder: name a file")
+
+
+def _write(path: str, where: str, results: Sequence[Result], graphs: dict[str, int]) -> None:
+    fs, root = filesystem(path)
+    tree = {"model": where, "graphs": graphs, "tasks": {result.task: result.as_json() for result in results}}
+    write_atomically(fs, root, [(json.dumps(tree, indent=1) + "\n").encode()])

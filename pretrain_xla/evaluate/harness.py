@@ -1,0 +1,156 @@
+"""A model of ours as EleutherAI's lm-eval knows models. Needs `pip install lm-eval`; nothing else here imports it.
+
+It scores what lm-eval asks with the same rows and graphs as our own tasks: `loglikelihood` by pairs, `loglikelihood_rolling`
+by windows without overlap, `generate_until` by our generator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.utils import get_rolling_token_windows
+from tqdm import tqdm
+
+from pretrain_xla.errors import UserError
+from pretrain_xla.evaluate.command import build, tokenizer_of
+from pretrain_xla.evaluate.rows import cut
+from pretrain_xla.evaluate.scorer import Row, Scorer
+from pretrain_xla.generate import Generator, Sampling
+from pretrain_xla.interop.load import load_model
+
+DEFAULT_BATCH_SIZE = 8
+
+
+class PretrainXlaLM(TemplateLM):
+    """`--model pretrain_xla`; what follows are the keys of `--model_args`.
+
+    Args:
+        pretrained: what `evaluate.py` takes as --model.
+        tokenizer: none: the model's own.
+        checkpoint: `newest` or `best`.
+        runtime: `xla` or `torch`; none: xla where PJRT_DEVICE is set.
+        mixed_precision: `bf16`, or none for fp32.
+        mesh_fsdp: xla: devices over which the weights are sharded.
+        mesh_tensor: xla: devices that share each matrix product.
+        batch_size: lm-eval's --batch_size: rows of full length in a batch.
+        device: lm-eval's --device: with the torch runtime `cpu`; whatever else means CUDA where there is one.
+        max_batch_size: lm-eval's, without meaning here: shapes are static.
+    """
+
+    def __init__(
+        self,
+        pretrained: str,
+        tokenizer: str | None = None,
+        checkpoint: str = "newest",
+        runtime: str | None = None,
+        mixed_precision: str | None = None,
+        mesh_fsdp: int = 1,
+        mesh_tensor: int = 1,
+        batch_size: int | str = DEFAULT_BATCH_SIZE,
+        device: str | None = None,
+        max_batch_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        loaded = load_model(str(pretrained), checkpoint)
+        machine, model = build(
+            loaded,
+            runtime=runtime,
+            # lm-eval says cuda:0 where nobody asked for anything, also on machines without CUDA.
+            device="cpu" if device == "cpu" else "auto",
+            mixed_precision=mixed_precision,
+            mesh=(int(mesh_fsdp), int(mesh_tensor)),
+        )
+        if machine.process_count > 1:
+            raise UserError("lm-eval runs in one process here, which uses all devices of its mesh: start it only once")
+        self._tokenizer = tokenizer_of(loaded, tokenizer)
+        self._generator = Generator(model, self._tokenizer, machine)  # places the model
+        rows = DEFAULT_BATCH_SIZE if str(batch_size).startswith("auto") else int(batch_size)
+        self._scorer = Scorer(model, machine, rows)
+
+    @property
+    def eot_token_id(self) -> int:
+        """Id of end-of-text; also what stands before a text without context."""
+        return self._tokenizer.end_of_text
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that the model takes."""
+        return self._scorer.max_length
+
+    @property
+    def tokenizer_name(self) -> str:
+        """For the names of lm-eval's caches."""
+        return self._tokenizer.name.replace("/", "__")
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **unused: Any) -> list[int]:
+        """Ids of a text; no token is ever added."""
+        return self._tokenizer.encode(string)
+
+    def _loglikelihood_tokens(
+        self,
+        requests: list[tuple[tuple[str, str], list[int], list[int]]],
+        disable_tqdm: bool = False,
+        **unused: Any,
+    ) -> list[tuple[float, bool]]:
+        rows = [cut([*context, *continuation], len(context), self.max_length) for _, context, continuation in requests]
+        answers = self._answers(rows, disable_tqdm)
+        for (strings, _, _), answer in zip(requests, answers, strict=True):
+            self.cache_hook.add_partial("loglikelihood", strings, answer)
+        return answers
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Log-probability of whole texts, each by itself: windows of full length, every token once."""
+        rows: list[Row] = []
+        owners: list[int] = []
+        for owner, request in enumerate(requests):
+            found = get_rolling_token_windows(
+                token_list=self.tok_encode(request.args[0]),
+                prefix_token=self.eot_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            )
+            for inputs, predicted in found:
+                tokens = np.array([*inputs, predicted[-1]], np.int32)
+                rows.append(Row(tokens, len(tokens) - len(predicted)))
+                owners.append(owner)
+        totals = [0.0] * len(requests)
+        for owner, (logprob, _) in zip(owners, self._answers(rows, disable_tqdm), strict=True):
+            totals[owner] += logprob
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Continuations, each up to the first of its stop strings."""
+        texts = []
+        for request in tqdm(requests, desc="pretrain_xla generate_until", disable=disable_tqdm):
+            prompt, options = request.args
+            text = self._continue(prompt, dict(options))
+            self.cache_hook.add_partial("generate_until", request.args, text)
+            texts.append(text)
+        return texts
+
+    def _continue(self, prompt: str, options: dict[str, Any]) -> str:
+        kwargs: dict[str, Any] = dict(normalize_gen_kwargs(options))
+        stops = handle_stop_sequences(kwargs["until"], eos=None)
+        temperature = float(kwargs.get("temperature", 1.0)) if kwargs["do_sample"] else 0.0
+        sampling = Sampling(temperature, int(kwargs.get("top_k", 0)), float(kwargs.get("top_p", 1.0)))
+        tokens: list[int] = []
+        text = ""
+        count = int(kwargs["max_gen_toks"])
+        for token in self._generator.stream(prompt, max_new_tokens=count, sampling=sampling, seed=0):
+            tokens.append(token)
+            text = self._tokenizer.decode(tokens)
+            if any(stop in text for stop in stops if stop):
+                break
+        return postprocess_generated_text(text, stops, think_end_token=None)
+
+    def _answers(self, rows: Sequence[Row], disable_tqdm: bool) -> list[tuple[float, bool]]:
+        with tqdm(total=len(rows), desc="pretrain_xla loglikelihood", disable=disable_tqdm) as bar:
+            scores = self._scorer(rows, lambda done: bar.update(done - bar.n))
+        return [(score.logprob, score.greedy) for score in scores]

@@ -1,0 +1,50 @@
+"""`python -m pretrain_xla lm-eval …`: lm-eval's own command line, which then knows `--model pretrain_xla`.
+
+lm-eval 0.4 finds models only in its own table; packages beside it have no way to enter themselves (no entry point is read), so
+the plain `lm_eval` command cannot know of ours. Here its table gets one more line, and it is handed the words as they are.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from pretrain_xla.errors import UserError
+
+MODEL = "pretrain_xla"
+
+
+def lm_eval_command(arguments: Sequence[str]) -> None:
+    """Register our model and run lm-eval's command line.
+
+    Raises:
+        UserError: lm-eval is not installed.
+    """
+    # From a checkout, our door `evaluate.py` would stand for the library of that name, which lm-eval imports.
+    door = Path(__file__).resolve().parents[2]
+    sys.path[:] = [path for path in sys.path if Path(path or os.getcwd()).resolve() != door]
+    try:
+        register()
+        from lm_eval.__main__ import cli_evaluate
+    except ModuleNotFoundError as error:
+        raise UserError(f"lm-eval needs {error.name}: pip install lm-eval") from None
+    words = list(arguments)
+    named = any(word in ("--model", "-M") or word.startswith("--model=") for word in words)
+    if words and words[0] != "ls" and "--help" not in words and "-h" not in words and not named:
+        words += ["--model", MODEL]
+    sys.argv = ["lm_eval", *words]
+    cli_evaluate()
+
+
+def register() -> None:
+    """Enter our model into lm-eval's table, under the name `pretrain_xla`; for a program that uses lm-eval's Python API.
+
+    Raises:
+        ModuleNotFoundError: lm-eval is not installed.
+    """
+    from lm_eval.api.registry import model_registry
+
+    if MODEL not in model_registry:
+        model_registry.register(MODEL, target="pretrain_xla.evaluate.harness:PretrainXlaLM")

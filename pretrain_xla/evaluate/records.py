@@ -1,0 +1,144 @@
+"""Where a task's items are read: JSON lines at any path, glob or fsspec URL, or a dataset of the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from pretrain_xla.data.files import filesystem, url
+from pretrain_xla.errors import UserError
+
+Fields = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Record:
+    """One item as it stands in a file. where: file and line, for messages."""
+
+    fields: Fields
+    where: str
+
+
+@dataclass(frozen=True)
+class HubDataset:
+    """A dataset of the Hub: where a task's items come from when no file is named."""
+
+    path: str
+    name: str | None
+    split: str
+
+    def __str__(self) -> str:
+        return ":".join(filter(None, (self.path, self.name, self.split)))
+
+
+def find_file(folder: str, stem: str, split: str) -> str:
+    """The file of a task in a folder of evaluation data, by the beginning of its name.
+
+    Args:
+        folder: local path or fsspec URL.
+        stem: how the name begins; case does not matter, and `-` is `_`.
+        split: a word of the name that decides where several files begin like that.
+
+    Raises:
+        UserError: no folder, or none or several such files.
+    """
+    fs, root = filesystem(folder)
+    if not fs.isdir(root):
+        raise UserError(f"{folder}: no such folder of evaluation data")
+    names = {path: path.rpartition("/")[2].lower().replace("-", "_") for path in sorted(fs.ls(root, detail=False))}
+    found = [path for path, name in names.items() if name.startswith(stem) and not name.endswith(".lst")]
+    if len(found) > 1:
+        found = [path for path in found if split in names[path].removeprefix(stem)] or found
+    if len(found) != 1:
+        what = f"several files begin with {stem}" if found else f"no file begins with {stem}"
+        raise UserError(f"{folder}: {what}: name one, as TASK=FILE")
+    return url(fs, found[0])
+
+
+def read_records(source: str) -> Iterator[Record]:
+    """The objects of a `.jsonl` file (packed or not), or of all files that a glob names, in the order of their names.
+
+    Labels in a file of their own (`dev.jsonl` and `dev-labels.lst`, a line for each item) join their items as `label`.
+
+    Raises:
+        UserError: nothing there, or not JSON lines.
+    """
+    for path, lines in _open_all(source):
+        labels = _labels(path)
+        for number, line in enumerate(lines, start=1):
+            if line.isspace():
+                continue
+            where = f"{path}:{number}"
+            try:
+                fields = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise UserError(f"{where}: not JSON: {error.msg} (column {error.colno})") from None
+            if not isinstance(fields, dict):
+                raise UserError(f"{where}: not a JSON object, but {type(fields).__name__}")
+            if labels is not None:
+                if number > len(labels):
+                    raise UserError(f"{where}: the file of labels beside it has only {len(labels)} lines")
+                fields.setdefault("label", labels[number - 1])
+            yield Record(fields, where)
+
+
+def read_lines(source: str) -> Iterator[str]:
+    """The lines of a text file, or of all that a glob names, with their ends.
+
+    Raises:
+        UserError: nothing there, or not text.
+    """
+    for _, lines in _open_all(source):
+        yield from lines
+
+
+def read_hub(dataset: HubDataset, task: str) -> Iterator[Record]:
+    """The rows of a dataset of the Hub, or of its copy in the cache.
+
+    Raises:
+        UserError: it cannot be had; the message says how to name a file.
+    """
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(dataset.path, dataset.name, split=dataset.split)
+    except Exception as error:  # `datasets` lets through whatever its network clients raise
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        raise UserError(
+            f"task {task}: {dataset.path} cannot be had from the Hugging Face Hub ({reason}); "
+            f"with no network, name a file: {task}=FILE in the tasks, or a folder of them with --data-dir"
+        ) from None
+    for number, fields in enumerate(rows):
+        yield Record(dict(fields), f"{dataset}[{number}]")
+
+
+def _open_all(source: str) -> Iterator[tuple[str, Iterator[str]]]:
+    """(path, lines) of each file that a path, glob or URL stands for."""
+    fs, root = filesystem(source)
+    paths = sorted(fs.glob(root)) if any(sign in root for sign in "*?[") and not fs.isfile(root) else [root]
+    paths = [path for path in paths if fs.isfile(path)]
+    if not paths:
+        raise UserError(f"{source}: no such file")
+    for path in paths:
+        yield url(fs, path), _lines(fs, path)
+
+
+def _lines(fs: Any, path: str) -> Iterator[str]:
+    try:
+        with fs.open(path, "rt", encoding="utf-8-sig", compression="infer", newline="\n") as stream:
+            yield from stream
+    except UnicodeDecodeError:
+        raise UserError(f"{url(fs, path)}: not UTF-8 text") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{url(fs, path)}: cannot be read: {error}") from None
+
+
+def _labels(path: str) -> list[str] | None:
+    fs, root = filesystem(path)
+    beside = f"{root.removesuffix('.gz').removesuffix('.jsonl')}-labels.lst"
+    if not fs.isfile(beside):
+        return None
+    return [line.strip() for line in _lines(fs, beside)]

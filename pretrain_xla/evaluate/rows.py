@@ -1,0 +1,64 @@
+"""From strings to rows: which tokens a model is given, and which of them are scored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from pretrain_xla.data.tokenizer import Tokenizer
+from pretrain_xla.evaluate.scorer import Row
+
+
+def joined_rows(
+    contexts: Sequence[str], continuations: Sequence[str], tokenizer: Tokenizer, max_length: int
+) -> list[Row]:
+    """lm-eval's way: each pair is tokenized as one string, and scored from where the context's own tokens end.
+
+    Spaces that end a context belong to what follows. An empty context is an end-of-text token. A pair that is longer than the
+    model loses tokens at its left.
+    """
+    stripped = [context.rstrip() for context in contexts]
+    wholes = tokenizer.encode_batch([a + b for a, b in zip(contexts, continuations, strict=True)])
+    distinct = list(dict.fromkeys(stripped))
+    lengths = dict(zip(distinct, map(len, tokenizer.encode_batch(distinct)), strict=True))
+    rows = []
+    for context, kept, whole in zip(contexts, stripped, wholes, strict=True):
+        if context:
+            # Where a merge runs over the border, the last token is scored rather than none.
+            rows.append(cut(whole, min(lengths[kept], len(whole) - 1), max_length))
+        else:
+            rows.append(cut([tokenizer.end_of_text, *whole], 1, max_length))
+    return rows
+
+
+def separate_rows(
+    contexts: Sequence[str], continuations: Sequence[str], tokenizer: Tokenizer, max_length: int
+) -> list[Row]:
+    """llm.c's way: context and continuation are tokenized apart."""
+    pairs = zip(tokenizer.encode_batch(contexts), tokenizer.encode_batch(continuations), strict=True)
+    return [cut(context + continuation, len(context), max_length) for context, continuation in pairs]
+
+
+def cut(tokens: Sequence[int], start: int, max_length: int) -> Row:
+    """A row that the model can take: tokens too many go at the left; of a longer continuation than the model only the last
+    `max_length` tokens are scored."""
+    excess = max(len(tokens) - (max_length + 1), 0)
+    return Row(np.array(tokens[excess:], np.int32), max(start - excess, 1), excess)
+
+
+def windows(tokens: np.ndarray, max_length: int, stride: int) -> Iterator[Row]:
+    """A long text as windows of `max_length` tokens, `stride` apart, in each of which the tokens new to it are scored.
+
+    So each token is scored once, given at least `max_length - stride` tokens before it (but for the first window), except
+    the first of the text, which has none; and, with stride = max_length, the first of every window likewise.
+    """
+    seen = 0
+    for begin in range(0, len(tokens), stride):
+        window = tokens[begin : begin + max_length]
+        start = max(len(window) - (begin + len(window) - seen), 1)
+        if start < len(window):
+            yield Row(np.asarray(window, np.int32), start)
+        seen = begin + len(window)
+        if seen == len(tokens):
+            return

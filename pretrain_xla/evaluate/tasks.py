@@ -1,0 +1,240 @@
+"""The tasks: what each one reads, asks and measures, and whose definition it follows."""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from pretrain_xla.data.batches import Batches
+from pretrain_xla.data.dataset import open_dataset
+from pretrain_xla.data.tokenizer import Tokenizer
+from pretrain_xla.errors import UserError
+from pretrain_xla.evaluate import measures, questions
+from pretrain_xla.evaluate.measures import Measured
+from pretrain_xla.evaluate.questions import Question
+from pretrain_xla.evaluate.records import HubDataset, Record, find_file, read_hub, read_lines, read_records
+from pretrain_xla.evaluate.rows import joined_rows, separate_rows, windows
+from pretrain_xla.evaluate.scorer import Row, Score
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What an evaluation asks for besides its tasks.
+
+    data_dir: folder with the tasks' files, none: the Hub. limit: items of each task, none: all. stride: tokens between
+    windows of text, none: half of the model's length. shards: folder that the task `shards` reads where none is named.
+    """
+
+    data_dir: str | None = None
+    limit: int | None = None
+    stride: int | None = None
+    shards: str | None = None
+
+
+@dataclass(frozen=True)
+class Reader:
+    """What a text becomes for one model.
+
+    load_tokenizer: gives its tokenizer; not called where no task has text. max_length: tokens that it takes. vocab_size: ids
+    that it has. top_k: each k of the top-k accuracies.
+    """
+
+    load_tokenizer: Callable[[], Tokenizer]
+    max_length: int
+    vocab_size: int
+    top_k: tuple[int, ...]
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer.
+
+        Raises:
+            UserError: there is none, or it has ids that the model does not have.
+        """
+        tokenizer = self.load_tokenizer()
+        if tokenizer.vocab_size > self.vocab_size:
+            raise UserError(
+                f"tokenizer {tokenizer.name!r} has {tokenizer.vocab_size} tokens and the model {self.vocab_size}: "
+                "it is not the model's; name the right one with --tokenizer"
+            )
+        return tokenizer
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A task that has been read: rows to be scored, and what their scores amount to.
+
+    source: where its items came from. items: how many.
+    """
+
+    name: str
+    definition: str
+    source: str
+    items: int
+    rows: Sequence[Row]
+    measure: Callable[[Sequence[Score]], Measured]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A kind of evaluation.
+
+    definition: what is scored and how, in a sentence. prepare: reads it. hub: its items where no file is named, with the
+    beginning of its files' names. options: of `prepare`.
+    """
+
+    definition: str
+    prepare: Callable[[str, Task, str | None, Settings, Reader], Prepared]
+    hub: HubDataset | None = None
+    stem: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def prepare_task(word: str, settings: Settings, reader: Reader) -> Prepared:
+    """Read a task.
+
+    Args:
+        word: `NAME`, or `NAME=SOURCE` with a path, glob or fsspec URL.
+        settings: what else was asked for.
+        reader: of the model.
+
+    Raises:
+        UserError: no such task, no such file, or items that are not the task's.
+    """
+    name, _, source = word.partition("=")
+    if name not in TASKS:
+        near = difflib.get_close_matches(name, TASKS, n=1)
+        raise UserError(
+            f"unknown task {name!r}" + (f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(TASKS)}")
+        )
+    return TASKS[name].prepare(name, TASKS[name], source or None, settings, reader)
+
+
+def _records(name: str, task: Task, source: str | None, settings: Settings) -> tuple[str, list[Record]]:
+    """Where the items of a task are, and the first `limit` of them."""
+    assert task.hub is not None
+    if source is None and settings.data_dir is not None:
+        source = find_file(settings.data_dir, task.stem, task.hub.split[:3])
+    found = read_records(source) if source is not None else read_hub(task.hub, name)
+    where = source or str(task.hub)
+    records = list(itertools.islice(found, settings.limit))
+    if not records:
+        raise UserError(f"{where}: no items in it")
+    return where, records
+
+
+def _choice(name: str, task: Task, source: str | None, settings: Settings, reader: Reader) -> Prepared:
+    where, records = _records(name, task, source, settings)
+    asked: list[Question] = [task.options["ask"](record) for record in records]
+    contexts = [context for question in asked for context in question.contexts]
+    continuations = [continuation for question in asked for continuation in question.continuations]
+    tokenized = separate_rows if task.options.get("separate") else joined_rows
+    rows = tokenized(contexts, continuations, reader.tokenizer, reader.max_length)
+
+    def measure(scores: Sequence[Score]) -> Measured:
+        return measures.choice(asked, scores, by=task.options["by"])
+
+    return Prepared(name, task.definition, where, len(asked), rows, measure)
+
+
+def _last_word(name: str, task: Task, source: str | None, settings: Settings, reader: Reader) -> Prepared:
+    where, records = _records(name, task, source, settings)
+    pairs = [questions.lambada(record) for record in records]
+    rows = joined_rows([a for a, _ in pairs], [b for _, b in pairs], reader.tokenizer, reader.max_length)
+    return Prepared(name, task.definition, where, len(pairs), rows, measures.last_word)
+
+
+def _text(name: str, task: Task, source: str | None, settings: Settings, reader: Reader) -> Prepared:
+    stride = settings.stride or max(reader.max_length // 2, 1)
+    if stride > reader.max_length:
+        raise UserError(
+            f"stride {stride} is longer than the model's {reader.max_length} tokens, and would leave out some: "
+            f"use {reader.max_length} or less"
+        )
+    where, text = _read_text(name, task, source, settings)
+    tokens = np.array(reader.tokenizer.encode(text), np.int32)
+    rows = list(itertools.islice(windows(tokens, reader.max_length, stride), settings.limit))
+    if not rows:
+        raise UserError(f"{where}: {len(tokens)} tokens are too few to score one")
+
+    def measure(scores: Sequence[Score]) -> Measured:
+        return measures.stream(scores, reader.top_k)
+
+    definition = f"{task.definition} (windows of {reader.max_length} tokens, stride {stride})"
+    return Prepared(name, definition, where, len(rows), rows, measure)
+
+
+def _read_text(name: str, task: Task, source: str | None, settings: Settings) -> tuple[str, str]:
+    if source is None and settings.data_dir is not None and task.hub is not None:
+        source = find_file(settings.data_dir, task.stem, task.hub.split[:3])
+    if source is None and task.hub is None:
+        raise UserError(f"task {name} needs a file: {name}=FILE")
+    lines: Iterable[str]
+    if source is None:
+        assert task.hub is not None
+        lines = (record.fields["text"] for record in read_hub(task.hub, name))
+    else:
+        lines = read_lines(source)
+    if task.options.get("rows"):
+        # As the Hub's dataset has them: a line is a row with its end, a blank line an empty row.
+        return source or str(task.hub), "\n\n".join(line if line.strip() else "" for line in lines)
+    return source or str(task.hub), "".join(lines)
+
+
+def _shards(name: str, task: Task, source: str | None, settings: Settings, reader: Reader) -> Prepared:
+    folder = source or settings.shards
+    if folder is None:
+        raise UserError(f"task {name} needs a folder of token shards: {name}=FOLDER")
+    dataset = open_dataset(folder, reader.max_length, reader.vocab_size)
+    batches = Batches(dataset, sequences_per_batch=1, seq_length=reader.max_length, seed=0, shuffle=False)
+    count = min(settings.limit or batches.sequences_per_epoch, batches.sequences_per_epoch)
+    rows = [Row(batches.rows(index)[0], 1) for index in range(count)]
+
+    def measure(scores: Sequence[Score]) -> Measured:
+        return measures.stream(scores, reader.top_k)
+
+    return Prepared(name, task.definition, folder, count, rows, measure)
+
+
+_LM_EVAL = "lm-eval's task of that name"
+TASKS: dict[str, Task] = {
+    "shards": Task("mean loss over the sequences of token shards, as validation has it", _shards),
+    "wikitext": Task(
+        "perplexity of WikiText-2's rows joined by blank lines, Hugging Face's recipe",
+        _text, HubDataset("Salesforce/wikitext", "wikitext-2-raw-v1", "test"), "wiki", {"rows": True},
+    ),
+    "text": Task("perplexity of a text file as it stands", _text),
+    "hellaswag": Task(
+        f"{_LM_EVAL}: acc by summed log-probability, acc_norm by that for each character", _choice,
+        HubDataset("Rowan/hellaswag", None, "validation"), "hellaswag", {"ask": questions.hellaswag, "by": "characters"},
+    ),
+    "hellaswag_llmc": Task(
+        "llm.c's: raw context and ending, tokenized apart; acc by summed loss, acc_norm by mean loss for each token", _choice,
+        HubDataset("Rowan/hellaswag", None, "validation"), "hellaswag",
+        {"ask": questions.hellaswag_llmc, "by": "tokens", "separate": True},
+    ),
+    "lambada": Task(
+        "lm-eval's lambada_openai: perplexity of the last word, acc by greedy decoding", _last_word,
+        HubDataset("EleutherAI/lambada_openai", "default", "test"), "lambada",
+    ),
+    "piqa": Task(
+        f"{_LM_EVAL}: acc by summed log-probability, acc_norm by that for each character", _choice,
+        HubDataset("baber/piqa", None, "validation"), "piqa", {"ask": questions.piqa, "by": "characters"},
+    ),
+    "arc_easy": Task(
+        f"{_LM_EVAL}: acc by summed log-probability, acc_norm by that for each character", _choice,
+        HubDataset("allenai/ai2_arc", "ARC-Easy", "test"), "arc_easy", {"ask": questions.arc, "by": "characters"},
+    ),
+    "winogrande": Task(
+        f"{_LM_EVAL}: acc by the log-probability of what follows the gap, given each filling", _choice,
+        HubDataset("allenai/winogrande", "winogrande_xl", "validation"), "winogrande",
+        {"ask": questions.winogrande, "by": None},
+    ),
+}  # fmt: skip
+"""Name → task."""
