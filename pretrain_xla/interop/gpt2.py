@@ -48,6 +48,13 @@ def match_vocabulary(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": VOCAB_SIZE})})
 
 
+def gpt2_config(name: str) -> ModelConfig:
+    """The architecture of one of OpenAI's checkpoints, all 1,024 positions of it."""
+    d_model, num_layers, num_heads = SHAPES[name]
+    shape = {"d_model": d_model, "num_layers": num_layers, "num_heads": num_heads, "d_ff": 4 * d_model}
+    return ModelConfig.model_validate({"vocab_size": VOCAB_SIZE, "seq_length": 1024, **shape, **CLASSIC})
+
+
 def load_gpt2(name: str, config: ModelConfig) -> dict[str, Tensor]:
     """Download (or find in the Hub's cache) one of OpenAI's checkpoints, and give it our parameter names.
 
@@ -58,10 +65,9 @@ def load_gpt2(name: str, config: ModelConfig) -> dict[str, Tensor]:
     Raises:
         UserError: the model has another shape, or the checkpoint cannot be had.
     """
-    d_model, num_layers, num_heads = SHAPES[name]
-    wanted = {"d_model": d_model, "num_layers": num_layers, "num_heads": num_heads, "d_ff": 4 * d_model, **CLASSIC}
-    for key, value in wanted.items():
-        if getattr(config, key) != value:
+    theirs = gpt2_config(name)
+    for key in ("d_model", "num_layers", "num_heads", "d_ff", *CLASSIC):
+        if getattr(config, key) != (value := getattr(theirs, key)):
             raise UserError(
                 f"--from-checkpoint {name} has {key}={value}, this model has {getattr(config, key)}: set it"
             )

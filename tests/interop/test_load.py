@@ -1,0 +1,53 @@
+"""Whatever a person names as a model: our config and our tensors."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from pretrain_xla.config import ModelConfig, RunConfig, build_config
+from pretrain_xla.errors import UserError
+from pretrain_xla.interop.load import load_model
+from pretrain_xla.model import GPT, initialize
+from pretrain_xla.train.checkpoint import CheckpointInfo, CheckpointStore
+
+TINY = {"vocab_size": 257, "vocab_multiple": 8, "seq_length": 12, "d_model": 16, "num_layers": 2, "num_heads": 2}
+
+
+def save_run(folder: Path, config: RunConfig, losses: dict[int, float]) -> dict[int, GPT]:
+    """A run with a checkpoint for each step; the models that were saved."""
+    store, models = CheckpointStore(str(folder / "checkpoints"), limit=9), {}
+    for step, loss in losses.items():
+        models[step] = GPT(config.model)
+        initialize(models[step], seed=step)
+        tensors = {f"model.{name}": value.detach() for name, value in models[step].named_parameters()}
+        tensors["optimizer.step"] = torch.tensor(step)
+        store.save(tensors, CheckpointInfo(step, loss, "data", config.model_dump(mode="json")))
+    store.close()
+    return models
+
+
+@pytest.mark.parametrize(
+    ("inside", "which", "step"), [("", "newest", 2), ("", "best", 1), ("checkpoints", "newest", 2)]
+)
+def test_a_run_of_ours(inside: str, which: str, step: int, tmp_path: Path) -> None:
+    config = build_config({"model": TINY | {"d_ff": 32}, "data": {"tokenizer": "bytes"}}, "test")
+    models = save_run(tmp_path, config, {1: 1.0, 2: 2.0})
+    loaded = load_model(str(tmp_path / inside), which)
+    assert (loaded.config, loaded.tokenizer) == (config.model, "bytes")
+    assert loaded.where.endswith(f"step_{step:08d}")
+    model = GPT(loaded.config)
+    model.load_state_dict(loaded.tensors, strict=True)
+    for name, value in models[step].named_parameters():
+        assert torch.equal(model.get_parameter(name), value)
+
+
+def test_nothing_there(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no complete checkpoint"):
+        load_model(str(tmp_path))
+
+
+def test_gpt2_is_gpt2() -> None:
+    from pretrain_xla.interop.gpt2 import gpt2_config
+
+    assert gpt2_config("gpt2") == ModelConfig(seq_length=1024, tie_weights=True)
