@@ -14,11 +14,11 @@ import pytest
 import torch
 import transformers
 
-from pretrain_xla.config import RunConfig, build_config
+from pretrain_xla.config import ModelConfig, RunConfig, build_config
 from pretrain_xla.data.tokenizer import Tokenizer, load_tokenizer
 from pretrain_xla.data.train_tokenizer import train_tokenizer
 from pretrain_xla.evaluate.scorer import Scorer
-from pretrain_xla.interop.gpt2 import CLASSIC, convert_gpt2
+from pretrain_xla.interop.load import load_model
 from pretrain_xla.model import GPT
 from pretrain_xla.runtime.torch_runtime import TorchRuntime
 from pretrain_xla.train.checkpoint import CheckpointInfo, CheckpointStore
@@ -71,9 +71,11 @@ def trio(tmp_path_factory: pytest.TempPathFactory) -> Trio:
     for parameter in theirs.parameters():
         if parameter.dim() == 2:
             parameter.data.mul_(8)
-    config = _config(tokenizer.vocab_size + 3, str(run_dir / "tokenizer"))
+    theirs.save_pretrained(run_dir / "transformers")
+    loaded = load_model(str(run_dir / "transformers"))
+    config = _config(loaded.config, str(run_dir / "tokenizer"))
     ours = GPT(config.model)
-    ours.load_state_dict(convert_gpt2(theirs.state_dict(), config.model))
+    ours.load_state_dict(loaded.tensors)
     store = CheckpointStore(str(run_dir / "checkpoints"), limit=1)
     tensors = {f"model.{name}": value.detach() for name, value in ours.named_parameters()}
     store.save(tensors, CheckpointInfo(1, 1.0, "data", config.model_dump(mode="json")))
@@ -87,17 +89,9 @@ def trio(tmp_path_factory: pytest.TempPathFactory) -> Trio:
     return Trio(ours.eval(), theirs, run_dir, found, fast, TorchRuntime(config))
 
 
-def _config(vocab_size: int, tokenizer: str) -> RunConfig:
-    model = {
-        "vocab_size": vocab_size,
-        "seq_length": LENGTH,
-        "d_model": 32,
-        "num_layers": 2,
-        "num_heads": 4,
-        "d_ff": 128,
-    }
+def _config(model: ModelConfig, tokenizer: str) -> RunConfig:
     tree = {
-        "model": model | CLASSIC,
+        "model": model.model_dump(),
         "data": {"tokenizer": tokenizer},
         "parallel": {"runtime": "torch", "device": "cpu"},
     }
