@@ -134,6 +134,7 @@ def effectless(config: RunConfig, given: frozenset[str]) -> list[str]:
         "cooldown_steps": (config.optim.decay_method == "wsd", "only --decay-method wsd cools down"),
         "min_lr": (config.optim.decay_method not in ("noam", "constant"), "this --decay-method has no floor"),
         "decay_steps": (config.optim.decay_method not in ("noam", "constant"), "this --decay-method has no end"),
+        "eval_tasks": (not config.train.do_test, "--do-test prints the validation loss; evaluate.py scores tasks"),
         "eval_interval": (bool(config.evaluation.eval_tasks), "there are no --eval-tasks"),
         "rope_theta": (config.model.positions == "rotary", "only --positions rotary turns"),
     }

@@ -47,7 +47,7 @@ def assert_refused(result: tuple[int, str, str], *expected: str) -> None:
 def test_help_lists_the_commands(arguments: list[str], run: Run) -> None:
     status, out, err = run(*arguments)
     assert (status, err) == (0, "")
-    for command in ("train", "prepare", "train-tokenizer", "generate", "quickstart"):
+    for command in ("train", "prepare", "train-tokenizer", "generate", "evaluate", "lm-eval", "quickstart"):
         assert f"\n  {command} " in out
 
 
@@ -68,7 +68,7 @@ def test_refusals_of_train(run: Run, tmp_path: Path) -> None:
     assert_refused(run("train", "--config", str(tmp_path / "c.yaml")), "c.yaml", "'model.d_modle'", "'d_model'")
 
 
-@pytest.mark.parametrize("command", ["train", "prepare", "train-tokenizer", "generate", "quickstart"])
+@pytest.mark.parametrize("command", ["train", "prepare", "train-tokenizer", "generate", "evaluate", "quickstart"])
 def test_every_command_has_help(command: str, run: Run) -> None:
     status, out, _ = run(command, "--help")
     assert status == 0
@@ -129,6 +129,8 @@ EFFECTLESS: list[tuple[str, str, str, str]] = [
     ("--min-lr 0 --decay-method constant", "--min-lr", "floor", "--min-lr 0 --decay-method linear"),
     ("--decay-steps 9 --decay-method noam", "--decay-steps", "end", "--decay-steps 9000"),
     ("--decay-steps 9 --decay-method constant", "--decay-steps", "end", "--decay-steps 9000 --decay-method wsd"),
+    ("--eval-interval 5", "--eval-interval", "no --eval-tasks", "--eval-interval 5 --eval-tasks piqa"),
+    ("--eval-tasks piqa --do-test", "--eval-tasks", "evaluate.py", "--eval-tasks piqa"),
     ("--rope-theta 1e6", "--rope-theta", "--positions rotary", "--rope-theta 1e6 --positions rotary"),
     ("--wandb-name x", "--wandb-name", "--wandb-logging is not given", "--wandb-name x --wandb-logging"),
 ]

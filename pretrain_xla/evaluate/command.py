@@ -153,7 +153,9 @@ def tokenizer_of(loaded: LoadedModel, named: str | None) -> Tokenizer:
 
 def show_results(results: Sequence[Result], title: str) -> None:
     """A table: one line for each score."""
-    table = Table(title=title)
+    console = RichConsole(highlight=False)
+    console.print(title, markup=False, soft_wrap=True)
+    table = Table()
     for heading in ("task", "score", "value", "±", "items"):
         table.add_column(heading, justify="left" if heading in ("task", "score") else "right", no_wrap=True)
     for result in results:
@@ -161,7 +163,6 @@ def show_results(results: Sequence[Result], title: str) -> None:
             error = f"{result.errors[name]:.4f}" if name in result.errors else ""
             task, items = (result.task, f"{result.items:,}") if index == 0 else ("", "")
             table.add_row(task, name, f"{value:,}" if isinstance(value, int) else f"{value:.4f}", error, items)
-    console = RichConsole(highlight=False)
     console.print(table)
     for result in results:
         cut = f"; {result.cut} rows lost their beginning: the model is shorter" if result.cut else ""

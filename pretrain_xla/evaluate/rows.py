@@ -24,7 +24,7 @@ def joined_rows(
     lengths = dict(zip(distinct, map(len, tokenizer.encode_batch(distinct)), strict=True))
     rows = []
     for context, kept, whole in zip(contexts, stripped, wholes, strict=True):
-        if context:
+        if context and len(whole) > 1:
             # Where a merge runs over the border, the last token is scored rather than none.
             rows.append(cut(whole, min(lengths[kept], len(whole) - 1), max_length))
         else:

@@ -18,6 +18,7 @@ from pretrain_xla.evaluate.lm_eval_command import register
 from .conftest import ORIGINAL, SHARED, Trio, silent
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed")
+pytest.importorskip("accelerate", reason="lm-eval's transformers model needs it")
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
