@@ -23,7 +23,7 @@ _WORDS = {"train": {"train", "training"}, "valid": {"val", "valid", "validation"
 
 def is_pattern(path: str) -> bool:
     """Whether a path names files by a pattern."""
-    return any(letter in path for letter in "*[{")
+    return "*" in path
 
 
 def find_shards(fs: Any, root: str, asked: str, split: Split | None) -> tuple[str, dict[str, Mapping[str, Any] | None]]:
@@ -58,7 +58,9 @@ def _listing(fs: Any, root: str, asked: str) -> dict[str, Mapping[str, Any] | No
                 raise UserError(f"{asked}: no file has such a name")
             entries = list(found.values())
         else:
-            entries = call(fs, "ls", root, detail=True)
+            # Not every web server that has a file can list it.
+            own = call(fs, "info", root) if is_shard(root) else None
+            entries = [own] if own and own["type"] == "file" else call(fs, "ls", root, detail=True)
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(
             f"{asked}: no such folder of token shards: `python -m pretrain_xla prepare` makes one"

@@ -25,7 +25,6 @@ from pretrain_xla.errors import UserError
 SUFFIX = ".npy"
 WrittenFormat = Literal["npy", "bin", "parquet"]
 _OVERFULL = 1.1  # the last shard may be this much larger, so that no tiny one comes after it
-_ADJACENT = 2**15  # bytes between two stretches that are cheaper to read than another request is to make
 _VERSION_KEYS = (
     "etag",
     "ETag",
@@ -149,7 +148,7 @@ class Shard:
 
 
 def fetch(shards: list[Shard], starts: np.ndarray, out: np.ndarray) -> None:
-    """Stretches of remote shards into the rows of `out`, by one request for each or, where they lie close, for several.
+    """Stretches of remote shards into the rows of `out`, by one request for each or, where they touch, for several.
 
     Args:
         shards: [rows] where each stretch lies.
@@ -166,7 +165,7 @@ def fetch(shards: list[Shard], starts: np.ndarray, out: np.ndarray) -> None:
         shard = shards[row]
         begin = shard.offset + int(starts[row]) * shard.dtype.itemsize
         end = begin + length * shard.dtype.itemsize
-        if requests and requests[-1][0] is shard and begin - requests[-1][2] <= _ADJACENT:
+        if requests and requests[-1][0] is shard and begin <= requests[-1][2]:
             first = requests.pop()
             requests.append((shard, first[1], max(end, first[2]), [*first[3], row]))
         else:
