@@ -22,12 +22,12 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pretrain_xla.config import DataConfig  # noqa: E402
-from pretrain_xla.data.batches import Batches  # noqa: E402
-from pretrain_xla.data.dataset import open_dataset  # noqa: E402
-from pretrain_xla.data.files import filesystem  # noqa: E402
-from pretrain_xla.data.prefetch import pipeline  # noqa: E402
-from pretrain_xla.data.shards import write_shard  # noqa: E402
+from pretrain_xla.config import DataConfig
+from pretrain_xla.data.batches import Batches
+from pretrain_xla.data.dataset import open_dataset
+from pretrain_xla.data.files import filesystem
+from pretrain_xla.data.prefetch import pipeline
+from pretrain_xla.data.shards import write_shard
 
 STEP_SECONDS = 0.050
 TOKENS_A_BATCH = 2**18
@@ -107,7 +107,9 @@ def main() -> None:
             print(f"{format:>8} {length:>6} {first:>8.2f} {after:>9.1f}", flush=True)
         os.sched_setaffinity(0, cores)
         made = batches(f"{scratch}/npy", f"{scratch}/cache")
-        print(f"\na step of {STEP_SECONDS * 1e3:.0f} ms: seconds to the first batch, share of the time spent waiting after it")
+        print(
+            f"\na step of {STEP_SECONDS * 1e3:.0f} ms: seconds to the first batch, share of the time spent waiting after it"
+        )
         first, share = waiting(made, flags.steps, slice(None))
         print(f"{'local disk':>40} {first:>7.2f} {share:>8.4%}", flush=True)
         from_bucket(scratch, flags.steps)
@@ -115,7 +117,8 @@ def main() -> None:
 
 
 def from_bucket(scratch: str, steps: int) -> None:
-    """The same out of the emulator: whole shards, and the rows of one host of eight by ranges."""
+    """The same out of the emulator: whole shards, and the rows of one host of many by ranges (as many
+    requests a second as the emulator, one Python process, can answer)."""
     from tests.data.servers import gcs_emulator, gcs_environment, upload
 
     with gcs_emulator() as address:
@@ -125,9 +128,11 @@ def from_bucket(scratch: str, steps: int) -> None:
         print(f"{'emulator, whole shards, no step':>40} {first:>7.2f} {after:>8.1f} M tokens/s", flush=True)
         first, share = waiting(batches(target, f"{scratch}/cold2"), steps, slice(None))
         print(f"{'emulator, whole shards':>40} {first:>7.2f} {share:>8.4%}", flush=True)
-        eighth = batches(target, f"{scratch}/never", share=1 / 8)
-        first, share = waiting(eighth, steps, slice(0, TOKENS_A_BATCH // 1024 // 8))
-        print(f"{'emulator, ranges, one host of eight':>40} {first:>7.2f} {share:>8.4%}", flush=True)
+        for hosts in (64, 8):
+            part, rows = batches(target, f"{scratch}/never", share=1 / hosts), TOKENS_A_BATCH // 1024 // hosts
+            first, share = waiting(part, steps, slice(0, rows))
+            words = f"ranges, one host of {hosts}, {rows / STEP_SECONDS:.0f} requests/s"
+            print(f"{words:>40} {first:>7.2f} {share:>8.4%}", flush=True)
 
 
 if __name__ == "__main__":

@@ -144,7 +144,9 @@ def _tokenizer(dataset: TokenDataset, result: Inspection, asked: str | None) -> 
     if name is not None:
         return load_tokenizer(name)
     if result.max_id > 50256:
-        result.faults.append(f"no manifest, and id {result.max_id} is not GPT-2's: give --tokenizer to decode and to check")
+        result.faults.append(
+            f"no manifest, and id {result.max_id} is not GPT-2's: give --tokenizer to decode and to check"
+        )
         return None
     try:
         return load_tokenizer("gpt2")
@@ -153,14 +155,20 @@ def _tokenizer(dataset: TokenDataset, result: Inspection, asked: str | None) -> 
         return None
 
 
-def _measure(dataset: TokenDataset, result: Inspection, tokenizer: Tokenizer, first: int | None, documents: int) -> None:
+def _measure(
+    dataset: TokenDataset, result: Inspection, tokenizer: Tokenizer, first: int | None, documents: int
+) -> None:
     """Lengths of documents, the first of them decoded, and ids that the tokenizer does not have."""
     for shard in result.shards:
         if shard.get("max_id", 0) >= tokenizer.vocab_size:
-            result.faults.append(f"{shard['name']}: has id {shard['max_id']}, but {tokenizer.name} has {tokenizer.vocab_size}")
+            result.faults.append(
+                f"{shard['name']}: has id {shard['max_id']}, but {tokenizer.name} has {tokenizer.vocab_size}"
+            )
     end = tokenizer.end_of_text
     if result.tokens and (end >= len(result.counts) or not result.counts[end]):
-        result.faults.append(f"no end-of-text ({end}) in it: documents run into one another, or the tokenizer is another")
+        result.faults.append(
+            f"no end-of-text ({end}) in it: documents run into one another, or the tokenizer is another"
+        )
     result.document_lengths = _lengths(dataset, end, opens=first == end)
     for start, length in _first_spans(result.document_lengths[:documents], opens=first == end):
         if start + min(length, _LONGEST_SHOWN) <= dataset.shards[0].tokens and not result.faults:

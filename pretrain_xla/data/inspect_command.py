@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import tyro
@@ -88,7 +89,11 @@ def show(found: Inspection, plotted: str | None) -> None:
         print(f"{len(lengths):,} documents of {lengths.mean():,.0f} tokens on average", end="")
         print(f" (10% under {low:,.0f}, half under {middle:,.0f}, 90% under {high:,.0f}, longest {lengths.max():,})\n")
         edges, counts = length_histogram(lengths)
-        _bars([f"{int(a):>9,} to {int(b) - 1:,}" for a, b in zip(edges, edges[1:], strict=False)], counts, "tokens: documents")
+        _bars(
+            [f"{low:>9,} to {high - 1:,}" for low, high in itertools.pairwise(edges.tolist())],
+            counts,
+            "tokens: documents",
+        )
     for number, text in enumerate(found.documents, start=1):
         console.rule(f"document {number}", align="left")
         console.print(escape(text[:1000]), highlight=False)
@@ -132,7 +137,9 @@ def plot(found: Inspection, path: str) -> None:
     ranked = np.sort(found.counts[found.counts > 0])[::-1]
     if len(ranked):
         ids.loglog(np.arange(1, len(ranked) + 1), ranked / found.tokens, color="tab:green")
-    ids.set(xlabel="rank of the id", ylabel="share of the tokens", title=f"{found.tokens:,} tokens, {len(ranked):,} ids")
+    ids.set(
+        xlabel="rank of the id", ylabel="share of the tokens", title=f"{found.tokens:,} tokens, {len(ranked):,} ids"
+    )
     for axis in (documents, ids):
         axis.grid(alpha=0.3)
     figure.suptitle(os.path.relpath(found.path) if "://" not in found.path else found.path)
@@ -150,9 +157,9 @@ def _bars(labels: list[str], counts: np.ndarray, heading: str) -> None:
         print(f"{label:<{width}} {'█' * round(_BAR * count / max(1, counts.max()))} {count:,}")
 
 
-def _some(shards: list[dict[str, object]]) -> list[dict[str, object]]:
+def _some(shards: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """All, or where they are many the first and last ten."""
     if len(shards) <= 24:
         return shards
-    gap: dict[str, object] = {"name": f"... {len(shards) - 20} more", "format": "", "dtype": "", "tokens": 0}
+    gap = {"name": f"... {len(shards) - 20} more", "format": "", "dtype": "", "tokens": 0}
     return [*shards[:10], gap, *shards[-10:]]

@@ -120,7 +120,9 @@ def blocks(where: str, path: str, dtype: np.dtype[Any]) -> Iterator[np.ndarray]:
 
 def _checked(where: str, ids: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
     if len(ids) and (int(ids.min()) < 0 or int(ids.max()) > np.iinfo(dtype).max):
-        raise UserError(f"{where}: has token ids outside 0 to {np.iinfo(dtype).max}: damaged, or no ids: write it again")
+        raise UserError(
+            f"{where}: has token ids outside 0 to {np.iinfo(dtype).max}: damaged, or no ids: write it again"
+        )
     return ids.astype(dtype)
 
 

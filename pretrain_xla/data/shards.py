@@ -22,7 +22,6 @@ from pretrain_xla.data.manifest import ShardInfo, SplitInfo
 from pretrain_xla.data.remote import call, concurrently, read_range
 from pretrain_xla.errors import UserError
 
-SUFFIX = ".npy"
 WrittenFormat = Literal["npy", "bin", "parquet"]
 _OVERFULL = 1.1  # the last shard may be this much larger, so that no tiny one comes after it
 _VERSION_KEYS = (

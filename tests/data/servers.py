@@ -11,10 +11,12 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any, Self
 
 BUCKET = "tokens"
 
@@ -55,14 +57,18 @@ def gcs_emulator() -> contextlib.AbstractContextManager[str]:
     return process(*command, "--default-bucket", BUCKET, port=port, path=f"/storage/v1/b/{BUCKET}")
 
 
+class _Threaded(ThreadingHTTPServer):
+    daemon_threads = True
+    owner: Any
+
+
 class Server:
     """A threaded HTTP server, and what it was asked for: (path, first byte, byte after the last) of each GET of content."""
 
     def __init__(self, handler: type[BaseHTTPRequestHandler]) -> None:
         self.requests: list[tuple[str, int | None, int | None]] = []
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        self._server.daemon_threads = True
-        self._server.owner = self  # type: ignore[attr-defined]
+        self._server = _Threaded(("127.0.0.1", 0), handler)
+        self._server.owner = self
         self.address = f"http://127.0.0.1:{self._server.server_address[1]}"
 
     def note(self, handler: BaseHTTPRequestHandler) -> None:
@@ -75,11 +81,11 @@ class Server:
         """Of all requests for a range."""
         return sum(end - begin for _, begin, end in self.requests if begin is not None and end is not None)
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
         return self
 
-    def __exit__(self, *error):
+    def __exit__(self, *error: object) -> None:
         self._server.shutdown()
         self._server.server_close()
 
@@ -95,6 +101,7 @@ class FaultyProxy(Server):
 
 
 class _Proxied(BaseHTTPRequestHandler):
+    server: _Threaded
     protocol_version = "HTTP/1.1"
     _length: str | None = None  # of what a HEAD does not send
 
@@ -109,7 +116,8 @@ class _Proxied(BaseHTTPRequestHandler):
             self.close_connection = True
             return
         if fault in ("503", "429"):
-            return self._answer(int(fault), {}, b"not now")
+            self._answer(int(fault), {}, b"not now")
+            return
         host = owner.upstream.removeprefix("http://")
         connection = http.client.HTTPConnection(host, timeout=60)
         headers = {key: value for key, value in self.headers.items() if key.lower() not in ("host", "connection")}
@@ -158,6 +166,7 @@ class WebServer(Server):
 
 
 class _File(BaseHTTPRequestHandler):
+    server: _Threaded
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
@@ -173,7 +182,9 @@ class _File(BaseHTTPRequestHandler):
         content, span = path.read_bytes(), re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range") or "")
         if span and owner.ranges:
             begin, end = int(span[1]), min(int(span[2]) + 1, len(content))
-            return self._send(206, content[begin:end], "application/octet-stream", f"bytes {begin}-{end - 1}/{len(content)}")
+            return self._send(
+                206, content[begin:end], "application/octet-stream", f"bytes {begin}-{end - 1}/{len(content)}"
+            )
         self._send(200, content, "application/octet-stream")
 
     do_HEAD = do_GET  # noqa: N815

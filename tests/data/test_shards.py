@@ -84,7 +84,7 @@ def test_our_bin_is_what_peers_write(tmp_path):
     assert (tmp_path / "000000.bin").read_bytes() == (tmp_path / "peer.bin").read_bytes()
     rows = pq.read_table(tmp_path / "000000.parquet")["input_ids"].to_pylist()
     assert [len(row) for row in rows] == [1024] * 4 + [904]
-    assert sum(rows, []) == ids.tolist()
+    assert [token for row in rows for token in row] == ids.tolist()
 
 
 @pytest.mark.parametrize("format", sorted(WRITERS))

@@ -23,7 +23,9 @@ def peers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, write in WRITERS.items():
         (root / name).mkdir()
         for number, ids in enumerate(np.split(walk, [10_000, 20_000])):
-            write(root / name / f"set_{'train' if number else 'val'}_{number:06d}.{name.rpartition('.')[2]}", ids.tolist())
+            write(
+                root / name / f"set_{'train' if number else 'val'}_{number:06d}.{name.rpartition('.')[2]}", ids.tolist()
+            )
     return root
 
 
@@ -71,7 +73,7 @@ def test_from_a_bucket_with_faults_to_checkpoints_in_it(
         np.testing.assert_allclose(losses(tmp_path / "run"), expected, rtol=1e-4)
         assert met
         longer = SHORT | changes | {"train_steps": 8}
-        done = run("run_pretrain_xla.py", *flags(tmp_path / "run", **longer), **there)
+        done = run("run_pretrain.py", *flags(tmp_path / "run", **longer, device="cpu"), **there)
         assert done.status == 0, done.errors
         assert summary(tmp_path / "run")["resumed_from_step"] == 6
         assert len(losses(tmp_path / "run")) == 8
