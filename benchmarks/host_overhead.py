@@ -99,10 +99,12 @@ def measure(kind: str, rounds: int, steps: int) -> None:
 
     def ours(first: int, count: int) -> tuple[float, float]:
         """Seconds a step, and seconds of them waited for input, of the trainer's own path without its files."""
-        from pretrain_xla.data.prefetch import Prefetcher
+        from pretrain_xla.data.prefetch import pipeline
 
         begin = time.perf_counter()
-        with Prefetcher(trainer._place, first, first + count, config.data.prefetch_batches) as batches, runtime.watch():
+        depth, stop = config.data.prefetch_batches, first + count
+        ahead = pipeline(trainer._read, runtime.place_batch, first, stop, depth, trainer.batches.threads)
+        with ahead as batches, runtime.watch():
             for index, tokens in enumerate(batches):
                 called = time.perf_counter()
                 history[0] = trainer._train_step(tokens, history[0])

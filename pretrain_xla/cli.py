@@ -22,6 +22,7 @@ COMMANDS = """usage: python -m pretrain_xla COMMAND [--help]
   train            train (or, with --do-test, evaluate) a model
   preflight        compile the training step for a TPU that is not here: does it fit, how fast, what does it cost
   prepare          text -> tokens -> shards in train/ and valid/
+  inspect          look into token shards: counts, histograms, first documents, checks
   train-tokenizer  train a byte-level BPE on text
   export           write a trained model for Hugging Face transformers
   import           make a model of Hugging Face's, or an old checkpoint, one of ours
@@ -52,6 +53,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from pretrain_xla.data.command import prepare_command
 
         prepare_command(rest)
+    elif command == "inspect":
+        from pretrain_xla.data.inspect_command import inspect_command
+
+        if status := inspect_command(rest):
+            raise SystemExit(status)
     elif command == "train-tokenizer":
         from pretrain_xla.data.command import train_tokenizer_command
 

@@ -123,9 +123,15 @@ class DataConfig(Section):
     """Where tokens come from, and in which order."""
 
     train_dir: str = "fineweb_edu/train"
-    """Folder of token shards to train on."""
+    """Folder of token shards to train on, or a file, or a pattern with *; local, or a URL (gs://, s3://, hf://, https://)."""
     valid_dir: str = "fineweb_edu/valid"
-    """Folder of token shards to validate on."""
+    """The same to validate on; may be train_dir where file names say train and val."""
+    cache_dir: str | None = None
+    """Local folder where shards from elsewhere stay, shared by all processes; none: ~/.cache/pretrain_xla/shards."""
+    cache_gb: PositiveFloat = 20.0
+    """Most that cache_dir may hold, in GB; what was not used for longest goes first."""
+    remote_reads: Literal["auto", "whole", "ranged"] = "auto"
+    """Shards from elsewhere: fetched whole, or only the stretches that this process needs; auto: by how much that is."""
     drop_last: bool = False
     """Leave out, each epoch, the sequences that do not fill a whole batch (otherwise a batch runs on into the next epoch)."""
     shuffle_window: Positive = 8

@@ -7,8 +7,8 @@ exactly once.
 
 The order of an epoch: shards are shuffled, then taken `shuffle_window` at a time, and within such a window all
 sequences are shuffled together by a permutation that needs no memory. So at any time the reads fall in a few files
-(which the page cache can hold), and nothing as long as the dataset is ever built. Cost of `rows`: about 0.3 ms,
-and a copy of the tokens.
+(which the page cache can hold, and which is announced to the `supply` that brings shards from elsewhere), and nothing
+as long as the dataset is ever built. Cost of `rows`: about 0.3 ms, and a copy of the tokens.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pretrain_xla.data.dataset import TokenDataset
 from pretrain_xla.data.permutation import key_of, permute
 from pretrain_xla.errors import UserError
 
+_READERS = 8  # batches on their way at a time, where each is a round trip or more
 _SHARD_ORDER, _SEQUENCE_ORDER = 1, 2  # so that the two never share a key
 
 
@@ -49,6 +50,9 @@ class Batches:
         shuffle_window: shards that are shuffled together.
         drop_last: leave out, each epoch, the sequences that do not fill a batch; otherwise a batch runs on into the
             next epoch.
+        steps: batches that will be asked for; none: no end. Nothing beyond them is fetched ahead.
+        share: part of a batch's rows that this process asks for, times how often: with `steps`, what decides whether
+            remote shards are fetched whole.
 
     Raises:
         UserError: drop_last with a batch that is larger than an epoch.
@@ -64,6 +68,8 @@ class Batches:
         shuffle: bool = True,
         shuffle_window: int = 8,
         drop_last: bool = False,
+        steps: int | None = None,
+        share: float = 1.0,
     ) -> None:
         self.dataset = dataset
         self.sequences_per_batch = sequences_per_batch
@@ -80,6 +86,15 @@ class Batches:
             )
         self._used_per_epoch = whole if drop_last else self.sequences_per_epoch
         self._epoch = functools.lru_cache(maxsize=4)(self._plan)
+        self._end = None if steps is None else steps * sequences_per_batch
+        self._announced: list[tuple[int, int]] = []
+        reached = 1.0 if shuffle or self._end is None else min(1.0, self._end / self.sequences_per_epoch)
+        dataset.supply.choose(share * reached, shuffle_window)
+
+    @property
+    def threads(self) -> int:
+        """Threads that `rows` is worth calling from at a time: more than one where each call waits for a network."""
+        return _READERS if self.dataset.supply.ranged else 1
 
     def rows(self, step: int, rows: slice | np.ndarray = slice(None)) -> np.ndarray:
         """Rows of batch number `step`: int32 [rows, T + 1], of which `[:, :-1]` are the inputs and `[:, 1:]` the
@@ -92,17 +107,45 @@ class Batches:
             rows: which of the batch's rows, 0 to sequences_per_batch; each process asks for its own.
 
         Raises:
-            UserError: a token id that the vocabulary does not have.
+            UserError: a token id that the vocabulary does not have, or a shard that cannot be read or is damaged.
         """
         if step < 0:
             raise ValueError(f"step={step} is negative")
         positions = step * self.sequences_per_batch + np.arange(self.sequences_per_batch)[rows]
+        self._announce(step)
         shards, sequences = self._locate(positions)
-        out = np.empty((len(positions), self.seq_length + 1), np.int32)
-        for shard in np.unique(shards):
-            here = shards == shard
-            out[here] = self.dataset.gather(int(shard), sequences[here] * self.seq_length, self.seq_length + 1)
-        return out
+        return self.dataset.read(shards, sequences * self.seq_length, self.seq_length + 1)
+
+    def _announce(self, step: int) -> None:
+        """Tell the supply which shards this batch is spread over, and which come after."""
+        begin = step * self.sequences_per_batch
+        first, last = self._window_at(begin), self._window_at(begin + self.sequences_per_batch - 1)
+        now = [first]
+        while now[-1] != last:
+            now.append(self._window_after(now[-1]))
+        if now == self._announced:
+            return
+        after = self._window_after(last)
+        begins = after[0] * self._used_per_epoch + int(self._epoch(after[0]).window_starts[after[1]])
+        soon = [after] if self._end is None or begins < self._end else []
+        self.dataset.supply.plan(self._shards_of(now), self._shards_of(soon))
+        self._announced = now
+
+    def _window_at(self, position: int) -> tuple[int, int]:
+        """(epoch, window) of a position counted from the start of the run."""
+        epoch, within = divmod(position, self._used_per_epoch)
+        return epoch, int(np.searchsorted(self._epoch(epoch).window_starts, within, side="right")) - 1
+
+    def _window_after(self, window: tuple[int, int]) -> tuple[int, int]:
+        epoch, number = window
+        starts = self._epoch(epoch).window_starts
+        # With drop_last, the last windows may never be reached.
+        more = number + 2 < len(starts) and int(starts[number + 1]) < self._used_per_epoch
+        return (epoch, number + 1) if more else (epoch + 1, 0)
+
+    def _shards_of(self, windows: list[tuple[int, int]]) -> list[int]:
+        parts = [self._epoch(epoch).order[number * self._window :][: self._window] for epoch, number in windows]
+        return [shard for part in parts for shard in part.tolist()]
 
     def _locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(shard, number of the sequence in it) of positions counted from the start of the run."""

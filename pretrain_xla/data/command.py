@@ -13,6 +13,7 @@ from rich.table import Table
 
 from pretrain_xla.data.manifest import DatasetInfo
 from pretrain_xla.data.prepare import prepare
+from pretrain_xla.data.shards import WrittenFormat
 from pretrain_xla.data.sources import open_source
 from pretrain_xla.data.train_tokenizer import train_tokenizer
 
@@ -33,6 +34,8 @@ class PrepareFlags:
     """Tokens in a shard."""
     valid_fraction: float = 0.05
     """Share of the documents held out for validation; for a large corpus much less will do."""
+    format: WrittenFormat = "npy"
+    """Of the shards: .npy; .bin as llm.c reads it; Parquet with a column input_ids."""
     overwrite: bool = False
     """Replace a dataset that was made otherwise."""
 
@@ -52,6 +55,7 @@ def prepare_command(arguments: Sequence[str]) -> None:
         shard_size=flags.shard_size,
         valid_fraction=flags.valid_fraction,
         overwrite=flags.overwrite,
+        format=flags.format,
     )
     show_dataset(info)
 

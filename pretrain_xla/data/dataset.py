@@ -1,25 +1,30 @@
-"""A folder of shards, checked when the run starts rather than when the bad one is reached.
+"""Shards that are trained on together, checked when the run starts rather than when the bad one is reached.
 
-What is checked when, and what it costs. Headers against file sizes: always, at start, nothing. Ids against the
-vocabulary: by the manifest's maxima, nothing; where there is no manifest (someone else's shards), by reading up to
-`SCANNED_TOKENS` at start, some seconds at most, which is everything for small data and both ends of each shard for
-large; and again, for every token, when it is read, at about 1% of the time that reading takes. So a wrong tokenizer
-is found at once, and nothing out of range ever reaches the device, where it would train on in silence. Checksums:
-only on request, `verify_checksums`.
+What is checked when, and what it costs. Headers against file sizes: always, at start, nothing for a disk and a small
+request for each remote shard, sixteen at a time. Ids against the vocabulary: by the manifest's or the file's own maxima,
+nothing; where there are none (someone else's shards), by reading up to `SCANNED_TOKENS` at start, some seconds at most,
+which is everything for small data and both ends of each shard for large (nothing, where they are remote); and again, for
+every token, when it is read, at about 1% of the time that reading takes. So a wrong tokenizer is found at once, and
+nothing out of range ever reaches the device, where it would train on in silence. Checksums, where a manifest has them:
+of each shard when it is opened, ahead of its use (see `supply`), and of all on request, `verify_checksums`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import posixpath
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 
-from pretrain_xla.data.files import filesystem, url
+from pretrain_xla.config import DataConfig
+from pretrain_xla.data.files import filesystem, is_local, url
+from pretrain_xla.data.locate import Split, find_shards, is_pattern
 from pretrain_xla.data.manifest import DatasetInfo, dataset_info, is_unfinished
-from pretrain_xla.data.shards import SUFFIX, Shard, open_shard
+from pretrain_xla.data.remote import REQUESTS_AT_A_TIME, concurrently, read_range
+from pretrain_xla.data.shards import Shard, checksum_of, fetch, open_shard
+from pretrain_xla.data.supply import Supply
 from pretrain_xla.errors import UserError
 
 SCANNED_TOKENS = 2**28
@@ -34,11 +39,19 @@ class TokenDataset:
     vocab_size: int
     info: DatasetInfo | None
     """The manifest, where there is one."""
+    settings: DataConfig = field(default_factory=DataConfig)
+    is_whole: bool = True
+    """Whether all shards of the folder were asked for."""
 
     @property
     def tokens(self) -> int:
         """Tokens in all shards."""
         return sum(shard.tokens for shard in self.shards)
+
+    @cached_property
+    def supply(self) -> Supply:
+        """What brings the shards to memory."""
+        return Supply(self.shards, _checksums(self.info, self.directory), self.settings)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -47,57 +60,99 @@ class TokenDataset:
         Content is the manifest's checksums; without a manifest, the first and last 4096 tokens of each shard.
         """
         checksums = _checksums(self.info, self.directory)
-        lines = [f"{s.name} {s.tokens} {checksums.get(s.name) or _sample_checksum(s)}" for s in self.shards]
+        sampled = [shard for shard in self.shards if shard.name not in checksums]
+        checksums |= dict(zip([s.name for s in sampled], concurrently(_sample_checksum, sampled), strict=True))
+        lines = [f"{s.name} {s.tokens} {checksums[s.name]}" for s in self.shards]
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
-    def gather(self, shard: int, starts: np.ndarray, length: int) -> np.ndarray:
-        """Stretches of tokens out of one shard, as stored: [len(starts), length].
+    def read(self, shards: np.ndarray, starts: np.ndarray, length: int) -> np.ndarray:
+        """Stretches of tokens: int32 [rows, length].
+
+        Args:
+            shards: [rows] number of the shard that each is in.
+            starts: [rows] position of its first token there.
+            length: tokens of a stretch.
 
         Raises:
-            UserError: a token id that the vocabulary does not have.
+            UserError: a token id that the vocabulary does not have, or a shard that cannot be read or is damaged.
         """
-        tokens = self.shards[shard].gather(starts, length)
-        _check_ids(self.shards[shard].path, int(tokens.max(initial=0)), self.vocab_size)
-        return tokens
+        out = np.empty((len(shards), length), np.int32)
+        far = np.zeros(len(shards), bool)
+        for number in np.unique(shards).tolist():
+            here = shards == number
+            tokens = self.supply.tokens(number)
+            if tokens is None:
+                far |= here
+                continue
+            # One copy for each row, from the mapped file to its place in the batch, and to int32 on the way.
+            for row, start in zip(np.flatnonzero(here).tolist(), starts[here].tolist(), strict=True):
+                out[row] = tokens[start : start + length]
+        if far.any():
+            rows = np.empty((int(far.sum()), length), np.int32)
+            fetch([self.shards[number] for number in shards[far].tolist()], starts[far], rows)
+            out[far] = rows
+        # As unsigned, so that an id that does not fit into int32 is out of range too.
+        if out.size and int(out.view(np.uint32).max()) >= self.vocab_size:
+            ids = out.view(np.uint32).max(axis=1)
+            _check_ids(self.shards[int(shards[ids.argmax()])].path, int(ids.max()), self.vocab_size)
+        return out
+
+    def gather(self, shard: int, starts: np.ndarray, length: int) -> np.ndarray:
+        """The same, out of one shard."""
+        return self.read(np.full(len(starts), shard), starts, length)
 
 
-def open_dataset(directory: str, seq_length: int, vocab_size: int) -> TokenDataset:
+def open_dataset(
+    directory: str,
+    seq_length: int,
+    vocab_size: int,
+    *,
+    split: Split | None = None,
+    settings: DataConfig | None = None,
+) -> TokenDataset:
     """Open a folder of shards, and check all that can be checked without reading it whole (see the module).
 
     Args:
-        directory: the folder, `.../train` for instance; a local path or an fsspec URL.
+        directory: the folder, `.../train` for instance, or a file, or a pattern with `*`; local, or an fsspec URL.
         seq_length: tokens of a training sequence; a shard must hold one, and the token after it.
         vocab_size: number of ids that the model has.
+        split: where the files are named for training and for validation both, which to take; none: all.
+        settings: where and how to keep remote shards.
 
     Raises:
         UserError: no folder, no shards, an unfinished dataset, or a shard that is missing, truncated, too short, of
             another type, or from another vocabulary; the message names the file and the mend.
     """
-    fs, root = filesystem(directory)
-    if not fs.isdir(root):
-        raise UserError(f"{directory}: no such folder of token shards: `python -m pretrain_xla prepare` makes one")
-    if is_unfinished(fs, root):
-        raise UserError(f"{directory}: its preparation was interrupted: run the same `prepare` again")
-    files = sorted(path for path in fs.ls(root, detail=False) if path.endswith(SUFFIX))
-    if not files:
-        inside = [name for name in ("train", "valid") if fs.isdir(f"{root}/{name}")]
-        mend = f"; did you mean {directory.rstrip('/')}/{inside[0]}?" if inside else ": prepare a dataset there"
-        raise UserError(f"{directory}: no token shards ({SUFFIX}) in it{mend}")
-    info = dataset_info(directory)
-    shards = tuple(open_shard(fs, path) for path in files)
-    for shard in shards:
+    dataset = open_shards(directory, vocab_size, split=split, settings=settings)
+    for shard in dataset.shards:
         if shard.tokens < seq_length + 1:
             raise UserError(
                 f"{shard.path}: {shard.tokens:,} tokens are too few for seq_length={seq_length} (it takes "
                 f"{seq_length + 1:,}): remove it, lower seq_length, or prepare more text"
             )
-    dataset = TokenDataset(url(fs, root), shards, vocab_size, info)
-    highest = _listed(dataset)
-    for shard in shards:
+    highest: dict[str, int | None] = {shard.name: shard.max_id for shard in dataset.shards}
+    highest.update(_listed(dataset))
+    for shard in dataset.shards:
         if vocab_size <= np.iinfo(shard.dtype).max:
-            most = highest[shard.name] if info else _scan(shard, SCANNED_TOKENS // len(shards))
-            _check_ids(shard.path, most, vocab_size)
+            most = highest[shard.name]
+            if most is None and shard.format != "parquet" and not shard.is_remote:
+                most = _scan(shard, SCANNED_TOKENS // len(dataset.shards))
+            _check_ids(shard.path, most or 0, vocab_size)
     return dataset
+
+
+def open_shards(
+    directory: str, vocab_size: int, *, split: Split | None = None, settings: DataConfig | None = None
+) -> TokenDataset:
+    """The same, with no check but that of the headers."""
+    fs, root = filesystem(directory)
+    if is_unfinished(fs, posixpath.dirname(root) if is_pattern(root) else root):
+        raise UserError(f"{directory}: its preparation was interrupted: run the same `prepare` again")
+    folder, files = find_shards(fs, root, directory, split)
+    threads = 1 if is_local(fs) else REQUESTS_AT_A_TIME
+    shards = concurrently(lambda file: open_shard(fs, *file), list(files.items()), threads)
+    where = url(fs, folder)
+    return TokenDataset(where, tuple(shards), vocab_size, dataset_info(where), settings or DataConfig(), folder == root)
 
 
 def verify_checksums(directory: str) -> None:
@@ -115,24 +170,21 @@ def verify_checksums(directory: str) -> None:
     fs, root = filesystem(info.root)
     for split, listed in info.splits.items():
         for shard in listed.shards:
-            path, checksum = f"{root}/{split}/{shard.name}", hashlib.sha256()
+            path = f"{root}/{split}/{shard.name}"
             if not fs.isfile(path):
                 raise UserError(f"{url(fs, path)}: missing, though dataset.json lists it: prepare the dataset again")
-            with fs.open(path, "rb") as file:
-                while block := file.read(2**22):
-                    checksum.update(block)
-            if checksum.hexdigest() != shard.sha256:
+            if checksum_of(fs, path) != shard.sha256:
                 raise UserError(f"{url(fs, path)}: differs from its checksum: copy it again or prepare again")
 
 
 def _listed(dataset: TokenDataset) -> dict[str, int]:
-    """Highest id of each shard by the manifest, after checking that the folder has just the shards that it lists."""
+    """Highest id of each shard by the manifest, after checking that it lists just the shards of the folder."""
     if dataset.info is None:
         return {}
     split = dataset.info.splits.get(posixpath.basename(dataset.directory))
     listed = {shard.name: shard for shard in split.shards} if split else {}
     found = {shard.name: shard for shard in dataset.shards}
-    for name in sorted(listed.keys() - found.keys()):
+    for name in sorted(listed.keys() - found.keys()) if dataset.is_whole else ():
         raise UserError(f"{dataset.directory}/{name}: missing, though dataset.json lists it: prepare the dataset again")
     for name, shard in found.items():
         if name not in listed:
@@ -163,6 +215,13 @@ def _scan(shard: Shard, budget: int) -> int:
 
 
 def _sample_checksum(shard: Shard) -> str:
+    if shard.format == "parquet":  # its own first and last bytes; these have the checksums and maxima of its columns
+        fs, path = filesystem(shard.path)
+        ends = (
+            read_range(fs, path, 0, min(4096, shard.size)),
+            read_range(fs, path, max(0, shard.size - 4096), shard.size),
+        )
+        return hashlib.sha256(b"".join(ends)).hexdigest()
     length = min(shard.tokens, 4096)
     return hashlib.sha256(shard.gather(np.array([0, shard.tokens - length]), length).tobytes()).hexdigest()
 

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pretrain_xla.data.files import PARTIAL, filesystem, url, write_atomically
+from pretrain_xla.data.remote import RefusedError, call
 from pretrain_xla.errors import UserError
 
 MANIFEST = "dataset.json"
@@ -54,6 +55,7 @@ class Recipe(_Record):
     """A name, or a checksum of the file's content, or what was to be trained."""
     shard_size: int
     valid_fraction: float
+    format: Literal["npy", "bin", "parquet"] = "npy"
 
     def same(self, other: Recipe) -> bool:
         """Whether both give the same dataset."""
@@ -116,10 +118,14 @@ def write_manifest(fs: Any, root: str, info: DatasetInfo) -> None:
 
 def _read(fs: Any, root: str) -> DatasetInfo | None:
     path = f"{root}/{MANIFEST}"
-    if not fs.isfile(path):
+    if not root.strip("/") or root.rstrip("/").endswith(":"):  # above the topmost folder of a URL
         return None
     try:
-        return DatasetInfo.model_validate_json(fs.cat_file(path)).model_copy(update={"root": url(fs, root)})
+        raw = call(fs, "cat_file", path)
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, RefusedError):
+        return None  # many a server refuses what it does not have
+    try:
+        return DatasetInfo.model_validate_json(raw).model_copy(update={"root": url(fs, root)})
     except ValidationError as error:
         fault = error.errors()[0]
         key = ".".join(map(str, fault["loc"]))

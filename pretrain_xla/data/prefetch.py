@@ -1,55 +1,52 @@
-"""Make items ready ahead of their use, in a background thread: reading and host-to-device copies hide behind the
-step."""
+"""Make items ready ahead of their use, in background threads: reading and host-to-device copies hide behind the step."""
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from queue import SimpleQueue
 from types import TracebackType
 from typing import Generic, Self, TypeVar
 
 T = TypeVar("T")
-
-
-class _End:
-    """What the thread hands over last: the error that stopped it, if one did."""
-
-    def __init__(self, error: BaseException | None = None) -> None:
-        self.error = error
+Raw = TypeVar("Raw")
 
 
 class Prefetcher(Generic[T]):
-    """An iterator over `make(start)`, ..., `make(stop - 1)`, each made ahead of its use by one thread.
+    """An iterator over `make(start)`, ..., `make(stop - 1)`, each made ahead of its use by a thread.
 
-    At most `depth` items are made and not yet taken: a bound on the memory, and the device memory, that they hold. An
-    error in `make` is raised, itself, where its item would have come. Use it as a context manager, or call `close`;
-    one that is forgotten is closed when it is collected or the interpreter exits, so the thread never keeps a process
-    alive.
+    At most `depth` items are made, or being made, and not yet taken: a bound on the memory, and the device memory, that
+    they hold. They come in order whoever is done first. An error in `make` is raised, itself, where its item would have
+    come, and nothing is begun after it. Use it as a context manager, or call `close`; one that is forgotten is closed
+    when it is collected or the interpreter exits, so the threads never keep a process alive.
 
     Args:
-        make: makes one item; called in the thread, with one number at a time, in order.
+        make: makes one item; called in a thread, with one number at a time, in order where there is one thread.
         start: first number.
         stop: number after the last.
         depth: items to keep ready, at least 1.
+        threads: how many make items; more than one where making is mostly waiting. No more than `depth` have work.
     """
 
-    def __init__(self, make: Callable[[int], T], start: int, stop: int, depth: int) -> None:
+    def __init__(self, make: Callable[[int], T], start: int, stop: int, depth: int, threads: int = 1) -> None:
         if depth < 1:
             raise ValueError(f"depth={depth}: at least one item has to be made ahead")
         self.seconds_waited = 0.0
         """Time that the consumer has spent waiting for items, the first one included."""
-        self._items: SimpleQueue[T | _End] = SimpleQueue()
+        self._items: SimpleQueue[Future[T] | None] = SimpleQueue()
         self._room = threading.Semaphore(depth)
         self._ended = False
         closing = threading.Event()
-        # The thread must not hold `self`: then it could never be collected.
-        arguments = (make, range(start, stop), self._items, self._room, closing)
-        thread = threading.Thread(target=_work, args=arguments, name="prefetch", daemon=True)
-        self._close = weakref.finalize(self, _stop, thread, self._room, closing)
-        thread.start()
+        # The threads must not hold `self`: then it could never be collected.
+        arguments = (make, iter(range(start, stop)), self._items, self._room, closing, threading.Lock())
+        workers = [threading.Thread(target=_work, args=arguments, name="prefetch", daemon=True) for _ in range(threads)]
+        self._close = weakref.finalize(self, _stop, workers, self._room, closing)
+        for worker in workers:
+            worker.start()
 
     def __iter__(self) -> Iterator[T]:
         return self
@@ -59,19 +56,20 @@ class Prefetcher(Generic[T]):
             raise StopIteration
         begin = time.perf_counter()
         item = self._items.get()
+        error = item.exception() if item else None
         self.seconds_waited += time.perf_counter() - begin
-        if not isinstance(item, _End):
+        if item and error is None:
             self._room.release()
-            return item
+            return item.result()
         self.close()
-        if isinstance(item.error, StopIteration):  # it would end the loop in silence
-            raise RuntimeError(f"StopIteration while making an item: {item.error}") from item.error
-        if item.error is not None:
-            raise item.error
+        if isinstance(error, StopIteration):  # it would end the loop in silence
+            raise RuntimeError(f"StopIteration while making an item: {error}") from error
+        if error is not None:
+            raise error
         raise StopIteration
 
     def close(self) -> None:
-        """Stop the thread, and wait for it: as long as the item that it is making takes. What was made is dropped."""
+        """Stop the threads, and wait for them: as long as the items in the making take. What was made is dropped."""
         self._ended = True
         self._close()
 
@@ -86,26 +84,57 @@ class Prefetcher(Generic[T]):
 
 def _work(
     make: Callable[[int], T],
-    numbers: range,
-    items: SimpleQueue[T | _End],
+    numbers: Iterator[int],
+    items: SimpleQueue[Future[T] | None],
     room: threading.Semaphore,
     closing: threading.Event,
+    order: threading.Lock,
 ) -> None:
-    try:
-        for number in numbers:
-            room.acquire()
-            if closing.is_set():
-                break
-            items.put(make(number))
-        items.put(_End())
-    except (
-        BaseException
-    ) as error:  # handed over whatever it is, KeyboardInterrupt too: a silent death would hang the run
-        items.put(_End(error))
+    while True:
+        room.acquire()
+        with order:  # a number is taken, and its place in the queue, at once
+            number = None if closing.is_set() else next(numbers, None)
+            if number is None:
+                items.put(None)
+                room.release()  # for the next thread to find out
+                return
+            item: Future[T] = Future()
+            items.put(item)
+        try:
+            item.set_result(make(number))
+        except BaseException as error:  # handed over whatever it is: a silent death would hang the run
+            closing.set()
+            item.set_exception(error)
 
 
-def _stop(thread: threading.Thread, room: threading.Semaphore, closing: threading.Event) -> None:
+def _stop(workers: list[threading.Thread], room: threading.Semaphore, closing: threading.Event) -> None:
     closing.set()
     room.release()
-    if thread is not threading.current_thread():  # collected inside `make`, by chance
-        thread.join()
+    for worker in workers:
+        if worker is not threading.current_thread():  # collected inside `make`, by chance
+            worker.join()
+
+
+@contextlib.contextmanager
+def pipeline(
+    read: Callable[[int], Raw], place: Callable[[Raw], T], start: int, stop: int, depth: int, threads: int
+) -> Iterator[Prefetcher[T]]:
+    """Items `place(read(number))`: placed by one thread, in order, and read by as many as are worth having.
+
+    Args:
+        read: reads one item; safe to call from several threads.
+        place: puts it where it is used.
+        start: first number.
+        stop: number after the last.
+        depth: placed items to keep ready.
+        threads: that read; with more than one, up to so many items more are kept, read and not yet placed.
+    """
+    if threads == 1:
+        with Prefetcher(lambda number: place(read(number)), start, stop, depth) as items:
+            yield items
+    else:
+        with (
+            Prefetcher(read, start, stop, threads, threads) as raw,
+            Prefetcher(lambda _: place(next(raw)), start, stop, depth) as items,
+        ):
+            yield items

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from pretrain_xla.data.files import PARTIAL, filesystem, remove, url, write_atomically
+from pretrain_xla.data.formats import is_shard
 from pretrain_xla.data.manifest import (
     MANIFEST,
     SPLITS,
@@ -26,7 +27,7 @@ from pretrain_xla.data.manifest import (
     dataset_info,
     write_manifest,
 )
-from pretrain_xla.data.shards import SUFFIX, ShardWriter, dtype_for, open_shard
+from pretrain_xla.data.shards import ShardWriter, WrittenFormat, dtype_for, open_shard
 from pretrain_xla.data.sources import Source, open_source
 from pretrain_xla.data.split import split_document
 from pretrain_xla.data.tokenizer import TOKENIZER_FILE, JsonTokenizer, Tokenizer, known_tokenizers, load_tokenizer
@@ -47,6 +48,7 @@ def prepare(
     valid_fraction: float = 0.05,
     overwrite: bool = False,
     progress: bool = True,
+    format: WrittenFormat = "npy",
 ) -> DatasetInfo:
     """Make a dataset of token shards out of text; returns at once where it is there already, whole, by the same recipe.
 
@@ -63,6 +65,7 @@ def prepare(
         valid_fraction: share of the documents that is held out, over 0 and under 1.
         overwrite: replace a dataset that was made by another recipe; the old one is gone when this begins.
         progress: show a line of progress, on a terminal.
+        format: of the shards.
 
     Raises:
         UserError: bad settings or text, a folder that holds something else or cannot be written, or nothing in a split.
@@ -76,6 +79,7 @@ def prepare(
         tokenizer=_identity(tokenizer or "gpt2") if train_vocab_size is None else f"bpe of {train_vocab_size} ids",
         shard_size=shard_size,
         valid_fraction=valid_fraction,
+        format=format,
     )
     existing = _existing(fs, root, recipe, overwrite)
     if existing:
@@ -159,7 +163,7 @@ def _is_whole(fs: Any, root: str, info: DatasetInfo) -> bool:
 def _shard_files(fs: Any, root: str) -> list[str]:
     folders = [f"{root}/{split}" for split in SPLITS if fs.isdir(f"{root}/{split}")]
     files = [path for folder in folders for path in fs.ls(folder, detail=False)]
-    return [path for path in files if path.endswith((SUFFIX, SUFFIX + PARTIAL))]
+    return [path for path in files if is_shard(path.removesuffix(PARTIAL))]
 
 
 def _clear(fs: Any, root: str) -> None:
@@ -170,7 +174,7 @@ def _clear(fs: Any, root: str) -> None:
 def _make(fs: Any, root: str, source: Source, tokenizer: Tokenizer, recipe: Recipe, progress: bool) -> DatasetInfo:
     """Tokenise everything and write the shards; the manifest is left to the caller."""
     dtype = dtype_for(tokenizer.vocab_size)
-    writers = {split: ShardWriter(fs, f"{root}/{split}", dtype, recipe.shard_size) for split in SPLITS}
+    writers = {split: ShardWriter(fs, f"{root}/{split}", dtype, recipe.shard_size, recipe.format) for split in SPLITS}
     texts = (part for document in source.documents() for part in split_document(document, recipe.valid_fraction))
     with _Counter(progress) as counter:
         for batch in _batched(texts):

@@ -1,29 +1,40 @@
-"""One shard: a `.npy` file with a row of token ids, uint16 where the vocabulary fits, else uint32.
+"""One shard: a file of token ids, in any of the formats of `formats`; and how ours are written.
 
-NumPy writes and reads the same format, so that anyone's script can. A local shard is memory-mapped: opening one costs
-nothing, and what is read lies in the page cache, shared by all processes of the machine. A remote one is read by
-ranges.
+A local file, other than Parquet, is memory-mapped: opening it costs nothing, and what is read lies in the page cache,
+shared by all processes of the machine. `supply` brings everything else to that state, or a shard is read by ranges.
 """
 
 from __future__ import annotations
 
-import functools
-import io
+import hashlib
+import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
+from pretrain_xla.data import parquet
 from pretrain_xla.data.files import filesystem, is_local, url, write_atomically
+from pretrain_xla.data.formats import DTYPES, HEAD_BYTES, Format, header, is_parquet, layout, suffix
 from pretrain_xla.data.manifest import ShardInfo, SplitInfo
+from pretrain_xla.data.remote import call, concurrently, read_range
 from pretrain_xla.errors import UserError
 
-SUFFIX = ".npy"
-DTYPES = (np.dtype("<u2"), np.dtype("<u4"))
+WrittenFormat = Literal["npy", "bin", "parquet"]
 _OVERFULL = 1.1  # the last shard may be this much larger, so that no tiny one comes after it
-_LONGEST_HEADER = 4096
-_OPEN_SHARDS = 256  # a mapped file holds a descriptor, and 1024 of these is a common limit
+_VERSION_KEYS = (
+    "etag",
+    "ETag",
+    "generation",
+    "md5Hash",
+    "blob_id",
+    "mtime",
+    "updated",
+    "LastModified",
+    "last_modified",
+)
 
 
 def dtype_for(vocab_size: int) -> np.dtype[Any]:
@@ -31,20 +42,23 @@ def dtype_for(vocab_size: int) -> np.dtype[Any]:
     return DTYPES[0] if vocab_size <= 2**16 else DTYPES[1]
 
 
-def write_shard(fs: Any, path: str, tokens: np.ndarray) -> ShardInfo:
+def write_shard(fs: Any, path: str, tokens: np.ndarray, format: WrittenFormat = "npy") -> ShardInfo:
     """Write a shard, whole or not at all.
 
     Args:
         fs: an fsspec file system.
         path: where, on that file system.
         tokens: [tokens], uint16 or uint32.
+        format: what to write.
 
     Raises:
         UserError: it cannot be written.
     """
-    header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(tokens))
-    checksum = write_atomically(fs, path, [header.getvalue(), np.ascontiguousarray(tokens).data.cast("B")])
+    if format == "parquet":
+        parts: list[Any] = [parquet.encode(tokens)]
+    else:
+        parts = [header(format, tokens), np.ascontiguousarray(tokens).data.cast("B")]
+    checksum = write_atomically(fs, path, parts)
     return ShardInfo(
         name=path.rpartition("/")[2], tokens=len(tokens), max_id=int(tokens.max(initial=0)), sha256=checksum
     )
@@ -56,8 +70,10 @@ class ShardWriter:
     Every shard has `shard_size` tokens but the last, which has from a tenth of that to a tenth more.
     """
 
-    def __init__(self, fs: Any, folder: str, dtype: np.dtype[Any], shard_size: int) -> None:
-        self._fs, self._folder, self._shard_size = fs, folder, shard_size
+    def __init__(
+        self, fs: Any, folder: str, dtype: np.dtype[Any], shard_size: int, format: WrittenFormat = "npy"
+    ) -> None:
+        self._fs, self._folder, self._shard_size, self._format = fs, folder, shard_size, format
         self._pending = [np.empty(0, dtype)]
         self._waiting = self._documents = 0
         self._shards: list[ShardInfo] = []
@@ -82,8 +98,8 @@ class ShardWriter:
         return SplitInfo(documents=self._documents, tokens=tokens, shards=tuple(self._shards))
 
     def _write(self, tokens: np.ndarray) -> None:
-        path = f"{self._folder}/{len(self._shards):06d}{SUFFIX}"
-        self._shards.append(write_shard(self._fs, path, tokens))
+        path = f"{self._folder}/{len(self._shards):06d}{suffix(self._format)}"
+        self._shards.append(write_shard(self._fs, path, tokens, self._format))
 
 
 @dataclass(frozen=True)
@@ -95,72 +111,135 @@ class Shard:
     name: str
     tokens: int
     dtype: np.dtype[Any]
+    """Of the ids; for Parquet, once decoded."""
     offset: int
-    """Bytes before the first token."""
-    stamp: tuple[int, ...] = ()
-    """Inode and time of change: a file that was replaced is not taken for the one before."""
+    """Bytes before the first token; none are meant for Parquet."""
+    stamp: tuple[int | str, ...] = ()
+    """Inode and time of change, or what a bucket says of the version: a file that was replaced is not taken for the one
+    before."""
+    format: Format = "npy"
+    size: int = 0
+    """Bytes of the file."""
+    max_id: int | None = None
+    """Highest id, where the file itself says it."""
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether it lies on another file system than this machine's."""
+        return "://" in self.path
 
     def gather(self, starts: np.ndarray, length: int) -> np.ndarray:
-        """Stretches of tokens, as stored: [len(starts), length].
+        """Stretches of tokens, as stored, not by way of the cache: [len(starts), length]. Not for Parquet.
 
         Args:
             starts: [stretches], position in the shard of each stretch's first token.
             length: tokens of a stretch.
         """
-        if "://" in self.path:
-            return self._fetch(starts, length)
-        tokens, out = _mapped(self), np.empty((len(starts), length), self.dtype)
-        for row, start in zip(out, starts.tolist(), strict=True):
-            row[:] = tokens[start : start + length]
+        assert self.format != "parquet"
+        out = np.empty((len(starts), length), self.dtype)
+        if self.is_remote:
+            fetch([self] * len(starts), starts, out)
+        else:
+            tokens = map_shard(self)
+            for row, start in zip(out, starts.tolist(), strict=True):
+                row[:] = tokens[start : start + length]
         return out
 
-    def _fetch(self, starts: np.ndarray, length: int) -> np.ndarray:
-        """Remote: one request for each stretch, many at a time; bounded memory, but no match for a local disk."""
-        fs, path = filesystem(self.path)
-        size = self.dtype.itemsize
-        begins = [self.offset + start * size for start in starts.tolist()]
-        raw = fs.cat_ranges([path] * len(begins), begins, [begin + length * size for begin in begins])
-        return np.frombuffer(b"".join(raw), self.dtype).reshape(len(begins), length)
 
+def fetch(shards: list[Shard], starts: np.ndarray, out: np.ndarray) -> None:
+    """Stretches of remote shards into the rows of `out`, by one request for each or, where they touch, for several.
 
-@functools.lru_cache(maxsize=_OPEN_SHARDS)
-def _mapped(shard: Shard) -> np.ndarray:
-    mapped = np.memmap(shard.path, shard.dtype, mode="r", offset=shard.offset, shape=(shard.tokens,))
-    return mapped.view(np.ndarray)  # slicing the subclass costs several times as much
-
-
-def open_shard(fs: Any, path: str) -> Shard:
-    """Read a shard's header, and check it against the size of the file.
+    Args:
+        shards: [rows] where each stretch lies.
+        starts: [rows] position of its first token there.
+        out: [rows, tokens of a stretch], any integer type.
 
     Raises:
-        UserError: not a `.npy` file of one row of uint16 or uint32, or shorter or longer than its header says.
+        UserError: one cannot be read.
+    """
+    length = out.shape[1]
+    # Stretches that follow one another become one request: [shard, first byte, byte after the last, rows].
+    requests: list[tuple[Shard, int, int, list[int]]] = []
+    for row in sorted(range(len(shards)), key=lambda row: (shards[row].path, int(starts[row]))):
+        shard = shards[row]
+        begin = shard.offset + int(starts[row]) * shard.dtype.itemsize
+        end = begin + length * shard.dtype.itemsize
+        if requests and requests[-1][0] is shard and begin <= requests[-1][2]:
+            first = requests.pop()
+            requests.append((shard, first[1], max(end, first[2]), [*first[3], row]))
+        else:
+            requests.append((shard, begin, end, [row]))
+
+    def read(request: tuple[Shard, int, int, list[int]]) -> None:
+        shard, begin, end, rows = request
+        fs, path = filesystem(shard.path)
+        tokens = np.frombuffer(_present(shard.path, lambda: read_range(fs, path, begin, end)), shard.dtype)
+        first = (begin - shard.offset) // shard.dtype.itemsize
+        for row in rows:
+            out[row] = tokens[int(starts[row]) - first :][:length]
+
+    concurrently(read, requests)
+
+
+def map_shard(shard: Shard) -> np.ndarray:
+    """The tokens of a local shard, mapped into memory until the array is forgotten."""
+    array = np.memmap(shard.path, shard.dtype, mode="r", offset=shard.offset, shape=(shard.tokens,))
+    return array.view(np.ndarray)  # slicing the subclass costs several times as much
+
+
+def open_shard(fs: Any, path: str, known: Mapping[str, Any] | None = None) -> Shard:
+    """Recognise a shard's format, read its header, and check that against the size of the file.
+
+    Args:
+        fs: an fsspec file system.
+        path: where, on that file system.
+        known: what a listing of the folder said of it, which saves a request.
+
+    Raises:
+        UserError: no format that is known, another type than uint16 or uint32, or shorter or longer than its header says.
     """
     where = url(fs, path)
     try:
-        size = int(fs.size(path))
-        head = io.BytesIO(fs.cat_file(path, start=0, end=min(size, _LONGEST_HEADER)))
-        stamp = _stamp(path) if is_local(fs) else ()
+        if is_local(fs):
+            status = os.stat(path)
+            size = status.st_size
+            stamp: tuple[int | str, ...] = (status.st_ino, status.st_mtime_ns)
+            with open(path, "rb") as file:
+                head = file.read(HEAD_BYTES)
+        else:
+            size, stamp = _remote_size(fs, path, where, known)
+            head = read_range(fs, path, 0, min(size, HEAD_BYTES)) if size else b""
+        name = path.rpartition("/")[2]
+        if is_parquet(head):
+            footer = parquet.summarise(where, size, lambda begin, end: read_range(fs, path, begin, end))
+            return Shard(where, name, footer.tokens, footer.dtype, 0, stamp, "parquet", size, footer.max_id)
     except OSError as error:
-        raise UserError(f"{where}: cannot be read: {error.strerror or error}") from None
+        reason = "no such file" if isinstance(error, FileNotFoundError) else error.strerror or error
+        raise UserError(f"{where}: cannot be read: {reason}") from None
+    found = layout(where, size, head)
+    return Shard(where, name, found.tokens, found.dtype, found.offset, stamp, found.format, size)
+
+
+def _remote_size(fs: Any, path: str, where: str, known: Mapping[str, Any] | None) -> tuple[int, tuple[int | str, ...]]:
+    """Bytes of a remote file, and what its server says of the version."""
+    info = known if known and known.get("size") is not None else call(fs, "info", path)
+    if info.get("size") is None:
+        raise UserError(f"{where}: its server does not say how long it is: copy it to a disk or a bucket")
+    stamp = tuple(json.dumps([key, info[key]], default=str) for key in _VERSION_KEYS if info.get(key) is not None)
+    return int(info["size"]), stamp
+
+
+def checksum_of(fs: Any, path: str) -> str:
+    """SHA-256 of a file's bytes, in hex; about a second for each GB of a local one."""
+    checksum = hashlib.sha256()
+    with fs.open(path, "rb") as file:
+        while block := file.read(2**22):
+            checksum.update(block)
+    return checksum.hexdigest()
+
+
+def _present(where: str, read: Any) -> Any:
     try:
-        version = np.lib.format.read_magic(head)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, _, dtype = read(head)
-    except ValueError as error:
-        raise UserError(
-            f"{where}: not a whole .npy file ({' '.join(str(error).split())[:80]}): remove it or write it again"
-        ) from None
-    if dtype not in DTYPES or len(shape) != 1:
-        raise UserError(f"{where}: holds {dtype}{list(shape)}; a shard is one row of uint16 or uint32: convert it")
-    expected = head.tell() + shape[0] * dtype.itemsize
-    if size != expected:
-        fault = "truncated" if size < expected else "too long"
-        raise UserError(
-            f"{where}: {fault}: {size:,} bytes on disk where its header says {expected:,}: write it again or remove it"
-        )
-    return Shard(where, path.rpartition("/")[2], shape[0], dtype, head.tell(), stamp)
-
-
-def _stamp(path: str) -> tuple[int, int]:
-    status = os.stat(path)
-    return status.st_ino, status.st_mtime_ns
+        return read()
+    except FileNotFoundError:
+        raise UserError(f"{where}: was there when the run began, and is gone: put it back") from None

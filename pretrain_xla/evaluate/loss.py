@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from pretrain_xla.data.batches import Batches
-from pretrain_xla.data.prefetch import Prefetcher
+from pretrain_xla.data.prefetch import pipeline
 from pretrain_xla.runtime import Runtime
 
 
@@ -42,7 +43,8 @@ class ValidationLoss:
         total = self.runtime.place_like(torch.zeros(()), None)
         was_training = self.model.training
         self.model.eval()
-        with Prefetcher(self._batch, 0, self.steps, self._prefetch) as batches:
+        place = self.runtime.place_batch
+        with pipeline(self._read, place, 0, self.steps, self._prefetch, self.batches.threads) as batches:
             for index, tokens in enumerate(batches):
                 total = self._step(tokens, total)
                 if progress is not None:
@@ -50,5 +52,5 @@ class ValidationLoss:
         self.model.train(was_training)
         return float(self.runtime.fetch(total).result()) / self.steps
 
-    def _batch(self, step: int) -> Tensor:
-        return self.runtime.place_batch(self.batches.rows(step, self._rows)[:, None, :])
+    def _read(self, step: int) -> np.ndarray:
+        return self.batches.rows(step, self._rows)[:, None, :]

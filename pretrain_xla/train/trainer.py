@@ -18,8 +18,9 @@ from torch import Tensor
 
 from pretrain_xla.config import RunConfig
 from pretrain_xla.data.batches import Batches
-from pretrain_xla.data.dataset import open_dataset
-from pretrain_xla.data.prefetch import Prefetcher
+from pretrain_xla.data.dataset import TokenDataset, open_dataset
+from pretrain_xla.data.locate import Split
+from pretrain_xla.data.prefetch import pipeline
 from pretrain_xla.data.tokenizer import load_tokenizer
 from pretrain_xla.errors import UserError
 from pretrain_xla.evaluate import Evaluation, Settings, ValidationLoss
@@ -47,11 +48,9 @@ class Trainer:
         self.console = Console(enabled=runtime.is_main)
         self._rows = runtime.rows(train.train_batch_size)
 
-        valid_data = open_dataset(config.data.valid_dir, model.seq_length, model.vocab_size)
+        valid_data = _open(config, config.data.valid_dir, "valid")
         # Evaluation needs no training data, and a run is often tested where there is none.
-        train_data = (
-            valid_data if train.do_test else open_dataset(config.data.train_dir, model.seq_length, model.vocab_size)
-        )
+        train_data = valid_data if train.do_test else _open(config, config.data.train_dir, "train")
         self.data_fingerprint = train_data.fingerprint
         self.batches = Batches(
             train_data,
@@ -61,6 +60,8 @@ class Trainer:
             shuffle=True,
             shuffle_window=config.data.shuffle_window,
             drop_last=config.data.drop_last,
+            steps=train.train_steps,
+            share=self._share(train.train_batch_size),
         )
         valid_batches = Batches(
             valid_data,
@@ -70,6 +71,8 @@ class Trainer:
             shuffle=False,
             shuffle_window=1,
             drop_last=False,
+            steps=train.valid_steps,
+            share=self._share(train.eval_batch_size) * (2 + train.train_steps // train.valid_interval),
         )
         self.start: Start = find_start(config, self.data_fingerprint, self.console.note)
         self.model = build_model(config, runtime)
@@ -122,7 +125,9 @@ class Trainer:
             self._bar = stack.enter_context(self.console.training(first, last))
             if first == 0:
                 self._validate(0)
-            batches = stack.enter_context(Prefetcher(self._place, first, last, self.config.data.prefetch_batches))
+            depth, threads = self.config.data.prefetch_batches, self.batches.threads
+            ahead = pipeline(self._read, self.runtime.place_batch, first, last, depth, threads)
+            batches = stack.enter_context(ahead)
             self._input, self._clock = batches, _Clock()
             stack.enter_context(self.runtime.watch())
             for done, tokens in enumerate(batches, start=first + 1):
@@ -162,13 +167,17 @@ class Trainer:
         self.guard.check(done)
         self._bar.advance(done)
 
-    def _place(self, step: int) -> Tensor:
-        """This process's rows of a step's batch `[rows, micro-batches, T + 1]`, on the device."""
+    def _read(self, step: int) -> np.ndarray:
+        """This process's rows of a step's batch `[rows, micro-batches, T + 1]`."""
         train = self.config.train
         rows = np.arange(train.train_batch_size)[self._rows]
         wanted = (rows[:, None] + np.arange(train.gradient_accum_step)[None] * train.train_batch_size).reshape(-1)
         tokens = self.batches.rows(step, wanted)
-        return self.runtime.place_batch(tokens.reshape(len(rows), train.gradient_accum_step, -1))
+        return tokens.reshape(len(rows), train.gradient_accum_step, -1)
+
+    def _share(self, batch_size: int) -> float:
+        """Part of a batch's rows that this process reads."""
+        return len(np.arange(batch_size)[self.runtime.rows(batch_size)]) / batch_size
 
     def _request_metrics(self, done: int) -> None:
         count = done - self._read_until
@@ -334,6 +343,10 @@ class _Clock:
         result = (max(now - self._time, 1e-9), step - self._step)
         self._time, self._step = now, step
         return result
+
+
+def _open(config: RunConfig, directory: str, split: Split) -> TokenDataset:
+    return open_dataset(directory, config.model.seq_length, config.model.vocab_size, split=split, settings=config.data)
 
 
 def _step_seed(seed: int, step: int) -> int:

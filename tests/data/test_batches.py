@@ -11,25 +11,23 @@ from hypothesis import strategies as st
 from pretrain_xla.data.batches import Batches
 from pretrain_xla.data.dataset import TokenDataset, open_dataset
 from pretrain_xla.data.permutation import key_of, permute
+from pretrain_xla.data.shards import Shard
 from pretrain_xla.errors import UserError
 
 
-class ArrayShard:
-    """A shard in memory, whose tokens count up, so that a row tells where it is from."""
+class Counting(TokenDataset):
+    """Shards in memory, whose tokens count up, so that a row tells where it is from."""
 
-    def __init__(self, first, count):
-        self.path = self.name = f"{first}"
-        self.tokens = count
-        self.values = np.arange(first, first + count, dtype=np.uint32)
-
-    def gather(self, starts, length):
-        return np.stack([self.values[start : start + length] for start in starts])
+    def read(self, shards, starts, length):
+        firsts = np.cumsum([0, *(shard.tokens for shard in self.shards)])
+        ends = starts + length
+        assert (ends <= np.array([shard.tokens for shard in self.shards])[shards]).all()
+        return (firsts[shards] + starts)[:, None].astype(np.int32) + np.arange(length, dtype=np.int32)
 
 
 def make(lengths, **settings):
-    firsts = np.cumsum([0, *lengths[:-1]])
-    shards = tuple(ArrayShard(int(first), length) for first, length in zip(firsts, lengths, strict=True))
-    dataset = TokenDataset("memory", shards, vocab_size=10**9, info=None)
+    shards = tuple(Shard(f"/{n}", str(n), tokens, np.dtype("<u4"), 0) for n, tokens in enumerate(lengths))
+    dataset = Counting("memory", shards, vocab_size=10**9, info=None)
     return Batches(dataset, **{"sequences_per_batch": 4, "seq_length": 3, "seed": 0, **settings})
 
 

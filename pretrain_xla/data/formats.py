@@ -1,0 +1,163 @@
+"""What a file of token ids looks like inside, and how one tells: from its first bytes, never from a setting.
+
+| format    | begins with                                             | ids            | who writes it                       |
+|-----------|---------------------------------------------------------|----------------|-------------------------------------|
+| `npy`     | `\\x93NUMPY`, a header with type and shape               | uint16, uint32 | `prepare`, build-nanogpt            |
+| `bin`     | 256 int32: magic 20240520, version 1, number of tokens  | uint16         | llm.c, modded-nanogpt               |
+| `bin`     | 256 int32: magic 20240801, version 7, number of tokens  | uint32         | llm.c for Llama 3                   |
+| `raw`     | the first id; the name ends in `.bin`                   | uint16         | nanoGPT                             |
+| `parquet` | `PAR1`; a column `input_ids` of lists                   | any integer    | tokenisation with `datasets`        |
+
+The first four are a row of numbers after a header, and can be mapped into memory as they are; Parquet is compressed, and
+has to be decoded first (`parquet`). A headerless file could be anything, so what gives away another kind of file is
+looked for: a header with a magic that nobody knows, ids of 32 bits, an odd length.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from pretrain_xla.errors import UserError
+
+Format = Literal["npy", "bin", "raw", "parquet"]
+
+SUFFIXES = (".npy", ".bin", ".parquet")
+DTYPES = (np.dtype("<u2"), np.dtype("<u4"))
+HEAD_BYTES = 4096  # what `layout` wants to see of a file
+
+_BIN_HEADER = 256 * 4
+_BIN_KINDS: dict[tuple[int, int], np.dtype[Any]] = {(20240520, 1): DTYPES[0], (20240801, 7): DTYPES[1]}
+_BIN_MAGICS = frozenset(magic for magic, _ in _BIN_KINDS)
+_EVALUATION_MAGIC = 20240522
+_MOST_BIN_TOKENS = 2**31 - 1  # the count is an int32
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the ids lie in a file that can be mapped."""
+
+    format: Format
+    dtype: np.dtype[Any]
+    offset: int
+    """Bytes before the first id."""
+    tokens: int
+
+
+def is_parquet(head: bytes) -> bool:
+    """Whether a file that begins so is Parquet."""
+    return head.startswith(b"PAR1")
+
+
+def layout(where: str, size: int, head: bytes) -> Layout:
+    """Recognise a file of ids other than Parquet, and check its header against its size.
+
+    Args:
+        where: path or URL, for errors; its suffix matters only for a file without a header.
+        size: bytes of the file.
+        head: its first `HEAD_BYTES`, or all of it.
+
+    Raises:
+        UserError: no format that is known, a header that contradicts itself, truncated, or too long.
+    """
+    if head.startswith(b"\x93NUMPY") or where.endswith(".npy"):
+        found = _npy(where, head)
+    elif where.endswith(".parquet"):
+        raise UserError(f"{where}: not a Parquet file (it does not begin with PAR1): remove it or write it again")
+    else:
+        words = np.frombuffer(head[: len(head) // 4 * 4], "<i4")
+        found = _bin(where, words) if len(words) and int(words[0]) in _BIN_MAGICS else _raw(where, size, head)
+    expected = found.offset + found.tokens * found.dtype.itemsize
+    if size != expected:
+        fault = "truncated" if size < expected else "too long"
+        raise UserError(
+            f"{where}: {fault}: {size:,} bytes on disk where its header says {expected:,}: write it again or remove it"
+        )
+    return found
+
+
+def _npy(where: str, head: bytes) -> Layout:
+    file = io.BytesIO(head)
+    try:
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(file)
+    except ValueError as error:
+        raise UserError(
+            f"{where}: not a whole .npy file ({' '.join(str(error).split())[:80]}): remove it or write it again"
+        ) from None
+    if dtype not in DTYPES or len(shape) != 1:
+        raise UserError(f"{where}: holds {dtype}{list(shape)}; a shard is one row of uint16 or uint32: convert it")
+    return Layout("npy", dtype, file.tell(), shape[0])
+
+
+def _bin(where: str, words: np.ndarray) -> Layout:
+    if len(words) < 3:
+        raise UserError(f"{where}: truncated inside its header: write it again or remove it")
+    magic, version, tokens = (int(word) for word in words[:3])
+    if (magic, version) not in _BIN_KINDS:
+        known = next(known for m, known in _BIN_KINDS if m == magic)
+        raise UserError(f"{where}: version {version} of the .bin format with magic {magic}; only {known} is known")
+    if tokens < 0:
+        raise UserError(f"{where}: its header says {tokens} tokens: write it again or remove it")
+    return Layout("bin", _BIN_KINDS[magic, version], _BIN_HEADER, tokens)
+
+
+def _raw(where: str, size: int, head: bytes) -> Layout:
+    words = np.frombuffer(head[: len(head) // 4 * 4], "<i4")
+    if len(words) and words[0] == _EVALUATION_MAGIC:
+        raise UserError(
+            f"{where}: multiple-choice questions in llm.c's format (magic {words[0]}), not text to train on"
+        )
+    # A header of 256 numbers uses the first few; in text no such run of one id comes up.
+    if len(words) >= 256 and words[:4].any() and not words[8:256].any():
+        raise UserError(
+            f"{where}: begins with a header whose magic {words[0]} is not known "
+            f"(known: {', '.join(map(str, sorted(_BIN_MAGICS)))}): write it again or convert it to .npy"
+        )
+    if size % 2:
+        raise UserError(
+            f"{where}: odd length, {size:,} bytes, where ids of 2 bytes are expected: truncated? write it again"
+        )
+    ids = np.frombuffer(head[: len(head) // 4 * 4], "<u2")
+    # An id of 32 bits has the high half of a vocabulary's size in its second place, so 0, 1 or so, all along.
+    if len(ids) >= 256 and ids[1::2].max() <= 3 < ids[::2].max():
+        raise UserError(f"{where}: looks like ids of 32 bits without a header: convert it with numpy to a uint32 .npy")
+    return Layout("raw", DTYPES[0], 0, size // 2)
+
+
+def header(format: Format, tokens: np.ndarray) -> bytes:
+    """What stands before a row of ids, uint16 or uint32, in a `npy` or `bin` file.
+
+    Raises:
+        UserError: more tokens than the format can count.
+    """
+    if format == "npy":
+        file = io.BytesIO()
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(tokens))
+        return file.getvalue()
+    if len(tokens) > _MOST_BIN_TOKENS:
+        raise UserError(f"a .bin shard holds at most {_MOST_BIN_TOKENS:,} tokens: choose a smaller shard_size")
+    words = np.zeros(256, "<i4")
+    words[:2] = next(kind for kind, dtype in _BIN_KINDS.items() if dtype == tokens.dtype)
+    words[2] = len(tokens)
+    return words.tobytes()
+
+
+def is_shard(name: str) -> bool:
+    """Whether a file's name is that of a shard."""
+    return name.endswith(SUFFIXES)
+
+
+def suffix(format: Format) -> str:
+    """How the names of a format's files end."""
+    return ".bin" if format == "raw" else f".{format}"
+
+
+def highest(blocks: Iterable[np.ndarray]) -> int:
+    """Highest id in any of the blocks; 0 where there is none."""
+    return max((int(block.max(initial=0)) for block in blocks), default=0)

@@ -1,0 +1,165 @@
+"""The words of `inspect`: tables and bars on the terminal, a plot, or JSON."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import Progress
+from rich.table import Table
+
+from pretrain_xla.config import DataConfig
+from pretrain_xla.data.inspect import Inspection, inspect
+from pretrain_xla.errors import UserError
+
+_BAR = 40
+
+
+@dataclass(frozen=True)
+class InspectFlags:
+    """Look into token shards of any known format: counts, histograms, first documents, and checks."""
+
+    path: Annotated[str, tyro.conf.Positional]
+    """Folder, file, or pattern with *; local, or a URL."""
+    tokenizer: str | None = None
+    """Tokenizer of the ids; none: the manifest's, or gpt2."""
+    documents: int = 3
+    """First documents to show."""
+    verify: bool = False
+    """Compare the checksums of all shards that the manifest lists, other splits included."""
+    plot: str | None = None
+    """Draw the histograms into this PNG file; none: no plot."""
+    json: bool = False
+    """Print JSON instead of tables."""
+    cache_dir: str | None = None
+    """Folder where shards from elsewhere stay; none: ~/.cache/pretrain_xla/shards."""
+
+
+def inspect_command(arguments: Sequence[str]) -> int:
+    """Parse, look, and show; returns 1 where something is wrong with the shards, else 0.
+
+    Raises:
+        UserError: see `inspect`; or the plot cannot be written.
+    """
+    flags = tyro.cli(InspectFlags, prog="python -m pretrain_xla inspect", args=list(arguments))
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("reading", total=None)
+        found = inspect(
+            flags.path,
+            flags.tokenizer,
+            documents=flags.documents,
+            verify=flags.verify,
+            settings=DataConfig(cache_dir=flags.cache_dir),
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    if flags.plot:
+        plot(found, flags.plot)
+    if flags.json:
+        print(json.dumps(found.as_dict(), indent=2, ensure_ascii=False))
+    else:
+        show(found, flags.plot)
+    return 1 if found.faults else 0
+
+
+def show(found: Inspection, plotted: str | None) -> None:
+    """Print an inspection."""
+    console = Console()
+    table = Table()
+    for heading in ("shard", "format", "ids", "tokens", "highest id"):
+        table.add_column(heading, justify="left" if heading in ("shard", "format", "ids") else "right")
+    for shard in _some(found.shards):
+        highest = f"{shard['max_id']:,}" if "max_id" in shard else ""
+        table.add_row(shard["name"], shard["format"], shard["dtype"], f"{shard['tokens']:,}", highest)
+    console.print(table)
+    used = int((found.counts > 0).sum())
+    of = f" of {found.vocab_size:,} of {found.tokenizer}" if found.vocab_size else ""
+    print(f"{found.tokens:,} tokens in {len(found.shards):,} shards; {used:,} different ids{of}")
+    lengths = found.document_lengths
+    if len(lengths):
+        low, middle, high = np.percentile(lengths, (10, 50, 90))
+        print(f"{len(lengths):,} documents of {lengths.mean():,.0f} tokens on average", end="")
+        print(f" (10% under {low:,.0f}, half under {middle:,.0f}, 90% under {high:,.0f}, longest {lengths.max():,})\n")
+        edges, counts = length_histogram(lengths)
+        _bars(
+            [f"{low:>9,} to {high - 1:,}" for low, high in itertools.pairwise(edges.tolist())],
+            counts,
+            "tokens: documents",
+        )
+    for number, text in enumerate(found.documents, start=1):
+        console.rule(f"document {number}", align="left")
+        console.print(escape(text[:1000]), highlight=False)
+    console.rule("checks", align="left")
+    for fault in found.faults:
+        print(f"fault: {fault}")
+    if not found.faults:
+        print("none failed: headers and lengths, ids, checksums where there are any, end-of-text")
+    if plotted:
+        print(f"histograms: {plotted}")
+
+
+def length_histogram(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(edges, counts) over powers of two, from the shortest document to the longest."""
+    top = int(lengths.max()).bit_length()
+    edges = np.concatenate([[0], 2 ** np.arange(top + 1)])
+    edges = edges[int(lengths.min()).bit_length() :]
+    return edges, np.histogram(lengths, edges)[0]
+
+
+def plot(found: Inspection, path: str) -> None:
+    """Draw how long documents are, and how often ids come up by rank.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (documents, ids) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    lengths = np.maximum(found.document_lengths, 1)
+    if len(lengths):
+        edges = np.geomspace(lengths.min(), lengths.max() + 1, 60)
+        documents.hist(lengths, np.unique(edges.round()), color="tab:blue", label="documents")
+        documents.axvline(float(np.median(lengths)), color="tab:orange", label=f"median {np.median(lengths):,.0f}")
+        documents.set_xscale("log")
+        documents.legend()
+    documents.set(xlabel="tokens in a document", ylabel="documents", title=f"{len(lengths):,} documents")
+    ranked = np.sort(found.counts[found.counts > 0])[::-1]
+    if len(ranked):
+        ids.loglog(np.arange(1, len(ranked) + 1), ranked / found.tokens, color="tab:green")
+    ids.set(
+        xlabel="rank of the id", ylabel="share of the tokens", title=f"{found.tokens:,} tokens, {len(ranked):,} ids"
+    )
+    for axis in (documents, ids):
+        axis.grid(alpha=0.3)
+    figure.suptitle(os.path.relpath(found.path) if "://" not in found.path else found.path)
+    try:
+        figure.savefig(path, dpi=120)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from None
+    plt.close(figure)
+
+
+def _bars(labels: list[str], counts: np.ndarray, heading: str) -> None:
+    print(heading)
+    width = max(map(len, labels))
+    for label, count in zip(labels, counts.tolist(), strict=True):
+        print(f"{label:<{width}} {'█' * round(_BAR * count / max(1, counts.max()))} {count:,}")
+
+
+def _some(shards: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """All, or where they are many the first and last ten."""
+    if len(shards) <= 24:
+        return shards
+    gap = {"name": f"... {len(shards) - 20} more", "format": "", "dtype": "", "tokens": 0}
+    return [*shards[:10], gap, *shards[-10:]]
