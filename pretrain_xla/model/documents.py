@@ -14,6 +14,7 @@ import operator
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pretrain_xla.model.loss import IGNORED
@@ -27,9 +28,16 @@ def number_documents(tokens_BT: Tensor, end_of_text: int) -> Tensor:
 
 def positions_within(segments_BT: Tensor) -> Tensor:
     """Each token's position in its document, or in what its row has of it: positions_BT, int32, from 0."""
-    positions_T = torch.arange(segments_BT.shape[1], dtype=torch.int32, device=segments_BT.device)
-    begins_BT = torch.nn.functional.pad(segments_BT[:, 1:] != segments_BT[:, :-1], (1, 0))
-    return positions_T - torch.where(begins_BT, positions_T, 0).cummax(1).values
+    length = segments_BT.shape[1]
+    positions_T = torch.arange(length, dtype=torch.int32, device=segments_BT.device)
+    begins_BT = F.pad(segments_BT[:, 1:] != segments_BT[:, :-1], (1, 0))
+    starts_BT = torch.where(begins_BT, positions_T, 0)
+    # The running maximum, in log T steps. The TPU compiler makes of `cummax` a window as long as the row, and does not end.
+    reach = 1
+    while reach < length:
+        starts_BT = torch.maximum(starts_BT, F.pad(starts_BT[:, :-reach], (reach, 0)))
+        reach *= 2
+    return positions_T - starts_BT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,8 +75,3 @@ class Examples:
 
     def _left_out(self, targets: Tensor) -> Tensor:
         return functools.reduce(operator.or_, (targets == token for token in self.ignored))
-
-
-def over_counted(value: Tensor, counted: Tensor) -> Tensor:
-    """`value` over the share of targets that count: what had all targets for its denominator then has those. 0 over 0 is 0."""
-    return value / counted.clamp(min=1e-12)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain_xla.config import RunConfig
-from pretrain_xla.model.documents import Examples, over_counted
+from pretrain_xla.model.documents import Examples
 from pretrain_xla.optim import AdamW
 from pretrain_xla.optim.adamw import clip_by_global_norm
 from pretrain_xla.runtime import Runtime
@@ -65,9 +65,9 @@ class TrainStep:
         assert not missing, f"no gradient reached {missing}"
         loss, counted = self.runtime.mean(total), self.examples.counted(tokens_BAS)
         if counted is not None:
-            # Of the whole step, whose micro-batches and replicas may each have another share.
-            counted = self.runtime.mean(counted)
-            loss = over_counted(loss, counted)
+            # Of the whole step: its micro-batches and replicas may each have another share. 0 over the least is 0.
+            counted = self.runtime.mean(counted).clamp(min=1e-12)
+            loss = loss / counted
         norm, rate = self._update(gradients, counted)
         metrics_M = torch.stack([loss, norm, rate])
         return torch.cat([history_NM[1:], metrics_M[None]])
@@ -79,9 +79,7 @@ class TrainStep:
         overflow: Tensor | None = None
         if self.loss_scale is not None:
             gradients, overflow = self.loss_scale.unscale(gradients)
-        if counted is not None:
-            gradients = [over_counted(gradient, counted) for gradient in gradients]
-        gradients, norm = clip_by_global_norm(gradients, self.max_grad_norm)
+        gradients, norm = clip_by_global_norm(gradients, self.max_grad_norm, counted)
         rate = self.optimizer.update(gradients, skip=overflow)
         if self.loss_scale is not None and overflow is not None:
             self.loss_scale.adjust(overflow)
