@@ -40,14 +40,13 @@ def build_examples(config: RunConfig, dataset: TokenDataset | None) -> Examples:
     if not config.data.separate_documents:
         return Examples(ignored=ignored)
     end_of_text = config.data.end_of_text
-    if end_of_text is None and dataset is None:
-        end_of_text = config.model.vocab_size - 1
-    elif end_of_text is None and dataset is not None and dataset.info is not None:
-        end_of_text = dataset.info.end_of_text
     if end_of_text is None:
-        assert dataset is not None
-        raise UserError(
-            f"{dataset.directory}: separate_documents must know which token ends a document, and there is no dataset.json: "
-            "give its id with --end-of-text (gpt2: 50256)"
-        )
+        if dataset is None:
+            return Examples(config.model.vocab_size - 1, ignored)
+        if dataset.info is None:
+            raise UserError(
+                f"{dataset.directory}: separate_documents must know which token ends a document, and there is no "
+                "dataset.json: give its id with --end-of-text (gpt2: 50256)"
+            )
+        end_of_text = dataset.info.end_of_text
     return Examples(end_of_text, ignored)
