@@ -32,7 +32,7 @@ def positions_within(segments_BT: Tensor) -> Tensor:
     positions_T = torch.arange(length, dtype=torch.int32, device=segments_BT.device)
     begins_BT = F.pad(segments_BT[:, 1:] != segments_BT[:, :-1], (1, 0))
     starts_BT = torch.where(begins_BT, positions_T, 0)
-    # The running maximum, in log T steps: of `cummax` XLA makes a window as long as the row, and its TPU compiler takes minutes.
+    # The running maximum in log T steps; `cummax` becomes a window as long as the row, which takes the TPU compiler minutes.
     reach = 1
     while reach < length:
         starts_BT = torch.maximum(starts_BT, F.pad(starts_BT[:, :-reach], (reach, 0)))
