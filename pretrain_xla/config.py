@@ -140,6 +140,10 @@ class DataConfig(Section):
     """Batches read and copied to the device ahead of the step."""
     tokenizer: str | None = None
     """Tokenizer for text; none: the one recorded beside the shards, or gpt2."""
+    separate_documents: bool = False
+    """Attend only within a document: attention and learned positions begin anew after each end-of-text."""
+    end_of_text: NonNegative | None = None
+    """Token id that ends a document (gpt2: 50256); none: the one in the dataset.json beside the shards."""
 
 
 class OptimConfig(Section):
@@ -220,6 +224,8 @@ class TrainConfig(Section):
     by the TPU compiler's estimate: for deep models (docs/LOG.md)."""
     loss_chunk: Positive | None = None
     """Tokens of a device whose logits exist at one time; none: all of a micro-batch. Saves memory, costs little time."""
+    loss_ignore_tokens: tuple[NonNegative, ...] = ()
+    """Token ids that do not count in the loss where they are what should follow, in training and in validation."""
     preflight_only: bool = False
     """Compile the training step for `topology` with the TPU's compiler, print what it needs and takes, and end."""
     use_syncfree_optim: bool = False
@@ -348,6 +354,11 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
+        vocab_size, end_of_text = self.model.vocab_size, self.data.end_of_text
+        named = [("loss_ignore_tokens", token) for token in self.train.loss_ignore_tokens]
+        for key, token in named if end_of_text is None else [*named, ("end_of_text", end_of_text)]:
+            if token >= vocab_size:
+                raise ValueError(f"{key}={token} is no token of vocab_size={vocab_size}: give an id below that")
         if self.train.mixed_precision == "fp16" and self.parallel.runtime == "xla":
             raise ValueError("mixed_precision=fp16 needs CUDA (runtime=torch): XLA devices compute in bf16")
         if self.checkpoint.hub_repo and "://" in self.checkpoints_dir:

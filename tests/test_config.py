@@ -90,6 +90,7 @@ def test_an_unknown_key_like_no_other_lists_the_known_ones() -> None:
         ("optim", "learning_rate", float("nan"), "Input should be"),
         ("optim", "betas", 0.9, "tuple"),
         ("train", "mixed_precision", "fp32", "'bf16' or 'fp16'"),
+        ("train", "loss_ignore_tokens", [3, -1], "greater than or equal to 0"),
         ("train", "seed", -1, "greater than or equal to 0"),
         ("parallel", "mesh_data", -2, "greater than or equal to -1"),
         ("checkpoint", "resume", "maybe", "boolean"),
@@ -156,6 +157,16 @@ IMPOSSIBLE: dict[str, tuple[dict[str, Any], list[str], dict[str, Any]]] = {
         {"optim": {"decay_method": "noam", "warmup_steps": 0}},
         ["warmup_steps=0", "noam", "at least 1"],
         {"optim": {"decay_method": "noam", "warmup_steps": 1}},
+    ),
+    "an end-of-text outside the vocabulary": (
+        {"model": {"vocab_size": 100}, "data": {"end_of_text": 100}},
+        ["end_of_text=100", "vocab_size=100", "below"],
+        {"model": {"vocab_size": 100}, "data": {"end_of_text": 99}},
+    ),
+    "ignored tokens outside the vocabulary": (
+        {"model": {"vocab_size": 100}, "train": {"loss_ignore_tokens": [5, 101]}},
+        ["loss_ignore_tokens=101", "vocab_size=100", "below"],
+        {"model": {"vocab_size": 100}, "train": {"loss_ignore_tokens": [5, 0]}},
     ),
     "fp16 on XLA": (
         {"train": {"mixed_precision": "fp16"}},

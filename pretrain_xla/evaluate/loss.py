@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from pretrain_xla.data.batches import Batches
 from pretrain_xla.data.prefetch import pipeline
+from pretrain_xla.errors import UserError
+from pretrain_xla.model.documents import Examples
 from pretrain_xla.runtime import Runtime
 
 
@@ -24,33 +26,45 @@ class ValidationLoss:
         runtime: Runtime,
         steps: int,
         prefetch: int,
+        examples: Examples | None = None,
     ) -> None:
         self.model, self.batches, self.runtime = model, batches, runtime
+        examples = examples or Examples()
         # The last batch may run over the end of the data into its beginning; more than that would count tokens twice.
         self.steps = min(steps, -(-batches.sequences_per_epoch // batches.sequences_per_batch))
         self._rows = runtime.rows(batches.sequences_per_batch)
         self._prefetch = prefetch
 
         @torch.no_grad()
-        def validation(tokens_B1S: Tensor, total: Tensor) -> Tensor:
+        def validation(tokens_B1S: Tensor, totals_2: Tensor) -> Tensor:
             tokens_BS = tokens_B1S[:, 0]
-            return total + runtime.mean(forward(tokens_BS[:, :-1], tokens_BS[:, 1:]))
+            loss, counted = examples.loss(forward, tokens_BS), examples.counted(tokens_BS)
+            counted = torch.ones_like(loss) if counted is None else counted
+            return totals_2 + torch.stack([runtime.mean(loss), runtime.mean(counted)])
 
         self._step = runtime.compile(validation, "validation", state=tuple)
 
     def __call__(self, progress: Callable[[int], None] | None = None) -> float:
-        """Mean cross-entropy in nats per token. Waits for the device once, at the end."""
-        total = self.runtime.place_like(torch.zeros(()), None)
+        """Mean cross-entropy in nats per token that counts. Waits for the device once, at the end.
+
+        Raises:
+            UserError: none counts.
+        """
+        totals_2 = self.runtime.place_like(torch.zeros(2), None)
         was_training = self.model.training
         self.model.eval()
         place = self.runtime.place_batch
         with pipeline(self._read, place, 0, self.steps, self._prefetch, self.batches.threads) as batches:
             for index, tokens in enumerate(batches):
-                total = self._step(tokens, total)
+                totals_2 = self._step(tokens, totals_2)
                 if progress is not None:
                     progress(index + 1)
         self.model.train(was_training)
-        return float(self.runtime.fetch(total).result()) / self.steps
+        loss, counted = self.runtime.fetch(totals_2).result().tolist()
+        if not counted:
+            directory = self.batches.dataset.directory
+            raise UserError(f"{directory}: loss_ignore_tokens leaves no token to predict: name fewer")
+        return float(loss / counted)
 
     def _read(self, step: int) -> np.ndarray:
         return self.batches.rows(step, self._rows)[:, None, :]

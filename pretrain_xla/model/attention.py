@@ -23,7 +23,13 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def _reference(
-    query_BHTE: Tensor, key_BKTE: Tensor, value_BKTE: Tensor, scale: float, softcap: float | None, dropout: float
+    query_BHTE: Tensor,
+    key_BKTE: Tensor,
+    value_BKTE: Tensor,
+    segments_BT: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    dropout: float,
 ) -> Tensor:
     """Written out: scores (B, K, G, T, T) are real, in fp32 from the scaling to the softmax.
 
@@ -35,35 +41,48 @@ def _reference(
     scores_BKRS = (query_BKRE @ key_BKTE.transpose(-2, -1)).float() * scale
     if softcap is not None:
         scores_BKRS = softcap * torch.tanh(scores_BKRS / softcap)
-    future_TS = torch.full((T, T), float("-inf"), device=query_BHTE.device).triu(1)
-    weights_BKGTS = torch.softmax(scores_BKRS.view(B, K, H // K, T, T) + future_TS, dim=-1).to(value_BKTE.dtype)
+    mask = torch.full((T, T), float("-inf"), device=query_BHTE.device).triu(1)
+    if segments_BT is not None:
+        same_BTS = segments_BT[:, :, None] == segments_BT[:, None, :]
+        mask = torch.where(same_BTS, mask, float("-inf"))[:, None, None]
+    weights_BKGTS = torch.softmax(scores_BKRS.view(B, K, H // K, T, T) + mask, dim=-1).to(value_BKTE.dtype)
     if dropout:
         weights_BKGTS = F.dropout(weights_BKGTS, dropout)
     return (weights_BKGTS.view(B, K, H // K * T, T) @ value_BKTE).view(B, H, T, E)
 
 
 def _sdpa(
-    query_BHTE: Tensor, key_BKTE: Tensor, value_BKTE: Tensor, scale: float, softcap: float | None, dropout: float
+    query_BHTE: Tensor,
+    key_BKTE: Tensor,
+    value_BKTE: Tensor,
+    segments_BT: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    dropout: float,
 ) -> Tensor:
-    """PyTorch's fused kernels: the scores never reach memory.
+    """PyTorch's fused kernels: the scores never reach memory. With documents kept apart, a mask (B, 1, T, T) does.
 
     They cannot cap scores. And XLA has none, and would lower this call to all-fp32 matrix products around two more passes
     over the scores: there, the reference, which multiplies in the compute type, is the faster one where no `Kernel` is.
     """
     if query_BHTE.device.type == "xla" or softcap is not None:
-        return _reference(query_BHTE, key_BKTE, value_BKTE, scale, softcap, dropout)
+        return _reference(query_BHTE, key_BKTE, value_BKTE, segments_BT, scale, softcap, dropout)
+    mask_B1TS = None
+    if segments_BT is not None:
+        mask_B1TS = (segments_BT[:, :, None] == segments_BT[:, None, :]).tril()[:, None]
     return F.scaled_dot_product_attention(
         query_BHTE,
         key_BKTE,
         value_BKTE,
-        is_causal=True,
+        attn_mask=mask_B1TS,
+        is_causal=mask_B1TS is None,
         scale=scale,
         dropout_p=dropout,
         enable_gqa=query_BHTE.shape[1] != key_BKTE.shape[1],
     )
 
 
-IMPLEMENTATIONS: dict[str, Callable[[Tensor, Tensor, Tensor, float, float | None, float], Tensor]] = {
+IMPLEMENTATIONS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor | None, float, float | None, float], Tensor]] = {
     "reference": _reference,
     "sdpa": _sdpa,
 }
@@ -79,6 +98,7 @@ def attend(
     softcap: float | None = None,
     dropout: float = 0.0,
     training: bool = False,
+    segments_BT: Tensor | None = None,
 ) -> Tensor:
     """Causal attention over one sequence: softmax(cap(query · key * scale)) · value (Vaswani et al. 2017).
 
@@ -91,12 +111,13 @@ def attend(
         softcap: bound c on the scores, as c * tanh(score / c) (Gemma 2); none: no bound.
         dropout: probability of dropping an attention weight, when `training`.
         training: whether dropout is on.
+        segments_BT: number of each token's document; tokens attend within theirs. None: all is one document.
 
     Returns:
         heads_BHTE, in the type of the inputs.
     """
     rate = dropout if training else 0.0
-    return IMPLEMENTATIONS[implementation](query_BHTE, key_BKTE, value_BKTE, scale, softcap, rate)
+    return IMPLEMENTATIONS[implementation](query_BHTE, key_BKTE, value_BKTE, segments_BT, scale, softcap, rate)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,6 +143,7 @@ class Kernel(Protocol):
         spec: HeadsSpec,
         norms: tuple[Tensor | None, Tensor | None],
         rotary: RotaryTables | None,
+        segments_BT: Tensor | None,
     ) -> Tensor | None:
         """Attend.
 
@@ -132,6 +154,7 @@ class Kernel(Protocol):
             spec: the heads.
             norms: weights (E,) of the query and the key norm, by which a normalised head is multiplied, or none.
             rotary: tables for the turn that follows the norm, or none.
+            segments_BT: number (int32) of each token's document, beyond which it does not look, or none.
 
         Returns:
             heads_BTF, or none where the kernel cannot do this.
@@ -161,33 +184,48 @@ class Attention(nn.Module):
         )
         self.kernel: Kernel | None = None
 
-    def forward(self, x_BTD: Tensor, rotary: RotaryTables | None, attend: Attend | None = None) -> Tensor:
+    def forward(
+        self,
+        x_BTD: Tensor,
+        rotary: RotaryTables | None,
+        attend: Attend | None = None,
+        segments_BT: Tensor | None = None,
+    ) -> Tensor:
         """Mix tokens, each with those before it and itself.
 
         Args:
             x_BTD: normalised input, in the compute type.
             rotary: tables for these T tokens; none: no rotary turn.
             attend: what to do with the heads instead of `attend` over these tokens (generation looks into its cache).
+            segments_BT: number (int32) of each token's document; tokens attend within theirs. None: all is one document.
         """
         query_BTF = remember(self.query(x_BTD))
         key_BTS, value_BTS = remember(self.key(x_BTD)), remember(self.value(x_BTD))
-        heads_BTF = None if attend is not None else self._run_kernel(query_BTF, key_BTS, value_BTS, rotary)
+        heads_BTF = None if attend is not None else self._run_kernel(query_BTF, key_BTS, value_BTS, rotary, segments_BT)
         if heads_BTF is None:
             query_BHTE = self._split_heads(query_BTF, self.query_norm, rotary)
             key_BKTE = self._split_heads(key_BTS, self.key_norm, rotary)
             value_BKTE = self._split_heads(value_BTS, None, None)
-            heads_BHTE = (attend or self._attend)(query_BHTE, key_BKTE, value_BKTE)
+            if attend is None:
+                heads_BHTE = self._attend(query_BHTE, key_BKTE, value_BKTE, segments_BT)
+            else:
+                heads_BHTE = attend(query_BHTE, key_BKTE, value_BKTE)
             heads_BTF = remember(heads_BHTE.transpose(1, 2).flatten(2))
         return remember(self.output(heads_BTF))
 
     def _run_kernel(
-        self, query_BTF: Tensor, key_BTS: Tensor, value_BTS: Tensor, rotary: RotaryTables | None
+        self,
+        query_BTF: Tensor,
+        key_BTS: Tensor,
+        value_BTS: Tensor,
+        rotary: RotaryTables | None,
+        segments_BT: Tensor | None,
     ) -> Tensor | None:
         if self.kernel is None or self.implementation == "reference" or (self.dropout and self.training):
             return None
         query_scale = None if self.query_norm is None else self.query_norm.scale()
         key_scale = None if self.key_norm is None else self.key_norm.scale()
-        return self.kernel(query_BTF, key_BTS, value_BTS, self.spec, (query_scale, key_scale), rotary)
+        return self.kernel(query_BTF, key_BTS, value_BTS, self.spec, (query_scale, key_scale), rotary, segments_BT)
 
     def _split_heads(self, x_BTF: Tensor, norm: nn.Module | None, rotary: RotaryTables | None) -> Tensor:
         heads_BHTE = x_BTF.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
@@ -195,7 +233,7 @@ class Attention(nn.Module):
             heads_BHTE = norm(heads_BHTE)
         return heads_BHTE if rotary is None else rotate(heads_BHTE, rotary)
 
-    def _attend(self, query_BHTE: Tensor, key_BKTE: Tensor, value_BKTE: Tensor) -> Tensor:
+    def _attend(self, query_BHTE: Tensor, key_BKTE: Tensor, value_BKTE: Tensor, segments_BT: Tensor | None) -> Tensor:
         return attend(
             query_BHTE,
             key_BKTE,
@@ -205,4 +243,5 @@ class Attention(nn.Module):
             softcap=self.softcap,
             dropout=self.dropout,
             training=self.training,
+            segments_BT=segments_BT,
         )

@@ -21,6 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pretrain_xla.model.flash_kernels import (
+    LANES,
     NEGATIVE,
     Heads,
     as_column,
@@ -30,6 +31,7 @@ from pretrain_xla.model.flash_kernels import (
     compiler_params,
     cost,
     each_block,
+    first_token,
     fold,
     join,
     only,
@@ -228,7 +230,12 @@ def _kernel(*given: Any, names: tuple[str, ...], heads: Heads, tokens: int) -> N
 
         def key_span(j: Any, _: Any) -> Any:
             spans(j * span, j * span, diagonal=True)
-            lax.fori_loop(j + 1, tokens // span, lambda i, _: spans(i * span, j * span, diagonal=False), None)
+            end: Any = tokens // span
+            if segments_ref is not None:
+                # Later spans hold nothing for this one after the document of its last token has ended.
+                last = pl.ds(pl.multiple_of((j + 1) * span - LANES, LANES), LANES)
+                end = pl.cdiv(first_token(segments_ref[...], segments_ref[:, last][:, -1:] + 1), span)
+            lax.fori_loop(j + 1, end, lambda i, _: spans(i * span, j * span, diagonal=False), None)
 
         lax.fori_loop(0, tokens // span, key_span, None)
 

@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pretrain_xla.model.flash_kernels import (
+    LANES,
     NEGATIVE,
     Heads,
     as_column,
@@ -26,6 +27,7 @@ from pretrain_xla.model.flash_kernels import (
     check,
     compiler_params,
     cost,
+    first_token,
     join,
     only,
     product,
@@ -53,7 +55,8 @@ def forward(
         query_BTF: queries, or an array that holds them from column `heads.query_column` on.
         key_BTS: keys, likewise.
         value_BTS: values, likewise.
-        segments_BT: number of each token's document; tokens attend within theirs. None: all is one document.
+        segments_BT: number of each token's document, never falling along a row; tokens attend within theirs, and spans of
+            tokens with no document in common are skipped. None: all is one document.
         heads: the static part.
         preparation: norms and rotary turn of queries and keys, done in the kernel.
         interpret: run without a TPU.
@@ -111,6 +114,11 @@ def _kernel(*given: Any, names: tuple[str, ...], heads: Heads, tokens: int) -> N
     block, span = heads.block_for(tokens), span_for(heads, tokens)
     group, span_index = pl.program_id(2), pl.program_id(3)
     before = span_index * span
+    first_span: Any = 0
+    if segments_ref is not None and span < tokens:
+        # Earlier spans hold nothing for this one before the document of its first token begins.
+        own = segments_ref[:, pl.ds(pl.multiple_of(before, LANES), LANES)][:, :1]
+        first_span = first_token(segments_ref[...], own) // span
     key_ref, value_ref = prepare_keys(refs, heads, tokens, group, span_index)
 
     for row in range(0, span, block):
@@ -144,7 +152,7 @@ def _kernel(*given: Any, names: tuple[str, ...], heads: Heads, tokens: int) -> N
         for column in range(0, row, block):
             state = step(before + column, state)
         if span < tokens:
-            state = lax.fori_loop(0, span_index, earlier, state)
+            state = lax.fori_loop(first_span, span_index, earlier, state)
         out = join([total / normaliser for _, normaliser, total in state], heads)
         refs["out"][0, pl.ds(row, block)] = out.astype(refs["out"].dtype)
         for n, (maximum, normaliser, _) in enumerate(state):

@@ -245,6 +245,11 @@ def capped(scores: jax.Array, heads: Heads) -> tuple[jax.Array, jax.Array | None
     return bent * heads.softcap, bent
 
 
+def first_token(segments_1T: jax.Array, segment_11: jax.Array) -> jax.Array:
+    """The number of tokens in documents before a given one. In fp32, which is exact here: sums of integers have no lowering."""
+    return (segments_1T < segment_11).astype(jnp.float32).sum().astype(jnp.int32)
+
+
 def as_column(row_1T: jax.Array) -> jax.Array:
     """(1, T) → (T, 1). Transposed as whole registers, the only way that lanes become sublanes."""
     return jnp.transpose(jnp.broadcast_to(row_1T, (LANES, row_1T.shape[1])))[:, :1]

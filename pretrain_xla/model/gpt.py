@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pretrain_xla.config import ModelConfig
 from pretrain_xla.model.attention import Attend, Attention
+from pretrain_xla.model.documents import positions_within
 from pretrain_xla.model.execution import Execution
 from pretrain_xla.model.feed_forward import FeedForward
 from pretrain_xla.model.layers import Embedding, Linear
@@ -39,9 +40,15 @@ class Block(nn.Module):
         self.feed_forward_post_norm = make_norm(config, compute_dtype) if config.post_norm else None
         self.dropout = config.dropout
 
-    def forward(self, x_BTD: Tensor, rotary: RotaryTables | None, attend: Attend | None = None) -> Tensor:
+    def forward(
+        self,
+        x_BTD: Tensor,
+        rotary: RotaryTables | None,
+        attend: Attend | None = None,
+        segments_BT: Tensor | None = None,
+    ) -> Tensor:
         """One layer over the fp32 residual stream; the arguments are `Attention.forward`'s."""
-        attended_BTD = self.attention(self.attention_norm(x_BTD), rotary, attend)
+        attended_BTD = self.attention(self.attention_norm(x_BTD), rotary, attend, segments_BT)
         x_BTD = x_BTD + self._finish(attended_BTD, self.attention_post_norm)
         fed_BTD = self.feed_forward(self.feed_forward_norm(x_BTD))
         return x_BTD + self._finish(fed_BTD, self.feed_forward_post_norm)
@@ -86,12 +93,14 @@ class GPT(nn.Module):
             self.register_buffer(name, torch.empty_like(value, device=self.embedding.weight.device), persistent=False)
         self.reset_buffers()
 
-    def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None = None) -> Tensor:
+    def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None = None, segments_BT: Tensor | None = None) -> Tensor:
         """Predict each next token.
 
         Args:
             tokens_BT: token ids, int32 or int64, at most `seq_length` long.
             targets_BT: the ids that should follow (-100: leave this one out), or none.
+            segments_BT: number of each token's document (`documents.number_documents`), so that each document gets what it
+                would get alone; none: all is one document.
 
         Returns:
             With targets the mean cross-entropy (fp32, 0-d, nats), else logits_BTV (fp32) of the real vocabulary.
@@ -99,7 +108,7 @@ class GPT(nn.Module):
         Raises:
             ValueError: the tokens are longer than `seq_length`.
         """
-        x_BTD = self.hidden(tokens_BT)
+        x_BTD = self.hidden(tokens_BT, segments_BT=segments_BT)
         if targets_BT is None:
             return self.logits(x_BTD)
         execution = self.execution
@@ -111,7 +120,11 @@ class GPT(nn.Module):
         return linear_cross_entropy(x_BTD, table.weight.to(x_BTD.dtype), targets_BT, head)
 
     def hidden(
-        self, tokens_BT: Tensor, positions_T: Tensor | None = None, attends: Sequence[Attend] | None = None
+        self,
+        tokens_BT: Tensor,
+        positions_T: Tensor | None = None,
+        attends: Sequence[Attend] | None = None,
+        segments_BT: Tensor | None = None,
     ) -> Tensor:
         """All but the head: the normalised residual stream x_BTD, in the compute type.
 
@@ -119,6 +132,8 @@ class GPT(nn.Module):
             tokens_BT: token ids.
             positions_T: the tokens' positions, as a tensor on the device; none: 0 … T - 1.
             attends: for each block, what stands in for causal attention over these tokens (a key/value cache).
+            segments_BT: see `forward`; not with the two before it. Learned positions begin anew in each document. Rotary
+                ones need not: attention sees their differences only, and those within a document are the same.
         """
         length = tokens_BT.shape[1]
         if length > self.config.seq_length:
@@ -127,7 +142,10 @@ class GPT(nn.Module):
         if self.config.scale_embeddings:
             x_BTD = x_BTD * math.sqrt(self.config.d_model)
         if self.position_embedding is not None:
-            x_BTD = x_BTD + _rows(self.position_embedding.weight, length, positions_T)
+            if segments_BT is None:
+                x_BTD = x_BTD + _rows(self.position_embedding.weight, length, positions_T)
+            else:
+                x_BTD = x_BTD + self.position_embedding(positions_within(segments_BT))
         x_BTD = _drop(x_BTD, self.config.dropout, self.training)
         rotary = None
         if self.config.positions == "rotary":
@@ -136,7 +154,7 @@ class GPT(nn.Module):
             for block, attend in zip(self.blocks, attends, strict=True):
                 x_BTD = block(x_BTD, rotary, attend)
         else:
-            x_BTD = run_blocks(list(self.blocks), x_BTD, rotary, self.execution)
+            x_BTD = run_blocks(list(self.blocks), x_BTD, rotary, segments_BT, self.execution)
         return cast(Tensor, self.final_norm(x_BTD))
 
     def logits(self, x_BTD: Tensor) -> Tensor:

@@ -22,9 +22,11 @@ def cross_entropy(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
 
     Args:
         logits_BTV: scores, any floating type.
-        targets_BT: the right token ids, int32 or int64; -100 leaves a token out of the mean.
+        targets_BT: the right token ids, int32 or int64; -100 leaves a token out of the mean. The mean of none is 0.
     """
-    return F.cross_entropy(logits_BTV.float().flatten(0, 1), targets_BT.flatten().long())
+    targets_N = targets_BT.flatten().long()
+    total = F.cross_entropy(logits_BTV.float().flatten(0, 1), targets_N, ignore_index=IGNORED, reduction="sum")
+    return total * _share(targets_N)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +55,7 @@ def linear_cross_entropy(x_BTD: Tensor, weight_VD: Tensor, targets_BT: Tensor, h
     Args:
         x_BTD: output of the last norm, in the compute type.
         weight_VD: output table, in the compute type, V a multiple of the padding.
-        targets_BT: the right token ids, int32 or int64; -100 leaves a token out of the mean.
+        targets_BT: the right token ids, int32 or int64; -100 leaves a token out of the mean. The mean of none is 0.
         head: see `Head`; where the chunk does not divide the tokens, the next smaller divisor is taken.
 
     Returns:
@@ -67,7 +69,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_BTD: Tensor, weight_VD: Tensor, targets_BT: Tensor, head: Head) -> Tensor:
         x_ND, targets_N = x_BTD.flatten(0, 1), targets_BT.flatten()
-        share = 1.0 / (targets_N != IGNORED).sum().float()
+        share = _share(targets_N)
         chunks = _chunks(len(x_ND), head.chunk)
         if chunks == 1:
             loss, grad_x_ND, grad_weight_VD = _loss_and_gradients(x_ND, weight_VD, targets_N, share, head)
@@ -91,6 +93,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_x_BTD, grad_weight_VD, share = ctx.saved_tensors
         factor = grads[0] * share if grad_x_BTD.dtype == torch.float16 else grads[0]
         return (grad_x_BTD * factor).to(grad_x_BTD.dtype), (grad_weight_VD * factor).to(ctx.weight_dtype), None, None
+
+
+def _share(targets_N: Tensor) -> Tensor:
+    """What each target that is not left out has of the mean."""
+    return 1.0 / (targets_N != IGNORED).sum().clamp(min=1).float()
 
 
 def _chunks(tokens: int, chunk: int | None) -> int:

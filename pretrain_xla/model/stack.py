@@ -33,26 +33,40 @@ KEPT_OPERATIONS = [
 """What plain PyTorch keeps under selective rematerialisation: matrix products and fused attention."""
 
 
-def run_blocks(blocks: Sequence[nn.Module], x_BTD: Tensor, rotary: RotaryTables | None, execution: Execution) -> Tensor:
-    """Blocks in turn on x_BTD, each called as `block(x_BTD, rotary)`, in the way that `execution` asks for."""
+def run_blocks(
+    blocks: Sequence[nn.Module],
+    x_BTD: Tensor,
+    rotary: RotaryTables | None,
+    segments_BT: Tensor | None,
+    execution: Execution,
+) -> Tensor:
+    """Blocks in turn on x_BTD, each called with the tables and segments, in the way that `execution` asks for."""
+    shared = (rotary, None, segments_BT)  # as `Block.forward` takes them; nothing stands in for attention
     policy = execution.rematerialization
     if execution.loop is not None and execution.scan_layers:
-        return _run_stack(blocks, x_BTD, rotary, policy != "full", execution.loop, no_fence)
+        return _run_stack(blocks, x_BTD, rotary, segments_BT, policy != "full", execution.loop, no_fence)
     for block in blocks:
         if policy == "none" or not torch.is_grad_enabled():
-            x_BTD = block(x_BTD, rotary)
+            x_BTD = block(x_BTD, *shared)
         elif execution.loop is not None:
-            x_BTD = _run_stack([block], x_BTD, rotary, policy == "selective", python_loop, execution.fence)
+            keep = policy == "selective"
+            x_BTD = _run_stack([block], x_BTD, rotary, segments_BT, keep, python_loop, execution.fence)
         elif policy == "selective":
             contexts = functools.partial(create_selective_checkpoint_contexts, KEPT_OPERATIONS)
-            x_BTD = checkpoint(block, x_BTD, rotary, use_reentrant=False, context_fn=contexts)
+            x_BTD = checkpoint(block, x_BTD, *shared, use_reentrant=False, context_fn=contexts)
         else:
-            x_BTD = checkpoint(block, x_BTD, rotary, use_reentrant=False)
+            x_BTD = checkpoint(block, x_BTD, *shared, use_reentrant=False)
     return x_BTD
 
 
 def _run_stack(
-    blocks: Sequence[nn.Module], x_BTD: Tensor, rotary: RotaryTables | None, keep: bool, loop: Loop, fence: Fence
+    blocks: Sequence[nn.Module],
+    x_BTD: Tensor,
+    rotary: RotaryTables | None,
+    segments_BT: Tensor | None,
+    keep: bool,
+    loop: Loop,
+    fence: Fence,
 ) -> Tensor:
     """One loop over the blocks. keep: keep what the blocks remember, or nothing but their inputs."""
     names = [name for name, _ in blocks[0].named_parameters()]
@@ -63,7 +77,7 @@ def _run_stack(
         for column in zip(*(block.parameters() for block in blocks), strict=True)
     ]
     program = _Program(blocks[0], names, rotary, loop, fence, keep, backward=torch.is_grad_enabled())
-    result: Tensor = _Stack.apply(program, x_BTD, *stacked)
+    result: Tensor = _Stack.apply(program, x_BTD, segments_BT, *stacked)
     return result
 
 
@@ -84,44 +98,51 @@ class _Program:
         self.block, self.names, self.rotary = block, names, rotary
         self.loop, self.fence, self.keep, self.backward = loop, fence, keep, backward
 
-    def call(self, x_BTD: Tensor, parameters: Sequence[Tensor]) -> Tensor:
-        """The block with the given parameters in place of its own."""
+    def call(self, x_BTD: Tensor, parameters: Sequence[Tensor], segments: Sequence[Tensor]) -> Tensor:
+        """The block with the given parameters in place of its own. segments: the one tensor, or nothing."""
         by_name = dict(zip(self.names, parameters, strict=True))
-        output: Tensor = torch.func.functional_call(self.block, by_name, (x_BTD, self.rotary))
+        arguments = (x_BTD, self.rotary, None, *segments)
+        output: Tensor = torch.func.functional_call(self.block, by_name, arguments)
         return output
 
 
 class _Stack(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, program: _Program, x_BTD: Tensor, *stacked: Tensor) -> Tensor:
-        def body(carried: list[Tensor], slices: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-            with recording() as kept:
-                y_BTD = program.call(carried[0], slices)
-            return [y_BTD], [carried[0], *(kept if program.keep else [])] if program.backward else []
+    def forward(ctx: Any, program: _Program, x_BTD: Tensor, segments_BT: Tensor | None, *stacked: Tensor) -> Tensor:
+        # Carried through the loop, though they never change: found by the body, they would be computed anew in each turn.
+        segments = [] if segments_BT is None else [segments_BT]
 
-        (y_BTD,), kept = program.loop(body, [x_BTD], stacked)
+        def body(carried: list[Tensor], slices: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+            x_BTD, *segments = carried
+            with recording() as kept:
+                y_BTD = program.call(x_BTD, slices, segments)
+            return [y_BTD, *segments], [x_BTD, *(kept if program.keep else [])] if program.backward else []
+
+        (y_BTD, *_), kept = program.loop(body, [x_BTD, *segments], stacked)
         ctx.program = program
-        ctx.save_for_backward(*kept, *stacked)
-        ctx.kept_count = len(kept)
+        ctx.save_for_backward(*segments, *kept, *stacked)
+        ctx.segments_count, ctx.kept_count = len(segments), len(kept)
         return y_BTD
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         program: _Program = ctx.program
         count = ctx.kept_count
+        segments, saved = ctx.saved_tensors[: ctx.segments_count], ctx.saved_tensors[ctx.segments_count :]
 
         def body(carried: list[Tensor], slices: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-            grad_BTD, *slices = program.fence([carried[0], *slices])
+            grad_BTD, *segments = carried
+            grad_BTD, *slices = program.fence([grad_BTD, *slices])
             x_BTD, *values = (tensor.detach() for tensor in slices[:count])
             leaves = [x_BTD.requires_grad_(), *(tensor.detach().requires_grad_() for tensor in slices[count:])]
             with torch.enable_grad():
                 if program.keep:
                     with replaying(values):
-                        y_BTD = program.call(leaves[0], leaves[1:])
+                        y_BTD = program.call(leaves[0], leaves[1:], segments)
                 else:
-                    y_BTD = program.call(leaves[0], leaves[1:])
+                    y_BTD = program.call(leaves[0], leaves[1:], segments)
             grad_x_BTD, *grad_parameters = torch.autograd.grad(y_BTD, leaves, grad_BTD)
-            return [grad_x_BTD], grad_parameters
+            return [grad_x_BTD, *segments], grad_parameters
 
-        (grad_x_BTD,), grad_stacked = program.loop(body, [grads[0]], ctx.saved_tensors, reverse=True)
-        return None, grad_x_BTD, *grad_stacked
+        (grad_x_BTD, *_), grad_stacked = program.loop(body, [grads[0], *segments], saved, reverse=True)
+        return None, grad_x_BTD, None, *grad_stacked

@@ -118,13 +118,23 @@ class AdamW:
 
 
 @torch.no_grad()
-def clip_by_global_norm(gradients: Sequence[Tensor], max_norm: float) -> tuple[list[Tensor], Tensor]:
+def clip_by_global_norm(
+    gradients: Sequence[Tensor], max_norm: float, unit: Tensor | None = None
+) -> tuple[list[Tensor], Tensor]:
     """Scale gradients so that their joint L2 norm is at most `max_norm`; 0 only measures.
 
-    Returns the gradients and their norm before clipping (0-d float32). No host branch: the factor is computed on the device.
+    Args:
+        gradients: as they came.
+        max_norm: the bound.
+        unit: what the gradients are to be divided by first (0-d), in the same pass over them; none: 1.
+
+    Returns:
+        The gradients and their norm before clipping (0-d float32). No host branch: the factor is computed on the device.
     """
     norm = torch.stack([gradient.float().square().sum() for gradient in gradients]).sum().sqrt()
-    if max_norm == 0.0:
+    norm = norm if unit is None else norm / unit
+    if max_norm == 0.0 and unit is None:
         return list(gradients), norm
-    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0) if max_norm else torch.ones_like(norm)
+    factor = factor if unit is None else factor / unit
     return list(torch._foreach_mul(list(gradients), factor)), norm

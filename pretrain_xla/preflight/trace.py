@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from pretrain_xla.config import RunConfig
 from pretrain_xla.runtime.sharding import BATCH, Axis, parameter_axes, ways
 from pretrain_xla.runtime.xla import XlaRuntime
-from pretrain_xla.train.build import build_model, build_optimizer
+from pretrain_xla.train.build import build_examples, build_model, build_optimizer
 from pretrain_xla.train.step import METRICS, TrainStep
 
 
@@ -132,7 +132,7 @@ def _trace(config: RunConfig, chip: str) -> TracedStep:
         return runtime.placeholder(name, "optimizer", shapes[parameter], torch.float32, parameter_axes(parameter))
 
     optimizer = build_optimizer(config, model, place)
-    step = TrainStep(model, optimizer, runtime, config)
+    step = TrainStep(model, optimizer, runtime, config, build_examples(config, None))
     batch = (rows.stop - rows.start, config.train.gradient_accum_step, config.model.seq_length + 1)
     tokens = runtime.placeholder("tokens", "batch", batch, torch.int32, (BATCH, None, None))
     history = (config.logging.log_interval, len(METRICS))

@@ -76,6 +76,7 @@ class FlashAttention:
         spec: HeadsSpec,
         norms: tuple[Tensor | None, Tensor | None],
         rotary: tuple[Tensor, Tensor] | None,
+        segments_BT: Tensor | None,
     ) -> Tensor | None:
         """See `model.attention.Kernel`."""
         tensor = 1 if self.mesh is None else self.mesh.shape()["tensor"]
@@ -86,7 +87,7 @@ class FlashAttention:
         if supports(heads, query_BTF.shape[1], self.chip) is not None:
             return None
         tables = rotary if rotary is not None else (None, None)
-        result: Tensor = _Flash.apply(self, heads, query_BTF, key_BTS, value_BTS, *norms, *tables)
+        result: Tensor = _Flash.apply(self, heads, query_BTF, key_BTS, value_BTS, *norms, *tables, segments_BT)
         return result
 
     def run(self, function: Any, heads: Heads, named: dict[str, Tensor | None], results: list[str]) -> list[Tensor]:
@@ -113,6 +114,7 @@ AXES: dict[str, tuple[Axis, ...]] = {
     **dict.fromkeys(("query", "key", "value", "out", "dout", "dquery", "dkey", "dvalue"), COLUMNS),
     "logsumexp": (BATCH, "tensor", None, None),
     **dict.fromkeys(("cos", "sin"), (None, None)),
+    "segments": (BATCH, None),
     **dict.fromkeys(("query_norm", "key_norm"), (None,)),
     # One row for each device, to be summed outside: what a device has summed is only its own share.
     **dict.fromkeys(("dquery_norm", "dkey_norm"), ((*BATCH, "tensor"), None)),
@@ -125,18 +127,18 @@ def _preparation(arrays: dict[str, Any]) -> Preparation:
 
 
 def _forward(arrays: dict[str, Any], heads: Heads, interpret: bool) -> Any:
-    inputs = (arrays["query"], arrays["key"], arrays["value"], None)
+    inputs = (arrays["query"], arrays["key"], arrays["value"], arrays.get("segments"))
     return forward(*inputs, heads, _preparation(arrays), interpret=interpret)
 
 
 def _backward(arrays: dict[str, Any], heads: Heads, interpret: bool) -> Any:
-    inputs = (arrays["query"], arrays["key"], arrays["value"], None)
+    inputs = (arrays["query"], arrays["key"], arrays["value"], arrays.get("segments"))
     outputs = (arrays["out"], arrays["logsumexp"], arrays["dout"])
     dquery, dkey, dvalue, *dnorms = backward(*inputs, *outputs, heads, _preparation(arrays), interpret=interpret)
     return dquery, dkey, dvalue, *(dnorm[None] for dnorm in dnorms if dnorm is not None)
 
 
-INPUTS = ("query", "key", "value", "query_norm", "key_norm", "cos", "sin")
+INPUTS = ("query", "key", "value", "query_norm", "key_norm", "cos", "sin", "segments")
 
 
 class _Flash(torch.autograd.Function):
@@ -157,4 +159,4 @@ class _Flash(torch.autograd.Function):
         named |= {"out": out_BTF, "logsumexp": logsumexp, "dout": grads[0]}
         found = dict(zip(results, ctx.attention.run(_backward, ctx.heads, named, results), strict=True))
         weights = [found[f"d{name}"].sum(0) if f"d{name}" in found else None for name in ("query_norm", "key_norm")]
-        return None, None, found["dquery"], found["dkey"], found["dvalue"], *weights, None, None
+        return None, None, found["dquery"], found["dkey"], found["dvalue"], *weights, None, None, None

@@ -1,4 +1,4 @@
-"""The model and the optimizer of a run, as the trainer and preflight both make them."""
+"""The model, the optimizer and the examples of a run, as the trainer and preflight both make them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from collections.abc import Callable
 from torch import Tensor
 
 from pretrain_xla.config import RunConfig
+from pretrain_xla.data.dataset import TokenDataset
+from pretrain_xla.errors import UserError
 from pretrain_xla.model import GPT, Execution
+from pretrain_xla.model.documents import Examples
 from pretrain_xla.optim import AdamW, learning_rate
 from pretrain_xla.runtime import Runtime
 
@@ -25,3 +28,25 @@ def build_optimizer(config: RunConfig, model: GPT, place: Callable[[str, Tensor]
     return AdamW(
         model.named_parameters(), config.optim, lambda step: learning_rate(step, config.optim, width), place=place
     )
+
+
+def build_examples(config: RunConfig, dataset: TokenDataset | None) -> Examples:
+    """What the model learns from a dataset's rows; without one (preflight) any id makes the same program.
+
+    Raises:
+        UserError: documents are to be kept apart, and nothing says which token ends them.
+    """
+    ignored = tuple(sorted(set(config.train.loss_ignore_tokens)))
+    if not config.data.separate_documents:
+        return Examples(ignored=ignored)
+    end_of_text = config.data.end_of_text
+    if end_of_text is None:
+        if dataset is None:
+            return Examples(config.model.vocab_size - 1, ignored)
+        if dataset.info is None:
+            raise UserError(
+                f"{dataset.directory}: separate_documents must know which token ends a document, and there is no "
+                "dataset.json: give its id with --end-of-text (gpt2: 50256)"
+            )
+        end_of_text = dataset.info.end_of_text
+    return Examples(end_of_text, ignored)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain_xla.config import RunConfig
+from pretrain_xla.model.documents import Examples
 from pretrain_xla.optim import AdamW
 from pretrain_xla.optim.adamw import clip_by_global_norm
 from pretrain_xla.runtime import Runtime
@@ -29,10 +30,13 @@ class TrainStep:
     be reading an older one.
     """
 
-    def __init__(self, model: nn.Module, optimizer: AdamW, runtime: Runtime, config: RunConfig) -> None:
+    def __init__(
+        self, model: nn.Module, optimizer: AdamW, runtime: Runtime, config: RunConfig, examples: Examples | None = None
+    ) -> None:
         self.model = model
         self.optimizer = optimizer
         self.runtime = runtime
+        self.examples = examples or Examples()
         self.max_grad_norm = config.optim.max_grad_norm
         self.loss_scale = LossScale(runtime.device) if config.train.mixed_precision == "fp16" else None
         self.forward = runtime.forward(model)
@@ -59,18 +63,23 @@ class TrainStep:
         total, gradients = self.runtime.gradients(self._loss, self.optimizer.parameters, tokens_BAS, scale)
         missing = [name for name, g in zip(self.optimizer.names, gradients, strict=True) if g is None]
         assert not missing, f"no gradient reached {missing}"
-        norm, rate = self._update(gradients)
-        metrics_M = torch.stack([self.runtime.mean(total), norm, rate])
+        loss, counted = self.runtime.mean(total), self.examples.counted(tokens_BAS)
+        if counted is not None:
+            # Of the whole step: its micro-batches and replicas may each have another share. 0 over the least is 0.
+            counted = self.runtime.mean(counted).clamp(min=1e-12)
+            loss = loss / counted
+        norm, rate = self._update(gradients, counted)
+        metrics_M = torch.stack([loss, norm, rate])
         return torch.cat([history_NM[1:], metrics_M[None]])
 
     def _loss(self, tokens_BS: Tensor) -> Tensor:
-        return self.forward(tokens_BS[:, :-1], tokens_BS[:, 1:])
+        return self.examples.loss(self.forward, tokens_BS)
 
-    def _clip_and_update(self, gradients: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def _clip_and_update(self, gradients: list[Tensor], counted: Tensor | None) -> tuple[Tensor, Tensor]:
         overflow: Tensor | None = None
         if self.loss_scale is not None:
             gradients, overflow = self.loss_scale.unscale(gradients)
-        gradients, norm = clip_by_global_norm(gradients, self.max_grad_norm)
+        gradients, norm = clip_by_global_norm(gradients, self.max_grad_norm, counted)
         rate = self.optimizer.update(gradients, skip=overflow)
         if self.loss_scale is not None and overflow is not None:
             self.loss_scale.adjust(overflow)

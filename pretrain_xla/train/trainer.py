@@ -27,7 +27,7 @@ from pretrain_xla.evaluate import Evaluation, Settings, ValidationLoss
 from pretrain_xla.interop.upload import Uploader
 from pretrain_xla.model import flops_per_token, initialize, parameter_count
 from pretrain_xla.runtime import Runtime
-from pretrain_xla.train.build import build_model, build_optimizer
+from pretrain_xla.train.build import build_examples, build_model, build_optimizer
 from pretrain_xla.train.checkpoint import CheckpointInfo
 from pretrain_xla.train.console import Console
 from pretrain_xla.train.files import tokenizer_of
@@ -74,6 +74,7 @@ class Trainer:
             steps=train.valid_steps,
             share=self._share(train.eval_batch_size) * (2 + train.train_steps // train.valid_interval),
         )
+        examples, valid_examples = build_examples(config, train_data), build_examples(config, valid_data)
         self.start: Start = find_start(config, self.data_fingerprint, self.console.note)
         self.model = build_model(config, runtime)
         if self.start.step == 0 and not self.start.tensors:
@@ -86,11 +87,17 @@ class Trainer:
             self.model,
             lambda name, parameter: runtime.place_like(self.start.optimizer_tensor(name, parameter), parameter),
         )
-        self.step = TrainStep(self.model, self.optimizer, runtime, config)
+        self.step = TrainStep(self.model, self.optimizer, runtime, config, examples)
         self.start.load_loss_scale(self.step.loss_scale)
         self._train_step = runtime.compile(self.step, "train", state=self.step.state)
         self.validation = ValidationLoss(
-            self.model, self.step.forward, valid_batches, runtime, train.valid_steps, config.data.prefetch_batches
+            self.model,
+            self.step.forward,
+            valid_batches,
+            runtime,
+            train.valid_steps,
+            config.data.prefetch_batches,
+            valid_examples,
         )
         self.evaluation = None if train.do_test else self._read_tasks()
         self.guard = GraphGuard(runtime, strict=train.strict_graph, say=self.console.warn)

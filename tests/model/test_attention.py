@@ -47,6 +47,18 @@ def test_sdpa_equals_the_reference_with_gradients(kv_heads, width):
 
 
 @pytest.mark.parametrize("implementation", ["reference", "sdpa"])
+@pytest.mark.parametrize("softcap", [None, 0.8])
+def test_tokens_attend_within_their_document(implementation, softcap):
+    inputs = [x.detach() for x in heads(6, 2)]
+    segments_BT = torch.tensor([[0] * 4 + [1] * 5, [0] + [2] * 6 + [3] * 2])
+    actual_BHTE = attend(*inputs, implementation=implementation, scale=0.7, softcap=softcap, segments_BT=segments_BT)
+    for b, parts in enumerate(([4, 5], [1, 6, 2])):
+        pieces = zip(*(x[b : b + 1].split(parts, dim=2) for x in inputs), strict=True)
+        expected_BHTE = torch.cat([by_hand(*piece, 0.7, softcap) for piece in pieces], dim=2)
+        torch.testing.assert_close(actual_BHTE[b : b + 1], expected_BHTE)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "sdpa"])
 def test_dropout_acts_in_training_only(implementation):
     inputs = [x.detach() for x in heads(4, 4)]
     plain_BHTE = attend(*inputs, implementation=implementation, scale=0.3)

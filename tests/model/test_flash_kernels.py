@@ -152,6 +152,19 @@ def test_is_attention_and_its_gradient(case: str, monkeypatch: pytest.MonkeyPatc
         assert_near(actual, wanted, 1e-5)
 
 
+def test_skips_spans_with_no_document_in_common(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flash_kernels, "MAX_SPAN", 128)
+    h, T = heads(num_heads=1, num_kv_heads=1, head_dim=128), 256
+    segments = jnp.asarray(np.arange(T)[None] >= np.array([[128], [250]]))
+    given = arrays(h, T)
+    # No number times zero gets rid of a NaN: what it does not reach was not looked at.
+    poisoned = [x.at[0, :128].set(jnp.nan) for x in given]
+    wanted = reference_both_ways(h, segments, *given)
+    for actual, clean in zip(both_ways(h, segments, *poisoned), wanted, strict=True):
+        assert_near(actual[0, 128:], clean[0, 128:], 1e-5)
+        assert_near(actual[1], clean[1], 1e-5)
+
+
 ALL = ("cos", "sin", "query_norm", "key_norm")
 PREPARED_CASES = {
     "width_128": (heads(num_heads=1, num_kv_heads=1, head_dim=128), 256, ALL),

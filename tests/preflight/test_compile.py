@@ -81,7 +81,10 @@ def test_the_verdict_flips_with_the_batch() -> None:
 
 
 def test_the_trainers_door_reports_for_a_person() -> None:
-    door = run("run_pretrain_xla.py", "--preflight-only", "--topology", "v5e-1", *SMALL, "--num-layers", "1")
+    documents = ("--separate-documents", "--loss-ignore-tokens", "0", "7")
+    door = run(
+        "run_pretrain_xla.py", "--preflight-only", "--topology", "v5e-1", *SMALL, "--num-layers", "1", *documents
+    )
     assert door.status == 0, door.errors
     for part in ("FITS:", "parameters", "optimizer state", "optimistic", "sober", "most expensive lines", "libtpu 0."):
         assert part in door.output

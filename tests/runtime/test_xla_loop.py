@@ -61,6 +61,7 @@ KERNEL = """
 from pretrain_xla.config import ModelConfig
 from pretrain_xla.model import GPT, Execution, initialize
 from pretrain_xla.model.attention import Attention
+from pretrain_xla.model.documents import number_documents
 from pretrain_xla.runtime import xla_kernels
 from pretrain_xla.runtime.xla_kernels import FlashAttention
 
@@ -69,7 +70,8 @@ GPT2 = dict(head_dim=64)
 MODERN = dict(norm="rmsnorm_zero_centered", positions="rotary", bias=False, qk_norm=True, num_kv_heads=1, head_dim=128,
               attention_softcap=3.0)
 tokens_BT = torch.randint(0, 61, (2, 128), generator=generator, dtype=torch.int32)
-for options, execution in ((GPT2, Execution(loop=xla_loop)), (MODERN, Execution("selective", True, loop=xla_loop))):
+LOOPED = Execution("selective", True, loop=xla_loop)
+for options, execution, documents in ((GPT2, Execution(loop=xla_loop), False), (MODERN, LOOPED, True)):
     results = []
     for kernel in (None, FlashAttention("v5e", interpret=True)):
         model = GPT(ModelConfig(**SIZES, **options), execution=execution)
@@ -82,7 +84,8 @@ for options, execution in ((GPT2, Execution(loop=xla_loop)), (MODERN, Execution(
             if isinstance(module, Attention):
                 module.kernel = kernel
         ids_BT = tokens_BT.to(device)
-        loss = model(ids_BT, ids_BT.roll(-1, 1))
+        segments_BT = number_documents(ids_BT, 3) if documents else None
+        loss = model(ids_BT, ids_BT.roll(-1, 1), segments_BT)
         gradients = torch.autograd.grad(loss, list(model.parameters()))
         torch_xla.sync()
         results.append([loss.detach().cpu(), *(gradient.cpu() for gradient in gradients)])

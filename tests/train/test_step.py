@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pretrain_xla.config import RunConfig
 from pretrain_xla.model import GPT, initialize
+from pretrain_xla.model.documents import Examples
 from pretrain_xla.optim import AdamW, learning_rate
 from pretrain_xla.runtime.torch_runtime import TorchRuntime
 from pretrain_xla.train.step import METRICS, TrainStep
@@ -29,10 +30,12 @@ def make_model(config: RunConfig) -> GPT:
     return model
 
 
-def make_step(config: RunConfig, runtime: TorchRuntime, model: nn.Module | None = None) -> TrainStep:
+def make_step(
+    config: RunConfig, runtime: TorchRuntime, model: nn.Module | None = None, examples: Examples | None = None
+) -> TrainStep:
     model = model or make_model(config)
     schedule = lambda step: learning_rate(step, config.optim, config.model.d_model)  # noqa: E731
-    return TrainStep(model, AdamW(model.named_parameters(), config.optim, schedule), runtime, config)
+    return TrainStep(model, AdamW(model.named_parameters(), config.optim, schedule), runtime, config, examples)
 
 
 def batches(config: RunConfig) -> list[Tensor]:
@@ -106,6 +109,45 @@ def test_accumulation_makes_the_same_update(micro_batches: int, make_config: Mak
         assert not torch.equal(parameter, before[name]), name
 
 
+IGNORED = tuple(range(20, 37))
+"""Nearly half of the ids, so that micro-batches differ in what they have of them."""
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.0, 0.5])
+@pytest.mark.parametrize("micro_batches", [1, 8])
+def test_the_mean_is_over_what_counts_however_the_batch_is_split(
+    micro_batches: int, max_grad_norm: float, make_config: Make, runtime: TorchRuntime
+) -> None:
+    config = make_config(
+        optim=OPTIM | {"max_grad_norm": max_grad_norm},
+        train={"gradient_accum_step": micro_batches, "train_batch_size": SEQUENCES // micro_batches},
+    )
+    step = make_step(config, runtime, examples=Examples(ignored=IGNORED))
+    reference = make_model(config)
+    tokens = batches(config)[0]
+    targets = tokens[:, 1:].clone()
+    targets[targets >= 20] = -100  # PyTorch's own way of leaving them out of the mean
+    loss = nn.functional.cross_entropy(reference(tokens[:, :-1]).flatten(0, 1), targets.flatten().long())
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_(reference.parameters(), max_grad_norm or 1e9)
+
+    history = step(parts(tokens, micro_batches), torch.zeros(HISTORY, len(METRICS)))
+    assert history[-1, :2].tolist() == pytest.approx([float(loss), float(norm)], rel=1e-5)
+    # The first moment after one update is the gradient that it got, times 1 - beta.
+    moments = dict(zip(step.optimizer.names, step.optimizer.first_moments, strict=True))
+    for name, parameter in reference.named_parameters():
+        torch.testing.assert_close(moments[name], 0.1 * parameter.grad, rtol=1e-5, atol=1e-7, msg=name)
+
+
+def test_a_step_in_which_nothing_counts_changes_nothing(make_config: Make, runtime: TorchRuntime) -> None:
+    config = make_config(optim=OPTIM | {"weight_decay": 0.0})
+    step = make_step(config, runtime, examples=Examples(ignored=tuple(range(37))))
+    before = [parameter.clone() for parameter in step.model.parameters()]
+    history = step(parts(batches(config)[0], 1), torch.zeros(HISTORY, len(METRICS)))
+    assert history[-1, :2].tolist() == [0, 0]
+    assert all(torch.equal(old, new) for old, new in zip(before, step.model.parameters(), strict=True))
+
+
 def test_a_history_that_a_thread_still_reads_does_not_change(make_config: Make, runtime: TorchRuntime) -> None:
     config = make_config()
     step, old = make_step(config, runtime), torch.zeros(HISTORY, len(METRICS))
@@ -173,7 +215,7 @@ def test_nothing_in_it_reads_a_value(changes: dict[str, Any], make_config: Make,
     config = make_config(model=changes, train={"gradient_accum_step": 2})
     with torch.device("meta"):
         model = GPT(config.model)
-    step = make_step(config, runtime, model)
+    step = make_step(config, runtime, model, Examples(end_of_text=0, ignored=(1, 2)))
     tokens = torch.empty(4, 2, config.model.seq_length + 1, dtype=torch.int32, device="meta")
     history = step(tokens, torch.empty(HISTORY, len(METRICS), device="meta"))
     assert history.is_meta

@@ -13,8 +13,10 @@ from torch.nn import functional as F
 from pretrain_xla.config import RunConfig
 from pretrain_xla.data.batches import Batches
 from pretrain_xla.data.dataset import open_dataset
+from pretrain_xla.errors import UserError
 from pretrain_xla.evaluate import ValidationLoss
 from pretrain_xla.model import GPT, initialize
+from pretrain_xla.model.documents import Examples, number_documents
 from pretrain_xla.runtime.torch_runtime import TorchRuntime
 
 from .conftest import TINY
@@ -31,7 +33,9 @@ def model(make_config: Make) -> GPT:
     return model
 
 
-def validation(model: GPT, runtime: TorchRuntime, tokens: Path, steps: int) -> ValidationLoss:
+def validation(
+    model: GPT, runtime: TorchRuntime, tokens: Path, steps: int, examples: Examples | None = None
+) -> ValidationLoss:
     batches = Batches(
         open_dataset(str(tokens / "valid"), LENGTH, TINY["vocab_size"]),
         sequences_per_batch=ROWS,
@@ -39,7 +43,7 @@ def validation(model: GPT, runtime: TorchRuntime, tokens: Path, steps: int) -> V
         seed=0,
         shuffle=False,
     )
-    return ValidationLoss(model, runtime.forward(model), batches, runtime, steps, prefetch=2)
+    return ValidationLoss(model, runtime.forward(model), batches, runtime, steps, prefetch=2, examples=examples)
 
 
 @pytest.mark.parametrize("steps", [1, 3])
@@ -54,6 +58,26 @@ def test_it_is_the_mean_over_the_first_sequences(steps: int, model: GPT, runtime
     expected = F.cross_entropy(logits.flatten(0, 1), shard[1 : count + 1])
     assert measured == pytest.approx(float(expected), rel=1e-5)
     assert done == list(range(1, steps + 1))
+
+
+def test_it_has_the_runs_documents_and_leaves_out_what_does_not_count(
+    model: GPT, runtime: TorchRuntime, tokens: Path
+) -> None:
+    measured = validation(model, runtime, tokens, 3, Examples(end_of_text=3, ignored=(3, 4, 5, 6)))()
+    shard = torch.from_numpy(np.load(tokens / "valid" / "000.npy").astype(np.int64))
+    rows, targets = shard[: 12 * LENGTH].reshape(-1, LENGTH), shard[1 : 12 * LENGTH + 1]
+    targets = torch.where((targets >= 3) & (targets <= 6), -100, targets)
+    model.eval()
+    with torch.no_grad():
+        logits = model(rows, None, number_documents(rows, 3))
+    # The mean over all batches at once: they have different shares of what counts.
+    assert measured == pytest.approx(float(F.cross_entropy(logits.flatten(0, 1), targets)), rel=1e-5)
+
+
+def test_a_validation_in_which_nothing_counts_says_so(model: GPT, runtime: TorchRuntime, tokens: Path) -> None:
+    everything = Examples(ignored=tuple(range(TINY["vocab_size"])))
+    with pytest.raises(UserError, match="leaves no token to predict"):
+        validation(model, runtime, tokens, 1, everything)()
 
 
 def test_it_is_the_same_every_time_and_leaves_the_model_as_it_was(
