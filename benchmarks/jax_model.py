@@ -262,6 +262,7 @@ def _flash(query_BHTE: Array, key_BHTE: Array, value_BHTE: Array, scale: float) 
 ATTENTION = {"splash": _splash, "flash": _flash, "reference": _reference}
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": partial(jax.nn.gelu, approximate=True),
+    "gelu_exact": partial(jax.nn.gelu, approximate=False),
     "relu": jax.nn.relu,
     "relu2": lambda x: jnp.square(jax.nn.relu(x)),
     "silu": jax.nn.silu,

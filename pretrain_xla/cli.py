@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pretrain_xla import __version__
-from pretrain_xla.config import PRETRAINED_MODELS, RunConfig
+from pretrain_xla.config import RunConfig
 from pretrain_xla.config_file import to_yaml
 from pretrain_xla.errors import UserError, guarded
 
@@ -23,6 +23,8 @@ COMMANDS = """usage: python -m pretrain_xla COMMAND [--help]
   preflight        compile the training step for a TPU that is not here: does it fit, how fast, what does it cost
   prepare          text -> tokens -> shards in train/ and valid/
   train-tokenizer  train a byte-level BPE on text
+  export           write a trained model for Hugging Face transformers
+  import           make a model of Hugging Face's, or an old checkpoint, one of ours
   generate         continue a prompt with a trained model
   evaluate         loss, perplexity and zero-shot scores of a model
   lm-eval          EleutherAI's lm-eval on a model of ours (pip install lm-eval)
@@ -66,6 +68,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from pretrain_xla.evaluate.lm_eval_command import lm_eval_command
 
         lm_eval_command(rest)
+    elif command == "export":
+        from pretrain_xla.interop.command import export_command
+
+        export_command(rest)
+    elif command == "import":
+        from pretrain_xla.interop.command import import_command
+
+        import_command(rest)
     elif command == "quickstart":
         from pretrain_xla.quickstart import quickstart_command
 
@@ -89,10 +99,15 @@ def pretrain(arguments: Sequence[str], *, program: str, fixed: dict[str, Any] | 
     if parsed.print_config:
         print(to_yaml(parsed.config), end="")
         return
+    config, notes = parsed.config, effectless(parsed.config, parsed.given)
+    if config.train.from_checkpoint is not None:
+        from pretrain_xla.interop.adopt import adopt_architecture
+
+        config, changes = adopt_architecture(config, parsed.stated)
+        notes += changes
     if os.environ.get("RANK", "0") == "0":
-        for line in effectless(parsed.config, parsed.given):
+        for line in notes:
             print(f"note: {line}", flush=True)
-    config = parsed.config
     if config.train.preflight_only:
         from pretrain_xla.preflight.command import preflight
 
@@ -101,14 +116,6 @@ def pretrain(arguments: Sequence[str], *, program: str, fixed: dict[str, Any] | 
         return
     from pretrain_xla.train.run import start_run
 
-    if config.train.from_checkpoint in PRETRAINED_MODELS:
-        from pretrain_xla.interop.gpt2 import match_vocabulary
-
-        config = match_vocabulary(config)
-        if config is not parsed.config:
-            print(
-                f"note: vocab_size {parsed.config.model.vocab_size} -> {config.model.vocab_size}: the rest is padding"
-            )
     start_run(config)
 
 

@@ -50,8 +50,8 @@ class ModelConfig(Section):
     """Width of a head; none: d_model / num_heads."""
     d_ff: Positive = 3072
     """Width of the feed-forward layer (of each of its two branches when gated)."""
-    activation: Literal["gelu", "relu", "relu2", "silu"] = "gelu"
-    """Feed-forward nonlinearity; gelu is the tanh form, as in GPT-2."""
+    activation: Literal["gelu", "gelu_exact", "relu", "relu2", "silu"] = "gelu"
+    """Feed-forward nonlinearity; gelu is the tanh form, as in GPT-2, and gelu_exact the one with erf, as in nanoGPT."""
     gated: bool = False
     """Gate the feed-forward layer: silu gives SwiGLU, gelu gives GeGLU."""
     norm: Literal["layernorm", "rmsnorm", "rmsnorm_zero_centered"] = "layernorm"
@@ -275,6 +275,9 @@ class CheckpointConfig(Section):
     """Newest checkpoints kept; the one with the best validation loss is kept as well."""
     resume: bool = True
     """Continue from the newest complete checkpoint in checkpoints_dir, if there is one."""
+    hub_repo: str | None = None
+    """Push each checkpoint to this repository of the Hugging Face Hub (owner/name; made private where it is missing), and
+    continue from it where checkpoints_dir is empty."""
 
 
 class LoggingConfig(Section):
@@ -340,6 +343,11 @@ class RunConfig(Section):
     def _check(self) -> RunConfig:
         if self.train.mixed_precision == "fp16" and self.parallel.runtime == "xla":
             raise ValueError("mixed_precision=fp16 needs CUDA (runtime=torch): XLA devices compute in bf16")
+        if self.checkpoint.hub_repo and "://" in self.checkpoints_dir:
+            raise ValueError(
+                f"hub_repo={self.checkpoint.hub_repo} is filled from a local folder, and checkpoints_dir="
+                f"{self.checkpoints_dir} is a URL: use one of them"
+            )
         if "://" in self.run_dir and not self.train.do_test:
             key = "run_dir" if self.logging.run_dir else "checkpoints_dir"
             raise ValueError(

@@ -25,10 +25,15 @@ from pretrain_xla.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Parsed:
-    """What a command line asks for. given: leaves that were named as flags; print_config: only show the resolved YAML."""
+    """What a command line asks for.
+
+    given: leaves that were named as flags. stated: those, and the leaves of the file. print_config: only show the resolved
+    YAML.
+    """
 
     config: RunConfig
     given: frozenset[str]
+    stated: frozenset[str]
     print_config: bool
 
 
@@ -69,7 +74,8 @@ def parse_flags(
         for name in RunConfig.model_fields
     }
     both = f"{where} and flags" if file is not None and given else where
-    return Parsed(build_config(sections, both), given, parsed.print_config)
+    stated = given | {leaf for section in tree.values() for leaf in section}
+    return Parsed(build_config(sections, both), given, stated, parsed.print_config)
 
 
 def _flags(leaf: str) -> tuple[str, ...]:

@@ -1,59 +1,91 @@
-"""One way in for every door: whatever a person names as a model becomes our config and our tensors, on the host."""
+"""One way in for every door: whatever a person names as a model becomes our config and our tensors, on the host.
+
+`describe` says what it is without reading its tensors (of a model on the Hub it fetches `config.json` alone), so that a
+command line can take the architecture from it; `load_model` reads it whole.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
 from typing import Any
 
 from torch import Tensor
 
-from pretrain_xla.config import PRETRAINED_MODELS, ModelConfig, build_config
+from pretrain_xla.config import PRETRAINED_MODELS, build_config
 from pretrain_xla.data.manifest import dataset_info
-from pretrain_xla.interop.gpt2 import gpt2_config, load_gpt2
+from pretrain_xla.errors import UserError
+from pretrain_xla.interop import hub
+from pretrain_xla.interop.description import Description, LoadedModel
+from pretrain_xla.interop.hugging_face import describe_folder
+from pretrain_xla.interop.state_dict import describe_file
 from pretrain_xla.train.checkpoint import open_checkpoint
 from pretrain_xla.train.files import find_tokenizer
 
+__all__ = ["Description", "LoadedModel", "describe", "load_model"]
 
-@dataclass(frozen=True)
-class LoadedModel:
-    """A model on the host.
-
-    config: its architecture. tensors: every parameter of `GPT(config)` by our name, so that `load_state_dict(strict=True)`
-    takes them; fp32. tokenizer: what `load_tokenizer` finds its tokenizer by, or none where it came without one. where: what
-    was read, for messages.
-    """
-
-    config: ModelConfig
-    tensors: dict[str, Tensor]
-    tokenizer: str | None
-    where: str
+WEIGHT_FILES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 
 
 def load_model(name_or_path: str, which: str = "newest") -> LoadedModel:
     """Read a model.
 
     Args:
-        name_or_path: a run folder of ours, a folder of checkpoints or one checkpoint (local or any fsspec URL); or a name on
-            the Hugging Face Hub (`gpt2`, `gpt2-medium`, `gpt2-large`, `gpt2-xl`).
+        name_or_path: a run folder of ours, a folder of checkpoints or one checkpoint (local or any fsspec URL); a Hugging Face
+            folder, or a file of weights (`.safetensors` beside its config.json; `.pt`, also of nanoGPT and its like); a name
+            on the Hugging Face Hub (`gpt2`, `gpt2-medium`, `gpt2-large`, `gpt2-xl`, any `owner/name`).
         which: `newest` or `best`, where there are several checkpoints.
 
     Raises:
         UserError: nothing there, or something that is damaged or that our model cannot compute.
     """
+    return describe(name_or_path, which).load()
+
+
+def describe(name_or_path: str, which: str = "newest") -> Description:
+    """Find a model and say what it is; arguments and errors are those of `load_model`."""
+    if "://" in name_or_path:
+        return _checkpoint(name_or_path, which)
+    path = os.path.expanduser(name_or_path)
+    if os.path.isfile(path):
+        if not path.endswith(WEIGHT_FILES):
+            raise UserError(f"{name_or_path}: is no file of weights ({', '.join(WEIGHT_FILES)})")
+        return describe_file(path)
+    if os.path.isdir(path):
+        return _folder(path, which)
     if name_or_path in PRETRAINED_MODELS:
-        config = gpt2_config(name_or_path)
-        tensors = load_gpt2(name_or_path, config)
-        return LoadedModel(config, tensors, "gpt2", f"openai-community/{name_or_path}")
-    return _load_checkpoint(name_or_path, which)
+        return _hub(f"openai-community/{name_or_path}", which)
+    if hub.is_name(name_or_path):
+        return _hub(name_or_path, which)
+    raise UserError(
+        f"{name_or_path}: no such file or folder, and no name on the Hub, which is {', '.join(PRETRAINED_MODELS)} or owner/name"
+    )
 
 
-def _load_checkpoint(path: str, which: str) -> LoadedModel:
+def _folder(path: str, which: str) -> Description:
+    def find(name: str) -> str | None:
+        inside = os.path.join(path, name)
+        return inside if os.path.isfile(inside) else None
+
+    return describe_folder(find, path) if find("config.json") else _checkpoint(path, which)
+
+
+def _hub(repository: str, which: str) -> Description:
+    """A model of the Hub: in Hugging Face's form, or a run of ours that was pushed there."""
+    if hub.find(repository, "config.json"):
+        return describe_folder(lambda name: hub.find(repository, name), repository)
+    return _checkpoint(hub.download_checkpoint(repository, which), which)
+
+
+def _checkpoint(path: str, which: str) -> Description:
     store, step = open_checkpoint(path, which)
     folder, info = store.folder(step), store.info(step)
     config = build_config({"model": info.config["model"]}, folder).model
-    prefix = "model."
-    tensors = {n.removeprefix(prefix): t for n, t in store.load(step).items() if n.startswith(prefix)}
-    return LoadedModel(config, tensors, _tokenizer_of(store.root, info.config), folder)
+
+    def read() -> dict[str, Tensor]:
+        prefix = "model."
+        return {n.removeprefix(prefix): t for n, t in store.load(step).items() if n.startswith(prefix)}
+
+    return Description(config, _tokenizer_of(store.root, info.config), folder, read, (store, step))
 
 
 def _tokenizer_of(checkpoints_dir: str, config: dict[str, Any]) -> str:

@@ -19,7 +19,13 @@ def _relu2(x: Tensor) -> Tensor:
     return F.relu(x).square()
 
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": _gelu, "relu": F.relu, "relu2": _relu2, "silu": F.silu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": _gelu,
+    "gelu_exact": F.gelu,
+    "relu": F.relu,
+    "relu2": _relu2,
+    "silu": F.silu,
+}
 
 
 class FeedForward(nn.Module):

@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pretrain_xla.config import PRETRAINED_MODELS, RunConfig
+from pretrain_xla.config import RunConfig
 from pretrain_xla.config_file import to_yaml
 from pretrain_xla.errors import UserError
 from pretrain_xla.flags import parse_flags
+from pretrain_xla.interop.adopt import adopt_architecture
 from pretrain_xla.preflight.advise import advise
 from pretrain_xla.preflight.render import console, render
 from pretrain_xla.preflight.search import Search
@@ -69,10 +70,6 @@ def preflight(config: RunConfig, own: argparse.Namespace | None = None) -> int:
 
 def compilable(config: RunConfig, topology: Topology) -> RunConfig:
     """The config as the trainer would run it on that slice: through XLA, and as one program over all devices."""
-    if config.train.from_checkpoint in PRETRAINED_MODELS:
-        from pretrain_xla.interop.gpt2 import match_vocabulary
-
-        config = match_vocabulary(config)
     # One process a device computes the same step; its gradients are reduced by the same collective.
     return changed(config, {"runtime": "xla", "mp_start_method": None, "ddp": False, "topology": topology.name})
 
@@ -112,7 +109,8 @@ def _own_flags(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]
 
 
 def _config(arguments: Sequence[str]) -> RunConfig:
-    return parse_flags(arguments, program=PROGRAM, description=DESCRIPTION).config
+    parsed = parse_flags(arguments, program=PROGRAM, description=DESCRIPTION)
+    return adopt_architecture(parsed.config, parsed.stated)[0]
 
 
 def _compiler(own: argparse.Namespace, topology: Topology, total: int = 1) -> Compiler:

@@ -13,6 +13,7 @@ import math
 import os
 import warnings
 import zlib
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -49,7 +50,10 @@ class CheckpointInfo:
 
 
 class CheckpointStore:
-    """The checkpoints of one run, newest last; keeps the newest `limit` and the one with the best validation loss."""
+    """The checkpoints of one run, newest last; keeps the newest `limit` and the one with the best validation loss.
+
+    written: called by the writing thread with the step of each complete checkpoint. in_use: steps that must not be removed now.
+    """
 
     def __init__(self, root: str, limit: int) -> None:
         self.root = root.rstrip("/")
@@ -60,6 +64,8 @@ class CheckpointStore:
             raise UserError(f"checkpoints_dir={root}: {error}") from None
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
+        self.written: Callable[[int], None] = lambda step: None
+        self.in_use: Callable[[], set[int]] = set
 
     def folder(self, step: int) -> str:
         """Folder of the checkpoint of a step."""
@@ -176,9 +182,10 @@ class CheckpointStore:
         with self._files.open(self._marker(info.step), "w") as file:
             json.dump(asdict(info), file)
         self._prune()
+        self.written(info.step)
 
     def _prune(self) -> None:
-        keep = {*self.steps()[-self._limit :], self.best()}
+        keep = {*self.steps()[-self._limit :], self.best(), *self.in_use()}
         for step in self.steps():
             if step not in keep:
                 # The marker goes first, so that a half-removed folder is never taken for a checkpoint.

@@ -12,12 +12,13 @@ from pretrain_xla.data.manifest import dataset_info
 from pretrain_xla.data.tokenizer import JsonTokenizer, known_tokenizers, load_tokenizer
 from pretrain_xla.errors import UserError
 
+CONFIG_FILE = "config.yaml"
 TOKENIZER_FOLDER = "tokenizer"
 
 
 def write_run_files(config: RunConfig) -> None:
     """Write `config.yaml`, and a copy of the data's tokenizer where that is a file (names need none)."""
-    with open(os.path.join(config.run_dir, "config.yaml"), "w", encoding="utf-8") as file:
+    with open(os.path.join(config.run_dir, CONFIG_FILE), "w", encoding="utf-8") as file:
         file.write(to_yaml(config))
     info = dataset_info(config.data.train_dir)
     name = config.data.tokenizer or (info.tokenizer_name if info else None)

@@ -1,21 +1,20 @@
-"""Where a run begins: new, from its own newest checkpoint, or from another run's (`--from-checkpoint`)."""
+"""Where a run begins: new, from its own newest checkpoint (here or on the Hub), or from any model (`--from-checkpoint`)."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from pretrain_xla.config import PRETRAINED_MODELS, ModelConfig, RunConfig
+from pretrain_xla.config import ModelConfig, RunConfig
 from pretrain_xla.errors import UserError
+from pretrain_xla.interop import hub
+from pretrain_xla.interop.adopt import FREE_MODEL_KEYS, check_fits, fit_tensors
+from pretrain_xla.interop.load import describe
 from pretrain_xla.train.checkpoint import CheckpointInfo, CheckpointStore, open_checkpoint
 from pretrain_xla.train.loss_scale import LossScale
-
-# Settings that may change between a checkpoint and its continuation, because they do not change what the weights mean.
-FREE_MODEL_KEYS = {"dropout", "attention", "init"}
 
 
 @dataclass
@@ -65,25 +64,52 @@ def find_start(config: RunConfig, data_fingerprint: str, say: Callable[[str], No
             "name another --checkpoints-dir, or remove that folder"
         )
     source, step = store, newest
-    named = config.train.from_checkpoint
-    if named is not None and (newest is None or config.train.do_test):
-        if named in PRETRAINED_MODELS and not os.path.exists(named):
-            from pretrain_xla.interop.gpt2 import load_gpt2
-
-            return Start(store, tensors={f"model.{n}": t for n, t in load_gpt2(named, config.model).items()})
-        source, step = open_checkpoint(named)
+    if newest is None and not config.train.do_test and (pushed := _pushed(config)) is not None:
+        source, step = open_checkpoint(pushed)
+    elif config.train.from_checkpoint is not None and (newest is None or config.train.do_test):
+        return _from_model(config, store, data_fingerprint, say)
     if step is None:
         if config.train.do_test:
             say("there is no checkpoint: evaluating freshly initialised weights")
         return Start(store)
     info = source.info(step)
     check_same_model(info, config.model, source.folder(step))
-    if info.data != data_fingerprint and not config.train.do_test:
-        say(
-            f"{source.folder(step)} was trained on other shards; this run continues on those in {config.data.train_dir}"
-        )
+    _point_out_other_data(info, source.folder(step), data_fingerprint, config, say)
     say(f"continuing from {source.folder(step)}")
     return Start(store, step, info.valid_loss, source.load(step))
+
+
+def _pushed(config: RunConfig) -> str | None:
+    """The newest checkpoint of this run on the Hub, fetched; none: there is none."""
+    repository = config.checkpoint.hub_repo
+    if repository is None or not (steps := hub.steps(repository)):
+        return None
+    if not config.checkpoint.resume:
+        raise UserError(
+            f"--no-resume, but {repository} on the Hub holds checkpoints up to step {steps[-1]}: name another --hub-repo"
+        )
+    return hub.download_checkpoint(repository)
+
+
+def _from_model(config: RunConfig, store: CheckpointStore, data_fingerprint: str, say: Callable[[str], None]) -> Start:
+    """Begin from `from_checkpoint`: with all of its state where it is a checkpoint of ours, else with its weights."""
+    assert config.train.from_checkpoint is not None
+    found = describe(config.train.from_checkpoint)
+    check_fits(found, config.model)
+    say(f"continuing from {found.where}")
+    if found.checkpoint is None:
+        return Start(store, tensors={f"model.{n}": t for n, t in fit_tensors(found.read(), config.model).items()})
+    source, step = found.checkpoint
+    info = source.info(step)
+    _point_out_other_data(info, source.folder(step), data_fingerprint, config, say)
+    return Start(store, step, info.valid_loss, fit_tensors(source.load(step), config.model))
+
+
+def _point_out_other_data(
+    info: CheckpointInfo, folder: str, data_fingerprint: str, config: RunConfig, say: Callable[[str], None]
+) -> None:
+    if info.data not in ("", data_fingerprint) and not config.train.do_test:
+        say(f"{folder} was trained on other shards; this run continues on those in {config.data.train_dir}")
 
 
 def check_same_model(info: CheckpointInfo, model: ModelConfig, folder: str) -> None:

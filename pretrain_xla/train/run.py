@@ -7,6 +7,7 @@ import os
 
 from pretrain_xla.config import RunConfig
 from pretrain_xla.errors import UserError, guarded
+from pretrain_xla.interop import hub
 from pretrain_xla.runtime import start
 from pretrain_xla.train.files import write_run_files
 
@@ -39,6 +40,8 @@ def run(config: RunConfig) -> None:
     main_process = os.environ.get("RANK", "0") == "0"
     if not config.train.do_test and main_process:
         check_writable(config)
+        if config.checkpoint.hub_repo is not None:
+            hub.check_writable(config.checkpoint.hub_repo)
     runtime = start(config)
     from pretrain_xla.train.trainer import Trainer
 

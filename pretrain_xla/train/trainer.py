@@ -23,6 +23,7 @@ from pretrain_xla.data.prefetch import Prefetcher
 from pretrain_xla.data.tokenizer import load_tokenizer
 from pretrain_xla.errors import UserError
 from pretrain_xla.evaluate import Evaluation, Settings, ValidationLoss
+from pretrain_xla.interop.upload import Uploader
 from pretrain_xla.model import flops_per_token, initialize, parameter_count
 from pretrain_xla.runtime import Runtime
 from pretrain_xla.train.build import build_model, build_optimizer
@@ -116,6 +117,7 @@ class Trainer:
             stack.callback(self._close_files)
             if first >= last:
                 self.console.note(f"this run has already made its {last} steps; raise --train-steps to go on")
+            self._push_to_hub(stack)
             stop = stack.enter_context(StopSignal(enabled=self.runtime.process_count == 1))
             self._bar = stack.enter_context(self.console.training(first, last))
             if first == 0:
@@ -261,6 +263,15 @@ class Trainer:
         if self.runtime.is_main:
             info = CheckpointInfo(done, self._valid_loss, self.data_fingerprint, self.config.model_dump(mode="json"))
             self.start.store.save(host, info)
+
+    def _push_to_hub(self, stack: ExitStack) -> None:
+        """Have each checkpoint pushed, where that is asked for; the stack waits for the last one."""
+        repository, config = self.config.checkpoint.hub_repo, self.config
+        if repository is not None and self.runtime.is_main:
+            uploader = Uploader(repository, config.run_dir, config.checkpoints_dir, self.console.warn)
+            stack.callback(uploader.close)
+            stack.callback(self.start.store.wait)  # before the uploader closes: the last checkpoint comes from there
+            self.start.store.written, self.start.store.in_use = uploader.push, uploader.busy
 
     def _close_files(self) -> None:
         try:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pretrain_xla.config import ModelConfig, RunConfig, build_config
+from pretrain_xla.config import RunConfig, build_config
 from pretrain_xla.errors import UserError
 from pretrain_xla.interop.load import load_model
 from pretrain_xla.model import GPT, initialize
@@ -45,9 +45,3 @@ def test_a_run_of_ours(inside: str, which: str, step: int, tmp_path: Path) -> No
 def test_nothing_there(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no complete checkpoint"):
         load_model(str(tmp_path))
-
-
-def test_gpt2_is_gpt2() -> None:
-    from pretrain_xla.interop.gpt2 import gpt2_config
-
-    assert gpt2_config("gpt2") == ModelConfig(seq_length=1024, tie_weights=True)

@@ -11,7 +11,7 @@ from pretrain_xla.model import GPT, cross_entropy, initialize, parameter_count
 CHOICES = {
     "norm": ["layernorm", "rmsnorm", "rmsnorm_zero_centered"],
     "positions": ["learned", "rotary", "none"],
-    "activation": ["gelu", "relu", "relu2", "silu"],
+    "activation": ["gelu", "gelu_exact", "relu", "relu2", "silu"],
     "gated": [True, False],
     "bias": [True, False],
     "qk_norm": [True, False],

@@ -91,7 +91,7 @@ def test_from_another_runs_checkpoint(make_config: Make, tmp_path: Path) -> None
         assert start.step == 8
         assert torch.equal(start.tensors["model.embedding.weight"], tensors["model.embedding.weight"])
         assert start.store.root == str(tmp_path / "run" / "checkpoints"), "it writes to its own"
-    with pytest.raises(UserError, match="no complete checkpoint there"):
+    with pytest.raises(UserError, match="none: no such file or folder, and no name on the Hub"):
         find_start(make_config(train={"from_checkpoint": str(tmp_path / "none")}), "data", print)
 
 

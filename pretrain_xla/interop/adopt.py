@@ -1,0 +1,80 @@
+"""Starting from a model that is there already: its architecture for the run, and its tensors in the run's shapes.
+
+What a person did not say is taken from the checkpoint. What they did say must be what the checkpoint is, but for what may
+differ: fewer positions, another padding of the vocabulary, and settings that do not change what the weights mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from pretrain_xla.config import ModelConfig, RunConfig
+from pretrain_xla.errors import UserError
+from pretrain_xla.interop.load import Description, describe
+from pretrain_xla.interop.tensors import fit_rows
+from pretrain_xla.model import parameter_count
+
+# Settings that may change between a checkpoint and its continuation, because they do not change what the weights mean.
+FREE_MODEL_KEYS = {"dropout", "attention", "init"}
+# Vocabularies are padded to a multiple of at most this: a table larger by less than it may be the same vocabulary.
+USUAL_PADDING = 128
+
+
+def adopt_architecture(config: RunConfig, stated: frozenset[str]) -> tuple[RunConfig, list[str]]:
+    """The config of a run that begins `from_checkpoint`.
+
+    Args:
+        config: as its flags, file and defaults have it.
+        stated: the leaves that a person gave a value; all others of `model` come from the checkpoint.
+
+    Returns:
+        The config, and a line on each thing that was taken or changed.
+
+    Raises:
+        UserError: a stated leaf contradicts the checkpoint, or there is none.
+    """
+    if config.train.from_checkpoint is None:
+        return config, []
+    found = describe(config.train.from_checkpoint)
+    kept = {key: getattr(config.model, key) for key in FREE_MODEL_KEYS | (stated & set(ModelConfig.model_fields))}
+    wanted = found.config.model_copy(update=kept)
+    notes = [f"the model is that of {found.where}: {parameter_count(found.config):,} parameters"]
+    if wanted.vocab_size > found.config.vocab_size and "vocab_size" in stated:
+        # Its logits for real tokens may lie far below 0, where a row of zeros that counts as a token would drown them.
+        notes.append(f"vocab_size {wanted.vocab_size} -> {found.config.vocab_size}: the rest is padding")
+        wanted = wanted.model_copy(update={"vocab_size": found.config.vocab_size})
+    check_fits(found, wanted)
+    return config.model_copy(update={"model": wanted}), notes
+
+
+def check_fits(found: Description, wanted: ModelConfig) -> None:
+    """Refuse to put one model's weights into another.
+
+    Raises:
+        UserError: names the first setting that differs.
+    """
+    saved, may_differ = found.config, {*FREE_MODEL_KEYS, "vocab_multiple", *found.guessed}
+    if wanted.seq_length <= saved.seq_length or saved.positions != "learned":
+        may_differ.add("seq_length")
+    if wanted.vocab_size <= saved.vocab_size < wanted.vocab_size + USUAL_PADDING:
+        may_differ.add("vocab_size")
+    had, has = saved.model_dump(mode="json"), wanted.model_dump(mode="json")
+    for key, value in has.items():
+        if key not in may_differ and had[key] != value:
+            raise UserError(another_model(found.where, key, had[key], value))
+
+
+def another_model(where: str, key: str, had: Any, wanted: Any) -> str:
+    """The words for a checkpoint that does not fit."""
+    return (
+        f"{where} is a checkpoint of another model: its {key} is {had}, this run's is {wanted}; leave {key} out to take it "
+        "from the checkpoint, or name another checkpoint"
+    )
+
+
+def fit_tensors(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """A checkpoint's tensors, parameters and moments, cut or padded to the rows that a model of this config has."""
+    return {name: fit_rows(name, tensor, config) for name, tensor in tensors.items()}

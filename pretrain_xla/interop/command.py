@@ -1,0 +1,122 @@
+"""The words of `export` and `import`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+
+from pretrain_xla.config import ModelConfig, RunConfig, build_config
+from pretrain_xla.config_file import to_yaml
+from pretrain_xla.data.tokenizer import JsonTokenizer, known_tokenizers, load_tokenizer
+from pretrain_xla.errors import UserError
+from pretrain_xla.interop import hub
+from pretrain_xla.interop.adopt import adopt_architecture, fit_tensors
+from pretrain_xla.interop.export import DTYPES, export_model, make_empty_folder
+from pretrain_xla.interop.load import LoadedModel, describe, load_model
+from pretrain_xla.interop.mapping import choose
+from pretrain_xla.model import parameter_count
+from pretrain_xla.train.checkpoint import CheckpointInfo, CheckpointStore
+from pretrain_xla.train.files import CONFIG_FILE, TOKENIZER_FOLDER
+
+MODEL_HELP = (
+    "run folder, checkpoints folder or one checkpoint (also a URL); Hugging Face folder; .safetensors or .pt file; name on "
+    "the Hub (gpt2, gpt2-medium, gpt2-large, gpt2-xl, owner/name)"
+)
+# What an old checkpoint may leave unsaid, or a person may want less of.
+IMPORT_LEAVES = {
+    "seq_length": "cut to so many positions",
+    "vocab_size": "take only so many ids for tokens, and the rest for padding",
+    "num_heads": "heads, where an old .pt file does not say it",
+}
+
+
+def export_command(arguments: Sequence[str]) -> None:
+    """`export MODEL OUT`: write a model for plain transformers, and push it where that is asked for.
+
+    Raises:
+        UserError: there is no such model, no architecture computes it, or it cannot be written or pushed.
+    """
+    parser = argparse.ArgumentParser(
+        "python -m pretrain_xla export",
+        description="Write a model so that AutoModelForCausalLM.from_pretrained(OUT) opens it, with no custom code.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument("out", metavar="OUT", help="new folder to write")
+    parser.add_argument("--checkpoint", choices=("newest", "best"), default="newest", help="which one of a run")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="fp32", help="type of the weights (fp32)")
+    parser.add_argument("--push-to", metavar="OWNER/NAME", help="upload it to this repository of the Hugging Face Hub")
+    flags = parser.parse_args(list(arguments))
+    if flags.push_to:
+        hub.check_writable(flags.push_to)
+    loaded = load_model(flags.model, flags.checkpoint)
+    for note in export_model(loaded, flags.out, dtype=flags.dtype, title=flags.push_to):
+        print(f"note: {note}")
+    print(f"{loaded.where} -> {flags.out}: {choose(loaded.config).architecture}, {_size(loaded.config)}, {flags.dtype}")
+    if flags.push_to:
+        print(f"pushed to {hub.push_folder(flags.push_to, flags.out, f'Export of {os.path.basename(loaded.where)}')}")
+
+
+def import_command(arguments: Sequence[str]) -> None:
+    """`import MODEL OUT`: a run folder of ours, at step 0, which every door takes.
+
+    Raises:
+        UserError: there is no such model, our model cannot compute it, or OUT cannot be written.
+    """
+    parser = argparse.ArgumentParser(
+        "python -m pretrain_xla import",
+        description="Make a run folder of a model from elsewhere, to evaluate it, train it further or let it write.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument("out", metavar="OUT", help="new folder to write")
+    for leaf, words in IMPORT_LEAVES.items():
+        parser.add_argument(f"--{leaf.replace('_', '-')}", type=int, metavar="N", help=words)
+    activation = ("gelu", "gelu_exact")
+    parser.add_argument(
+        "--activation", choices=activation, help="GELU of an old .pt file: tanh form or exact (gelu_exact)"
+    )
+    flags = parser.parse_args(list(arguments))
+    given = {leaf: getattr(flags, leaf) for leaf in (*IMPORT_LEAVES, "activation") if getattr(flags, leaf) is not None}
+    stated = build_config({"model": given, "train": {"from_checkpoint": flags.model}}, "command line")
+    config, notes = adopt_architecture(stated, frozenset(given))
+    make_empty_folder(flags.out)
+    for note in notes:
+        print(f"note: {note}")
+    found = describe(flags.model)
+    write_run(
+        LoadedModel(config.model, fit_tensors(found.read(), config.model), found.tokenizer, found.where), flags.out
+    )
+    print(f"{found.where} -> {flags.out}: {_size(config.model)}; evaluate, train or generate from that folder")
+
+
+def write_run(loaded: LoadedModel, folder: str) -> None:
+    """Write a model as a run that has made no step: config.yaml, a checkpoint, and its tokenizer where that is a file.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    name = loaded.tokenizer
+    tree = {"model": loaded.config.model_dump(), "logging": {"run_dir": folder}}
+    if name is not None and name in known_tokenizers():
+        tree["data"] = {"tokenizer": name}
+    config: RunConfig = build_config(tree, loaded.where)
+    try:
+        with open(os.path.join(folder, CONFIG_FILE), "w", encoding="utf-8") as file:
+            file.write(to_yaml(config))
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror}): name another folder") from None
+    tokenizer = load_tokenizer(name) if name is not None else None
+    if isinstance(tokenizer, JsonTokenizer):
+        tokenizer.save(os.path.join(folder, TOKENIZER_FOLDER))
+    store = CheckpointStore(config.checkpoints_dir, limit=1)
+    tensors = {f"model.{name}": tensor for name, tensor in loaded.tensors.items()}
+    try:
+        store.save(tensors, CheckpointInfo(0, None, "", config.model_dump(mode="json")))
+    finally:
+        store.close()
+
+
+def _size(config: ModelConfig) -> str:
+    return f"{parameter_count(config):,} parameters"

@@ -1,0 +1,51 @@
+"""What is known of a model outside a run: found, and then read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from pretrain_xla.config import ModelConfig
+from pretrain_xla.train.checkpoint import CheckpointInfo, CheckpointStore
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model on the host.
+
+    config: its architecture. tensors: every parameter of `GPT(config)` by our name, so that `load_state_dict(strict=True)`
+    takes them; fp32. tokenizer: what `load_tokenizer` finds its tokenizer by, or none where it came without one. where: what
+    was read, for messages. info: what our checkpoint says of its training; none where it is not one of ours.
+    """
+
+    config: ModelConfig
+    tensors: dict[str, Tensor]
+    tokenizer: str | None
+    where: str
+    info: CheckpointInfo | None = None
+
+
+@dataclass(frozen=True)
+class Description:
+    """A model that is found and not yet read.
+
+    read: its tensors, as in `LoadedModel`. checkpoint: where it is one of ours, its store and step; what a run continues from.
+    guessed: options that its files do not say, and that a person may know better.
+    """
+
+    config: ModelConfig
+    tokenizer: str | None
+    where: str
+    read: Callable[[], dict[str, Tensor]]
+    checkpoint: tuple[CheckpointStore, int] | None = None
+    guessed: frozenset[str] = frozenset()
+
+    def load(self) -> LoadedModel:
+        """Read the tensors."""
+        info = None
+        if self.checkpoint is not None:
+            store, step = self.checkpoint
+            info = store.info(step)
+        return LoadedModel(self.config, self.read(), self.tokenizer, self.where, info)

@@ -1,0 +1,86 @@
+"""A model as a folder that plain `transformers` opens: `config.json`, `model.safetensors`, tokenizer and card."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+import torch
+from huggingface_hub import save_torch_state_dict
+
+from pretrain_xla.data.tokenizer import load_tokenizer
+from pretrain_xla.errors import UserError
+from pretrain_xla.interop.card import model_card
+from pretrain_xla.interop.load import LoadedModel
+from pretrain_xla.interop.mapping import choose, write_config
+from pretrain_xla.interop.tensors import to_theirs
+from pretrain_xla.interop.tokenizer_files import write_tokenizer
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def export_model(
+    loaded: LoadedModel, folder: str, *, dtype: str = "fp32", shard_size: str = "5GB", title: str | None = None
+) -> list[str]:
+    """Write a model for `AutoModelForCausalLM.from_pretrained(folder)`.
+
+    Args:
+        loaded: the model.
+        folder: where to; it must be new or empty.
+        dtype: `fp32` (exact) or `bf16` (half the size).
+        shard_size: weights are split into files of at most this.
+        title: name of the model in its card; none: that of the folder.
+
+    Returns:
+        Notes for the person, such as a tokenizer that was left out.
+
+    Raises:
+        UserError: no architecture computes this model, or the folder cannot be written.
+    """
+    config = loaded.config
+    family = choose(config)
+    make_empty_folder(folder)
+    tokenizer = load_tokenizer(loaded.tokenizer) if loaded.tokenizer else None
+    end = tokenizer.end_of_text if tokenizer is not None and tokenizer.end_of_text < config.vocab_size else None
+    # Named even where there is none: the defaults of some architectures are ids of other people's tokenizers.
+    ends = {"bos_token_id": end, "eos_token_id": end}
+    name = str(DTYPES[dtype]).removeprefix("torch.")
+    tree = write_config(family, config) | ends | {"pad_token_id": None, "torch_dtype": name, "use_cache": True}
+    notes = []
+    try:
+        tensors = to_theirs(loaded.tensors, config, family.layout)
+        tensors = {name: tensor.to(DTYPES[dtype]) for name, tensor in tensors.items()}
+        save_torch_state_dict(tensors, folder, max_shard_size=shard_size, metadata={"format": "pt"})
+        write_json(os.path.join(folder, "config.json"), tree)
+        write_json(os.path.join(folder, "generation_config.json"), {k: v for k, v in ends.items() if v is not None})
+        if tokenizer is None:
+            notes.append("this model came without a tokenizer, so none is written")
+        else:
+            notes += write_tokenizer(tokenizer, folder, config.seq_length)
+        with open(os.path.join(folder, "README.md"), "w", encoding="utf-8") as file:
+            file.write(model_card(loaded, family, title or os.path.basename(os.path.abspath(folder))))
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror or error}): name another folder") from None
+    return notes
+
+
+def make_empty_folder(folder: str) -> None:
+    """Make a folder to write to.
+
+    Raises:
+        UserError: something is in it already, or it cannot be made.
+    """
+    try:
+        os.makedirs(folder, exist_ok=True)
+        if os.listdir(folder):
+            raise UserError(f"{folder}: is not empty; name a new folder, or remove what is in it")
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror}): name another folder") from None
+
+
+def write_json(path: str, tree: dict[str, Any]) -> None:
+    """Write a file as transformers does."""
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(tree, file, indent=2, sort_keys=True)
+        file.write("\n")

@@ -1,0 +1,371 @@
+"""The architectures of `transformers` that compute what one of our configurations computes: one row each, read both ways.
+
+A row says which options it can take (`takes`), where its `config.json` keeps them (`keys`), what else that file must say
+(`demands`, `extra`), and what its tensors are called (`layout`). Rows stand in the order of preference: the first that takes
+every option of a model is the one it is exported to, so the widely supported architectures come first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from pretrain_xla.config import ModelConfig
+from pretrain_xla.interop.keys import GELU, GPT2_GELU, SCALAR, SILU, Key, root
+from pretrain_xla.interop.traits import ANY
+
+Options = dict[str, tuple[Any, ...] | Callable[[Any], bool]]
+Names = dict[str, str]
+Keys = dict[str, Key]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What tensors are called.
+
+    layers: what stands before a layer's number. outer, inner: our module → theirs, outside and inside the layers; of several
+    of theirs that are one matrix (`fused`) each is named in order. transposed: matrices of layers are stored as [in, out].
+    always_biased: our modules that have a bias there even when our model has none; it is zero then.
+    """
+
+    layers: str
+    outer: Names
+    inner: Names
+    fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    transposed: bool = False
+    always_biased: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture.
+
+    takes: option → the values it can take (`ANY`, or a test); an option left out must have its plain value (`PLAIN`).
+    keys: key of config.json → our option. demands: keys with the only value under which it computes what we do, written as
+    they are. extra: further keys, which are only written. bias: whether a config.json implies biases. exported: whether
+    models are exported to it, or only imported from it. theta: base of its rotary wavelengths where config.json is silent.
+    """
+
+    model_type: str
+    architecture: str
+    takes: Options
+    keys: Keys
+    layout: Layout
+    demands: Mapping[str, Any] = field(default_factory=dict)
+    extra: Callable[[ModelConfig], dict[str, Any]] = lambda config: {}
+    bias: Callable[[Mapping[str, Any]], bool] = lambda raw: False
+    exported: bool = True
+    theta: float = 10_000.0
+
+
+def _rope(config: ModelConfig) -> dict[str, Any]:
+    """Rotary settings, as transformers 5 reads them and as 4 does."""
+    return {
+        "rope_theta": config.rope_theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+    }
+
+
+def _biases(config: ModelConfig) -> dict[str, Any]:
+    return {"attention_bias": config.bias, "mlp_bias": config.bias}
+
+
+def _full_attention(config: ModelConfig) -> dict[str, Any]:
+    """No layer looks through a window."""
+    return {"layer_types": ["full_attention"] * config.num_layers, "sliding_window": config.seq_length}
+
+
+def _rope_by_layer_type(config: ModelConfig) -> dict[str, Any]:
+    rope = _rope(config)["rope_parameters"]
+    return {"rope_parameters": {"full_attention": rope, "sliding_attention": rope}} | _full_attention(config)
+
+
+def _has_biases(raw: Mapping[str, Any]) -> bool:
+    return bool(raw.get("attention_bias") or raw.get("mlp_bias") or raw.get("use_qkv_bias"))
+
+
+OUTER = {"embedding": "model.embed_tokens", "final_norm": "model.norm", "head": "lm_head"}
+ATTENTION = {
+    "attention.query": "self_attn.q_proj",
+    "attention.key": "self_attn.k_proj",
+    "attention.value": "self_attn.v_proj",
+    "attention.output": "self_attn.o_proj",
+}
+HEAD_NORMS = {"attention.query_norm": "self_attn.q_norm", "attention.key_norm": "self_attn.k_norm"}
+PLAIN_FEED_FORWARD = {"feed_forward.up": "mlp.up_proj", "feed_forward.down": "mlp.down_proj"}
+FEED_FORWARD = PLAIN_FEED_FORWARD | {"feed_forward.gate": "mlp.gate_proj"}
+NORMS = {"attention_norm": "input_layernorm", "feed_forward_norm": "post_attention_layernorm"}
+NORM_MODULES = ("attention_norm", "feed_forward_norm", "final_norm")
+GEMMA_NORMS = {
+    "attention_norm": "input_layernorm",
+    "attention_post_norm": "post_attention_layernorm",
+    "feed_forward_norm": "pre_feedforward_layernorm",
+    "feed_forward_post_norm": "post_feedforward_layernorm",
+}
+LLAMA_LAYOUT = Layout("model.layers", OUTER, ATTENTION | FEED_FORWARD | NORMS)
+QWEN3_LAYOUT = Layout("model.layers", OUTER, ATTENTION | HEAD_NORMS | FEED_FORWARD | NORMS)
+GPT2_INNER = {
+    "attention.query": "attn.c_attn",
+    "attention.key": "attn.c_attn",
+    "attention.value": "attn.c_attn",
+    "attention.output": "attn.c_proj",
+    "feed_forward.up": "mlp.c_fc",
+    "feed_forward.down": "mlp.c_proj",
+    "attention_norm": "ln_1",
+    "feed_forward_norm": "ln_2",
+}
+GPT2_LAYOUT = Layout(
+    "transformer.h",
+    {
+        "embedding": "transformer.wte",
+        "position_embedding": "transformer.wpe",
+        "final_norm": "transformer.ln_f",
+        "head": "lm_head",
+    },
+    GPT2_INNER,
+    fused={"attn.c_attn": ("attention.query", "attention.key", "attention.value")},
+    transposed=True,
+    always_biased=(*GPT2_INNER, "final_norm"),
+)
+BIGCODE_LAYOUT = Layout(
+    "transformer.h", GPT2_LAYOUT.outer, GPT2_INNER, GPT2_LAYOUT.fused, always_biased=GPT2_LAYOUT.always_biased
+)
+
+SHAPE = {
+    "vocab_size": Key("vocab_size"),
+    "max_position_embeddings": Key("seq_length"),
+    "hidden_size": Key("d_model"),
+    "num_hidden_layers": Key("num_layers"),
+    "num_attention_heads": Key("num_heads"),
+    "num_key_value_heads": Key("kv_heads"),
+    "intermediate_size": Key("d_ff"),
+}
+HEAD_DIM = {"head_dim": Key("heads_dim")}
+RMS = {"rms_norm_eps": Key("norm_eps", 1e-6)}
+LLAMA_KEYS = SHAPE | RMS | {"hidden_act": SILU, "tie_word_embeddings": Key("tie_weights", False)}
+TIED = {"tie_word_embeddings": Key("tie_weights", True)}
+GPT2_KEYS = TIED | {
+    "vocab_size": Key("vocab_size"),
+    "n_positions": Key("seq_length"),
+    "n_embd": Key("d_model"),
+    "n_layer": Key("num_layers"),
+    "n_head": Key("num_heads"),
+    "n_inner": Key("d_ff", lambda raw: 4 * raw["n_embd"]),
+    "activation_function": GPT2_GELU,
+    "layer_norm_epsilon": Key("norm_eps", 1e-5),
+}
+GEMMA_KEYS = SHAPE | RMS | HEAD_DIM | TIED
+GEMMA2_KEYS = GEMMA_KEYS | {
+    "hidden_activation": GELU,
+    "query_pre_attn_scalar": SCALAR,
+    "attn_logit_softcapping": Key("attention_softcap", 50.0),
+    "final_logit_softcapping": Key("logit_softcap", 30.0),
+}
+
+LLAMA_TAKES: Options = {
+    "norm": ("rmsnorm",),
+    "positions": ("rotary",),
+    "gated": (True,),
+    "bias": ANY,
+    "num_kv_heads": ANY,
+    "head_dim": ANY,
+}
+GPT2_TAKES: Options = {"norm": ("layernorm",), "positions": ("learned", "none"), "gated": (False,), "bias": ANY}
+NO_BIAS: Options = {"bias": (False,)}
+UNEVEN: Options = {"num_heads": ANY}
+GEMMA_TAKES: Options = LLAMA_TAKES | NO_BIAS | {"norm": ("rmsnorm_zero_centered",), "scale_embeddings": (True,)}
+CAPS: Options = {"query_scale": root, "attention_softcap": ANY, "logit_softcap": ANY}
+MULTIPLIERS = {"residual_multiplier": 1.0, "logits_scaling": 1.0}
+DROPOUT = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
+GPT2_DEMANDS = {"scale_attn_weights": True, "add_cross_attention": False}
+
+FAMILIES = (
+    Family(
+        "gpt2",
+        "GPT2LMHeadModel",
+        GPT2_TAKES,
+        GPT2_KEYS,
+        GPT2_LAYOUT,
+        demands=GPT2_DEMANDS | {"scale_attn_by_inverse_layer_idx": False},
+        extra=lambda config: dict.fromkeys(DROPOUT, config.dropout),
+        bias=lambda raw: True,
+    ),
+    Family(
+        "llama",
+        "LlamaForCausalLM",
+        LLAMA_TAKES,
+        LLAMA_KEYS | HEAD_DIM,
+        LLAMA_LAYOUT,
+        extra=lambda config: _rope(config) | _biases(config),
+        bias=_has_biases,
+    ),
+    Family(
+        "qwen3",
+        "Qwen3ForCausalLM",
+        LLAMA_TAKES | NO_BIAS | UNEVEN | {"qk_norm": (True,)},
+        LLAMA_KEYS | {"head_dim": Key("heads_dim", 128)},
+        QWEN3_LAYOUT,
+        demands={"use_sliding_window": False, "attention_bias": False},
+        extra=_rope,
+    ),
+    Family(
+        "gemma",
+        "GemmaForCausalLM",
+        GEMMA_TAKES | UNEVEN,
+        GEMMA_KEYS | {"hidden_act": GELU},
+        LLAMA_LAYOUT,
+        demands={"attention_bias": False},
+        extra=_rope,
+    ),
+    Family(
+        "gemma2",
+        "Gemma2ForCausalLM",
+        GEMMA_TAKES | CAPS | {"post_norm": (True,)},
+        GEMMA2_KEYS,
+        Layout("model.layers", OUTER, ATTENTION | FEED_FORWARD | GEMMA_NORMS),
+        demands={"attention_bias": False},
+        extra=lambda config: _rope(config) | _full_attention(config),
+    ),
+    Family(
+        "granite",
+        "GraniteForCausalLM",
+        {name: values for name, values in LLAMA_TAKES.items() if name != "head_dim"}
+        | {"query_scale": ANY, "scale_embeddings": ANY},
+        LLAMA_KEYS | {"attention_multiplier": Key("scale", 1.0), "embedding_multiplier": Key("embedding_scale", 1.0)},
+        LLAMA_LAYOUT,
+        demands=MULTIPLIERS,
+        extra=lambda config: _rope(config) | _biases(config),
+        bias=_has_biases,
+    ),
+    Family(
+        "starcoder2",
+        "Starcoder2ForCausalLM",
+        {"norm": ("layernorm",), "positions": ("rotary",), "gated": (False,), "bias": ANY, "num_kv_heads": ANY},
+        SHAPE | TIED | {"norm_epsilon": Key("norm_eps", 1e-5), "hidden_act": GELU},
+        Layout(
+            "model.layers",
+            OUTER,
+            ATTENTION | {"feed_forward.up": "mlp.c_fc", "feed_forward.down": "mlp.c_proj"} | NORMS,
+            always_biased=NORM_MODULES,
+        ),
+        extra=lambda config: _rope(config) | {"use_bias": config.bias, "sliding_window": None},
+        bias=lambda raw: True,
+    ),
+    Family(
+        "stablelm",
+        "StableLmForCausalLM",
+        {"norm": ("layernorm",), "positions": ("rotary",), "gated": (True,), "bias": (False,), "num_kv_heads": ANY},
+        {key: value for key, value in LLAMA_KEYS.items() if key not in RMS} | {"layer_norm_eps": Key("norm_eps", 1e-5)},
+        Layout("model.layers", OUTER, LLAMA_LAYOUT.inner, always_biased=NORM_MODULES),
+        demands={"use_parallel_residual": False, "qk_layernorm": False},
+        extra=lambda config: {
+            "use_qkv_bias": False,
+            "partial_rotary_factor": 1.0,
+            "rope_parameters": _rope(config)["rope_parameters"] | {"partial_rotary_factor": 1.0},
+        },
+        bias=lambda raw: True,
+    ),
+    Family(
+        "gpt_bigcode",
+        "GPTBigCodeForCausalLM",
+        GPT2_TAKES | {"num_kv_heads": (1,)},
+        GPT2_KEYS,
+        BIGCODE_LAYOUT,
+        demands=GPT2_DEMANDS | {"multi_query": True},
+        extra=lambda config: dict.fromkeys(DROPOUT, config.dropout),
+        bias=lambda raw: True,
+    ),
+    Family(
+        "arcee",
+        "ArceeForCausalLM",
+        LLAMA_TAKES | {"gated": (False,)},
+        LLAMA_KEYS | HEAD_DIM,
+        Layout("model.layers", OUTER, ATTENTION | PLAIN_FEED_FORWARD | NORMS),
+        extra=lambda config: _rope(config) | _biases(config),
+        bias=_has_biases,
+    ),
+    Family(
+        "smollm3",
+        "SmolLM3ForCausalLM",
+        LLAMA_TAKES | UNEVEN | {"positions": ("none",)},
+        LLAMA_KEYS | HEAD_DIM | {"no_rope_layers": Key("positions_by_layer")},
+        LLAMA_LAYOUT,
+        demands={"use_sliding_window": False},
+        extra=lambda config: _rope(config) | _biases(config),
+        bias=_has_biases,
+    ),
+    Family(
+        "apertus",
+        "ApertusForCausalLM",
+        LLAMA_TAKES | NO_BIAS | UNEVEN | {"gated": (False,), "qk_norm": (True,)},
+        LLAMA_KEYS | HEAD_DIM,
+        Layout(
+            "model.layers",
+            OUTER,
+            ATTENTION
+            | HEAD_NORMS
+            | PLAIN_FEED_FORWARD
+            | {"attention_norm": "attention_layernorm", "feed_forward_norm": "feedforward_layernorm"},
+        ),
+        demands={"attention_bias": False},
+        extra=_rope,
+    ),
+    Family(
+        "vaultgemma",
+        "VaultGemmaForCausalLM",
+        GEMMA_TAKES | CAPS,
+        GEMMA2_KEYS,
+        Layout(
+            "model.layers",
+            OUTER,
+            ATTENTION
+            | FEED_FORWARD
+            | {"attention_norm": "input_layernorm", "feed_forward_norm": "pre_feedforward_layernorm"},
+        ),
+        demands={"attention_bias": False},
+        extra=lambda config: _rope(config) | _full_attention(config),
+    ),
+    Family(
+        "gemma3_text",
+        "Gemma3ForCausalLM",
+        GEMMA_TAKES | CAPS | {"post_norm": (True,), "qk_norm": (True,)},
+        GEMMA2_KEYS
+        | {"attn_logit_softcapping": Key("attention_softcap"), "final_logit_softcapping": Key("logit_softcap")},
+        Layout("model.layers", OUTER, ATTENTION | HEAD_NORMS | FEED_FORWARD | GEMMA_NORMS),
+        demands={"attention_bias": False, "use_bidirectional_attention": False},
+        extra=_rope_by_layer_type,
+        theta=1_000_000.0,
+    ),
+    Family(
+        "hyperclovax",
+        "HyperCLOVAXForCausalLM",
+        LLAMA_TAKES | {"query_scale": ANY, "scale_embeddings": ANY, "post_norm": ANY},
+        LLAMA_KEYS
+        | HEAD_DIM
+        | {
+            "attention_multiplier": Key("scale"),
+            "embedding_multiplier": Key("embedding_scale", 1.0),
+            "use_post_norm": Key("post_norm", True),
+        },
+        Layout(
+            "model.layers",
+            OUTER,
+            LLAMA_LAYOUT.inner | {"attention_post_norm": "post_norm1", "feed_forward_post_norm": "post_norm2"},
+        ),
+        demands=MULTIPLIERS,
+        extra=lambda config: _rope(config) | _biases(config),
+        bias=_has_biases,
+    ),
+    Family("mistral", "MistralForCausalLM", LLAMA_TAKES | NO_BIAS, LLAMA_KEYS | HEAD_DIM, LLAMA_LAYOUT, exported=False),
+    Family(
+        "qwen2",
+        "Qwen2ForCausalLM",
+        LLAMA_TAKES,
+        LLAMA_KEYS,
+        LLAMA_LAYOUT,
+        bias=lambda raw: True,
+        exported=False,
+    ),
+)
+"""In the order of preference."""

@@ -1,0 +1,64 @@
+"""How one option of ours stands in a `config.json`, and back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from pretrain_xla.config import ModelConfig
+from pretrain_xla.errors import UserError
+
+# Our name → transformers'; and all of its names that mean one of ours.
+ACTIVATIONS = {"gelu": "gelu_pytorch_tanh", "gelu_exact": "gelu", "relu": "relu", "relu2": "relu2", "silu": "silu"}
+MEANINGS = {theirs: ours for ours, theirs in ACTIVATIONS.items()} | {
+    "gelu_new": "gelu",
+    "gelu_fast": "gelu",
+    "gelu_python": "gelu_exact",
+    "swish": "silu",
+}
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+@dataclass(frozen=True)
+class Key:
+    """An option, or one of `DERIVED`. default: its value where the file has none or null (a function of the file's tree)."""
+
+    option: str
+    default: Any = None
+    write: Callable[[Any], Any] = _same
+    read: Callable[[Any], Any] = _same
+
+
+def root(value: float | None) -> bool:
+    """Whether a query scale is one over the root of a whole number: what `query_pre_attn_scalar` can say."""
+    return value is None or math.isclose(round(value**-2) ** -0.5, value, rel_tol=1e-9)
+
+
+def _read_activation(name: str) -> str:
+    if name not in MEANINGS:
+        raise UserError(f"activation {name!r} is none of ours: {', '.join(ACTIVATIONS)}")
+    return MEANINGS[name]
+
+
+SILU = Key("activation", "silu", ACTIVATIONS.__getitem__, _read_activation)
+GELU = Key("activation", "gelu_pytorch_tanh", ACTIVATIONS.__getitem__, _read_activation)
+# The name of 2019, which every version knows; the same function.
+GPT2_GELU = Key("activation", "gelu_new", (ACTIVATIONS | {"gelu": "gelu_new"}).__getitem__, _read_activation)
+SCALAR = Key("scale", 256, lambda scale: round(scale**-2), lambda scalar: scalar**-0.5)
+
+
+def _write_positions(config: ModelConfig) -> list[int]:
+    return [int(config.positions == "rotary")] * config.num_layers
+
+
+# Names in the table that stand for several options together: how they follow from a config.
+DERIVED: dict[str, Callable[[ModelConfig], Any]] = {
+    "scale": lambda config: config.query_scale or config.heads_dim**-0.5,
+    "embedding_scale": lambda config: math.sqrt(config.d_model) if config.scale_embeddings else 1.0,
+    "positions_by_layer": _write_positions,
+}

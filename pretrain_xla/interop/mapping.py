@@ -1,0 +1,184 @@
+"""Our `ModelConfig` ↔ a `config.json` of `transformers`, by the table in `families.py`.
+
+A config.json that we wrote also carries our own config (`STAMP`). It holds what an architecture cannot say, such as that all
+biases are absent where GPT-2 has zeros; it is believed only as long as the rest of the file still says the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from pretrain_xla.config import ModelConfig, build_config
+from pretrain_xla.errors import UserError
+from pretrain_xla.interop.families import FAMILIES, Family
+from pretrain_xla.interop.keys import DERIVED
+from pretrain_xla.interop.traits import PLAIN, allowed, traits
+
+STAMP = "pretrain_xla"
+# What makes a model another kind of model: an architecture that differs in one of these is a far one.
+FUNDAMENTAL = {"norm": 4, "positions": 4, "gated": 2}
+# What config.json cannot say, and what does not change what the weights mean.
+UNSAID = ("vocab_multiple", "dropout", "init", "attention")
+
+
+def choose(config: ModelConfig) -> Family:
+    """The architecture that computes exactly what this model does.
+
+    Raises:
+        UserError: there is none; says which options stand in the way, and which architecture would fit without them.
+    """
+    have = traits(config)
+    rows = [(_obstacles(family, have), family) for family in FAMILIES if family.exported]
+    fitting = next((family for obstacles, family in rows if not obstacles), None)
+    if fitting is not None:
+        return fitting
+    obstacles, nearest = min(rows, key=lambda row: sum(FUNDAMENTAL.get(name, 1) for name in row[0]))
+    in_the_way = " and ".join(f"{name}={getattr(config, name)}" for name in obstacles)
+    mends = " and ".join(f"{name} {_wanted(nearest, name)}" for name in obstacles)
+    raise UserError(
+        f"no architecture of transformers computes this model: {in_the_way} {'stand' if len(obstacles) > 1 else 'stands'} in "
+        f"the way; with {mends} it would be {nearest.model_type} ({nearest.architecture})"
+    )
+
+
+def write_config(family: Family, config: ModelConfig) -> dict[str, Any]:
+    """The config.json of a model; its end-of-text and data type are the exporter's to add."""
+    tree: dict[str, Any] = {"model_type": family.model_type, "architectures": [family.architecture]}
+    tree |= {theirs: key.write(_value(config, key.option)) for theirs, key in family.keys.items()}
+    return {**tree, **family.demands, **family.extra(config), STAMP: config.model_dump(mode="json")}
+
+
+def read_config(raw: Mapping[str, Any], where: str) -> tuple[Family, ModelConfig]:
+    """The architecture and our config of a config.json.
+
+    Layers that look through a sliding window see everything when a text is no longer than the window: `seq_length` is cut
+    to it.
+
+    Raises:
+        UserError: an unknown architecture, or a setting under which it computes what our model cannot.
+    """
+    family = _family(raw, where)
+    try:
+        options = _options(family, raw)
+    except KeyError as error:
+        raise UserError(f"{where}: {error.args[0]!r} is missing") from None
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    for key, wanted in family.demands.items():
+        if raw.get(key, wanted) != wanted:
+            raise UserError(f"{where}: {key}={raw[key]}, and our model computes {family.model_type} only with {wanted}")
+    config = build_config({"model": options}, where).model
+    return family, _stamped(family, raw, config, where) or config
+
+
+def _obstacles(family: Family, have: Mapping[str, Any]) -> list[str]:
+    return [name for name, value in have.items() if not allowed(family.takes.get(name, PLAIN[name]), value)]
+
+
+def _wanted(family: Family, name: str) -> str:
+    takes = family.takes.get(name, PLAIN[name])
+    if callable(takes):
+        return "1 / sqrt of a whole number"
+    words = {None: "left at its default", True: "on", False: "off"}
+    return words.get(takes[0], str(takes[0]))
+
+
+def _value(config: ModelConfig, option: str) -> Any:
+    return DERIVED[option](config) if option in DERIVED else getattr(config, option)
+
+
+def _family(raw: Mapping[str, Any], where: str) -> Family:
+    name = raw.get("model_type")
+    for family in FAMILIES:
+        if family.model_type == name:
+            return family
+    known = ", ".join(family.model_type for family in FAMILIES)
+    raise UserError(f"{where}: model_type={name!r} is none that our model computes: {known}")
+
+
+def _options(family: Family, raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Leaves of `ModelConfig`: what the architecture always is, and what the file says."""
+    fixed = {name: family.takes.get(name, values) for name, values in PLAIN.items()}
+    options = {name: values[0] for name, values in fixed.items() if not callable(values) and values[0] is not None}
+    options["bias"] = family.bias(raw)
+    for theirs, key in family.keys.items():
+        value = raw.get(theirs)
+        if value is None:
+            value = key.default(raw) if callable(key.default) else key.default
+        if value is not None:
+            options[key.option] = key.read(value)
+        elif theirs not in ("num_key_value_heads", "head_dim") and not theirs.endswith("softcapping"):
+            raise KeyError(theirs)
+    options["seq_length"] = min(options["seq_length"], _window(raw) or options["seq_length"])
+    if options["positions"] != "learned":
+        options["rope_theta"] = _theta(raw, family.theta)
+    return _ours(options)
+
+
+def _ours(options: dict[str, Any]) -> dict[str, Any]:
+    """The derived names back to options, and what is the default anyway left out."""
+    head_dim = options.pop("heads_dim", None) or options["d_model"] // options["num_heads"]
+    if head_dim * options["num_heads"] != options["d_model"]:
+        options["head_dim"] = head_dim
+    kv_heads = options.pop("kv_heads", None)
+    if kv_heads not in (None, options["num_heads"]):
+        options["num_kv_heads"] = kv_heads
+    scale = options.pop("scale", None)
+    if scale is not None and not math.isclose(scale, head_dim**-0.5, rel_tol=1e-9):
+        options["query_scale"] = scale
+    factor = options.pop("embedding_scale", None)
+    if factor is not None:
+        options["scale_embeddings"] = factor != 1
+        if factor != 1 and not math.isclose(factor, math.sqrt(options["d_model"]), rel_tol=1e-6):
+            raise UserError(f"embedding_multiplier={factor}: our model multiplies by sqrt(d_model) or not at all")
+    layers = options.pop("positions_by_layer", None)
+    if layers is not None:
+        if len(set(layers)) > 1:
+            raise UserError(f"no_rope_layers={layers}: our model has rotary positions in every layer or in none")
+        options["positions"] = "rotary" if layers[0] else "none"
+    return options
+
+
+def _window(raw: Mapping[str, Any]) -> int | None:
+    """Tokens that the shortest sliding window of any layer lets through; none: no layer has one."""
+    types = raw.get("layer_types")
+    if not raw.get("use_sliding_window", True) or (types is not None and "sliding_attention" not in types):
+        return None
+    window: int | None = raw.get("sliding_window")
+    return window
+
+
+def _theta(raw: Mapping[str, Any], default: float) -> float:
+    """Base of the rotary wavelengths, from the places where transformers has kept it.
+
+    Raises:
+        UserError: the wavelengths are stretched, or only a part of each head turns, or layers differ.
+    """
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    kinds = set(raw.get("layer_types") or ()) & set(rope)
+    parts = [rope[kind] for kind in sorted(kinds)] or [rope]
+    thetas = {float(part.get("rope_theta") or raw.get("rope_theta") or default) for part in parts}
+    if len(thetas) > 1:
+        raise UserError(f"rope_theta differs between layers ({sorted(thetas)}), and our model has one for all")
+    for part in parts:
+        kind = part.get("rope_type", part.get("type", "default"))
+        turned = part.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0))
+        if kind not in (None, "default") or turned != 1:
+            raise UserError(
+                f"rotary positions of type {kind!r}, turning {turned:g} of a head: our model turns all, unscaled"
+            )
+    return thetas.pop()
+
+
+def _stamped(family: Family, raw: Mapping[str, Any], config: ModelConfig, where: str) -> ModelConfig | None:
+    """Our own config, where the file carries it and the rest of the file agrees with it."""
+    stamp = raw.get(STAMP)
+    if not isinstance(stamp, dict):
+        return None
+    own = build_config({"model": stamp}, f"{where}: {STAMP}").model
+    written = write_config(family, own) if not _obstacles(family, traits(own)) else {}
+    same = all(written.get(key) == raw.get(key) for key in family.keys)
+    turned = own.positions != "rotary" or math.isclose(own.rope_theta, config.rope_theta)
+    return own if same and turned else None

@@ -1,0 +1,125 @@
+"""A single file of weights: safetensors beside its config.json, or an old PyTorch checkpoint that names its shape itself.
+
+Old checkpoints are those of nanoGPT and its many relatives, and of earlier trainers of GPT-2: a dictionary with the state
+dict under `model` or alone, and numbers of the architecture under `model_args` or `config`. Their modules are GPT-2's; what
+differs is spelled out here: prefixes of wrappers, `gamma` and `beta` for a norm's weight and bias, plain linear layers
+instead of GPT-2's transposed ones, and the exact GELU, which `torch.nn.GELU` computes.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from pretrain_xla.config import ModelConfig, build_config
+from pretrain_xla.errors import UserError
+from pretrain_xla.interop.description import Description
+from pretrain_xla.interop.families import GPT2_LAYOUT
+from pretrain_xla.interop.hugging_face import GPT2_VOCABULARY, describe_folder
+from pretrain_xla.interop.tensors import CONSTANTS, strip_prefixes, to_ours
+from pretrain_xla.interop.weights import read_file
+
+STATE_KEYS = ("model", "model_state_dict", "state_dict", "model_state")
+SHAPE_KEYS = ("model_args", "model_config", "config", "args", "hparams")
+HEADS_KEYS = ("n_head", "num_heads", "num_attention_heads", "n_heads")
+
+
+def describe_file(path: str) -> Description:
+    """One file of weights.
+
+    Raises:
+        UserError: it cannot be read, or is none of the kinds above.
+    """
+    folder = os.path.dirname(path) or "."
+
+    def find(name: str) -> str | None:
+        inside = os.path.join(folder, name)
+        return inside if os.path.isfile(inside) else None
+
+    if find("config.json"):
+        return describe_folder(find, path, lambda: _state(read_file(path)))
+    saved = read_file(path)
+    tensors = _spelled_as_gpt2(_state(saved))
+    _check_names(tensors, path)
+    config, guessed = _config(tensors, _shape(saved), path)
+    layout = replace(GPT2_LAYOUT, transposed=_is_transposed(tensors))
+    tokenizer = "gpt2" if config.vocab_size == GPT2_VOCABULARY else None
+    read = functools.partial(to_ours, tensors, config, layout, path)
+    return Description(config, tokenizer, path, read, guessed=guessed)
+
+
+def _state(saved: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of the model, wherever they were put."""
+    inside = next((saved[key] for key in STATE_KEYS if isinstance(saved.get(key), dict)), saved)
+    return {name: value for name, value in inside.items() if isinstance(value, Tensor)}
+
+
+def _shape(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Numbers of the architecture that were saved with it."""
+    found: dict[str, Any] = {}
+    for key in SHAPE_KEYS:
+        if isinstance(saved.get(key), dict):
+            found = saved[key] | found
+    return found
+
+
+def _spelled_as_gpt2(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    spelled = {}
+    for name, tensor in strip_prefixes(tensors, GPT2_LAYOUT).items():
+        if not name.endswith(CONSTANTS):
+            spelled[name.replace(".gamma", ".weight").replace(".beta", ".bias")] = tensor
+    return spelled
+
+
+def _check_names(tensors: Mapping[str, Tensor], path: str) -> None:
+    """Refuse what is not laid out as GPT-2, and say by what it shows."""
+    foreign = [name for name in tensors if not name.startswith(("transformer.", "lm_head."))]
+    needed = ("transformer.wte.weight", "transformer.wpe.weight", "transformer.h.0.attn.c_attn.weight")
+    missing = [name for name in needed if name not in tensors]
+    inner = {name.split(".", 3)[3].rsplit(".", 1)[0] for name in tensors if name.startswith("transformer.h.")}
+    foreign += sorted(inner - set(GPT2_LAYOUT.inner.values()))
+    if missing or foreign:
+        shown = foreign[0] if foreign else next(iter(tensors), "nothing")
+        raise UserError(
+            f"{path}: there is no config.json beside it, and its tensors are not those of a GPT-2 or nanoGPT (it has "
+            f"{shown.removeprefix('transformer.')!r}"
+            f"{', and no ' + missing[0].removeprefix('transformer.') if missing else ''}): give it a config.json of an "
+            "architecture that `python -m pretrain_xla export` writes, with its tensors named so"
+        )
+
+
+def _is_transposed(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether matrices are stored as [in, out]: the fused query, key and value is three times as long one way."""
+    rows, columns = tensors["transformer.h.0.attn.c_attn.weight"].shape
+    return bool(columns == 3 * rows)
+
+
+def _config(tensors: Mapping[str, Tensor], shape: Mapping[str, Any], path: str) -> tuple[ModelConfig, frozenset[str]]:
+    """What the shapes of the tensors say; and of the rest, which options are a guess."""
+    vocabulary, width = tensors["transformer.wte.weight"].shape
+    layers = {int(name.split(".")[2]) for name in tensors if name.startswith("transformer.h.")}
+    heads = next((shape[key] for key in HEADS_KEYS if key in shape), None)
+    guessed = {"activation"} if heads is not None else {"activation", "num_heads"}
+    heads = heads or max(1, width // 64)  # as in every GPT-2
+    head = tensors.get("lm_head.weight")
+    up = tensors["transformer.h.0.mlp.c_fc.weight"]
+    transposed = _is_transposed(tensors)
+    options = {
+        "vocab_size": vocabulary,
+        "vocab_multiple": 1 if vocabulary % 128 else 128,
+        "seq_length": tensors["transformer.wpe.weight"].shape[0],
+        "d_model": width,
+        "num_layers": len(layers),
+        "num_heads": heads,
+        "d_ff": up.shape[1 if transposed else 0],
+        # Transposed is OpenAI's own code, or a conversion of it, whose GELU is the tanh form.
+        "activation": "gelu" if transposed else "gelu_exact",
+        "bias": any(name.endswith(".bias") for name in tensors),
+        "tie_weights": head is None or bool((head == tensors["transformer.wte.weight"]).all()),
+    }
+    return build_config({"model": options}, path).model, frozenset(guessed)

@@ -1,0 +1,135 @@
+"""Tensors under their names ↔ under ours: renamed, transposed, fused and split, never computed with, so nothing is lost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from pretrain_xla.config import ModelConfig
+from pretrain_xla.errors import UserError
+from pretrain_xla.interop.families import Layout
+from pretrain_xla.model import GPT
+
+# Put in front of every name by wrappers (DDP, torch.compile) and by trainers; `model.` is also a family's own.
+PREFIXES = ("_orig_mod.", "module.")
+TABLES = ("embedding.weight", "head.weight")
+# Constants that older versions of transformers saved with the weights.
+CONSTANTS = (".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq")
+
+
+def shapes(config: ModelConfig) -> dict[str, torch.Size]:
+    """Name → shape of each of our parameters."""
+    with torch.device("meta"):
+        return {name: parameter.shape for name, parameter in GPT(config).named_parameters()}
+
+
+def to_theirs(tensors: Mapping[str, Tensor], config: ModelConfig, layout: Layout) -> dict[str, Tensor]:
+    """Our tensors under their names; rows of padding are cropped, and biases that we have not are zero."""
+    source = {name: tensor.detach() for name, tensor in tensors.items()}
+    for name in TABLES:
+        if name in source:
+            source[name] = source[name][: config.vocab_size].clone()  # a view would be saved with all its rows
+    if config.positions == "none" and "position_embedding" in layout.outer:
+        source["position_embedding.weight"] = torch.zeros(config.seq_length, config.d_model)
+    for module in _biased(config, layout):
+        weight = source[f"{module}.weight"]
+        source.setdefault(f"{module}.bias", torch.zeros(weight.shape[0]))
+    result: dict[str, Tensor] = {}
+    for theirs, ours in _names(source, config, layout).items():
+        parts = [source[name] for name in ours]
+        tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
+        result[theirs] = _turned(tensor, layout, theirs)
+    return result
+
+
+def to_ours(tensors: Mapping[str, Tensor], config: ModelConfig, layout: Layout, where: str) -> dict[str, Tensor]:
+    """Their tensors under our names, whole and in fp32; the embedding gets its rows of padding (zeros, and masked).
+
+    A longer table of learned positions is cut to `seq_length`. A bias that they have not is zero; one that we have not
+    must be.
+
+    Raises:
+        UserError: a tensor is missing, has another shape, or has no place in our model.
+    """
+    rest = {name: tensor for name, tensor in strip_prefixes(tensors, layout).items() if not name.endswith(CONSTANTS)}
+    expected = shapes(config)
+    result: dict[str, Tensor] = {}
+    for theirs, ours in _names(expected, config, layout).items():
+        tensor = rest.pop(theirs, None)
+        if tensor is None and theirs.endswith(".bias"):
+            result |= {name: torch.zeros(expected[name]) for name in ours}
+            continue
+        if tensor is None:
+            raise UserError(f"{where}: tensor {theirs!r} is missing")
+        tensor = _turned(tensor, layout, theirs)
+        tensor = fit_rows(ours[0], tensor, config) if len(ours) == 1 else tensor
+        sizes = [expected[name][0] for name in ours]
+        wanted = (sum(sizes), *expected[ours[0]][1:])
+        if tuple(tensor.shape) != wanted:
+            raise UserError(f"{where}: tensor {theirs!r} is {_shape(tensor.shape)}, its config says {_shape(wanted)}")
+        for name, part in zip(ours, tensor.split(sizes), strict=True):
+            result[name] = part.float().contiguous()
+    if config.tie_weights:
+        rest.pop(f"{layout.outer['head']}.weight", None)
+    for name, tensor in rest.items():
+        if tensor.count_nonzero():
+            raise UserError(f"{where}: tensor {name!r} has no place in the model that its config describes")
+    return result
+
+
+def fit_rows(name: str, tensor: Tensor, config: ModelConfig) -> Tensor:
+    """A table of tokens or positions cut or padded to what the model holds; any other tensor as it is."""
+    if name.endswith("position_embedding.weight"):
+        return tensor[: config.seq_length]
+    if not name.endswith(TABLES):
+        return tensor
+    wanted = config.padded_vocab_size
+    missing = tensor.new_zeros(max(0, wanted - len(tensor)), tensor.shape[1])
+    return torch.cat((tensor, missing))[:wanted]
+
+
+def strip_prefixes(tensors: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
+    """Names without what wrappers put in front, and with what the family puts there where it was left out."""
+    result = dict(tensors)
+    for prefix in PREFIXES * 2:
+        if result and all(name.startswith(prefix) for name in result):
+            result = {name.removeprefix(prefix): tensor for name, tensor in result.items()}
+    own = layout.layers.split(".")[0] + "."
+    if any(name.startswith(own) for name in result):
+        return result
+    head = layout.outer["head"]
+    return {name if name.startswith(head) else own + name: tensor for name, tensor in result.items()}
+
+
+def _names(ours: Mapping[str, object], config: ModelConfig, layout: Layout) -> dict[str, tuple[str, ...]]:
+    """Their name → our names, for those of our tensors that there are."""
+    result: dict[str, tuple[str, ...]] = {}
+    for name in ours:
+        module, leaf = name.rsplit(".", 1)
+        if not module.startswith("blocks."):
+            result[f"{layout.outer[module]}.{leaf}"] = (name,)
+            continue
+        _, index, inner = module.split(".", 2)
+        theirs = layout.inner[inner]
+        parts = tuple(f"blocks.{index}.{part}.{leaf}" for part in layout.fused.get(theirs, (inner,)))
+        result[f"{layout.layers}.{index}.{theirs}.{leaf}"] = parts
+    return result
+
+
+def _biased(config: ModelConfig, layout: Layout) -> list[str]:
+    """Our modules that must have a bias in this layout."""
+    outer = [module for module in layout.always_biased if module in layout.outer]
+    inner = [module for module in layout.always_biased if module in layout.inner]
+    return outer + [f"blocks.{index}.{module}" for index in range(config.num_layers) for module in inner]
+
+
+def _turned(tensor: Tensor, layout: Layout, theirs: str) -> Tensor:
+    """A layer's matrix the other way round where this layout stores them so."""
+    turned = layout.transposed and tensor.dim() == 2 and theirs.startswith(layout.layers)
+    return tensor.t().contiguous() if turned else tensor
+
+
+def _shape(shape: torch.Size | tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))

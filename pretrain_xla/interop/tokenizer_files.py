@@ -1,0 +1,125 @@
+"""Our tokenizers as files that `AutoTokenizer` opens: one `tokenizer.json`, whatever they were before.
+
+tiktoken's vocabularies are lists of byte strings in the order in which they were merged; the merges themselves follow from
+it. Bytes are a vocabulary of 256 with no merges. What is written is read back and compared on text that is hard to split.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+
+import tokenizers
+from tiktoken import Encoding
+from tokenizers import Regex, decoders, models, pre_tokenizers
+
+from pretrain_xla.data.tokenizer import (
+    END_OF_TEXT,
+    BytesTokenizer,
+    JsonTokenizer,
+    TiktokenTokenizer,
+    Tokenizer,
+)
+
+PROBE = (
+    "Hello  world! It's 12345 o'clock,\n\n\tdon't YOU'LL see?\r\n  x_BTD = f(3.14e-5);  naïve café, Ελλάδα, Привет, "
+    "東京タワー 한국어 🙂👩‍👩‍👧 \u00a0 \u200b end   \n"
+)
+
+
+def write_tokenizer(tokenizer: Tokenizer, folder: str, seq_length: int) -> list[str]:
+    """Write the files of a tokenizer into a folder; returns a note where it cannot be written, and is left out."""
+    made = _as_json(tokenizer)
+    if made is None or made.encode(PROBE) != tokenizer.encode(PROBE):
+        return [
+            f"tokenizer {tokenizer.name!r} has no equal tokenizer.json, so none is written; pass its ids by yourself"
+        ]
+    made.save(folder)
+    end = made.tokenizer.id_to_token(made.end_of_text)
+    tree = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": end,
+        "eos_token": end,
+        "model_max_length": seq_length,
+        "clean_up_tokenization_spaces": False,
+    }
+    with open(os.path.join(folder, "tokenizer_config.json"), "w", encoding="utf-8") as file:
+        json.dump(tree, file, indent=2)
+    return []
+
+
+def _as_json(tokenizer: Tokenizer) -> JsonTokenizer | None:
+    if isinstance(tokenizer, JsonTokenizer):
+        return tokenizer
+    if isinstance(tokenizer, BytesTokenizer):
+        return _byte_level(tokenizer, {bytes([value]): value for value in range(256)}, [], None)
+    if isinstance(tokenizer, TiktokenTokenizer):
+        encoding = tokenizer.encoding
+        ranks = {encoding.decode_single_token_bytes(rank): rank for rank in _ranks(encoding)}
+        # `++`, `?+` and `*+` mean in both libraries what they say; after `}` only tiktoken takes `+` as possessive.
+        pattern = encoding._pat_str.replace("}+", "}")
+        return _byte_level(tokenizer, ranks, _merges(ranks), pattern)
+    return None
+
+
+def _ranks(encoding: Encoding) -> list[int]:
+    specials = {encoding.encode_single_token(text) for text in encoding.special_tokens_set}
+    known = []
+    for token in range(encoding.n_vocab):
+        if token in specials:
+            continue
+        try:
+            encoding.decode_single_token_bytes(token)
+        except KeyError:
+            continue  # a gap in the numbering
+        known.append(token)
+    return known
+
+
+def _byte_level(
+    tokenizer: Tokenizer, ranks: dict[bytes, int], merges: list[tuple[bytes, bytes]], pattern: str | None
+) -> JsonTokenizer:
+    """A byte-level BPE of `tokenizers`, whose bytes are written as printable characters."""
+    alphabet = _byte_characters()
+    words = {word: "".join(alphabet[byte] for byte in word) for word in ranks}
+    vocabulary = {words[word]: rank for word, rank in ranks.items()}
+    pairs = [(words[left], words[right]) for left, right in merges]
+    made = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=pairs, ignore_merges=bool(merges)))
+    steps: list[pre_tokenizers.PreTokenizer] = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    if pattern is not None:
+        steps.insert(0, pre_tokenizers.Split(Regex(pattern), behavior="isolated"))
+    made.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    made.decoder = decoders.ByteLevel()
+    # An added token takes the next free id; the gaps before the end-of-text of some encodings are filled by name.
+    while made.get_vocab_size() < tokenizer.end_of_text:
+        made.add_special_tokens([f"<|unused_{made.get_vocab_size()}|>"])
+    made.add_special_tokens([END_OF_TEXT])
+    made.encode_special_tokens = True
+    return JsonTokenizer(tokenizer.name, made, tokenizer.end_of_text)
+
+
+def _merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
+    """The pair that each token of several bytes was merged from, in the order of merging.
+
+    Merging a token's own bytes with only the merges that came before it leaves exactly the two parts of the last one.
+    """
+    merges = []
+    for word, rank in sorted(ranks.items(), key=lambda item: item[1]):
+        parts = [bytes([byte]) for byte in word]
+        while len(parts) > 2:
+            pairs = [ranks.get(left + right, rank) for left, right in itertools.pairwise(parts)]
+            first = min(range(len(pairs)), key=pairs.__getitem__)
+            if pairs[first] >= rank:
+                break
+            parts[first : first + 2] = [parts[first] + parts[first + 1]]
+        if len(parts) == 2:
+            merges.append((parts[0], parts[1]))
+    return merges
+
+
+def _byte_characters() -> dict[int, str]:
+    """Byte → the character that byte-level BPEs write for it: itself where it is printable, else one from U+0100 on."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + n) for n, byte in enumerate(others)}

@@ -1,0 +1,51 @@
+"""What of a `ModelConfig` decides which architecture computes the same: each option, with its usual value written as none."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from pretrain_xla.config import ModelConfig
+
+
+def ANY(value: Any) -> bool:  # noqa: N802 - reads as a constant in the table
+    """Any value will do."""
+    return True
+
+
+# What an option is where a row of the table does not mention it.
+PLAIN: dict[str, tuple[Any, ...] | Callable[[Any], bool]] = {
+    "norm": ("rmsnorm",),
+    "positions": ("rotary",),
+    "gated": (True,),
+    "bias": (False,),
+    "post_norm": (False,),
+    "qk_norm": (False,),
+    "query_scale": (None,),
+    "attention_softcap": (None,),
+    "logit_softcap": (None,),
+    "scale_embeddings": (False,),
+    "num_kv_heads": (None,),
+    "head_dim": (None,),
+    "num_heads": (None,),
+}
+
+
+def traits(config: ModelConfig) -> dict[str, Any]:
+    """Option → value, for each key of `PLAIN`; none where it is what an architecture expects."""
+    values = {name: getattr(config, name) for name in PLAIN}
+    if config.query_scale is not None and math.isclose(config.query_scale, config.heads_dim**-0.5, rel_tol=1e-9):
+        values["query_scale"] = None
+    if config.heads_dim * config.num_heads == config.d_model:
+        values["head_dim"] = None
+    if config.kv_heads == config.num_heads:
+        values["num_kv_heads"] = None
+    if config.d_model % config.num_heads == 0:
+        values["num_heads"] = None  # most architectures insist on it, even where head_dim is set
+    return values
+
+
+def allowed(takes: Any, value: Any) -> bool:
+    """Whether a table's entry, a tuple of values or a test, takes the value."""
+    return bool(takes(value)) if callable(takes) else value in takes

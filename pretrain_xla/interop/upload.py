@@ -1,0 +1,76 @@
+"""Pushing a run's checkpoints to the Hub while it trains.
+
+One thread, and never more than one checkpoint waiting: when the network is slower than the run, the newest waits and those
+between are left out. A fault of the network costs a warning and is tried again with the next checkpoint; it never stops
+a run, whose checkpoints are whole on the disk.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from pretrain_xla.errors import UserError
+from pretrain_xla.interop.hub import push_checkpoint
+from pretrain_xla.train.files import CONFIG_FILE, TOKENIZER_FOLDER
+
+
+class Uploader:
+    """Pushes checkpoints of one run in the background.
+
+    Args:
+        repository: `owner/name`.
+        run_dir: the run's folder, whose config.yaml and tokenizer go along.
+        checkpoints_dir: its folder of checkpoints, on this machine.
+        say: where a warning goes.
+    """
+
+    def __init__(self, repository: str, run_dir: str, checkpoints_dir: str, say: Callable[[str], None]) -> None:
+        self.repository = repository
+        self._run_dir, self._checkpoints_dir, self._say = run_dir, checkpoints_dir, say
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hub")
+        self._lock = threading.Lock()
+        self._waiting: int | None = None
+        self._running: int | None = None
+        self._task: Future[None] | None = None
+
+    def push(self, step: int) -> None:
+        """Upload the checkpoint of a step, as soon as the one under way is through."""
+        with self._lock:
+            self._waiting = step
+            if self._running is None:
+                self._running = step
+                self._task = self._thread.submit(self._run)
+
+    def busy(self) -> set[int]:
+        """Steps whose folders must stay until they are uploaded."""
+        with self._lock:
+            return {step for step in (self._waiting, self._running) if step is not None}
+
+    def close(self) -> None:
+        """Finish what is under way and what waits."""
+        self._thread.shutdown(wait=True)
+        if self._task is not None:
+            self._task.result()  # what is not a fault of the network is a defect, and is raised
+
+    def _run(self) -> None:
+        while True:
+            with self._lock:
+                self._running, self._waiting = self._waiting, None
+                step = self._running
+            if step is None:
+                return
+            try:
+                push_checkpoint(self.repository, self._checkpoints_dir, step, self._files())
+            except UserError as error:
+                self._say(f"the checkpoint of step {step} was not pushed: {error}")
+
+    def _files(self) -> dict[str, str]:
+        names = [CONFIG_FILE]
+        if os.path.isdir(os.path.join(self._run_dir, TOKENIZER_FOLDER)):
+            names += [
+                f"{TOKENIZER_FOLDER}/{name}" for name in os.listdir(os.path.join(self._run_dir, TOKENIZER_FOLDER))
+            ]
+        return {name: os.path.join(self._run_dir, name) for name in names}

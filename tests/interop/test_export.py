@@ -1,0 +1,247 @@
+"""What is exported opens in plain `transformers`, computes the same there, and comes back bit for bit."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pretrain_xla.config import ModelConfig, build_config
+from pretrain_xla.config_file import load_yaml
+from pretrain_xla.errors import UserError
+from pretrain_xla.interop.export import export_model
+from pretrain_xla.interop.families import FAMILIES
+from pretrain_xla.interop.load import LoadedModel, load_model
+from pretrain_xla.interop.mapping import choose
+from pretrain_xla.model import GPT
+
+from .conftest import TINY, assert_same_logits, assert_same_tensors, build, open_in_transformers, tiny
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+LLAMA = {"norm": "rmsnorm", "positions": "rotary", "gated": True, "activation": "silu", "bias": False}
+GEMMA = LLAMA | {"norm": "rmsnorm_zero_centered", "activation": "gelu", "scale_embeddings": True, "tie_weights": True}
+# For each architecture, a model that goes there, with its options away from their defaults.
+EXAMPLES: dict[str, dict[str, Any]] = {
+    "gpt2": {"bias": False, "activation": "gelu_exact", "norm_eps": 1e-3},
+    "llama": LLAMA | {"num_kv_heads": 2, "head_dim": 10, "bias": True, "rope_theta": 500.0},
+    "qwen3": LLAMA | {"d_model": 30, "num_kv_heads": 2, "head_dim": 10, "qk_norm": True, "tie_weights": True},
+    "gemma": GEMMA | {"num_kv_heads": 1, "head_dim": 8},
+    "gemma2": GEMMA | {"post_norm": True, "attention_softcap": 0.7, "logit_softcap": 1.5, "query_scale": 0.25},
+    "granite": LLAMA | {"scale_embeddings": True, "query_scale": 0.3, "bias": True},
+    "starcoder2": {"positions": "rotary", "num_kv_heads": 2, "rope_theta": 500.0},
+    "stablelm": {"positions": "rotary", "gated": True, "activation": "silu", "bias": False, "num_kv_heads": 2},
+    "gpt_bigcode": {"num_kv_heads": 1, "tie_weights": True},
+    "arcee": LLAMA | {"gated": False, "activation": "relu2", "head_dim": 10},
+    "smollm3": LLAMA | {"positions": "none", "num_kv_heads": 2, "bias": True},
+    "apertus": LLAMA | {"gated": False, "activation": "relu2", "qk_norm": True},
+    "vaultgemma": GEMMA | {"attention_softcap": 0.7, "logit_softcap": 1.5},
+    "gemma3_text": GEMMA | {"post_norm": True, "qk_norm": True, "rope_theta": 500.0, "logit_softcap": 1.5},
+    "hyperclovax": LLAMA | {"post_norm": True, "query_scale": 0.3, "scale_embeddings": True, "head_dim": 10},
+}
+
+
+def export(model: GPT, folder: Path, **keywords: Any) -> Path:
+    loaded = LoadedModel(model.config, dict(model.named_parameters()), None, "test")
+    export_model(loaded, str(folder), **keywords)
+    return folder
+
+
+def check(config: ModelConfig, folder: Path, seed: int = 0) -> None:
+    """There, the same; and back, the same bits and the same config."""
+    model = build(config, seed)
+    export(model, folder)
+    assert_same_logits(model, open_in_transformers(folder))
+    back = load_model(str(folder))
+    assert back.config == config
+    assert_same_tensors(back.tensors, model)
+
+
+def test_every_architecture_has_an_example() -> None:
+    assert set(EXAMPLES) == {family.model_type for family in FAMILIES if family.exported}
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_each_architecture(name: str, tmp_path: Path) -> None:
+    config = tiny(**EXAMPLES[name])
+    assert choose(config).model_type == name
+    check(config, tmp_path)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_each_ready_config_shrunk(path: Path, tmp_path: Path) -> None:
+    config = build_config(load_yaml(str(path)), str(path)).model
+    groups = config.num_heads // config.kv_heads
+    heads = 2 * groups if groups > 1 else 3
+    head_dim = None if config.head_dim is None else 10
+    smaller = {
+        "vocab_size": 61,
+        "seq_length": 12,
+        "d_model": 8 * heads,
+        "num_layers": 2,
+        "num_heads": heads,
+        "num_kv_heads": heads // groups if config.num_kv_heads else None,
+        "head_dim": head_dim,
+        "d_ff": 40,
+        "vocab_multiple": 16,
+    }
+    if config.query_scale is not None:
+        smaller["query_scale"] = config.query_scale
+    check(config.model_copy(update=smaller), tmp_path)
+
+
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "activation": ("gelu", "gelu_exact", "relu", "relu2", "silu"),
+    "gated": (True, False),
+    "norm": ("rmsnorm", "layernorm", "rmsnorm_zero_centered"),
+    "norm_eps": (1e-6, 1e-5, 1e-3),
+    "post_norm": (False, True),
+    "positions": ("rotary", "learned", "none"),
+    "rope_theta": (10_000.0, 500.0),
+    "bias": (False, True),
+    "qk_norm": (False, True),
+    "query_scale": (None, 0.25, 0.3),
+    "attention_softcap": (None, 0.7),
+    "logit_softcap": (None, 1.5),
+    "scale_embeddings": (False, True),
+    "tie_weights": (True, False),
+    "num_kv_heads": (None, 2, 1),
+    "head_dim": (None, 10),
+    "num_heads": (4, 2),
+    "vocab_size": (61, 64),
+    "d_model": (24, 32),
+}
+
+
+def draw(chance: random.Random) -> ModelConfig:
+    """A model that has an architecture, with some of its options changed at random, or all of them at random."""
+    corner = chance.choice([{}, *EXAMPLES.values()])
+    options = {key: chance.choice(values) for key, values in CHOICES.items() if not corner or chance.random() < 0.15}
+    return ModelConfig.model_validate(TINY | corner | options)
+
+
+def test_random_options(tmp_path: Path) -> None:
+    """Whatever can be exported agrees and comes back; whatever cannot says truly what would mend it."""
+    chance, reached, refused = random.Random(11), Counter[str](), 0
+    for index in range(150):
+        config = draw(chance)
+        try:
+            family = choose(config)
+        except UserError as error:
+            assert "in the way" in str(error)
+            refused += 1
+            continue
+        if reached[family.model_type] < 6:  # the common ones would only take time
+            check(config, tmp_path / str(index), seed=index)
+        reached[family.model_type] += 1
+    assert len(reached) == len(EXAMPLES), reached
+    assert refused > 10
+
+
+@pytest.mark.parametrize(
+    ("options", "says", "mend", "then"),
+    [
+        (LLAMA | {"logit_softcap": 1.5}, "logit_softcap=1.5 stands in the way", {"logit_softcap": None}, "llama"),
+        (LLAMA | {"bias": True, "qk_norm": True}, "qk_norm=True stands in the way", {"qk_norm": False}, "llama"),
+        ({"num_kv_heads": 2}, "num_kv_heads=2 stands in the way", {"num_kv_heads": None}, "gpt2"),
+        (GEMMA | {"scale_embeddings": False}, "scale_embeddings=False stands", {"scale_embeddings": True}, "gemma"),
+        (
+            {"num_kv_heads": 2, "attention_softcap": 2.0},
+            "attention_softcap=2.0 and num_kv_heads=2 stand in the way",
+            {"attention_softcap": None, "num_kv_heads": None},
+            "gpt2",
+        ),
+    ],
+)
+def test_what_has_no_architecture_says_what_would(
+    options: dict[str, Any], says: str, mend: dict[str, Any], then: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        choose(tiny(**options))
+    line = str(caught.value)
+    assert says in line
+    assert f"it would be {then} (" in line
+    assert "\n" not in line
+    assert choose(tiny(**(options | mend))).model_type == then
+
+
+def test_the_smallest_mend_named_is_enough(tmp_path: Path) -> None:
+    """Options as the error words them, tried: what it promises holds."""
+    chance = random.Random(5)
+    words = {"left at its default": None, "on": True, "off": False, "1 / sqrt of a whole number": 0.25}
+    tried = 0
+    while tried < 40:
+        config = draw(chance)
+        try:
+            choose(config)
+        except UserError as error:
+            mends, family = str(error).split("; with ")[1].split(" it would be ")
+            changes = {}
+            for mend in mends.split(" and "):
+                option, wanted = mend.split(" ", 1)
+                changes[option] = words.get(wanted, wanted)
+            assert choose(ModelConfig.model_validate(config.model_dump() | changes)).model_type == family.split()[0]
+            tried += 1
+
+
+def test_large_weights_are_split_and_found_again(tmp_path: Path) -> None:
+    model = build(tiny(tie_weights=True))
+    export(model, tmp_path, shard_size="20KB")
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 2
+    assert_same_logits(model, open_in_transformers(tmp_path))
+    assert_same_tensors(load_model(str(tmp_path)).tensors, model)
+
+
+def test_half_precision_on_request(tmp_path: Path) -> None:
+    model = build(tiny(**LLAMA))
+    export(model, tmp_path, dtype="bf16")
+    assert {tensor.dtype for tensor in load_file(tmp_path / "model.safetensors").values()} == {torch.bfloat16}
+    assert open_in_transformers(tmp_path).dtype == torch.bfloat16
+    loaded = load_model(str(tmp_path)).tensors
+    assert torch.equal(loaded["embedding.weight"][:61], model.embedding.weight[:61].bfloat16().float())
+
+
+def test_padding_is_cropped(tmp_path: Path) -> None:
+    model = build(tiny())
+    assert model.embedding.weight.shape[0] == 64
+    export(model, tmp_path)
+    assert load_file(tmp_path / "model.safetensors")["transformer.wte.weight"].shape[0] == 61
+
+
+def test_a_folder_that_holds_something_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match="is not empty"):
+        export(build(tiny()), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_biases_learnt_elsewhere_are_not_dropped(tmp_path: Path) -> None:
+    """Exported without biases to GPT-2, where they are zeros, and trained there: they are no longer zero."""
+    export(build(tiny(bias=False)), tmp_path)
+    theirs = open_in_transformers(tmp_path)
+    theirs.transformer.ln_f.bias.data += 1
+    theirs.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"'transformer.ln_f.bias' has no place"):
+        load_model(str(tmp_path))
+    tree = json.loads((tmp_path / "config.json").read_text())
+    del tree["pretrain_xla"]
+    (tmp_path / "config.json").write_text(json.dumps(tree))
+    loaded = load_model(str(tmp_path))
+    assert loaded.config.bias
+    ours = GPT(loaded.config)
+    ours.load_state_dict(loaded.tensors)
+    assert_same_logits(ours, theirs)
+
+
+def test_an_edited_config_is_believed_over_our_own_copy_of_it(tmp_path: Path) -> None:
+    export(build(tiny(**LLAMA)), tmp_path)
+    tree = json.loads((tmp_path / "config.json").read_text())
+    tree["rms_norm_eps"] = 0.01
+    (tmp_path / "config.json").write_text(json.dumps(tree))
+    assert load_model(str(tmp_path)).config.norm_eps == 0.01
