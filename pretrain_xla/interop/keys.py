@@ -26,7 +26,9 @@ def _same(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Key:
-    """An option, or one of `DERIVED`. default: its value where the file has none or null (a function of the file's tree)."""
+    """An option, or one of `DERIVED`. default: its value where the file has none; a function of the file's tree
+    gives it where the file has null, too.
+    """
 
     option: str
     default: Any = None

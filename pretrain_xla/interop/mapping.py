@@ -79,6 +79,8 @@ def _obstacles(family: Family, have: Mapping[str, Any]) -> list[str]:
 
 def _wanted(family: Family, name: str) -> str:
     takes = family.takes.get(name, PLAIN[name])
+    if name == "num_heads":
+        return "that divides d_model"
     if callable(takes):
         return "1 / sqrt of a whole number"
     words = {None: "left at its default", True: "on", False: "off"}
@@ -104,9 +106,9 @@ def _options(family: Family, raw: Mapping[str, Any]) -> dict[str, Any]:
     options = {name: values[0] for name, values in fixed.items() if not callable(values) and values[0] is not None}
     options["bias"] = family.bias(raw)
     for theirs, key in family.keys.items():
-        value = raw.get(theirs)
-        if value is None:
-            value = key.default(raw) if callable(key.default) else key.default
+        value = raw.get(theirs, key.default)
+        if value is None or callable(value):
+            value = key.default(raw) if callable(key.default) else None
         if value is not None:
             options[key.option] = key.read(value)
         elif theirs not in ("num_key_value_heads", "head_dim") and not theirs.endswith("softcapping"):

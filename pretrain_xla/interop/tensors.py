@@ -64,19 +64,26 @@ def to_ours(tensors: Mapping[str, Tensor], config: ModelConfig, layout: Layout, 
         if tensor is None:
             raise UserError(f"{where}: tensor {theirs!r} is missing")
         tensor = _turned(tensor, layout, theirs)
-        tensor = fit_rows(ours[0], tensor, config) if len(ours) == 1 else tensor
-        sizes = [expected[name][0] for name in ours]
+        sizes = [_rows(name, tensor, config, expected) for name in ours]
         wanted = (sum(sizes), *expected[ours[0]][1:])
         if tuple(tensor.shape) != wanted:
             raise UserError(f"{where}: tensor {theirs!r} is {_shape(tensor.shape)}, its config says {_shape(wanted)}")
         for name, part in zip(ours, tensor.split(sizes), strict=True):
-            result[name] = part.float().contiguous()
+            result[name] = fit_rows(name, part, config).float().contiguous()
     if config.tie_weights:
         rest.pop(f"{layout.outer['head']}.weight", None)
     for name, tensor in rest.items():
         if tensor.count_nonzero():
-            raise UserError(f"{where}: tensor {name!r} has no place in the model that its config describes")
+            why = f", whose {config.norm} has no bias" if "norm" in name and name.endswith(".bias") else ""
+            raise UserError(f"{where}: tensor {name!r} has no place in the model that its config describes{why}")
     return result
+
+
+def _rows(name: str, tensor: Tensor, config: ModelConfig, expected: Mapping[str, torch.Size]) -> int:
+    """Rows that a tensor of theirs should have: a table of tokens has no padding, and one of positions may be longer."""
+    if name in TABLES:
+        return config.vocab_size
+    return max(expected[name][0], len(tensor)) if name == "position_embedding.weight" else expected[name][0]
 
 
 def fit_rows(name: str, tensor: Tensor, config: ModelConfig) -> Tensor:

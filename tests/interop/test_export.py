@@ -122,7 +122,10 @@ def draw(chance: random.Random) -> ModelConfig:
     """A model that has an architecture, with some of its options changed at random, or all of them at random."""
     corner = chance.choice([{}, *EXAMPLES.values()])
     options = {key: chance.choice(values) for key, values in CHOICES.items() if not corner or chance.random() < 0.15}
-    return ModelConfig.model_validate(TINY | corner | options)
+    options = TINY | corner | options
+    if options["d_model"] % options["num_heads"]:
+        options["head_dim"] = 10
+    return ModelConfig.model_validate(options)
 
 
 def test_random_options(tmp_path: Path) -> None:
@@ -132,8 +135,7 @@ def test_random_options(tmp_path: Path) -> None:
         config = draw(chance)
         try:
             family = choose(config)
-        except UserError as error:
-            assert "in the way" in str(error)
+        except UserError:
             refused += 1
             continue
         if reached[family.model_type] < 6:  # the common ones would only take time
@@ -173,7 +175,13 @@ def test_what_has_no_architecture_says_what_would(
 def test_the_smallest_mend_named_is_enough(tmp_path: Path) -> None:
     """Options as the error words them, tried: what it promises holds."""
     chance = random.Random(5)
-    words = {"left at its default": None, "on": True, "off": False, "1 / sqrt of a whole number": 0.25}
+    words = {
+        "left at its default": None,
+        "on": True,
+        "off": False,
+        "1 / sqrt of a whole number": 0.25,
+        "that divides d_model": 2,
+    }
     tried = 0
     while tried < 40:
         config = draw(chance)
