@@ -38,7 +38,8 @@ class Key:
 
 def root(value: float | None) -> bool:
     """Whether a query scale is one over the root of a whole number: what `query_pre_attn_scalar` can say."""
-    return value is None or math.isclose(round(value**-2) ** -0.5, value, rel_tol=1e-9)
+    scalar = 0 if value is None else round(value**-2)
+    return value is None or (scalar > 0 and math.isclose(scalar**-0.5, value, rel_tol=1e-9))
 
 
 def _read_activation(name: str) -> str:

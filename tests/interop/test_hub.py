@@ -1,0 +1,278 @@
+"""The Hub: fetched from, pushed to and continued from, over real HTTP."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from huggingface_hub import constants
+
+from pretrain_xla.config import build_config
+from pretrain_xla.errors import UserError
+from pretrain_xla.interop.command import export_command, import_command
+from pretrain_xla.interop.hub import check_writable
+from pretrain_xla.interop.load import load_model
+from pretrain_xla.interop.upload import Uploader
+from pretrain_xla.train.checkpoint import CheckpointInfo, CheckpointStore
+from pretrain_xla.train.resume import find_start
+
+from .conftest import assert_same_tensors, noise
+from .hub_server import Hub, serve
+from .test_load import TINY, save_run
+
+ROOT = Path(__file__).parents[2]
+SMALL = "--vocab-size 61 --seq-length 12 --d-model 16 --num-layers 2 --num-heads 2 --d-ff 32".split()
+
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    with serve() as hub:
+        yield hub
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def online(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    """The server as the Hub of this process."""
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    )
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", "hf_write")
+    return hub
+
+
+@pytest.fixture
+def command(hub: Hub, tmp_path: Path) -> Command:
+    """A command of ours in its own process, whose Hub is the server."""
+    for split in ("train", "valid"):
+        (tmp_path / "data" / split).mkdir(parents=True)
+        walk = np.cumsum(np.random.default_rng(0).integers(0, 3, 4000)) % 61
+        np.save(tmp_path / "data" / split / "0.npy", walk.astype(np.uint16))
+
+    def run(*words: str, token: str = "hf_write", offline: str = "0") -> tuple[int, str, str]:
+        own = {
+            "HF_ENDPOINT": hub.url,
+            "HF_HOME": str(tmp_path / "cache"),
+            "HF_TOKEN": token,
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_OFFLINE": offline,
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+        }
+        kept = {k: v for k, v in os.environ.items() if k not in ("PJRT_DEVICE", "RANK", "WORLD_SIZE", "LOCAL_RANK")}
+        environment = {k: v for k, v in (kept | own).items() if v}
+        words = (sys.executable, *words)
+        done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
+        return done.returncode, done.stdout, done.stderr
+
+    return run
+
+
+def train(*words: str) -> list[str]:
+    data = "--train-dir data/train --valid-dir data/valid --valid-steps 2 --valid-interval 100 --no-tensorboard".split()
+    loop = "--train-batch-size 4 --eval-batch-size 4 --save-interval 2 --warmup-steps 1 --decay-steps 20".split()
+    return [str(ROOT / "run_pretrain.py"), *data, *loop, *words]
+
+
+def test_gpt2_by_its_name_prints_loss_and_perplexity(command: Command, hub: Hub, tmp_path: Path) -> None:
+    """A small model stands in for OpenAI's: its architecture is taken from its config.json, and its loss is transformers'."""
+    torch.manual_seed(0)
+    shape = transformers.GPT2Config(vocab_size=61, n_positions=16, n_embd=24, n_layer=2, n_head=4)
+    theirs = noise(transformers.GPT2LMHeadModel(shape))
+    theirs.save_pretrained(tmp_path / "model")
+    hub.put("openai-community/gpt2", files_of(tmp_path / "model"))
+    words = train("--do-test", "--from-checkpoint", "gpt2", "--seq-length", "12")
+    status, output, errors = command(*words)
+    assert status == 0, errors
+    assert "note: the model is that of openai-community/gpt2" in output
+    data = torch.from_numpy(np.load(tmp_path / "data" / "valid" / "0.npy").astype(np.int64))
+    rows = data.unfold(0, 13, 12)[:8]
+    with torch.no_grad():
+        loss = torch.nn.functional.cross_entropy(theirs(rows[:, :-1]).logits.flatten(0, 1), rows[:, 1:].flatten())
+    title, *figures = output.splitlines()[-3:]
+    assert title == "** Testing results **"
+    assert [line.split(": ")[0] for line in figures] == ["Loss", "Perplexity"]
+    assert [float(line.split(": ")[1]) for line in figures] == pytest.approx([float(loss), float(loss.exp())], rel=1e-5)
+    again = command(*words, offline="1")  # from the cache alone
+    assert again[0] == 0, again[2]
+    assert again[1].splitlines()[-2:] == figures
+
+
+def test_with_neither_network_nor_cache_the_error_says_what_to_do(online: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        UserError, match=r"openai-community/gpt2 on .*: it cannot be downloaded, and is not in the cache"
+    ):
+        load_model("gpt2")
+
+
+def test_a_run_is_pushed_while_it_trains_and_continued_elsewhere(command: Command, hub: Hub, tmp_path: Path) -> None:
+    words = [*SMALL, "--hub-repo", "alice/run", "--saved-checkpoint-limit", "1", "--log-interval", "1"]
+    status, _, errors = command(*train(*words, "--train-steps", "6", "--run-dir", "here"))
+    assert status == 0, errors
+    assert hub.private == {"alice/run": True}
+    pushed = files_of(tmp_path / "here" / "checkpoints")
+    held = {
+        n.removeprefix("checkpoints/"): d for n, d in hub.files("alice/run").items() if n.startswith("checkpoints/")
+    }
+    assert held == pushed, "those that are kept here, and no other"
+    assert hub.files("alice/run")["config.yaml"] == (tmp_path / "here" / "config.yaml").read_bytes()
+    for files in hub.commits["alice/run"]:
+        folders = {path.split("/")[1] for path in files if path.startswith("checkpoints/")}
+        assert all(f"checkpoints/{folder}/checkpoint.json" in files for folder in folders), "never half of one"
+    status, output, errors = command(*train(*words, "--train-steps", "8", "--run-dir", "there"))
+    assert status == 0, errors
+    assert "step_00000006" in output
+    assert '"step": 7' in (tmp_path / "there" / "metrics.jsonl").read_text()
+    assert '"step": 6,' not in (tmp_path / "there" / "metrics.jsonl").read_text()
+
+
+def test_no_resume_never_writes_over_a_run_on_the_hub(online: Hub, tmp_path: Path) -> None:
+    online.put("alice/run", {"checkpoints/step_00000008/checkpoint.json": b"{}", "checkpoints/step_00000009/x": b""})
+    tree = {"checkpoint": {"hub_repo": "alice/run", "resume": False, "checkpoints_dir": str(tmp_path / "c")}}
+    with pytest.raises(UserError, match="--no-resume, but alice/run on the Hub holds checkpoints up to step 8"):
+        find_start(build_config(tree, "test"), "data", print)
+
+
+def test_training_does_not_begin_where_it_cannot_push(command: Command, tmp_path: Path) -> None:
+    words = [*SMALL, "--train-steps", "2", "--run-dir", "run", "--hub-repo", "alice/run"]
+    status, _, errors = command(*train(*words), token="")
+    assert status == 2
+    assert errors == (
+        "error: alice/run on the Hugging Face Hub: you are not logged in: run `hf auth login`, or set HF_TOKEN, with a token "
+        "that may write to it\n"
+    )
+    assert not list((tmp_path / "run").rglob("step_*"))
+
+
+@pytest.mark.parametrize(
+    ("token", "repository", "line"),
+    [
+        ("hf_read", "alice/run", r"the Hub refuses \(403: no such repository, or not yours\): run `hf auth login`"),
+        ("hf_write", "bob/run", r"the Hub refuses \(403"),
+        ("hf_wrong", "alice/run", r"the Hub refuses \(401"),
+        ("hf_write", "run", "'run' is no repository of the Hugging Face Hub: name it owner/name"),
+    ],
+)
+def test_permission_is_checked(
+    token: str, repository: str, line: str, online: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    online.put("bob/run", {})
+    monkeypatch.setenv("HF_TOKEN", token)
+    with pytest.raises(UserError, match=line) as caught:
+        check_writable(repository)
+    assert "\n" not in str(caught.value)
+
+
+def test_it_is_one_or_the_other() -> None:
+    tree = {
+        "checkpoint": {"hub_repo": "alice/run", "checkpoints_dir": "gs://bucket/run"},
+        "logging": {"run_dir": "run"},
+    }
+    with pytest.raises(UserError, match="hub_repo=alice/run is filled from a local folder"):
+        build_config(tree, "test")
+
+
+@pytest.mark.parametrize(("which", "step"), [("newest", 5), ("best", 3)])
+def test_a_pushed_run_is_a_model(which: str, step: int, online: Hub, tmp_path: Path) -> None:
+    config = build_config({"model": TINY | {"d_ff": 32}, "data": {"tokenizer": "bytes"}}, "test")
+    models = save_run(tmp_path, config, {3: 1.0, 5: 2.0})
+    online.put("alice/run", files_of(tmp_path))
+    loaded = load_model("alice/run", which)
+    assert loaded.where.endswith(f"step_{step:08d}")
+    assert torch.equal(loaded.tensors["final_norm.weight"], models[step].final_norm.weight)
+
+
+def test_an_export_is_pushed_and_imported(
+    online: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = build_config({"model": TINY | {"d_ff": 32}, "data": {"tokenizer": "bytes"}}, "test")
+    models = save_run(tmp_path / "run", config, {3: 1.0})
+    export_command(["run", "out", "--push-to", "alice/mine"])
+    assert f"pushed to {online.url}/alice/mine" in capsys.readouterr().out
+    held = online.files("alice/mine")
+    assert {n: d for n, d in held.items() if n != ".gitattributes"} == files_of(tmp_path / "out")
+    assert b'from_pretrained("alice/mine")' in held["README.md"]
+    import_command(["alice/mine", "back"])
+    assert "alice/mine -> back" in capsys.readouterr().out
+    loaded = load_model("back")
+    assert loaded.config == config.model
+    assert_same_tensors(loaded.tensors, models[3])
+    with pytest.raises(UserError, match=r"alice/none on the Hugging Face Hub: .*404"):
+        import_command(["alice/none", "nothing"])
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    end = time.monotonic() + 20
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def pushing(online: Hub, tmp_path: Path) -> tuple[Uploader, CheckpointStore, list[str]]:
+    """An uploader in this process, with its store, and what it said."""
+    online.put("alice/run", {})
+    (tmp_path / "config.yaml").write_text("model: {}\n")
+    store, said = CheckpointStore(str(tmp_path / "checkpoints"), limit=1), list[str]()
+    uploader = Uploader("alice/run", str(tmp_path), store.root, said.append)
+    store.written, store.in_use = uploader.push, uploader.busy
+    return uploader, store, said
+
+
+def save(store: CheckpointStore, step: int) -> None:
+    store.save({"model.weight": torch.full((1000,), float(step))}, CheckpointInfo(step, None, "", {}))
+    store.wait()
+
+
+def test_training_never_waits_and_what_is_uploading_stays(
+    online: Hub, pushing: tuple[Uploader, CheckpointStore, list[str]]
+) -> None:
+    uploader, store, said = pushing
+    online.slow.clear()
+    for step in (1, 2, 3, 4):
+        save(store, step)  # returns, though the first is not through
+    assert uploader.busy() == {1, 4}
+    assert store.steps() == [1, 3, 4], "the one under way, the one that waited when 4 was written, and 4"
+    online.slow.set()
+    uploader.close()
+    store.close()
+    assert said == []
+    assert online.messages["alice/run"][1:] == ["Checkpoint of step 1", "Checkpoint of step 4"]
+    folders = {path.split("/")[1] for path in online.files("alice/run") if path.startswith("checkpoints/")}
+    assert "step_00000004" in folders
+
+
+def test_a_fault_of_the_network_is_said_and_tried_again(
+    online: Hub, pushing: tuple[Uploader, CheckpointStore, list[str]]
+) -> None:
+    uploader, store, said = pushing
+    online.failing = True
+    save(store, 1)
+    wait_until(lambda: not uploader.busy())
+    assert len(said) == 1
+    assert said[0].startswith("the checkpoint of step 1 was not pushed: alice/run on the Hugging Face Hub: ")
+    online.failing = False
+    save(store, 2)
+    uploader.close()
+    store.close()
+    assert online.messages["alice/run"][1:] == ["Checkpoint of step 2"]
