@@ -204,7 +204,8 @@ class TrainConfig(Section):
     do_test: bool = False
     """Only evaluate: print loss and perplexity on valid_dir, and end."""
     from_checkpoint: str | None = None
-    """Start from gpt2[-medium|-large|-xl], or from where another run stands: its folder, or one of its checkpoints."""
+    """Start from gpt2[-medium|-large|-xl], from any model of the Hub (owner/name), a Hugging Face folder or a .pt file, or from
+    where another run stands: its folder, or one of its checkpoints. The architecture comes from there."""
     rematerialization: Literal["none", "selective", "full"] = "none"
     """What the backward pass computes again instead of keeping: none; selective: all but attention and matrix products;
     full: each block from its input."""

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +12,7 @@ import torch
 import transformers
 from huggingface_hub import constants
 
+from pretrain_xla import cli
 from pretrain_xla.config import build_config
 from pretrain_xla.errors import UserError
 from pretrain_xla.interop.command import export_command, import_command
@@ -28,11 +26,10 @@ from .conftest import assert_same_tensors, noise
 from .hub_server import Hub, serve
 from .test_load import TINY, save_run
 
-ROOT = Path(__file__).parents[2]
 SMALL = "--vocab-size 61 --seq-length 12 --d-model 16 --num-layers 2 --num-heads 2 --d-ff 32".split()
 
 
-Command = Callable[..., tuple[int, str, str]]
+Pretrain = Callable[..., str]
 
 
 @pytest.fixture
@@ -55,53 +52,45 @@ def online(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no token"))
     monkeypatch.setenv("HF_TOKEN", "hf_write")
     return hub
 
 
 @pytest.fixture
-def command(hub: Hub, tmp_path: Path) -> Command:
-    """A command of ours in its own process, whose Hub is the server."""
+def pretrain(
+    online: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Pretrain:
+    """`run_pretrain.py` with the server as its Hub; returns what it printed."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
     for split in ("train", "valid"):
         (tmp_path / "data" / split).mkdir(parents=True)
         walk = np.cumsum(np.random.default_rng(0).integers(0, 3, 4000)) % 61
         np.save(tmp_path / "data" / split / "0.npy", walk.astype(np.uint16))
+    data = "--train-dir data/train --valid-dir data/valid --valid-steps 2 --valid-interval 100 --no-tensorboard".split()
+    loop = "--train-batch-size 4 --eval-batch-size 4 --save-interval 2 --warmup-steps 1 --decay-steps 20".split()
 
-    def run(*words: str, token: str = "hf_write", offline: str = "0") -> tuple[int, str, str]:
-        own = {
-            "HF_ENDPOINT": hub.url,
-            "HF_HOME": str(tmp_path / "cache"),
-            "HF_TOKEN": token,
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_OFFLINE": offline,
-            "PYTHONPATH": str(ROOT),
-            "OMP_NUM_THREADS": "1",
-        }
-        kept = {k: v for k, v in os.environ.items() if k not in ("PJRT_DEVICE", "RANK", "WORLD_SIZE", "LOCAL_RANK")}
-        environment = {k: v for k, v in (kept | own).items() if v}
-        words = (sys.executable, *words)
-        done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
-        return done.returncode, done.stdout, done.stderr
+    def run(*words: str) -> str:
+        capsys.readouterr()
+        cli.pretrain([*data, *loop, *words], program="run_pretrain.py", fixed={"runtime": "torch", "device": "cpu"})
+        return capsys.readouterr().out
 
     return run
 
 
-def train(*words: str) -> list[str]:
-    data = "--train-dir data/train --valid-dir data/valid --valid-steps 2 --valid-interval 100 --no-tensorboard".split()
-    loop = "--train-batch-size 4 --eval-batch-size 4 --save-interval 2 --warmup-steps 1 --decay-steps 20".split()
-    return [str(ROOT / "run_pretrain.py"), *data, *loop, *words]
-
-
-def test_gpt2_by_its_name_prints_loss_and_perplexity(command: Command, hub: Hub, tmp_path: Path) -> None:
+def test_gpt2_by_its_name_prints_loss_and_perplexity(
+    pretrain: Pretrain, online: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A small model stands in for OpenAI's: its architecture is taken from its config.json, and its loss is transformers'."""
     torch.manual_seed(0)
     shape = transformers.GPT2Config(vocab_size=61, n_positions=16, n_embd=24, n_layer=2, n_head=4)
     theirs = noise(transformers.GPT2LMHeadModel(shape))
     theirs.save_pretrained(tmp_path / "model")
-    hub.put("openai-community/gpt2", files_of(tmp_path / "model"))
-    words = train("--do-test", "--from-checkpoint", "gpt2", "--seq-length", "12")
-    status, output, errors = command(*words)
-    assert status == 0, errors
+    online.put("openai-community/gpt2", files_of(tmp_path / "model"))
+    words = ("--do-test", "--from-checkpoint", "gpt2", "--seq-length", "12")
+    output = pretrain(*words)
     assert "note: the model is that of openai-community/gpt2" in output
     data = torch.from_numpy(np.load(tmp_path / "data" / "valid" / "0.npy").astype(np.int64))
     rows = data.unfold(0, 13, 12)[:8]
@@ -111,9 +100,8 @@ def test_gpt2_by_its_name_prints_loss_and_perplexity(command: Command, hub: Hub,
     assert title == "** Testing results **"
     assert [line.split(": ")[0] for line in figures] == ["Loss", "Perplexity"]
     assert [float(line.split(": ")[1]) for line in figures] == pytest.approx([float(loss), float(loss.exp())], rel=1e-5)
-    again = command(*words, offline="1")  # from the cache alone
-    assert again[0] == 0, again[2]
-    assert again[1].splitlines()[-2:] == figures
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert pretrain(*words).splitlines()[-2:] == figures, "from the cache alone"
 
 
 def test_with_neither_network_nor_cache_the_error_says_what_to_do(online: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,22 +112,22 @@ def test_with_neither_network_nor_cache_the_error_says_what_to_do(online: Hub, m
         load_model("gpt2")
 
 
-def test_a_run_is_pushed_while_it_trains_and_continued_elsewhere(command: Command, hub: Hub, tmp_path: Path) -> None:
+def test_a_run_is_pushed_while_it_trains_and_continued_elsewhere(
+    pretrain: Pretrain, online: Hub, tmp_path: Path
+) -> None:
     words = [*SMALL, "--hub-repo", "alice/run", "--saved-checkpoint-limit", "1", "--log-interval", "1"]
-    status, _, errors = command(*train(*words, "--train-steps", "6", "--run-dir", "here"))
-    assert status == 0, errors
-    assert hub.private == {"alice/run": True}
+    pretrain(*words, "--train-steps", "6", "--run-dir", "here")
+    assert online.private == {"alice/run": True}
     pushed = files_of(tmp_path / "here" / "checkpoints")
     held = {
-        n.removeprefix("checkpoints/"): d for n, d in hub.files("alice/run").items() if n.startswith("checkpoints/")
+        n.removeprefix("checkpoints/"): d for n, d in online.files("alice/run").items() if n.startswith("checkpoints/")
     }
     assert held == pushed, "those that are kept here, and no other"
-    assert hub.files("alice/run")["config.yaml"] == (tmp_path / "here" / "config.yaml").read_bytes()
-    for files in hub.commits["alice/run"]:
+    assert online.files("alice/run")["config.yaml"] == (tmp_path / "here" / "config.yaml").read_bytes()
+    for files in online.commits["alice/run"]:
         folders = {path.split("/")[1] for path in files if path.startswith("checkpoints/")}
         assert all(f"checkpoints/{folder}/checkpoint.json" in files for folder in folders), "never half of one"
-    status, output, errors = command(*train(*words, "--train-steps", "8", "--run-dir", "there"))
-    assert status == 0, errors
+    output = pretrain(*words, "--train-steps", "8", "--run-dir", "there")
     assert "step_00000006" in output
     assert '"step": 7' in (tmp_path / "there" / "metrics.jsonl").read_text()
     assert '"step": 6,' not in (tmp_path / "there" / "metrics.jsonl").read_text()
@@ -152,11 +140,13 @@ def test_no_resume_never_writes_over_a_run_on_the_hub(online: Hub, tmp_path: Pat
         find_start(build_config(tree, "test"), "data", print)
 
 
-def test_training_does_not_begin_where_it_cannot_push(command: Command, tmp_path: Path) -> None:
-    words = [*SMALL, "--train-steps", "2", "--run-dir", "run", "--hub-repo", "alice/run"]
-    status, _, errors = command(*train(*words), token="")
-    assert status == 2
-    assert errors == (
+def test_training_does_not_begin_where_it_cannot_push(
+    pretrain: Pretrain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(SystemExit, match="2"):
+        pretrain(*SMALL, "--train-steps", "2", "--run-dir", "run", "--hub-repo", "alice/run")
+    assert capsys.readouterr().err == (
         "error: alice/run on the Hugging Face Hub: you are not logged in: run `hf auth login`, or set HF_TOKEN, with a token "
         "that may write to it\n"
     )
