@@ -18,7 +18,8 @@ from pretrain_xla.config import RunConfig, build_config
 from pretrain_xla.data.tokenizer import Tokenizer, load_tokenizer
 from pretrain_xla.data.train_tokenizer import train_tokenizer
 from pretrain_xla.evaluate.scorer import Scorer
-from pretrain_xla.interop.gpt2 import CLASSIC, convert_gpt2
+from pretrain_xla.interop.layouts import GPT2_LAYOUT
+from pretrain_xla.interop.tensors import to_ours
 from pretrain_xla.model import GPT
 from pretrain_xla.runtime.torch_runtime import TorchRuntime
 from pretrain_xla.train.checkpoint import CheckpointInfo, CheckpointStore
@@ -73,7 +74,7 @@ def trio(tmp_path_factory: pytest.TempPathFactory) -> Trio:
             parameter.data.mul_(8)
     config = _config(tokenizer.vocab_size + 3, str(run_dir / "tokenizer"))
     ours = GPT(config.model)
-    ours.load_state_dict(convert_gpt2(theirs.state_dict(), config.model))
+    ours.load_state_dict(to_ours(theirs.state_dict(), config.model, GPT2_LAYOUT, "test"))
     store = CheckpointStore(str(run_dir / "checkpoints"), limit=1)
     tensors = {f"model.{name}": value.detach() for name, value in ours.named_parameters()}
     store.save(tensors, CheckpointInfo(1, 1.0, "data", config.model_dump(mode="json")))
@@ -97,7 +98,7 @@ def _config(vocab_size: int, tokenizer: str) -> RunConfig:
         "d_ff": 128,
     }
     tree = {
-        "model": model | CLASSIC,
+        "model": model | {"tie_weights": True},
         "data": {"tokenizer": tokenizer},
         "parallel": {"runtime": "torch", "device": "cpu"},
     }
