@@ -53,6 +53,7 @@ def export_model(
         tensors = {name: tensor.to(DTYPES[dtype]) for name, tensor in tensors.items()}
         save_torch_state_dict(tensors, folder, max_shard_size=shard_size, metadata={"format": "pt"})
         write_json(os.path.join(folder, "config.json"), tree)
+        _share(folder)
         write_json(os.path.join(folder, "generation_config.json"), {k: v for k, v in ends.items() if v is not None})
         if tokenizer is None:
             notes.append("this model came without a tokenizer, so none is written")
@@ -77,6 +78,14 @@ def make_empty_folder(folder: str) -> None:
             raise UserError(f"{folder}: is not empty; name a new folder, or remove what is in it")
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error.strerror}): name another folder") from None
+
+
+def _share(folder: str) -> None:
+    """Give the weights the permissions that other files get: they are written for this user alone."""
+    mode = os.stat(os.path.join(folder, "config.json")).st_mode
+    for name in os.listdir(folder):
+        if name.endswith(".safetensors"):
+            os.chmod(os.path.join(folder, name), mode)
 
 
 def write_json(path: str, tree: dict[str, Any]) -> None:

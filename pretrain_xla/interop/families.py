@@ -13,28 +13,25 @@ from typing import Any
 
 from pretrain_xla.config import ModelConfig
 from pretrain_xla.interop.keys import GELU, GPT2_GELU, SCALAR, SILU, Key, root
+from pretrain_xla.interop.layouts import (
+    ATTENTION,
+    BIGCODE_LAYOUT,
+    FEED_FORWARD,
+    GEMMA_NORMS,
+    GPT2_LAYOUT,
+    HEAD_NORMS,
+    LLAMA_LAYOUT,
+    NORM_MODULES,
+    NORMS,
+    OUTER,
+    PLAIN_FEED_FORWARD,
+    QWEN3_LAYOUT,
+    Layout,
+)
 from pretrain_xla.interop.traits import ANY
 
 Options = dict[str, tuple[Any, ...] | Callable[[Any], bool]]
-Names = dict[str, str]
 Keys = dict[str, Key]
-
-
-@dataclass(frozen=True)
-class Layout:
-    """What tensors are called.
-
-    layers: what stands before a layer's number. outer, inner: our module → theirs, outside and inside the layers; of several
-    of theirs that are one matrix (`fused`) each is named in order. transposed: matrices of layers are stored as [in, out].
-    always_biased: our modules that have a bias there even when our model has none; it is zero then.
-    """
-
-    layers: str
-    outer: Names
-    inner: Names
-    fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    transposed: bool = False
-    always_biased: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -84,53 +81,6 @@ def _rope_by_layer_type(config: ModelConfig) -> dict[str, Any]:
 def _has_biases(raw: Mapping[str, Any]) -> bool:
     return bool(raw.get("attention_bias") or raw.get("mlp_bias") or raw.get("use_qkv_bias"))
 
-
-OUTER = {"embedding": "model.embed_tokens", "final_norm": "model.norm", "head": "lm_head"}
-ATTENTION = {
-    "attention.query": "self_attn.q_proj",
-    "attention.key": "self_attn.k_proj",
-    "attention.value": "self_attn.v_proj",
-    "attention.output": "self_attn.o_proj",
-}
-HEAD_NORMS = {"attention.query_norm": "self_attn.q_norm", "attention.key_norm": "self_attn.k_norm"}
-PLAIN_FEED_FORWARD = {"feed_forward.up": "mlp.up_proj", "feed_forward.down": "mlp.down_proj"}
-FEED_FORWARD = PLAIN_FEED_FORWARD | {"feed_forward.gate": "mlp.gate_proj"}
-NORMS = {"attention_norm": "input_layernorm", "feed_forward_norm": "post_attention_layernorm"}
-NORM_MODULES = ("attention_norm", "feed_forward_norm", "final_norm")
-GEMMA_NORMS = {
-    "attention_norm": "input_layernorm",
-    "attention_post_norm": "post_attention_layernorm",
-    "feed_forward_norm": "pre_feedforward_layernorm",
-    "feed_forward_post_norm": "post_feedforward_layernorm",
-}
-LLAMA_LAYOUT = Layout("model.layers", OUTER, ATTENTION | FEED_FORWARD | NORMS)
-QWEN3_LAYOUT = Layout("model.layers", OUTER, ATTENTION | HEAD_NORMS | FEED_FORWARD | NORMS)
-GPT2_INNER = {
-    "attention.query": "attn.c_attn",
-    "attention.key": "attn.c_attn",
-    "attention.value": "attn.c_attn",
-    "attention.output": "attn.c_proj",
-    "feed_forward.up": "mlp.c_fc",
-    "feed_forward.down": "mlp.c_proj",
-    "attention_norm": "ln_1",
-    "feed_forward_norm": "ln_2",
-}
-GPT2_LAYOUT = Layout(
-    "transformer.h",
-    {
-        "embedding": "transformer.wte",
-        "position_embedding": "transformer.wpe",
-        "final_norm": "transformer.ln_f",
-        "head": "lm_head",
-    },
-    GPT2_INNER,
-    fused={"attn.c_attn": ("attention.query", "attention.key", "attention.value")},
-    transposed=True,
-    always_biased=(*GPT2_INNER, "final_norm"),
-)
-BIGCODE_LAYOUT = Layout(
-    "transformer.h", GPT2_LAYOUT.outer, GPT2_INNER, GPT2_LAYOUT.fused, always_biased=GPT2_LAYOUT.always_biased
-)
 
 SHAPE = {
     "vocab_size": Key("vocab_size"),

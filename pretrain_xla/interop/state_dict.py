@@ -19,8 +19,8 @@ from torch import Tensor
 from pretrain_xla.config import ModelConfig, build_config
 from pretrain_xla.errors import UserError
 from pretrain_xla.interop.description import Description
-from pretrain_xla.interop.families import GPT2_LAYOUT
 from pretrain_xla.interop.hugging_face import GPT2_VOCABULARY, describe_folder
+from pretrain_xla.interop.layouts import GPT2_LAYOUT
 from pretrain_xla.interop.tensors import CONSTANTS, strip_prefixes, to_ours
 from pretrain_xla.interop.weights import read_file
 

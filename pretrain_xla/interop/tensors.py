@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pretrain_xla.config import ModelConfig
 from pretrain_xla.errors import UserError
-from pretrain_xla.interop.families import Layout
+from pretrain_xla.interop.layouts import Layout
 from pretrain_xla.model import GPT
 
 # Put in front of every name by wrappers (DDP, torch.compile) and by trainers; `model.` is also a family's own.

@@ -14,11 +14,12 @@ import pytest
 import torch
 import transformers
 
-from pretrain_xla.config import ModelConfig, RunConfig, build_config
+from pretrain_xla.config import RunConfig, build_config
 from pretrain_xla.data.tokenizer import Tokenizer, load_tokenizer
 from pretrain_xla.data.train_tokenizer import train_tokenizer
 from pretrain_xla.evaluate.scorer import Scorer
-from pretrain_xla.interop.load import load_model
+from pretrain_xla.interop.layouts import GPT2_LAYOUT
+from pretrain_xla.interop.tensors import to_ours
 from pretrain_xla.model import GPT
 from pretrain_xla.runtime.torch_runtime import TorchRuntime
 from pretrain_xla.train.checkpoint import CheckpointInfo, CheckpointStore
@@ -71,11 +72,9 @@ def trio(tmp_path_factory: pytest.TempPathFactory) -> Trio:
     for parameter in theirs.parameters():
         if parameter.dim() == 2:
             parameter.data.mul_(8)
-    theirs.save_pretrained(run_dir / "transformers")
-    loaded = load_model(str(run_dir / "transformers"))
-    config = _config(loaded.config, str(run_dir / "tokenizer"))
+    config = _config(tokenizer.vocab_size + 3, str(run_dir / "tokenizer"))
     ours = GPT(config.model)
-    ours.load_state_dict(loaded.tensors)
+    ours.load_state_dict(to_ours(theirs.state_dict(), config.model, GPT2_LAYOUT, "test"))
     store = CheckpointStore(str(run_dir / "checkpoints"), limit=1)
     tensors = {f"model.{name}": value.detach() for name, value in ours.named_parameters()}
     store.save(tensors, CheckpointInfo(1, 1.0, "data", config.model_dump(mode="json")))
@@ -89,9 +88,17 @@ def trio(tmp_path_factory: pytest.TempPathFactory) -> Trio:
     return Trio(ours.eval(), theirs, run_dir, found, fast, TorchRuntime(config))
 
 
-def _config(model: ModelConfig, tokenizer: str) -> RunConfig:
+def _config(vocab_size: int, tokenizer: str) -> RunConfig:
+    model = {
+        "vocab_size": vocab_size,
+        "seq_length": LENGTH,
+        "d_model": 32,
+        "num_layers": 2,
+        "num_heads": 4,
+        "d_ff": 128,
+    }
     tree = {
-        "model": model.model_dump(),
+        "model": model | {"tie_weights": True},
         "data": {"tokenizer": tokenizer},
         "parallel": {"runtime": "torch", "device": "cpu"},
     }
