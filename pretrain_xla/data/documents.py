@@ -66,6 +66,14 @@ def well_formed(text: str) -> str:
     return text
 
 
+def utf8(text: str) -> bytes:
+    """The text in UTF-8; lone surrogates become U+FFFD."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        return well_formed(text).encode()
+
+
 def _files(fs: Any, root: str, path: str) -> list[str]:
     if fs.isfile(root):
         return [root]

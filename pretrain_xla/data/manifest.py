@@ -77,7 +77,7 @@ class DatasetInfo(_Record):
     @property
     def tokenizer_name(self) -> str:
         """What to give to `load_tokenizer`."""
-        return f"{self.root}/{self.tokenizer}" if self.tokenizer.endswith(".json") else self.tokenizer
+        return f"{self.root}/{self.tokenizer}" if "/" in self.tokenizer else self.tokenizer
 
 
 def dataset_info(directory: str) -> DatasetInfo | None:
