@@ -54,6 +54,7 @@ class Recipe(_Record):
     """A name, or a checksum of the file's content, or what was to be trained."""
     shard_size: int
     valid_fraction: float
+    seed: int = 0
 
     def same(self, other: Recipe) -> bool:
         """Whether both give the same dataset."""

@@ -41,6 +41,7 @@ class PieceTable:
         self._cutter, self._encode_pieces = cutter, encode_pieces
         self._known = {piece: [token] for piece, token in known.items() if len(piece) <= LONGEST_KEY}
         self._known[bytes([BORDER_BYTE])] = [end_of_text]
+        self._pool_size = self._kept = self._filled = 0
         self._clear()
 
     def encode(self, raw: bytes) -> np.ndarray:

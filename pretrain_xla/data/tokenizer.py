@@ -193,22 +193,17 @@ def _load_json(name: str, fs: Any, path: str) -> JsonTokenizer:
     try:
         tree = json.loads(fs.cat_file(path))
         names = _end_of_text_names(fs, folder)
-        tokenizer = tokenizers.Tokenizer.from_str(json.dumps(tree))
+        content = json.dumps(tree)
+        tokenizer = tokenizers.Tokenizer.from_str(content)
     except Exception as error:  # `tokenizers` raises plain Exception
         raise UserError(f"tokenizer {name!r}: {path} cannot be read: {' '.join(str(error).split())[:200]}") from None
-    found = [(text, token) for text in names if (token := tokenizer.token_to_id(text)) is not None]
+    found = [text for text in names if tokenizer.token_to_id(text) is not None]
     if not found:
         raise UserError(
             f"tokenizer {name!r}: no end-of-text token (looked for {', '.join(names)}); "
             f'name it in a {SPECIALS_FILE} beside it: {{"eos_token": "..."}}'
         )
-    # Declared special, and specials matched as ordinary text: without both, text could forge the border of a document.
-    text, end_of_text = found[0]
-    tokenizer.add_special_tokens([text])
-    tokenizer.encode_special_tokens = True
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return JsonTokenizer(name, tokenizer, end_of_text)
+    return JsonTokenizer.of(name, content, found[0])
 
 
 def _end_of_text_names(fs: Any, folder: str) -> list[str]:

@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import sentencepiece
 import tiktoken
@@ -103,6 +104,29 @@ class JsonTokenizer:
     tokenizer: tokenizers.Tokenizer
     end_of_text: int
 
+    @staticmethod
+    def of(name: str, content: str, end_of_text: str) -> JsonTokenizer:
+        """The tokenizer of a file's content, with our manners whatever the file says.
+
+        Args:
+            name: what `load_tokenizer` finds it by.
+            content: JSON.
+            end_of_text: the token that ends a document; it must be there.
+        """
+        tokenizer = tokenizers.Tokenizer.from_str(content)
+        # Declared special, and specials matched as ordinary text: without both, text could forge the border of a document.
+        tokenizer.add_special_tokens([end_of_text])
+        tokenizer.encode_special_tokens = True
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        token = tokenizer.token_to_id(end_of_text)
+        assert token is not None
+        return JsonTokenizer(name, tokenizer, token)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # `tokenizers` forgets `encode_special_tokens` when it is pickled.
+        return JsonTokenizer.of, (self.name, self.tokenizer.to_str(), self.tokenizer.id_to_token(self.end_of_text))
+
     @cached_property
     def vocab_size(self) -> int:
         """See `Tokenizer.vocab_size`; ids need not be without gaps."""
@@ -113,8 +137,8 @@ class JsonTokenizer:
         """See `Tokenizer.byte_ids`: `<0xE3>` of byte fallback, or the characters that stand for bytes in a byte-level BPE."""
         fallback = [f"<0x{byte:02X}>" for byte in range(256)]
         for names in (fallback, _byte_level_names()):
-            ids = [self.tokenizer.token_to_id(name) for name in names]
-            if None not in ids:
+            ids = [token for name in names if (token := self.tokenizer.token_to_id(name)) is not None]
+            if len(ids) == len(names):
                 return tuple(ids)
         raise _no_byte_tokens(self.name)
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from pretrain_xla.data import prepare as prepare_module
 from pretrain_xla.data.dataset import open_dataset, verify_checksums
 from pretrain_xla.data.prepare import prepare
-from pretrain_xla.data.sources import Source
+from pretrain_xla.data.sources import source_of
 from pretrain_xla.data.split import LONG_DOCUMENT, split_document
 from pretrain_xla.data.tokenizer import load_tokenizer
 from pretrain_xla.errors import UserError
@@ -28,7 +28,7 @@ DOCUMENTS = [f"Document {number} says <|endoftext|> and naïve things. " * (numb
 
 
 def source(documents=DOCUMENTS, version="1"):
-    return Source("test", version, lambda: iter(documents))
+    return source_of("test", version, lambda: documents)
 
 
 def tree(folder):
@@ -121,7 +121,7 @@ def test_one_big_file_can_be_held_out_from(tmp_path, shared):
 def test_same_recipe_returns_what_is_there(tmp_path):
     first = prepare(source(), str(tmp_path), "bytes")
     times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    unread = Source("another name", "1", lambda: pytest.fail("the source was read again"))
+    unread = source_of("another name", "1", lambda: pytest.fail("the source was read again"))
     assert prepare(unread, str(tmp_path), "bytes") == first
     assert times == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
 

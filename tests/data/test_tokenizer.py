@@ -154,7 +154,7 @@ def test_faults_are_one_line(tmp_path, monkeypatch):
     cases = {
         str(tmp_path): "no end-of-text token",
         str(tmp_path / "bad"): "cannot be read",
-        str(tmp_path / "empty"): "no tokenizer.json",
+        str(tmp_path / "empty"): "no bitbpe.json or tokenizer.json or tokenizer.model",
         str(tmp_path / "none.json"): "no such file",
         "gtp2": "did you mean gpt2",
         "zzzzzz": "known are gpt2",
