@@ -26,9 +26,9 @@ from functools import cached_property
 
 import numpy as np
 
-from pretrain_xla.data.files import filesystem, write_atomically
+from pretrain_xla.data.files import filesystem, remove, write_atomically
 from pretrain_xla.data.tokenizer import StoredTokenizer, Tokenizer, load_tokenizer
-from pretrain_xla.data.tokenizer_kinds import BITBPE_FILE
+from pretrain_xla.data.tokenizer_kinds import BITBPE_FILE, check_alone
 from pretrain_xla.errors import UserError
 
 NUM_PREFIX_TOKENS = (4, 8, 16, 32, 64)
@@ -149,10 +149,12 @@ class BitBPETokenizer:
             UserError: the folder cannot be written.
         """
         base = self.base.name
+        fs, root = filesystem(folder)
+        check_alone(fs, root, BITBPE_FILE, *((self.base.file_name,) if isinstance(self.base, StoredTokenizer) else ()))
+        remove(fs, [f"{root}/{BITBPE_FILE}"])  # for the moment: beside it the base could not be saved
         if isinstance(self.base, StoredTokenizer):
             self.base.save(folder)
             base = self.base.file_name
-        fs, root = filesystem(folder)
         tree = {"base": base, "num_prefix_tokens": self.num_prefix_tokens}
         write_atomically(fs, f"{root}/{BITBPE_FILE}", [json.dumps(tree, indent=2).encode()])
 

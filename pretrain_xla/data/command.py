@@ -50,7 +50,9 @@ class ReadingFlags:
 class PrepareFlags(ReadingFlags):
     """Turn text into token shards, in train/ and valid/, with a dataset.json beside them. Broken off, it goes on."""
 
-    paths: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE [SOURCE ...] OUTPUT-DIR")] = ()
+    paths: Annotated[
+        tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE [SOURCE ...] OUTPUT-DIR")
+    ] = ()
     """Text, .jsonl, .parquet or .arrow: a file, a folder, a pattern with *, a URL of one; hf:DATASET[:CONFIG[:SPLIT]] for a
     dataset on the Hugging Face Hub; or `quickstart`, the documentation inside Python. Last, the folder to write to."""
     tokenizer: str | None = None

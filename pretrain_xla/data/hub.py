@@ -35,7 +35,7 @@ def hub_source(name: str, *, text_column: str, streaming: bool, cache_dir: str |
         raise UserError(f"source {name!r}: write hf:DATASET, hf:DATASET:CONFIG or hf:DATASET:CONFIG:SPLIT")
     place = {"path": path, "name": config or None, "cache_dir": cache_dir}
     split = split or "train"
-    builder = _call(name, "load_dataset_builder", **place)
+    builder = _call(name, "load_dataset_builder", place)
     rows = builder.info.splits[split].num_examples if split in (builder.info.splits or {}) else None
     version = f"{builder.config_id}-{builder.hash}:{split}:{text_column}"
     place["split"] = split
@@ -43,7 +43,7 @@ def hub_source(name: str, *, text_column: str, streaming: bool, cache_dir: str |
     return Source(name, version, functools.partial(read, name, place, text_column, rows))
 
 
-def _call(name: str, function: str, **arguments: Any) -> Any:
+def _call(name: str, function: str, arguments: dict[str, Any]) -> Any:
     import datasets  # seconds to import, and only this needs it
 
     try:
@@ -54,7 +54,7 @@ def _call(name: str, function: str, **arguments: Any) -> Any:
 
 def _rows(name: str, place: dict[str, Any], column: str, rows: int | None, begin: int | None) -> Iterator[Document]:
     """Of a downloaded dataset; a place is the number of rows read."""
-    table = _call(name, "load_dataset", **place)
+    table = _call(name, "load_dataset", place)
     check_column(table.features.arrow_schema, name, column)
     table = table.select_columns([column]).with_format("arrow")
     for first in range(begin or 0, len(table), ROWS):
@@ -68,7 +68,7 @@ def _stream(
     name: str, place: dict[str, Any], column: str, rows: int | None, begin: list[Any] | None
 ) -> Iterator[Document]:
     """Of a streamed dataset; a place is the dataset's own state before a batch, rows read of that batch, and rows in all."""
-    stream = _call(name, "load_dataset", streaming=True, **place)
+    stream = _call(name, "load_dataset", {**place, "streaming": True})
     if stream.features:
         check_column(stream.features.arrow_schema, name, column)
     stream = stream.select_columns([column]).with_format("arrow")

@@ -34,6 +34,7 @@ from pretrain_xla.data.shards import SUFFIX, ShardWriter, dtype_for, open_shard
 from pretrain_xla.data.sources import Source, open_source
 from pretrain_xla.data.split import split_document
 from pretrain_xla.data.tokenizer import StoredTokenizer, Tokenizer, known_tokenizers, load_tokenizer
+from pretrain_xla.data.tokenizer_kinds import SPECIALS_FILE, TOKENIZER_FILES
 from pretrain_xla.data.train_tokenizer import check_vocab_size, train_tokenizer
 from pretrain_xla.data.workers import encode_chunks
 from pretrain_xla.errors import Interrupted, UserError
@@ -231,8 +232,9 @@ def _shard_files(fs: Any, root: str) -> list[str]:
 
 
 def _clear(fs: Any, root: str) -> None:
-    """Remove manifest and shards, and nothing that `prepare` does not write."""
-    remove(fs, [f"{root}/{MANIFEST}", *_shard_files(fs, root)])
+    """Remove manifest, shards and tokenizer, and nothing that `prepare` does not write."""
+    tokenizer = (f"{root}/{TOKENIZER_FOLDER}/{file}" for file in (*TOKENIZER_FILES, SPECIALS_FILE))
+    remove(fs, [f"{root}/{MANIFEST}", *_shard_files(fs, root), *tokenizer])
 
 
 def _make(

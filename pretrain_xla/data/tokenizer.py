@@ -20,9 +20,9 @@ from pretrain_xla.data.files import filesystem
 from pretrain_xla.data.tokenizer_kinds import (
     BITBPE_FILE,
     END_OF_TEXT,
-    SENTENCEPIECE_FILE,
     SPECIALS_FILE,
     TOKENIZER_FILE,
+    TOKENIZER_FILES,
     BytesTokenizer,
     JsonTokenizer,
     SentencePieceTokenizer,
@@ -47,8 +47,6 @@ __all__ = [
 ]
 
 END_OF_TEXT_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "<|end|>")
-TOKENIZER_FILES = (BITBPE_FILE, TOKENIZER_FILE, SENTENCEPIECE_FILE)
-"""What makes a folder a tokenizer; the first that is there decides."""
 
 
 class Tokenizer(Protocol):

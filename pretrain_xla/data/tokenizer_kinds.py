@@ -19,12 +19,14 @@ import tiktoken
 import tokenizers
 
 from pretrain_xla.data.documents import well_formed
-from pretrain_xla.data.files import filesystem, write_atomically
+from pretrain_xla.data.files import filesystem, url, write_atomically
 from pretrain_xla.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
 TOKENIZER_FILE, SPECIALS_FILE = "tokenizer.json", "special_tokens_map.json"
 SENTENCEPIECE_FILE, BITBPE_FILE = "tokenizer.model", "bitbpe.json"
+TOKENIZER_FILES = (BITBPE_FILE, TOKENIZER_FILE, SENTENCEPIECE_FILE)
+"""What makes a folder a tokenizer; the first that is there decides."""
 
 
 @dataclass(frozen=True)
@@ -173,6 +175,7 @@ class JsonTokenizer:
             UserError: the folder cannot be written.
         """
         fs, root = filesystem(folder)
+        check_alone(fs, root, TOKENIZER_FILE)
         specials = {"eos_token": self.tokenizer.id_to_token(self.end_of_text)}
         write_atomically(fs, f"{root}/{TOKENIZER_FILE}", [self.tokenizer.to_str(pretty=True).encode()])
         write_atomically(fs, f"{root}/{SPECIALS_FILE}", [json.dumps(specials, indent=2).encode()])
@@ -241,7 +244,19 @@ class SentencePieceTokenizer:
             UserError: the folder cannot be written.
         """
         fs, root = filesystem(folder)
+        check_alone(fs, root, SENTENCEPIECE_FILE)
         write_atomically(fs, f"{root}/{SENTENCEPIECE_FILE}", [self.content])
+
+
+def check_alone(fs: Any, root: str, *own: str) -> None:
+    """Refuse a folder that holds another kind of tokenizer: which one was meant could not be told.
+
+    Raises:
+        UserError: naming the file.
+    """
+    for file in TOKENIZER_FILES:
+        if file not in own and fs.exists(f"{root}/{file}"):
+            raise UserError(f"{url(fs, root)}: holds another tokenizer ({file}): choose another folder, or take it out")
 
 
 def _no_byte_tokens(name: str) -> UserError:

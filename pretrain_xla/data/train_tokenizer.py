@@ -13,9 +13,8 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from pretrain_xla.data.documents import well_formed
-from pretrain_xla.data.files import filesystem, write_atomically
 from pretrain_xla.data.tokenizer import Tokenizer, load_tokenizer
-from pretrain_xla.data.tokenizer_kinds import END_OF_TEXT, SENTENCEPIECE_FILE, JsonTokenizer
+from pretrain_xla.data.tokenizer_kinds import END_OF_TEXT, JsonTokenizer, SentencePieceTokenizer
 from pretrain_xla.errors import UserError
 
 Kind = Literal["bpe", "sentencepiece"]
@@ -70,8 +69,7 @@ def train_tokenizer(
     if kind == "bpe":
         _train_bpe(texts, vocab_size, specials, min_frequency).save(output_dir)
     else:
-        fs, root = filesystem(output_dir)
-        write_atomically(fs, f"{root}/{SENTENCEPIECE_FILE}", [_train_sentencepiece(texts, vocab_size, specials)])
+        _train_sentencepiece(texts, vocab_size, specials).save(output_dir)
     return load_tokenizer(output_dir)
 
 
@@ -102,7 +100,7 @@ def _train_bpe(texts: Iterable[str], vocab_size: int, specials: list[str], min_f
     return JsonTokenizer("", tokenizer, end_of_text=0)
 
 
-def _train_sentencepiece(texts: Iterable[str], vocab_size: int, specials: list[str]) -> bytes:
+def _train_sentencepiece(texts: Iterable[str], vocab_size: int, specials: list[str]) -> SentencePieceTokenizer:
     written = io.BytesIO()
     lines = (
         line[begin : begin + _LONGEST_LINE]
@@ -134,4 +132,6 @@ def _train_sentencepiece(texts: Iterable[str], vocab_size: int, specials: list[s
     except RuntimeError as error:
         text = " ".join(str(error).split()).rpartition("] ")[2][:200]
         raise UserError(f"vocab_size={vocab_size}: SentencePiece cannot train: {text}") from None
-    return written.getvalue()
+    return SentencePieceTokenizer(
+        "", sentencepiece.SentencePieceProcessor(model_proto=written.getvalue()), end_of_text=1
+    )
