@@ -7,6 +7,8 @@ same order, so that one can take over from the other.
 from __future__ import annotations
 
 import functools
+import hashlib
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -37,10 +39,25 @@ def hub_source(name: str, *, text_column: str, streaming: bool, cache_dir: str |
     split = split or "train"
     builder = _call(name, "load_dataset_builder", place)
     rows = builder.info.splits[split].num_examples if split in (builder.info.splits or {}) else None
-    version = f"{builder.config_id}-{builder.hash}:{split}:{text_column}"
+    version = _version(builder)
+    if os.path.isdir(path):  # `datasets` would take what it kept of a folder's earlier files for those of today
+        place["cache_dir"] = os.path.join(cache_dir or _cache(), version)
     place["split"] = split
     read = _stream if streaming else _rows
-    return Source(name, version, functools.partial(read, name, place, text_column, rows))
+    return Source(name, f"{version}:{split}:{text_column}", functools.partial(read, name, place, text_column, rows))
+
+
+def _version(builder: Any) -> str:
+    """A checksum over the names of the files and what tells of a change: a commit of the Hub, an ETag, a time."""
+    files = builder.config.data_files or {}
+    listed = [(split, list(paths), paths.origin_metadata) for split, paths in sorted(files.items())]
+    return hashlib.sha256(repr((builder.config_id, builder.hash, listed)).encode()).hexdigest()[:16]
+
+
+def _cache() -> str:
+    import datasets
+
+    return str(datasets.config.HF_DATASETS_CACHE)
 
 
 def _call(name: str, function: str, arguments: dict[str, Any]) -> Any:
