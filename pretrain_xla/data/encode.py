@@ -98,12 +98,15 @@ def _tiktoken_table(encoding: tiktoken.Encoding) -> PieceTable:
     known: dict[bytes, int] = {}
     for piece in encoding.token_byte_values():
         known[piece] = encoding.encode_single_token(piece)
-    return PieceTable(
-        PieceCutter(classify),
-        lambda pieces: [encoding.encode_ordinary(piece) for piece in pieces],
-        known,
-        encoding.eot_token,
-    )
+    end = encoding.decode([encoding.eot_token])
+
+    def encode_pieces(pieces: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        # One call for all: no piece has this special string in it, as it has both letters and signs.
+        ids = encoding.encode_to_numpy(end.join([*pieces, ""]), allowed_special={end}, disallowed_special=())
+        ends = np.flatnonzero(ids == encoding.eot_token)
+        return ids[ids != encoding.eot_token], np.diff(ends, prepend=-1) - 1
+
+    return PieceTable(PieceCutter(classify), encode_pieces, known, encoding.eot_token)
 
 
 def _json_table(tokenizer: JsonTokenizer) -> PieceTable:
@@ -116,12 +119,12 @@ def _json_table(tokenizer: JsonTokenizer) -> PieceTable:
                 return kind
         return SPACE
 
-    return PieceTable(
-        PieceCutter(classify),
-        lambda pieces: [tokenizer.encode(piece) for piece in pieces],
-        {},
-        tokenizer.end_of_text,
-    )
+    def encode_pieces(pieces: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        encoded = [tokenizer.encode(piece) for piece in pieces]
+        counts = np.fromiter(map(len, encoded), np.int64, len(encoded))
+        return np.fromiter(itertools.chain.from_iterable(encoded), np.uint32), counts
+
+    return PieceTable(PieceCutter(classify), encode_pieces, {}, tokenizer.end_of_text)
 
 
 def _cuts_like_gpt2(tokenizer: JsonTokenizer) -> bool:

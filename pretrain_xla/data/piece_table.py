@@ -26,7 +26,7 @@ class PieceTable:
 
     Args:
         cutter: cuts documents as the tokenizer does.
-        encode_pieces: the tokenizer, for single pieces.
+        encode_pieces: the tokenizer, for single pieces: their ids, one after the other, and how many each has.
         known: pieces whose ids need not be asked for.
         end_of_text: id for the border after each document.
     """
@@ -34,13 +34,13 @@ class PieceTable:
     def __init__(
         self,
         cutter: PieceCutter,
-        encode_pieces: Callable[[Sequence[str]], Sequence[Sequence[int]]],
+        encode_pieces: Callable[[Sequence[str]], tuple[np.ndarray, np.ndarray]],
         known: Mapping[bytes, int],
         end_of_text: int,
     ) -> None:
         self._cutter, self._encode_pieces = cutter, encode_pieces
-        self._known = {piece: [token] for piece, token in known.items() if len(piece) <= LONGEST_KEY}
-        self._known[bytes([BORDER_BYTE])] = [end_of_text]
+        self._known = {piece: token for piece, token in known.items() if len(piece) <= LONGEST_KEY}
+        self._known[bytes([BORDER_BYTE])] = end_of_text
         self._pool_size = self._kept = self._filled = 0
         self._clear()
 
@@ -76,7 +76,8 @@ class PieceTable:
         raw_N = np.frombuffer(b"".join(pieces) + bytes(16), np.uint8)
         lengths_P = np.array([len(piece) for piece in pieces])
         first_P, second_P, _ = _keys(raw_N, np.cumsum(lengths_P) - lengths_P, lengths_P)
-        self._insert(first_P, second_P, self._store(list(self._known.values())))
+        ids_P = np.array(list(self._known.values()), np.uint32)
+        self._insert(first_P, second_P, self._store(ids_P, np.ones(len(pieces), np.int64)))
         self._kept = self._pool_size
 
     def _look_up(self, first_P: np.ndarray, second_P: np.ndarray, has_key_P: np.ndarray) -> np.ndarray:
@@ -113,28 +114,26 @@ class PieceTable:
         pieces = [raw[start:end] for start, end in spans]
         number = {piece: index for index, piece in enumerate(dict.fromkeys(pieces))}
         which = np.array([number[piece] for piece in pieces])
-        found = self._encode_pieces([piece.decode() for piece in number])
+        ids, counts = self._encode_pieces([piece.decode() for piece in number])
         example = np.zeros(len(number), np.int64)
         example[which] = missing
         keyed = has_key_P[example]
         values = np.zeros(len(number), np.int64)
         # Those that are kept go first, so that the rest can be cut off the pool again.
-        values[keyed] = self._store([ids for ids, keep in zip(found, keyed, strict=True) if keep])
+        kept = np.repeat(keyed, counts)
+        values[keyed] = self._store(ids[kept], counts[keyed])
         self._insert(first_P[example[keyed]], second_P[example[keyed]], values[keyed])
         self._kept = self._pool_size
-        values[~keyed] = self._store([ids for ids, keep in zip(found, keyed, strict=True) if not keep])
+        values[~keyed] = self._store(ids[~kept], counts[~keyed])
         values_P[missing] = values[which]
 
-    def _store(self, lists: Sequence[Sequence[int]]) -> np.ndarray:
-        """Append ids to the pool; returns the values that point to them."""
-        counts = np.fromiter(map(len, lists), np.int64, len(lists))
-        offsets = self._pool_size + np.cumsum(counts) - counts
-        self._pool_size += int(counts.sum())
-        if self._pool_size > len(self._pool):
-            self._pool = np.concatenate([self._pool, np.zeros(self._pool_size, np.uint32)])
-        flat = (token for ids in lists for token in ids)
-        self._pool[self._pool_size - int(counts.sum()) : self._pool_size] = np.fromiter(flat, np.uint32)
-        return (offsets << _COUNT_BITS) | counts
+    def _store(self, ids: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        """Append ids to the pool; returns the values that point to them, one for each count."""
+        begin, end = self._pool_size, self._pool_size + len(ids)
+        if end > len(self._pool):
+            self._pool = np.concatenate([self._pool, np.zeros(end, np.uint32)])
+        self._pool[begin:end], self._pool_size = ids, end
+        return ((begin + np.cumsum(counts) - counts) << _COUNT_BITS) | counts
 
     def _insert(self, first_P: np.ndarray, second_P: np.ndarray, values_P: np.ndarray) -> None:
         """Put in pieces that are not there; of those that want one slot, one gets it and the rest try the next."""

@@ -91,7 +91,8 @@ def encode_chunks(
         yield Chunk(encoder.encode([document.text for document in chunk]), chunk[-1])
     first = next(chunks, None)
     if first is not None:
-        yield from _in_processes(itertools.chain([first], chunks), (tokenizer, valid_fraction, seed), num_workers)
+        arguments = (tokenizer, valid_fraction, seed)
+        yield from _in_processes(itertools.chain([first], chunks), encoder, arguments, num_workers)
 
 
 def _chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:
@@ -107,14 +108,24 @@ def _chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:
         yield chunk
 
 
-def _in_processes(chunks: Iterator[list[Document]], arguments: tuple[Any, ...], num_workers: int) -> Iterator[Chunk]:
-    # Spawned, not forked: this process may have threads, and what they hold locked would stay so in a copy.
-    pool = ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"), _begin, arguments)
+def _in_processes(
+    chunks: Iterator[list[Document]], encoder: ChunkEncoder, arguments: tuple[Any, ...], num_workers: int
+) -> Iterator[Chunk]:
+    # Not forked from this process: it may have threads, and what they hold locked would stay so in a copy.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    pool = ProcessPoolExecutor(num_workers, context, _begin, arguments)
     under_way: collections.deque[tuple[Future[dict[str, Encoded]], Document]] = collections.deque()
+    begun = False
     try:
         for chunk in chunks:
-            under_way.append((pool.submit(_encode, [document.text for document in chunk]), chunk[-1]))
-            if len(under_way) >= _AHEAD * num_workers:
+            texts, last = [document.text for document in chunk], chunk[-1]
+            begun = begun or (len(under_way) >= num_workers and under_way[0][0].done())
+            if begun or len(under_way) < num_workers:
+                under_way.append((pool.submit(_encode, texts), last))
+            else:  # it takes a second until the processes are there
+                under_way.append((_done(encoder.encode(texts)), last))
+            while begun and len(under_way) >= _AHEAD * num_workers:
                 yield _result(*under_way.popleft())
         while under_way:
             yield _result(*under_way.popleft())
@@ -129,6 +140,12 @@ def _in_processes(chunks: Iterator[list[Document]], arguments: tuple[Any, ...], 
 
 def _result(future: Future[dict[str, Encoded]], last: Document) -> Chunk:
     return Chunk(future.result(), last)
+
+
+def _done(encoded: dict[str, Encoded]) -> Future[dict[str, Encoded]]:
+    future: Future[dict[str, Encoded]] = Future()
+    future.set_result(encoded)
+    return future
 
 
 _encoder: ChunkEncoder | None = None  # of a worker process
