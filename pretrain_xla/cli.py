@@ -21,7 +21,7 @@ COMMANDS = """usage: python -m pretrain_xla COMMAND [--help]
   train            train (or, with --do-test, evaluate) a model
   preflight        compile the training step for a TPU that is not here: does it fit, how fast, what does it cost
   prepare          text -> tokens -> shards in train/ and valid/
-  train-tokenizer  train a byte-level BPE on text
+  train-tokenizer  train a tokenizer on text: byte-level BPE or SentencePiece
   generate         continue a prompt with a trained model
   quickstart       all of it on this machine: prepare, train, evaluate, generate
 """

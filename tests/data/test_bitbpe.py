@@ -10,12 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pretrain_xla.config import build_config
 from pretrain_xla.data.bitbpe import NUM_PREFIX_TOKENS, BitBPETokenizer
 from pretrain_xla.data.prepare import prepare
 from pretrain_xla.data.sources import source_of
 from pretrain_xla.data.tokenizer import decode_after, load_tokenizer
 from pretrain_xla.data.train_tokenizer import train_tokenizer
 from pretrain_xla.errors import UserError
+from pretrain_xla.train.files import find_tokenizer, write_run_files
 
 ROOT = Path(__file__).resolve().parents[2]
 CORPUS = ["the quick brown fox", "日本語のテキスト。日本の本。", "한국어 텍스트"] * 30
@@ -111,6 +113,21 @@ def test_works_as_a_tokenizer_from_a_folder(tmp_path, base):
     documents = load_tokenizer(info.tokenizer_name).decode(tokens).split("<|endoftext|>")
     assert sorted(documents[:-1]) == sorted(rare)
     assert tokens.max() >= base.vocab_size
+
+
+def test_a_run_keeps_its_own_copy(tmp_path):
+    train_tokenizer(CORPUS, 300, str(tmp_path / "bpe"))
+    BitBPETokenizer("", load_tokenizer(str(tmp_path / "bpe"))).save(str(tmp_path / "bit"))
+    prepare(source_of("test", "1", lambda: CORPUS), str(tmp_path / "data"), str(tmp_path / "bit"), valid_fraction=0.3)
+    data = {"train_dir": str(tmp_path / "data/train"), "valid_dir": str(tmp_path / "data/valid")}
+    config = build_config({"data": data, "logging": {"run_dir": str(tmp_path / "run")}}, "test")
+    (tmp_path / "run").mkdir()
+    write_run_files(config)
+    for folder in ("bpe", "bit", "data"):
+        (tmp_path / folder).rename(tmp_path / f"{folder}-moved")
+    kept = find_tokenizer(str(tmp_path / "run" / "checkpoints"))
+    assert kept == f"{tmp_path}/run/tokenizer/bitbpe.json"
+    assert load_tokenizer(kept).encode("龍") == load_tokenizer(str(tmp_path / "bit-moved")).encode("龍")
 
 
 def test_faults_are_one_line(tmp_path):
