@@ -23,7 +23,7 @@ COMMANDS = """usage: python -m pretrain_xla COMMAND [--help]
   preflight        compile the training step for a TPU that is not here: does it fit, how fast, what does it cost
   prepare          text -> tokens -> shards in train/ and valid/
   inspect          look into token shards: counts, histograms, first documents, checks
-  train-tokenizer  train a byte-level BPE on text
+  train-tokenizer  train a tokenizer on text: byte-level BPE or SentencePiece
   export           write a trained model for Hugging Face transformers
   import           make a model of Hugging Face's, or an old checkpoint, one of ours
   generate         continue a prompt with a trained model

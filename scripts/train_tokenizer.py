@@ -1,4 +1,8 @@
-"""Train a byte-level BPE: `python scripts/train_tokenizer.py --source quickstart --output-dir tokenizers/4k`."""
+"""Train a tokenizer, byte-level BPE or SentencePiece with byte fallback.
+
+python scripts/train_tokenizer.py --source quickstart --output-dir tokenizers/4k --vocab-size 4096
+python scripts/train_tokenizer.py --source 'text/ja/*.jsonl.gz' --output-dir tokenizers/ja --kind sentencepiece
+"""
 
 import sys
 from pathlib import Path

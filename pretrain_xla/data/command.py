@@ -1,4 +1,4 @@
-"""The words of `prepare` and `train-tokenizer`."""
+"""The words of `prepare`, `prepare_fineweb.py`, `train-tokenizer` and `convert_bpe_to_bitbpe.py`."""
 
 from __future__ import annotations
 
@@ -14,20 +14,50 @@ from rich.table import Table
 from pretrain_xla.data.manifest import DatasetInfo
 from pretrain_xla.data.prepare import prepare
 from pretrain_xla.data.shards import WrittenFormat
-from pretrain_xla.data.sources import open_source
-from pretrain_xla.data.train_tokenizer import train_tokenizer
+from pretrain_xla.data.sources import Source, join_sources, open_source
+from pretrain_xla.data.train_tokenizer import Kind, train_tokenizer
+from pretrain_xla.errors import UserError
 
 
-@dataclass(frozen=True)
-class PrepareFlags:
-    """Turn text into token shards, in train/ and valid/, with a dataset.json beside them."""
+@dataclass(frozen=True, kw_only=True)
+class ReadingFlags:
+    """How sources are read."""
 
-    source: Annotated[str, tyro.conf.Positional]
-    """Text file, .jsonl(.gz) file, folder of them, a URL of one; or `quickstart`: the documentation inside Python."""
-    output_dir: Annotated[str, tyro.conf.Positional]
-    """Folder to write to."""
+    weights: str | None = None
+    """Share of the characters that comes from each source, such as 7:3, until one source ends; none: all of each."""
+    text_column: str = "text"
+    """Key or column that holds the text, in .jsonl, .parquet, .arrow and datasets."""
+    streaming: bool = False
+    """Read hf: datasets over the network as it goes, instead of downloading them first."""
+    cache_dir: str | None = None
+    """Where downloaded hf: datasets are kept; none: where `datasets` keeps them."""
+    max_documents: int | None = None
+    """End after so many documents."""
+
+    def open(self, names: Sequence[str]) -> Source:
+        """All of the sources as one."""
+        opened = [
+            open_source(name, text_column=self.text_column, streaming=self.streaming, cache_dir=self.cache_dir)
+            for name in names
+        ]
+        try:
+            weights = [float(weight) for weight in self.weights.split(":")] if self.weights else []
+        except ValueError:
+            raise UserError(f"--weights {self.weights}: give a number for each source, such as 7:3") from None
+        return join_sources(opened, weights, self.max_documents)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareFlags(ReadingFlags):
+    """Turn text into token shards, in train/ and valid/, with a dataset.json beside them. Broken off, it goes on."""
+
+    paths: Annotated[
+        tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE [SOURCE ...] OUTPUT-DIR")
+    ] = ()
+    """Text, .jsonl, .parquet or .arrow: a file, a folder, a pattern with *, a URL of one; hf:DATASET[:CONFIG[:SPLIT]] for a
+    dataset on the Hugging Face Hub; or `quickstart`, the documentation inside Python. Last, the folder to write to."""
     tokenizer: str | None = None
-    """tiktoken name, tokenizer.json or a folder with one, or `bytes`; none: gpt2."""
+    """tiktoken name, tokenizer.json, SentencePiece .model, bitbpe.json, a folder with one, or `bytes`; none: gpt2."""
     train_vocab_size: int | None = None
     """Instead of --tokenizer: train a BPE of so many ids on the text first."""
     shard_size: int = 100_000_000
@@ -36,6 +66,10 @@ class PrepareFlags:
     """Share of the documents held out for validation; for a large corpus much less will do."""
     format: WrittenFormat = "npy"
     """Of the shards: .npy; .bin as llm.c reads it; Parquet with a column input_ids."""
+    seed: int = 0
+    """Another one holds out other documents."""
+    num_workers: int | None = None
+    """Processes that tokenise; none: one a core. The shards do not depend on it."""
     overwrite: bool = False
     """Replace a dataset that was made otherwise."""
 
@@ -47,43 +81,97 @@ def prepare_command(arguments: Sequence[str]) -> None:
         UserError: see `prepare`.
     """
     flags = tyro.cli(PrepareFlags, prog="python -m pretrain_xla prepare", args=list(arguments))
+    *sources, output_dir = flags.paths or [""]
+    if not sources:
+        raise UserError("prepare: give at least one source, and then the folder to write to")
     info = prepare(
-        flags.source,
-        flags.output_dir,
+        flags.open(sources),
+        output_dir,
         flags.tokenizer,
         train_vocab_size=flags.train_vocab_size,
         shard_size=flags.shard_size,
         valid_fraction=flags.valid_fraction,
+        seed=flags.seed,
+        num_workers=flags.num_workers,
         overwrite=flags.overwrite,
         format=flags.format,
     )
     show_dataset(info)
 
 
+@dataclass(frozen=True)
+class FinewebFlags:
+    """Download FineWeb's sample of ten billion tokens, and write it as token shards to train/ and valid/."""
+
+    seed: int = 0
+    """Another one holds out other documents."""
+    fineweb_edu: bool = False
+    """FineWeb-Edu instead of FineWeb."""
+    streaming: bool = False
+    """Read over the network as it goes, instead of downloading first."""
+    tokenizer: str = "gpt2"
+    """tiktoken name, tokenizer.json, SentencePiece .model, bitbpe.json, a folder with one, or `bytes`."""
+    shard_size: int = 100_000_000
+    """Tokens in a shard."""
+    output_dir: str = "./fineweb_edu_10BT"
+    """Folder to write to."""
+    num_workers: int = 1
+    """Processes that tokenise. The shards do not depend on it."""
+    cache_dir: str | None = None
+    """Where downloads are kept; none: where `datasets` keeps them."""
+
+
+def prepare_fineweb_command(arguments: Sequence[str]) -> None:
+    """Parse, prepare, and say what is there now; one hundredth of the documents is held out.
+
+    Raises:
+        UserError: see `prepare`.
+    """
+    flags = tyro.cli(FinewebFlags, prog="prepare_fineweb.py", args=list(arguments))
+    dataset = "HuggingFaceFW/fineweb-edu" if flags.fineweb_edu else "HuggingFaceFW/fineweb"
+    info = prepare(
+        open_source(f"hf:{dataset}:sample-10BT", streaming=flags.streaming, cache_dir=flags.cache_dir),
+        flags.output_dir,
+        flags.tokenizer,
+        shard_size=flags.shard_size,
+        valid_fraction=0.01,
+        seed=flags.seed,
+        num_workers=flags.num_workers,
+    )
+    show_dataset(info)
+
+
 def show_dataset(info: DatasetInfo) -> None:
-    """A small table of a dataset."""
-    print(f"{os.path.relpath(info.root) if '://' not in info.root else info.root}: ", end="")
-    print(f"{info.vocab_size:,} token ids by {info.tokenizer}, stored as {info.dtype}")
+    """A small table of a dataset, and how to train on it."""
+    root = os.path.relpath(info.root) if "://" not in info.root else info.root
+    print(f"{root}: {info.vocab_size:,} token ids by {info.tokenizer}, stored as {info.dtype}")
     table = Table()
     for heading in ("split", "documents", "tokens", "shards"):
         table.add_column(heading, justify="left" if heading == "split" else "right")
     for name, split in info.splits.items():
         table.add_row(name, f"{split.documents:,}", f"{split.tokens:,}", f"{len(split.shards):,}")
     Console().print(table)
+    print(f"train on it: --train-dir {root}/train --valid-dir {root}/valid --vocab-size {info.vocab_size}")
 
 
-@dataclass(frozen=True)
-class TrainTokenizerFlags:
-    """Train a byte-level BPE tokenizer; the folder it writes is then a --tokenizer everywhere."""
+@dataclass(frozen=True, kw_only=True)
+class TrainTokenizerFlags(ReadingFlags):
+    """Train a tokenizer; the folder it writes is then a --tokenizer everywhere."""
 
-    source: str
-    """Text file, .jsonl(.gz) file, folder of them, a URL of one; or `quickstart`."""
+    source: tuple[str, ...]
+    """One or more: text, .jsonl, .parquet, .arrow (file, folder, pattern or URL), hf:DATASET[:CONFIG[:SPLIT]], `quickstart`."""
     output_dir: str
-    """Folder to write tokenizer.json to."""
+    """Folder to write tokenizer.json or tokenizer.model to."""
+    kind: Kind = "bpe"
+    """bpe: byte-level, GPT-2's kind; sentencepiece: BPE of characters, with byte fallback for rare ones."""
     vocab_size: int = 32768
-    """Number of ids, with the 256 bytes and end-of-text among them."""
-    min_frequency: int = 2
-    """A pair that occurs less often is never merged."""
+    """Number of ids, with the 256 bytes and the special tokens among them."""
+    special_tokens: tuple[str, ...] = ()
+    """More of them, besides <|endoftext|>."""
+    min_frequency: int | None = None
+    """bpe: a pair that occurs less often is never merged; none: 2."""
+    max_lines: int | None = None
+    """Learn from so many lines of text and no more."""
 
 
 def train_tokenizer_command(arguments: Sequence[str]) -> None:
@@ -93,6 +181,15 @@ def train_tokenizer_command(arguments: Sequence[str]) -> None:
         UserError: see `train_tokenizer`.
     """
     flags = tyro.cli(TrainTokenizerFlags, prog="python -m pretrain_xla train-tokenizer", args=list(arguments))
-    documents = open_source(flags.source).documents()
-    tokenizer = train_tokenizer(documents, flags.vocab_size, flags.output_dir, min_frequency=flags.min_frequency)
-    print(f"{flags.output_dir}/tokenizer.json: {tokenizer.vocab_size:,} ids")
+    if flags.min_frequency is not None and flags.kind != "bpe":
+        raise UserError(f"--min-frequency {flags.min_frequency}: --kind {flags.kind} has no such limit: leave it out")
+    tokenizer = train_tokenizer(
+        flags.open(flags.source).documents(),
+        flags.vocab_size,
+        flags.output_dir,
+        kind=flags.kind,
+        special_tokens=flags.special_tokens,
+        min_frequency=flags.min_frequency or 2,
+        max_lines=flags.max_lines,
+    )
+    print(f"{tokenizer.name}: {tokenizer.vocab_size:,} ids")

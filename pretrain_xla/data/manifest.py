@@ -56,6 +56,7 @@ class Recipe(_Record):
     shard_size: int
     valid_fraction: float
     format: Literal["npy", "bin", "parquet"] = "npy"
+    seed: int = 0
 
     def same(self, other: Recipe) -> bool:
         """Whether both give the same dataset."""
@@ -79,7 +80,7 @@ class DatasetInfo(_Record):
     @property
     def tokenizer_name(self) -> str:
         """What to give to `load_tokenizer`."""
-        return f"{self.root}/{self.tokenizer}" if self.tokenizer.endswith(".json") else self.tokenizer
+        return f"{self.root}/{self.tokenizer}" if "/" in self.tokenizer else self.tokenizer
 
 
 def dataset_info(directory: str) -> DatasetInfo | None:

@@ -1,41 +1,46 @@
 """Text → tokens → a dataset that training opens: shards in `train/` and `valid/`, and `dataset.json` beside them.
 
-The bytes of the shards depend on the recipe (source, tokenizer, sizes) and on nothing else. `dataset.json` is written
-last: with it the dataset is whole, without it `open_dataset` refuses to train on the part that is there.
+The bytes of the shards depend on the recipe (source, tokenizer, sizes, seed) and on nothing else: not on the number of
+workers, nor on how often the work was broken off and taken up again (`journal`). `dataset.json` is written last: with it
+the dataset is whole, without it `open_dataset` refuses to train on the part that is there.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import itertools
-from collections.abc import Iterable, Iterator
+import os
+import signal
+from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from pretrain_xla.data.files import PARTIAL, filesystem, remove, url, write_atomically
+from pretrain_xla.data.files import PARTIAL, filesystem, remove, url
 from pretrain_xla.data.formats import is_shard
+from pretrain_xla.data.journal import Journal, clear_journal, read_progress, write_start
+from pretrain_xla.data.journal import Progress as Left
 from pretrain_xla.data.manifest import (
     MANIFEST,
     SPLITS,
     UNFINISHED,
     DatasetInfo,
     Recipe,
+    SplitInfo,
     dataset_info,
     write_manifest,
 )
 from pretrain_xla.data.shards import ShardWriter, WrittenFormat, dtype_for, open_shard
 from pretrain_xla.data.sources import Source, open_source
 from pretrain_xla.data.split import split_document
-from pretrain_xla.data.tokenizer import TOKENIZER_FILE, JsonTokenizer, Tokenizer, known_tokenizers, load_tokenizer
+from pretrain_xla.data.tokenizer import StoredTokenizer, Tokenizer, known_tokenizers, load_tokenizer
+from pretrain_xla.data.tokenizer_kinds import SPECIALS_FILE, TOKENIZER_FILES
 from pretrain_xla.data.train_tokenizer import check_vocab_size, train_tokenizer
-from pretrain_xla.errors import UserError
+from pretrain_xla.data.workers import encode_chunks
+from pretrain_xla.errors import Interrupted, UserError
 
 TOKENIZER_FOLDER = "tokenizer"  # of the dataset's own copy
-_BATCH_CHARACTERS, _BATCH_TEXTS = 2**22, 4096
 
 
 def prepare(
@@ -46,6 +51,8 @@ def prepare(
     train_vocab_size: int | None = None,
     shard_size: int = 100_000_000,
     valid_fraction: float = 0.05,
+    seed: int = 0,
+    num_workers: int | None = None,
     overwrite: bool = False,
     progress: bool = True,
     format: WrittenFormat = "npy",
@@ -53,24 +60,30 @@ def prepare(
     """Make a dataset of token shards out of text; returns at once where it is there already, whole, by the same recipe.
 
     An end-of-text id follows each document. Every shard has `shard_size` tokens but the last, which has from a tenth
-    of that to a tenth more. Where a document goes, `train` or `valid`, depends on its content alone. When anything
-    fails, what was written is removed. Memory: about four bytes for each token of a shard.
+    of that to a tenth more. Where a document goes, `train` or `valid`, depends on its content alone. When it is broken
+    off, by whatever, the shards that are whole stay, and the same call goes on from there; before the first shard
+    nothing stays. Memory: about four bytes for each token of a shard, and some hundred MB for each worker. A script
+    that calls this needs `if __name__ == "__main__":`, as workers import it.
 
     Args:
         source: see `open_source`; or documents of your own, as a `Source`.
         output_dir: folder to write to; a local path or an fsspec URL.
-        tokenizer: see `load_tokenizer`; none: `gpt2`. A `tokenizer.json` is copied into the dataset.
+        tokenizer: see `load_tokenizer`; none: `gpt2`. Where it is a file, it is copied into the dataset.
         train_vocab_size: instead, first train a byte-level BPE of so many ids on the source's training documents.
         shard_size: tokens of a shard.
         valid_fraction: share of the documents that is held out, over 0 and under 1.
+        seed: another one holds out other documents.
+        num_workers: processes that tokenise; none: one for each core.
         overwrite: replace a dataset that was made by another recipe; the old one is gone when this begins.
         progress: show a line of progress, on a terminal.
         format: of the shards.
 
     Raises:
-        UserError: bad settings or text, a folder that holds something else or cannot be written, or nothing in a split.
+        UserError: bad settings or text, a folder that holds something else or cannot be written, a worker that was
+            killed, or nothing in a split.
+        Interrupted: Ctrl-C.
     """
-    _check(tokenizer, train_vocab_size, shard_size, valid_fraction)
+    _check(tokenizer, train_vocab_size, shard_size, valid_fraction, seed, num_workers)
     opened = open_source(source) if isinstance(source, str) else source
     fs, root = filesystem(output_dir)
     recipe = Recipe(
@@ -80,27 +93,36 @@ def prepare(
         shard_size=shard_size,
         valid_fraction=valid_fraction,
         format=format,
+        seed=seed,
     )
     existing = _existing(fs, root, recipe, overwrite)
     if existing:
         return existing
+    left = _left(fs, root, recipe, overwrite)
     choice = load_tokenizer(tokenizer or "gpt2") if train_vocab_size is None else train_vocab_size
-    write_atomically(fs, f"{root}/{UNFINISHED}", [recipe.model_dump_json(indent=2).encode()])
+    if left is None:
+        write_start(fs, root, recipe)
     try:
-        _clear(fs, root)
-        chosen = _own_tokenizer(choice, opened, valid_fraction, f"{url(fs, root)}/{TOKENIZER_FOLDER}")
-        info = _make(fs, root, opened, chosen, recipe, progress)
-        write_manifest(fs, root, info)
-    except BaseException:
-        with contextlib.suppress(UserError, OSError):
+        if left is None:
             _clear(fs, root)
-            remove(fs, [f"{root}/{UNFINISHED}"])
+        chosen = _own_tokenizer(choice, opened, recipe, f"{url(fs, root)}/{TOKENIZER_FOLDER}", left is not None)
+        return _make(fs, root, opened, chosen, recipe, left, num_workers or _cores(), progress)
+    except BaseException as error:
+        kept = _keep_or_clear(fs, root)
+        if isinstance(error, KeyboardInterrupt):
+            again = "go on from the last whole shard" if kept else "start again"
+            raise Interrupted(f"interrupted: the same command will {again}", signal.SIGINT) from None
         raise
-    remove(fs, [f"{root}/{UNFINISHED}"])
-    return info
 
 
-def _check(tokenizer: str | None, train_vocab_size: int | None, shard_size: int, valid_fraction: float) -> None:
+def _check(
+    tokenizer: str | None,
+    train_vocab_size: int | None,
+    shard_size: int,
+    valid_fraction: float,
+    seed: int,
+    num_workers: int | None,
+) -> None:
     if tokenizer is not None and train_vocab_size is not None:
         raise UserError(f"tokenizer={tokenizer} and train_vocab_size={train_vocab_size}: give one of them")
     if train_vocab_size is not None:
@@ -109,6 +131,15 @@ def _check(tokenizer: str | None, train_vocab_size: int | None, shard_size: int,
         raise UserError(f"shard_size={shard_size}: a shard needs at least one token")
     if not 0 < valid_fraction < 1:
         raise UserError(f"valid_fraction={valid_fraction}: give a share over 0 and under 1, such as 0.01")
+    if seed < 0:
+        raise UserError(f"seed={seed}: give 0 or more")
+    if num_workers is not None and num_workers < 1:
+        raise UserError(f"num_workers={num_workers}: give at least 1, or nothing for one a core")
+
+
+def _cores() -> int:
+    """Cores that this process may use, which in a container can be fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _identity(name: str) -> str:
@@ -116,17 +147,22 @@ def _identity(name: str) -> str:
     if name in known_tokenizers():
         return name
     tokenizer = load_tokenizer(name)
-    assert isinstance(tokenizer, JsonTokenizer)
-    content = f"{tokenizer.tokenizer.to_str()}{tokenizer.end_of_text}"
-    return f"{TOKENIZER_FILE}:{hashlib.sha256(content.encode()).hexdigest()[:16]}"
+    assert isinstance(tokenizer, StoredTokenizer)
+    return f"{tokenizer.file_name}:{hashlib.sha256(tokenizer.content).hexdigest()[:16]}"
 
 
-def _own_tokenizer(choice: Tokenizer | int, source: Source, valid_fraction: float, folder: str) -> Tokenizer:
+def _own_tokenizer(choice: Tokenizer | int, source: Source, recipe: Recipe, folder: str, resumed: bool) -> Tokenizer:
     """The tokenizer, trained first where `choice` is a vocabulary size; a copy in the dataset where it is a file."""
     if isinstance(choice, int):
-        parts = (part for document in source.documents() for part in split_document(document, valid_fraction))
+        if resumed:
+            return load_tokenizer(folder)
+        parts = (
+            part
+            for document in source.documents()
+            for part in split_document(document, recipe.valid_fraction, recipe.seed)
+        )
         return train_tokenizer((text for split, text in parts if split == "train"), choice, folder)
-    if isinstance(choice, JsonTokenizer):
+    if isinstance(choice, StoredTokenizer) and not resumed:
         choice.save(folder)
     return choice
 
@@ -136,16 +172,49 @@ def _existing(fs: Any, root: str, recipe: Recipe, overwrite: bool) -> DatasetInf
     where = url(fs, root)
     info = dataset_info(where) if fs.isfile(f"{root}/{MANIFEST}") else None
     if info and info.recipe.same(recipe):
-        return info if _is_whole(fs, root, info) else None
+        if not _is_whole(fs, root, info):
+            return None
+        clear_journal(fs, root)  # there is one only if the very last step was broken off
+        return info
     if overwrite:
         return None
     if info:
-        old, new = info.recipe.model_dump(), recipe.model_dump()
-        changes = ", ".join(f"{key} {old[key]!r} → {new[key]!r}" for key in old if old[key] != new[key])
+        changes = _changes(info.recipe, recipe)
         raise UserError(f"{where}: holds a dataset made otherwise ({changes}): choose another folder or --overwrite")
     if not fs.exists(f"{root}/{UNFINISHED}") and (files := _shard_files(fs, root)):
         raise UserError(f"{files[0]}: not written by `prepare`, nor finished: choose another folder or --overwrite")
     return None
+
+
+def _left(fs: Any, root: str, recipe: Recipe, overwrite: bool) -> Left | None:
+    """What an interrupted preparation by this recipe left to go on from."""
+    left = None if fs.isfile(f"{root}/{MANIFEST}") else read_progress(fs, root)
+    if left is None or not left.splits:
+        return None
+    if left.recipe.same(recipe):
+        return left
+    if not overwrite:
+        raise UserError(
+            f"{url(fs, root)}: holds the shards of an unfinished dataset ({_changes(left.recipe, recipe)}): "
+            "give the old command again to finish it, choose another folder, or --overwrite"
+        )
+    return None
+
+
+def _changes(old: Recipe, new: Recipe) -> str:
+    before, after = old.model_dump(), new.model_dump()
+    return ", ".join(f"{key} {before[key]!r} → {after[key]!r}" for key in before if before[key] != after[key])
+
+
+def _keep_or_clear(fs: Any, root: str) -> bool:
+    """After a failure: whether there are shards that the next run can go on from; if not, nothing is left behind."""
+    with contextlib.suppress(UserError, OSError):
+        left = read_progress(fs, root)
+        if left is not None and left.splits:
+            return True
+        _clear(fs, root)
+        clear_journal(fs, root)
+    return False
 
 
 def _is_whole(fs: Any, root: str, info: DatasetInfo) -> bool:
@@ -167,35 +236,43 @@ def _shard_files(fs: Any, root: str) -> list[str]:
 
 
 def _clear(fs: Any, root: str) -> None:
-    """Remove manifest and shards, and nothing that `prepare` does not write."""
-    remove(fs, [f"{root}/{MANIFEST}", *_shard_files(fs, root)])
+    """Remove manifest, shards and tokenizer, and nothing that `prepare` does not write."""
+    tokenizer = (f"{root}/{TOKENIZER_FOLDER}/{file}" for file in (*TOKENIZER_FILES, SPECIALS_FILE))
+    remove(fs, [f"{root}/{MANIFEST}", *_shard_files(fs, root), *tokenizer])
 
 
-def _make(fs: Any, root: str, source: Source, tokenizer: Tokenizer, recipe: Recipe, progress: bool) -> DatasetInfo:
-    """Tokenise everything and write the shards; the manifest is left to the caller."""
+def _make(
+    fs: Any,
+    root: str,
+    source: Source,
+    tokenizer: Tokenizer,
+    recipe: Recipe,
+    left: Left | None,
+    num_workers: int,
+    progress: bool,
+) -> DatasetInfo:
+    """Tokenise what is left to do, and write shards and manifest."""
     dtype = dtype_for(tokenizer.vocab_size)
     writers = {split: ShardWriter(fs, f"{root}/{split}", dtype, recipe.shard_size, recipe.format) for split in SPLITS}
-    texts = (part for document in source.documents() for part in split_document(document, recipe.valid_fraction))
-    with _Counter(progress) as counter:
-        for batch in _batched(texts):
-            encoded = tokenizer.encode_batch([text for _, text in batch])
-            for split, writer in writers.items():
-                ids = [
-                    [*ids, tokenizer.end_of_text] for (to, _), ids in zip(batch, encoded, strict=True) if to == split
-                ]
-                writer.append(np.fromiter(itertools.chain.from_iterable(ids), dtype), documents=len(ids))
-                counter.advance(len(ids), sum(map(len, ids)))
+    journal = Journal(fs, root, recipe, writers)
+    place = None
+    if left is not None and journal.restore(left):
+        place = left.place
+    named = {f"{root}/{split}/{shard.name}" for split in SPLITS for shard in writers[split].written.shards}
+    remove(fs, [path for path in _shard_files(fs, root) if path not in named])
+    chunks = encode_chunks(source.read(place), tokenizer, recipe.valid_fraction, recipe.seed, num_workers)
+    with contextlib.closing(chunks), _Counter(progress) as counter:
+        for chunk in chunks:
+            for split, encoded in chunk.splits.items():
+                writers[split].append(encoded.tokens, encoded.documents)
+                counter.advance(encoded.documents, len(encoded.tokens), chunk.last.share)
+            if journal.due():
+                journal.enter(chunk.last.place)
     splits = {split: writer.close() for split, writer in writers.items()}
-    for split, made in splits.items():
-        if not made.documents:
-            total = sum(other.documents for other in splits.values())
-            raise UserError(
-                f"{source.name}: valid_fraction={recipe.valid_fraction} leaves nothing for {split} out of {total} "
-                f"documents: {'raise' if split == 'valid' else 'lower'} valid_fraction, or add documents"
-            )
-    own = isinstance(tokenizer, JsonTokenizer)
-    return DatasetInfo(
-        tokenizer=f"{TOKENIZER_FOLDER}/{TOKENIZER_FILE}" if own else tokenizer.name,
+    _check_splits(fs, root, splits, source, recipe)
+    own = f"{TOKENIZER_FOLDER}/{tokenizer.file_name}" if isinstance(tokenizer, StoredTokenizer) else None
+    info = DatasetInfo(
+        tokenizer=own or tokenizer.name,
         vocab_size=tokenizer.vocab_size,
         end_of_text=tokenizer.end_of_text,
         dtype="uint16" if dtype.itemsize == 2 else "uint32",
@@ -203,20 +280,21 @@ def _make(fs: Any, root: str, source: Source, tokenizer: Tokenizer, recipe: Reci
         recipe=recipe,
         root=url(fs, root),
     )
+    write_manifest(fs, root, info)
+    clear_journal(fs, root)
+    return info
 
 
-def _batched(texts: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
-    """Enough texts at a time to keep all cores busy, few enough to hold."""
-    batch: list[tuple[str, str]] = []
-    characters = 0
-    for split, text in texts:
-        batch.append((split, text))
-        characters += len(text)
-        if characters >= _BATCH_CHARACTERS or len(batch) >= _BATCH_TEXTS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
+def _check_splits(fs: Any, root: str, splits: Mapping[str, SplitInfo], source: Source, recipe: Recipe) -> None:
+    total = sum(made.documents for made in splits.values())
+    for split, made in splits.items():
+        if not made.documents:
+            _clear(fs, root)
+            clear_journal(fs, root)
+            raise UserError(
+                f"{source.name}: valid_fraction={recipe.valid_fraction} leaves nothing for {split} out of {total} "
+                f"documents: {'raise' if split == 'valid' else 'lower'} valid_fraction, or add documents"
+            )
 
 
 class _Counter:
@@ -225,16 +303,18 @@ class _Counter:
     def __init__(self, show: bool) -> None:
         console = Console(stderr=True)
         self._documents = self._tokens = 0
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-        self._progress = Progress(*columns, console=console, transient=True, disable=not (show and console.is_terminal))
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f}%"))
+        times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+        hide = not (show and console.is_terminal)
+        self._progress = Progress(*columns, *times, console=console, transient=True, disable=hide)
         self._task = self._progress.add_task("tokenising", total=None)
 
-    def advance(self, documents: int, tokens: int) -> None:
+    def advance(self, documents: int, tokens: int, share: float | None) -> None:
         self._documents += documents
         self._tokens += tokens
         seconds = self._progress.tasks[0].elapsed or 1e-9
         text = f"{self._documents:,} documents, {self._tokens:,} tokens, {self._tokens / seconds / 1e6:.1f}M tokens/s"
-        self._progress.update(self._task, description=text)
+        self._progress.update(self._task, description=text, total=share and 1.0, completed=share)
 
     def __enter__(self) -> _Counter:
         self._progress.start()

@@ -90,12 +90,26 @@ class ShardWriter:
                 joined = joined[self._shard_size :]
             self._pending, self._waiting = [joined.copy()], len(joined)
 
+    @property
+    def written(self) -> SplitInfo:
+        """The shards so far, and the documents of all tokens so far."""
+        tokens = sum(shard.tokens for shard in self._shards)
+        return SplitInfo(documents=self._documents, tokens=tokens, shards=tuple(self._shards))
+
+    def waiting(self) -> np.ndarray:
+        """The tokens that are in no shard yet."""
+        return np.concatenate(self._pending)
+
+    def restore(self, written: SplitInfo, waiting: np.ndarray) -> None:
+        """Take over where another writer was left."""
+        self._shards, self._documents = list(written.shards), written.documents
+        self._pending, self._waiting = [waiting], len(waiting)
+
     def close(self) -> SplitInfo:
         """Write what is left, and say what was written."""
         if self._waiting:
             self._write(np.concatenate(self._pending))
-        tokens = sum(shard.tokens for shard in self._shards)
-        return SplitInfo(documents=self._documents, tokens=tokens, shards=tuple(self._shards))
+        return self.written
 
     def _write(self, tokens: np.ndarray) -> None:
         path = f"{self._folder}/{len(self._shards):06d}{suffix(self._format)}"

@@ -16,7 +16,7 @@ LONG_DOCUMENT = (
 PIECE = 10_000
 
 
-def split_document(document: str, valid_fraction: float) -> Iterator[tuple[str, str]]:
+def split_document(document: str, valid_fraction: float, seed: int = 0) -> Iterator[tuple[str, str]]:
     """(split, text) of a document: all of it in `train` or in `valid`.
 
     A long document (over `LONG_DOCUMENT` characters) is cut into pieces of about `PIECE`, at blank lines, each with a
@@ -26,14 +26,18 @@ def split_document(document: str, valid_fraction: float) -> Iterator[tuple[str, 
     Args:
         document: the text.
         valid_fraction: share of the documents that goes to `valid`.
+        seed: another one holds out other documents.
     """
     pieces = _pieces(document) if len(document) > LONG_DOCUMENT else [document]
-    for split, texts in itertools.groupby(pieces, key=lambda piece: _split_of(piece, valid_fraction)):
+    for split, texts in itertools.groupby(pieces, key=lambda piece: _split_of(piece, valid_fraction, seed)):
         yield split, "".join(texts)
 
 
-def _split_of(text: str, valid_fraction: float) -> str:
-    place = int.from_bytes(hashlib.blake2b(text.encode(errors="replace"), digest_size=8).digest(), "big") / 2**64
+def _split_of(text: str, valid_fraction: float, seed: int) -> str:
+    salt = seed.to_bytes(hashlib.blake2b.SALT_SIZE, "big")
+    place = (
+        int.from_bytes(hashlib.blake2b(text.encode(errors="replace"), digest_size=8, salt=salt).digest(), "big") / 2**64
+    )
     return "valid" if place < valid_fraction else "train"
 
 

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from pretrain_xla.data.tokenizer import decode_after
 from pretrain_xla.errors import UserError
 from pretrain_xla.generate.generator import Generator
 from pretrain_xla.generate.sampling import Sampling
@@ -101,10 +102,10 @@ def _print_stream(generator: Generator, prompt: str, flags: GenerateFlags, sampl
     shown = ""
     for token in generator.stream(prompt, max_new_tokens=flags.max_new_tokens, sampling=sampling, seed=flags.seed):
         tokens.append(token)
-        text = generator.tokenizer.decode(tokens)
+        text = decode_after(generator.tokenizer, prompt, tokens)
         if not text.endswith("\ufffd"):  # a character may need several tokens
             print(text[len(shown) :], end="", flush=True)
             shown = text
-    text = generator.tokenizer.decode(tokens)
+    text = decode_after(generator.tokenizer, prompt, tokens)
     print(text[len(shown) :], flush=True)
     return prompt + text

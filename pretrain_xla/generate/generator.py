@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pretrain_xla.config import build_config
 from pretrain_xla.data.manifest import dataset_info
-from pretrain_xla.data.tokenizer import Tokenizer, load_tokenizer
+from pretrain_xla.data.tokenizer import Tokenizer, decode_after, load_tokenizer
 from pretrain_xla.errors import UserError
 from pretrain_xla.generate.sampling import Sampling, sample
 from pretrain_xla.model import GPT
@@ -85,7 +85,7 @@ class Generator:
     def generate(self, prompt: str, *, max_new_tokens: int, sampling: Sampling, seed: int) -> str:
         """The prompt and its continuation."""
         tokens = self.stream(prompt, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed)
-        return prompt + self.tokenizer.decode(list(tokens))
+        return prompt + decode_after(self.tokenizer, prompt, list(tokens))
 
     def _next_logits(self, ids: Sequence[int]) -> Tensor:
         """Scores of the token after `ids` [V], on the host."""

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import os
 
-import fsspec
-
 from pretrain_xla.config import DataConfig, RunConfig
 from pretrain_xla.config_file import to_yaml
 from pretrain_xla.data.manifest import dataset_info
-from pretrain_xla.data.tokenizer import JsonTokenizer, known_tokenizers, load_tokenizer
-from pretrain_xla.errors import UserError
+from pretrain_xla.data.tokenizer import StoredTokenizer, known_tokenizers, load_tokenizer, stored_tokenizer
 
 CONFIG_FILE = "config.yaml"
 TOKENIZER_FOLDER = "tokenizer"
@@ -24,7 +21,7 @@ def write_run_files(config: RunConfig) -> None:
     name = config.data.tokenizer or (info.tokenizer_name if info else None)
     if name and name not in known_tokenizers():
         tokenizer = load_tokenizer(name)
-        if isinstance(tokenizer, JsonTokenizer):
+        if isinstance(tokenizer, StoredTokenizer):
             tokenizer.save(os.path.join(config.run_dir, TOKENIZER_FOLDER))
 
 
@@ -36,12 +33,8 @@ def tokenizer_of(data: DataConfig) -> str:
 
 def find_tokenizer(checkpoints_dir: str) -> str | None:
     """The copy that a run keeps, from its checkpoints folder: in it, or in the run folder above."""
-    for folder in (checkpoints_dir, os.path.dirname(checkpoints_dir)):
-        path = f"{folder}/{TOKENIZER_FOLDER}/tokenizer.json"
-        try:
-            files, inner = fsspec.core.url_to_fs(path)
-        except (ImportError, ValueError) as error:
-            raise UserError(f"{path}: {error}") from None
-        if files.exists(inner):
-            return path
-    return None
+    found = (
+        stored_tokenizer(f"{folder}/{TOKENIZER_FOLDER}")
+        for folder in (checkpoints_dir, os.path.dirname(checkpoints_dir))
+    )
+    return next(filter(None, found), None)

@@ -14,7 +14,7 @@ from pretrain_xla.data.files import filesystem, write_atomically
 from pretrain_xla.data.manifest import dataset_info
 from pretrain_xla.data.prepare import prepare
 from pretrain_xla.data.shards import open_shard, write_shard
-from pretrain_xla.data.sources import Source
+from pretrain_xla.data.sources import source_of
 from pretrain_xla.errors import UserError
 
 LOCAL = filesystem(".")[0]
@@ -148,7 +148,7 @@ def test_fingerprint_follows_content_and_not_the_place(write_shards):
 @pytest.fixture
 def prepared(tmp_path):
     documents = [f"document {number} " * 5 for number in range(200)]
-    prepare(Source("test", "1", lambda: iter(documents)), str(tmp_path / "d"), "bytes", valid_fraction=0.2)
+    prepare(source_of("test", "1", lambda: documents), str(tmp_path / "d"), "bytes", valid_fraction=0.2)
     return tmp_path / "d"
 
 

@@ -7,9 +7,14 @@ import logging
 import fsspec
 import pytest
 
-from pretrain_xla.data.documents import files_version, read_documents
+from pretrain_xla.data import documents
+from pretrain_xla.data.documents import files_version
 from pretrain_xla.data.sources import open_source
 from pretrain_xla.errors import UserError
+
+
+def read_documents(path, **arguments):
+    return (document.text for document in documents.read_documents(path, **arguments))
 
 
 def jsonl(*texts):

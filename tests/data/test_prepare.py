@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import multiprocessing
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -15,10 +17,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pretrain_xla.data import prepare as prepare_module
+from pretrain_xla.data import workers
 from pretrain_xla.data.dataset import open_dataset, verify_checksums
+from pretrain_xla.data.documents import Document
 from pretrain_xla.data.prepare import prepare
-from pretrain_xla.data.sources import Source
+from pretrain_xla.data.sources import Source, source_of
 from pretrain_xla.data.split import LONG_DOCUMENT, split_document
 from pretrain_xla.data.tokenizer import load_tokenizer
 from pretrain_xla.errors import UserError
@@ -28,7 +31,7 @@ DOCUMENTS = [f"Document {number} says <|endoftext|> and naïve things. " * (numb
 
 
 def source(documents=DOCUMENTS, version="1"):
-    return Source("test", version, lambda: iter(documents))
+    return source_of("test", version, lambda: documents)
 
 
 def tree(folder):
@@ -58,12 +61,29 @@ def test_every_document_is_there_once_and_ends_in_end_of_text(tmp_path):
     verify_checksums(str(tmp_path))
 
 
-def test_bytes_depend_on_the_recipe_alone(tmp_path, monkeypatch):
-    prepare(source(), str(tmp_path / "a"), train_vocab_size=300, shard_size=3000)
-    monkeypatch.setattr(prepare_module, "_BATCH_TEXTS", 7)
-    prepare(source(), str(tmp_path / "b"), train_vocab_size=300, shard_size=3000)
-    assert tree(tmp_path / "a") == tree(tmp_path / "b")
-    assert len(tree(tmp_path / "a")) > 5
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """Chunks of seven documents, and processes from the second one on."""
+    monkeypatch.setattr(workers, "_CHUNK_DOCUMENTS", 7)
+    monkeypatch.setattr(workers, "_ALONE", 1)
+
+
+def test_bytes_depend_on_the_recipe_alone(tmp_path, small_chunks, monkeypatch):
+    recipe = {"train_vocab_size": 300, "shard_size": 3000}
+    prepare(source(), str(tmp_path / "three"), num_workers=3, **recipe)
+    prepare(source(), str(tmp_path / "one"), num_workers=1, **recipe)
+    monkeypatch.undo()
+    prepare(source(), str(tmp_path / "whole"), **recipe)
+    assert tree(tmp_path / "one") == tree(tmp_path / "three") == tree(tmp_path / "whole")
+    assert len(tree(tmp_path / "one")) > 5
+
+
+def test_seed_holds_out_other_documents(tmp_path):
+    valid = {}
+    for seed in (0, 1):
+        prepare(source(), str(tmp_path / str(seed)), "bytes", seed=seed)
+        valid[seed] = set(documents_of(tmp_path / str(seed), "valid", load_tokenizer("bytes")))
+    assert valid[0] != valid[1]
 
 
 def test_dataset_with_a_trained_tokenizer_can_be_moved(tmp_path):
@@ -121,7 +141,7 @@ def test_one_big_file_can_be_held_out_from(tmp_path, shared):
 def test_same_recipe_returns_what_is_there(tmp_path):
     first = prepare(source(), str(tmp_path), "bytes")
     times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    unread = Source("another name", "1", lambda: pytest.fail("the source was read again"))
+    unread = source_of("another name", "1", lambda: pytest.fail("the source was read again"))
     assert prepare(unread, str(tmp_path), "bytes") == first
     assert times == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
 
@@ -175,6 +195,8 @@ def test_shards_of_others_are_not_touched(tmp_path):
         ({"valid_fraction": 0.0}, "valid_fraction=0.0"),
         ({"valid_fraction": 1.0}, "valid_fraction=1.0"),
         ({"shard_size": 0}, "shard_size=0"),
+        ({"seed": -1}, "seed=-1"),
+        ({"num_workers": 0}, "num_workers=0"),
         ({"train_vocab_size": 300}, "give one of them"),
         ({"tokenizer": "gtp2"}, "did you mean gpt2"),
         ({"tokenizer": None, "train_vocab_size": 100}, "too small"),
@@ -197,8 +219,82 @@ def test_folder_that_cannot_be_made(tmp_path):
         prepare(source(), str(tmp_path / "file" / "out"), "bytes")
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on the size of files")
-def test_disk_full_is_one_line_and_leaves_no_shard(tmp_path):
+def test_worker_that_is_killed_leaves_whole_shards_to_go_on_from(tmp_path, small_chunks):
+    def texts(kill):
+        for number, document in enumerate(DOCUMENTS):
+            if kill and number == 300:
+                os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+            yield document
+
+    recipe = {"tokenizer": "bytes", "shard_size": 3000, "num_workers": 2}
+    with pytest.raises(UserError, match=r"a worker process was killed .* the same command again to go on"):
+        prepare(source_of("test", "1", lambda: texts(True)), str(tmp_path / "a"), **recipe)
+    assert [np.load(path).size for path in sorted((tmp_path / "a" / "train").glob("*"))][:3] == [3000] * 3
+    with pytest.raises(UserError, match="interrupted"):
+        open_dataset(str(tmp_path / "a" / "train"), 16, 257)
+    prepare(source_of("test", "1", lambda: texts(False)), str(tmp_path / "a"), **{**recipe, "num_workers": 1})
+    prepare(source(), str(tmp_path / "b"), **{**recipe, "num_workers": 1})
+    assert tree(tmp_path / "a") == tree(tmp_path / "b")
+
+
+def test_going_on_reads_only_what_is_left(tmp_path, small_chunks):
+    """And nothing is encoded twice but the chunk that was under way."""
+    begun = []
+
+    def read(place, broken):
+        begun.append(place)
+        for number in range(place or 0, len(DOCUMENTS)):
+            if broken and number == 200:
+                raise UserError("the network is gone")
+            yield Document(DOCUMENTS[number], number + 1)
+
+    recipe = {"tokenizer": "bytes", "shard_size": 3000, "num_workers": 1}
+    with pytest.raises(UserError, match="the network is gone"):
+        prepare(Source("test", "1", lambda place: read(place, True)), str(tmp_path / "a"), **recipe)
+    left = json.loads((tmp_path / "a" / "dataset.json.partial").read_text())
+    assert 150 < left["place"] < 200
+    prepare(Source("test", "1", lambda place: read(place, False)), str(tmp_path / "a"), **recipe)
+    assert begun == [None, left["place"]]
+    prepare(source(), str(tmp_path / "b"), **recipe)
+    assert tree(tmp_path / "a") == tree(tmp_path / "b")
+
+
+def broken_off(tmp_path):
+    """A folder with an unfinished dataset."""
+
+    def read(place):
+        yield from (Document(text, number) for number, text in enumerate(DOCUMENTS[:200], start=1))
+        raise UserError("the network is gone")
+
+    with pytest.raises(UserError, match="network"):
+        prepare(Source("test", "1", read), str(tmp_path), "bytes", shard_size=3000, num_workers=1)
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_unfinished_dataset_of_another_recipe_is_refused(tmp_path):
+    broken_off(tmp_path / "a")
+    before = tree(tmp_path / "a")
+    with pytest.raises(UserError, match=r"unfinished dataset \(shard_size 3000 → 9000\).*--overwrite"):
+        prepare(source(), str(tmp_path / "a"), "bytes", shard_size=9000, num_workers=1)
+    assert tree(tmp_path / "a") == before
+    prepare(source(), str(tmp_path / "a"), "bytes", shard_size=9000, num_workers=1, overwrite=True)
+    prepare(source(), str(tmp_path / "b"), "bytes", shard_size=9000, num_workers=1)
+    assert tree(tmp_path / "a") == tree(tmp_path / "b")
+
+
+@pytest.mark.parametrize("damage", ["train/000001.npy", "unfinished", "dataset.json.partial"])
+@pytest.mark.usefixtures("small_chunks")
+def test_damaged_remains_are_made_again(tmp_path, damage):
+    broken_off(tmp_path / "a")
+    victim = tmp_path / "a" / damage
+    victim = sorted(victim.iterdir())[0] if victim.is_dir() else victim
+    os.truncate(victim, victim.stat().st_size - 2)
+    prepare(source(), str(tmp_path / "a"), "bytes", shard_size=3000, num_workers=1)
+    prepare(source(), str(tmp_path / "b"), "bytes", shard_size=3000, num_workers=1)
+    assert tree(tmp_path / "a") == tree(tmp_path / "b")
+
+
+def test_disk_full_is_one_line_and_leaves_whole_shards_only(tmp_path):
     """The system itself refuses a write halfway through the third shard, as a full disk does."""
     (tmp_path / "a.txt").write_text("\n<|endoftext|>\n".join(DOCUMENTS))
     code = (
@@ -209,7 +305,8 @@ def test_disk_full_is_one_line_and_leaves_no_shard(tmp_path):
         "    if count[0] == 3: resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))\n"
         "    return real(*arguments)\n"
         "shards.write_shard = limited\n"
-        "try: prepare.prepare(sys.argv[1], sys.argv[2], 'bytes', shard_size=5000)\n"
+        "from pretrain_xla.data import workers; workers._CHUNK_DOCUMENTS = 7\n"
+        "try: prepare.prepare(sys.argv[1], sys.argv[2], 'bytes', shard_size=5000, num_workers=1)\n"
         "except UserError as error: sys.exit(str(error))\n"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "a.txt"), str(tmp_path / "out")]
@@ -217,28 +314,68 @@ def test_disk_full_is_one_line_and_leaves_no_shard(tmp_path):
     assert ended.returncode == 1
     assert ended.stderr.count("\n") == 1
     assert "000002.npy: cannot be written: File too large; free some space" in ended.stderr
-    assert tree(tmp_path / "out") == {}
+    assert sorted(path.name for path in (tmp_path / "out" / "train").iterdir()) == ["000000.npy", "000001.npy"]
+    prepare(str(tmp_path / "a.txt"), str(tmp_path / "out"), "bytes", shard_size=5000)
+    prepare(str(tmp_path / "a.txt"), str(tmp_path / "fresh"), "bytes", shard_size=5000)
+    assert tree(tmp_path / "out") == tree(tmp_path / "fresh")
 
 
-def test_killed_run_is_refused_by_training_and_made_good_by_running_again(tmp_path):
+def test_killed_at_random_points_it_ends_with_the_bytes_of_a_clean_run(tmp_path):
+    """SIGKILL for the process that reads; its workers end by themselves. PREPARE_KILLS=10 for more of them."""
+    rng = random.Random(os.environ.get("PREPARE_SEED", time.time_ns()))
+    with open(tmp_path / "a.jsonl", "w") as file:
+        for number in range(12_000):
+            file.write(json.dumps({"text": f"{number} " + DOCUMENTS[number % 400] * 6}) + "\n")
+    words = ["--tokenizer", "bytes", "--shard-size", "150000", "--num-workers", "2"]
+    command = [sys.executable, "-m", "pretrain_xla", "prepare", str(tmp_path / "a.jsonl")]
+    begun = time.monotonic()
+    subprocess.run([*command, str(tmp_path / "clean"), *words], cwd=ROOT, check=True, capture_output=True)
+    seconds = time.monotonic() - begun
+    out, shards, killed = tmp_path / "killed", [], 0
+    for _ in range(int(os.environ.get("PREPARE_KILLS", "3"))):
+        process = subprocess.Popen([*command, str(out), *words], cwd=ROOT, stdout=subprocess.DEVNULL)
+        time.sleep(seconds * rng.uniform(0.4, 1))
+        process.kill()
+        killed += process.wait() == -signal.SIGKILL
+        shards.append(len(list(out.glob("train/*.npy"))))
+        if not (out / "dataset.json").exists() and shards[-1]:
+            with pytest.raises(UserError, match="interrupted"):
+                open_dataset(str(out / "train"), 16, 257)
+    assert killed
+    assert shards == sorted(shards)
+    subprocess.run([*command, str(out), *words], cwd=ROOT, check=True, capture_output=True)
+    assert tree(out) == tree(tmp_path / "clean")
+
+
+def is_gone(group):
+    for _ in range(500):
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def test_control_c_is_one_line_and_its_workers_are_gone(tmp_path):
     code = (
-        "import itertools, sys, time; from pretrain_xla.data.prepare import prepare\n"
-        "from pretrain_xla.data.sources import Source\n"
-        "def slow():\n"
-        "    for number in itertools.count(): yield f'document {number} ' * 900; time.sleep(0.001)\n"
-        "prepare(Source('test', '1', slow), sys.argv[1], 'bytes', shard_size=20_000)\n"
+        "import itertools, sys; from pretrain_xla.cli import guarded; from pretrain_xla.data import workers\n"
+        "from pretrain_xla.data.prepare import prepare; from pretrain_xla.data.sources import source_of\n"
+        "endless = source_of('test', '1', lambda: (f'document {number} ' * 900 for number in itertools.count()))\n"
+        "if __name__ == '__main__':\n"
+        "    guarded(prepare)(endless, sys.argv[1], 'bytes', shard_size=2_000_000, num_workers=2)\n"
     )
-    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT)
+    (tmp_path / "script.py").write_text(code)
+    command = [sys.executable, str(tmp_path / "script.py"), str(tmp_path / "out")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True)
     limit = time.monotonic() + 60
-    while not (tmp_path / "train" / "000003.npy").exists() and time.monotonic() < limit:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    with pytest.raises(UserError, match="interrupted"):
-        open_dataset(str(tmp_path / "train"), 16, 257)
-    prepare(source(), str(tmp_path), "bytes", shard_size=50_000)
-    prepare(source(), str(tmp_path / "fresh"), "bytes", shard_size=50_000)
-    assert {k: v for k, v in tree(tmp_path).items() if "fresh" not in k} == tree(tmp_path / "fresh")
+    while not (tmp_path / "out" / "train" / "000005.npy").exists() and time.monotonic() < limit:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: all processes of the group
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (130, "interrupted: the same command will go on from the last whole shard\n")
+    assert is_gone(process.pid)
 
 
 def test_any_fsspec_url():

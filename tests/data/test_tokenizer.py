@@ -8,13 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sentencepiece
 import tiktoken
 import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import models
 
-from pretrain_xla.data.tokenizer import load_tokenizer
+from pretrain_xla.data.tokenizer import decode_after, load_tokenizer
 from pretrain_xla.data.train_tokenizer import train_tokenizer
 from pretrain_xla.errors import UserError
 
@@ -113,6 +114,80 @@ def test_gpt2_vectors_of_llama_cpp(shared):
     assert got == [[int(token) for token in line.split()] for line in wanted]
 
 
+@pytest.fixture(scope="module")
+def pieces(tmp_path_factory):
+    folder = str(tmp_path_factory.mktemp("sentencepiece"))
+    return train_tokenizer(CORPUS, 330, folder, kind="sentencepiece", special_tokens=["<|user|>"])
+
+
+@given(st.text(alphabet=st.characters(codec="utf-8", exclude_characters="\u2581")))
+def test_trained_sentencepiece_is_lossless_on_any_text(pieces, text):
+    ids = pieces.encode(text)
+    assert pieces.decode(ids) == text
+    assert pieces.end_of_text not in ids
+    assert pieces.encode_batch([text, text]) == [ids, ids]
+
+
+def test_trained_sentencepiece(pieces, tmp_path):
+    again = train_tokenizer(iter(CORPUS), 330, str(tmp_path), kind="sentencepiece", special_tokens=["<|user|>"])
+    assert again.content == pieces.content
+    assert (pieces.vocab_size, pieces.end_of_text) == (330, 1)
+    assert len(pieces.encode("the quick dog")) < len("the quick dog")
+    assert len(pieces.encode("<|user|>")) > 1
+    assert pieces.decode([*pieces.encode("a b"), 1, 2, 2, *pieces.encode("c"), 999, -1]) == (
+        "a b<|endoftext|><|user|><|user|>c\ufffd\ufffd"
+    )
+    assert len(set(pieces.byte_ids)) == 256
+
+
+@pytest.mark.parametrize("name", ["sentencepiece_4096.model", "sentencepiece_32000.model"])
+def test_sentencepiece_model_gives_the_ids_of_the_reference(shared, tmp_path, name):
+    """The reference is given the file's path, as its command line does; ours reads bytes, from any URL."""
+    path = shared(f"tokenizers/{name}")
+    ours, reference = load_tokenizer(str(path)), sentencepiece.SentencePieceProcessor(model_file=str(path))
+    texts = [*HARD, *CORPUS[:2], shared("text/en/wiki.test.raw").read_text()[:100_000]]
+    wanted = [reference.encode(text) for text in texts]
+    assert ours.encode_batch(texts) == wanted == [ours.encode(text) for text in texts]
+    assert [ours.decode(ids) for ids in wanted] == [reference.decode(ids) for ids in wanted]
+    assert (ours.vocab_size, ours.end_of_text) == (reference.get_piece_size(), reference.eos_id())
+    ours.save(str(tmp_path))
+    assert (tmp_path / "tokenizer.model").read_bytes() == path.read_bytes()
+    assert load_tokenizer(str(tmp_path)).encode(texts[-1]) == wanted[-1]
+
+
+def test_continuation_is_decoded_with_what_came_before(shared):
+    """Llama's kind of model takes the first space of a text away; in a continuation it has to stay."""
+    tokenizer = load_tokenizer(str(shared("tokenizers/sentencepiece_4096.model")))
+    before, whole = tokenizer.encode("Once upon"), tokenizer.encode("Once upon a time")
+    assert tokenizer.decode(whole[len(before) :]) == "a time"
+    assert decode_after(tokenizer, "Once upon", whole[len(before) :]) == " a time"
+
+
+def test_special_tokens_lines_and_their_limits(tmp_path):
+    named = train_tokenizer(CORPUS, 300, str(tmp_path / "a"), special_tokens=["<|user|>", "<|endoftext|>", "<|user|>"])
+    assert [named.tokenizer.token_to_id(text) for text in ("<|endoftext|>", "<|user|>")] == [0, 1]
+    assert 1 not in named.encode("<|user|>")
+    assert named.decode([1]) == "<|user|>"
+    text = "".join(f"word{number} " * 20 + "\n" for number in range(100))
+    for kind, size in (("bpe", 300), ("sentencepiece", 270)):
+        first = train_tokenizer([text[: len(text) // 2], text], size, str(tmp_path / kind), kind=kind, max_lines=3)
+        only = train_tokenizer(["\n".join(text.split("\n")[:3]) + "\n"], size, str(tmp_path / f"{kind}3"), kind=kind)
+        assert first.content == only.content
+    for arguments, message in [
+        ({"vocab_size": 257, "special_tokens": ["<|user|>"]}, "need 258"),
+        ({"vocab_size": 100_000, "kind": "sentencepiece"}, "Vocabulary size too high"),
+        ({"vocab_size": 300, "max_lines": 0}, "max_lines=0"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            train_tokenizer(CORPUS, output_dir=str(tmp_path / "x"), **arguments)
+
+
+def test_a_folder_holds_one_tokenizer(tmp_path):
+    train_tokenizer(CORPUS, 330, str(tmp_path))
+    with pytest.raises(UserError, match=r"holds another tokenizer \(tokenizer.json\)"):
+        train_tokenizer(CORPUS, 330, str(tmp_path), kind="sentencepiece")
+
+
 def word_level(folder, *words, **files):
     tokenizer = tokenizers.Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, "a"))
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -150,12 +225,14 @@ def test_faults_are_one_line(tmp_path, monkeypatch):
     word_level(tmp_path, "a", "b")
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "tokenizer.json").write_text('{"model": {}}')
+    (tmp_path / "bad.model").write_bytes(b"no protocol buffer")
     (tmp_path / "empty").mkdir()
     cases = {
         str(tmp_path): "no end-of-text token",
         str(tmp_path / "bad"): "cannot be read",
-        str(tmp_path / "empty"): "no tokenizer.json",
+        str(tmp_path / "empty"): "no bitbpe.json or tokenizer.json or tokenizer.model",
         str(tmp_path / "none.json"): "no such file",
+        str(tmp_path / "bad.model"): "no SentencePiece model",
         "gtp2": "did you mean gpt2",
         "zzzzzz": "known are gpt2",
         "nosuch://x/y": "nosuch",

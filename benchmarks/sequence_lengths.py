@@ -1,0 +1,98 @@
+"""How long texts of several languages become: BPE against the same with BitBPE.
+
+    python benchmarks/sequence_lengths.py
+
+Prints the table of docs/tokenizers.md, in Markdown: tokens for each character, and the change by BitBPE. Each length is
+checked by unpacking.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.progress import track
+
+from pretrain_xla.data.bitbpe import BitBPETokenizer
+from pretrain_xla.data.encode import document_encoder
+from pretrain_xla.data.sources import open_source
+from pretrain_xla.data.tokenizer import Tokenizer, load_tokenizer
+from pretrain_xla.data.train_tokenizer import train_tokenizer
+from pretrain_xla.errors import UserError, guarded
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@dataclass(frozen=True)
+class Flags:
+    """Sequence lengths by language."""
+
+    folder: str = str(SHARED / "text")
+    """Folder with a folder for each language, of .jsonl.gz files."""
+    characters: int = 1_000_000
+    """Of each file, from its start."""
+
+
+@guarded
+def main(arguments: Sequence[str]) -> None:
+    flags = tyro.cli(Flags, args=list(arguments))
+    if SHARED.exists():
+        os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(SHARED / "tokenizers/tiktoken_cache"))
+    texts = {
+        file.removeprefix(flags.folder).strip("/").removesuffix(".jsonl.gz"): list(_first(file, flags.characters))
+        for file in sorted(glob.glob(f"{flags.folder}/*/*.jsonl.gz"))
+    }
+    if not texts:
+        raise UserError(f"{flags.folder}: no .jsonl.gz below: name a folder with a folder for each language")
+    with tempfile.TemporaryDirectory() as folder:
+        bases = _bases(folder, [text for name, part in texts.items() if name.startswith("en/") for text in part])
+        rows = [
+            [name, *(_cell(base, part) for base in bases.values())] for name, part in track(texts.items(), console=LOG)
+        ]
+    print(f"| text | {' | '.join(bases)} |")
+    print(f"|---|{'---|' * len(bases)}")
+    for row in rows:
+        print(f"| {' | '.join(row)} |")
+
+
+LOG = Console(stderr=True)
+
+
+def _first(file: str, characters: int) -> Iterator[str]:
+    for text in open_source(file).documents():
+        yield text[:characters]
+        characters -= len(text)
+        if characters <= 0:
+            return
+
+
+def _bases(folder: str, english: list[str]) -> dict[str, Tokenizer]:
+    bases = {"bytes": load_tokenizer("bytes")}
+    bases["SentencePiece of English, 8k"] = train_tokenizer(
+        english, 8192, f"{folder}/sentencepiece", kind="sentencepiece", max_lines=20_000
+    )
+    bases["byte-level BPE of English, 8k"] = train_tokenizer(english, 8192, f"{folder}/bpe", max_lines=20_000)
+    return {**bases, "gpt2": load_tokenizer("gpt2"), "cl100k_base": load_tokenizer("cl100k_base")}
+
+
+def _cell(base: Tokenizer, texts: list[str]) -> str:
+    tokenizer = BitBPETokenizer("", base)
+    plain_N = document_encoder(base)(texts)
+    packed_N = tokenizer.pack(plain_N)
+    if not np.array_equal(tokenizer.unpack(packed_N), plain_N):
+        raise UserError(f"{base.name}: BitBPE does not come back: report this as a defect")
+    characters = sum(map(len, texts))
+    change = len(packed_N) / len(plain_N) - 1
+    return f"{len(plain_N) / characters:.2f} → {len(packed_N) / characters:.2f} ({change:+.1%})"
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,111 @@
+"""Datasets of the Hugging Face Hub, or folders laid out like them, through `datasets`: streamed, or downloaded first.
+
+Streaming starts at once and needs no disk; downloading reads faster the second time. Both give the same documents in the
+same order, so that one can take over from the other.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from pretrain_xla.data.columns import ROWS, check_column
+from pretrain_xla.data.documents import Document, cleaned
+from pretrain_xla.data.sources import Source
+from pretrain_xla.errors import UserError
+
+PREFIX = "hf:"
+
+
+def hub_source(name: str, *, text_column: str, streaming: bool, cache_dir: str | None) -> Source:
+    """The source that `hf:DATASET[:CONFIG[:SPLIT]]` stands for; the split is `train` unless named.
+
+    Args:
+        name: such as `hf:HuggingFaceFW/fineweb-edu:sample-10BT`, `hf:allenai/c4:ja`, `hf:./folder/of/parquet`.
+        text_column: the column that holds the text.
+        streaming: read over the network as it goes, instead of downloading first.
+        cache_dir: where downloads are kept; none: where `datasets` keeps them.
+
+    Raises:
+        UserError: no such dataset, config or split, or no network.
+    """
+    path, config, split = (*name.removeprefix(PREFIX).split(":"), "", "")[:3]
+    if not path or name.count(":") > 3:
+        raise UserError(f"source {name!r}: write hf:DATASET, hf:DATASET:CONFIG or hf:DATASET:CONFIG:SPLIT")
+    place = {"path": path, "name": config or None, "cache_dir": cache_dir}
+    split = split or "train"
+    builder = _call(name, "load_dataset_builder", place)
+    rows = builder.info.splits[split].num_examples if split in (builder.info.splits or {}) else None
+    version = _version(builder)
+    if os.path.isdir(path):  # `datasets` would take what it kept of a folder's earlier files for those of today
+        place["cache_dir"] = os.path.join(cache_dir or _cache(), version)
+    place["split"] = split
+    read = _stream if streaming else _rows
+    return Source(name, f"{version}:{split}:{text_column}", functools.partial(read, name, place, text_column, rows))
+
+
+def _version(builder: Any) -> str:
+    """A checksum over the names of the files and what tells of a change: a commit of the Hub, an ETag, a time."""
+    files = builder.config.data_files or {}
+    listed = [(split, list(paths), paths.origin_metadata) for split, paths in sorted(files.items())]
+    return hashlib.sha256(repr((builder.config_id, builder.hash, listed)).encode()).hexdigest()[:16]
+
+
+def _cache() -> str:
+    import datasets
+
+    return str(datasets.config.HF_DATASETS_CACHE)
+
+
+def _call(name: str, function: str, arguments: dict[str, Any]) -> Any:
+    import datasets  # seconds to import, and only this needs it
+
+    try:
+        return getattr(datasets, function)(**arguments)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:  # a missing network is an OSError
+        raise UserError(f"source {name!r}: {' '.join(str(error).split())[:300]}") from None
+
+
+def _rows(name: str, place: dict[str, Any], column: str, rows: int | None, begin: int | None) -> Iterator[Document]:
+    """Of a downloaded dataset; a place is the number of rows read."""
+    table = _call(name, "load_dataset", place)
+    check_column(table.features.arrow_schema, name, column)
+    table = table.select_columns([column]).with_format("arrow")
+    for first in range(begin or 0, len(table), ROWS):
+        texts = table[first : first + ROWS].column(column).to_pylist()
+        for row, text in enumerate(texts, start=first + 1):
+            if document := cleaned(text or ""):
+                yield Document(document, row, row / len(table))
+
+
+def _stream(
+    name: str, place: dict[str, Any], column: str, rows: int | None, begin: list[Any] | None
+) -> Iterator[Document]:
+    """Of a streamed dataset; a place is the dataset's own state before a batch, rows read of that batch, and rows in all."""
+    stream = _call(name, "load_dataset", {**place, "streaming": True})
+    if stream.features:
+        check_column(stream.features.arrow_schema, name, column)
+    stream = stream.select_columns([column]).with_format("arrow")
+    state, passed, done = begin or (stream.state_dict(), 0, 0)
+    stream.load_state_dict(state)
+    done -= passed
+    for batch in _batches(name, stream):
+        texts = batch.column(column).to_pylist()
+        for row, text in enumerate(texts, start=1):
+            if row > passed and (document := cleaned(text or "")):
+                yield Document(document, [state, row, done + row], (done + row) / rows if rows else None)
+        state, passed, done = stream.state_dict(), 0, done + len(texts)
+
+
+def _batches(name: str, stream: Any) -> Iterator[Any]:
+    import datasets
+
+    try:
+        yield from stream.iter(ROWS)
+    except (OSError, datasets.exceptions.DatasetsError) as error:
+        raise UserError(
+            f"source {name!r}: reading broke off ({' '.join(str(error).split())[:200]}): give the same command again to go on"
+        ) from None

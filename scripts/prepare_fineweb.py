@@ -1,0 +1,16 @@
+"""FineWeb's (or FineWeb-Edu's) sample of ten billion tokens as token shards, in train/ and valid/.
+
+python scripts/prepare_fineweb.py --fineweb-edu --streaming --num-workers 8 --output-dir fineweb_edu
+python run_pretrain_xla.py --train-dir fineweb_edu/train --valid-dir fineweb_edu/valid
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from a checkout that is not installed
+
+from pretrain_xla.data.command import prepare_fineweb_command
+from pretrain_xla.errors import guarded
+
+if __name__ == "__main__":
+    guarded(prepare_fineweb_command)(sys.argv[1:])
