@@ -125,7 +125,7 @@ def _in_processes(
                 under_way.append((pool.submit(_encode, texts), last))
             else:  # it takes a second until the processes are there
                 under_way.append((_done(encoder.encode(texts)), last))
-            while begun and len(under_way) >= _AHEAD * num_workers:
+            while len(under_way) >= _AHEAD * num_workers:
                 yield _result(*under_way.popleft())
         while under_way:
             yield _result(*under_way.popleft())
