@@ -191,7 +191,7 @@ def _shards(name: str, task: Task, source: str | None, settings: Settings, reade
     folder = source or settings.shards
     if folder is None:
         raise UserError(f"task {name} needs a folder of token shards: {name}=FOLDER")
-    dataset = open_dataset(folder, reader.max_length, reader.vocab_size)
+    dataset = open_dataset(folder, reader.max_length, reader.vocab_size, split="valid")
     batches = Batches(dataset, sequences_per_batch=1, seq_length=reader.max_length, seed=0, shuffle=False)
     count = min(settings.limit or batches.sequences_per_epoch, batches.sequences_per_epoch)
     rows = [Row(batches.rows(index)[0], 1) for index in range(count)]
