@@ -30,7 +30,7 @@ class EvaluateFlags:
     """Score a model: loss, perplexity, zero-shot tasks."""
 
     model: str
-    """Run folder, checkpoints folder, one checkpoint, or gpt2[-medium|-large|-xl]."""
+    """Run folder, checkpoints folder or one checkpoint; Hugging Face folder or file of weights; name on the Hub, as gpt2."""
     tasks: tuple[str, ...]
     """shards, wikitext, text, hellaswag, hellaswag_llmc, lambada, piqa, arc_easy, winogrande; each NAME or NAME=SOURCE, where
     SOURCE is a path, glob or URL of its file (of a folder, for shards)."""

@@ -204,7 +204,7 @@ def _shards(name: str, task: Task, source: str | None, settings: Settings, reade
 
 _LM_EVAL = "lm-eval's task of that name"
 TASKS: dict[str, Task] = {
-    "shards": Task("mean loss over the sequences of token shards, as validation has it", _shards),
+    "shards": Task("mean loss over every token of the sequences of token shards", _shards),
     "wikitext": Task(
         "perplexity of WikiText-2's rows joined by blank lines, Hugging Face's recipe",
         _text, HubDataset("Salesforce/wikitext", "wikitext-2-raw-v1", "test"), "wiki", {"rows": True},
