@@ -111,13 +111,13 @@ class GPT(nn.Module):
         return linear_cross_entropy(x_BTD, table.weight.to(x_BTD.dtype), targets_BT, head)
 
     def hidden(
-        self, tokens_BT: Tensor, positions_T: Tensor | None = None, attends: Sequence[Attend] | None = None
+        self, tokens_BT: Tensor, positions: Tensor | None = None, attends: Sequence[Attend] | None = None
     ) -> Tensor:
         """All but the head: the normalised residual stream x_BTD, in the compute type.
 
         Args:
             tokens_BT: token ids.
-            positions_T: the tokens' positions, as a tensor on the device; none: 0 … T - 1.
+            positions: the tokens' positions [T], or [B, T] where they differ by row, on the device; none: 0 … T - 1.
             attends: for each block, what stands in for causal attention over these tokens (a key/value cache).
         """
         length = tokens_BT.shape[1]
@@ -127,11 +127,13 @@ class GPT(nn.Module):
         if self.config.scale_embeddings:
             x_BTD = x_BTD * math.sqrt(self.config.d_model)
         if self.position_embedding is not None:
-            x_BTD = x_BTD + _rows(self.position_embedding.weight, length, positions_T)
+            x_BTD = x_BTD + _rows(self.position_embedding.weight, length, positions)
         x_BTD = _drop(x_BTD, self.config.dropout, self.training)
         rotary = None
         if self.config.positions == "rotary":
-            rotary = (_rows(self.rotary_cos, length, positions_T), _rows(self.rotary_sin, length, positions_T))
+            rotary = (_rows(self.rotary_cos, length, positions), _rows(self.rotary_sin, length, positions))
+            if positions is not None and positions.dim() == 2:
+                rotary = (rotary[0][:, None], rotary[1][:, None])  # one row's angles for all of its heads
         if attends is not None:
             for block, attend in zip(self.blocks, attends, strict=True):
                 x_BTD = block(x_BTD, rotary, attend)
@@ -177,8 +179,8 @@ class GPT(nn.Module):
         return logits_BTV + self.vocab_mask
 
 
-def _rows(table: Tensor, length: int, positions_T: Tensor | None) -> Tensor:
-    return table[:length] if positions_T is None else table[positions_T]
+def _rows(table: Tensor, length: int, positions: Tensor | None) -> Tensor:
+    return table[:length] if positions is None else table[positions]
 
 
 def _drop(x: Tensor, rate: float, training: bool) -> Tensor:
