@@ -22,9 +22,9 @@ class GenerateFlags:
     """Continue text with a trained model."""
 
     model: str
-    """Run folder, checkpoints folder, or one checkpoint."""
+    """Run folder, checkpoints folder, one checkpoint, or a pretrained model by name (gpt2)."""
     tokenizer: str | None = None
-    """Tokenizer; none: the one the run was trained with."""
+    """Tokenizer; none: the one the model was trained with."""
     seed: int = 42
     """Seed of the draws."""
     temperature: float = 1.0

@@ -6,17 +6,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from pretrain_xla.config import build_config
-from pretrain_xla.data.manifest import dataset_info
 from pretrain_xla.data.tokenizer import Tokenizer, load_tokenizer
 from pretrain_xla.errors import UserError
 from pretrain_xla.generate.continuation import Continuation, Request
 from pretrain_xla.generate.decoder import Decoder
 from pretrain_xla.generate.text import TextStream
+from pretrain_xla.interop.load import load_model
 from pretrain_xla.model import GPT
 from pretrain_xla.runtime import Runtime, start
-from pretrain_xla.train.checkpoint import open_checkpoint
-from pretrain_xla.train.files import find_tokenizer
-from pretrain_xla.train.resume import Start
 
 
 class Generator:
@@ -34,25 +31,26 @@ class Generator:
 
     @staticmethod
     def load(path: str, *, tokenizer: str | None, runtime: str, device: str, which: str = "newest") -> Generator:
-        """A trained model from its run folder, checkpoints folder or one checkpoint.
+        """A trained model.
 
         Args:
-            path: any of the three.
-            tokenizer: see `load_tokenizer`; none: the one that the run was trained with.
+            path: a run folder, checkpoints folder or one checkpoint, or what else `load_model` knows.
+            tokenizer: see `load_tokenizer`; none: the one that the model was trained with.
             runtime: `xla` or `torch`.
             device: for torch, `auto`, `cpu` or `cuda`.
             which: `newest` or `best` checkpoint.
 
         Raises:
-            UserError: no checkpoint, a damaged one, or no tokenizer that fits.
+            UserError: no such model, a damaged one, or no tokenizer that fits.
         """
-        store, step = open_checkpoint(path, which)
-        info = store.info(step)
+        found = load_model(path, which)
+        if tokenizer is None and found.tokenizer is None:
+            raise UserError(f"{found.where} comes without a tokenizer: name one with --tokenizer")
+        loaded = load_tokenizer(tokenizer or str(found.tokenizer))
         parallel = {"runtime": runtime, "device": device}
-        config = build_config({"model": info.config["model"], "parallel": parallel}, store.folder(step))
-        loaded = load_tokenizer(tokenizer or _tokenizer_of(store.root, info.config))
+        config = build_config({"model": found.config.model_dump(), "parallel": parallel}, found.where)
         model = GPT(config.model)
-        Start(store, step, tensors=store.load(step)).load_model(model)
+        model.load_state_dict(found.tensors, strict=True)
         return Generator(model, loaded, start(config))
 
     def tokens(self, prompts: Sequence[str], request: Request) -> Continuation:
@@ -90,11 +88,3 @@ class Generator:
             texts[row] += text
         return texts
 
-
-def _tokenizer_of(checkpoints_dir: str, config: dict[str, dict[str, str]]) -> str:
-    """Name of the tokenizer that a run was trained with: its own copy, or what its data's manifest says."""
-    if own := find_tokenizer(checkpoints_dir):
-        return own
-    named = config["data"]["tokenizer"]
-    info = None if named else dataset_info(config["data"]["train_dir"])
-    return named or (info.tokenizer_name if info else "gpt2")
