@@ -20,6 +20,7 @@ COMMANDS = """usage: python -m pretrain_xla COMMAND [--help]
 
   train            train (or, with --do-test, evaluate) a model
   preflight        compile the training step for a TPU that is not here: does it fit, how fast, what does it cost
+  trace            show a model as a tree: shapes, parameters, operations
   prepare          text -> tokens -> shards in train/ and valid/
   train-tokenizer  train a byte-level BPE on text
   generate         continue a prompt with a trained model
@@ -43,6 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         if status := preflight_command(rest):
             raise SystemExit(status)
+    elif command == "trace":
+        from pretrain_xla.trace_command import trace_command
+
+        trace_command(rest)
     elif command == "prepare":
         from pretrain_xla.data.command import prepare_command
 
