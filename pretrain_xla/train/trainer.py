@@ -31,6 +31,7 @@ from pretrain_xla.train.guard import GraphGuard
 from pretrain_xla.train.metrics import MetricLog, Row, read_metrics
 from pretrain_xla.train.report import perplexity, plot_loss, summarise, write_summary
 from pretrain_xla.train.resume import Start, find_start
+from pretrain_xla.train.samples import Samples
 from pretrain_xla.train.signals import StopSignal
 from pretrain_xla.train.step import METRICS, TrainStep
 
@@ -86,6 +87,8 @@ class Trainer:
         self.validation = ValidationLoss(
             self.model, self.step.forward, valid_batches, runtime, train.valid_steps, config.data.prefetch_batches
         )
+        writes = config.logging.sample_interval is not None and not train.do_test
+        self.samples = Samples(config, self.model, runtime) if writes else None
         self.guard = GraphGuard(runtime, strict=train.strict_graph, say=self.console.warn)
         self.start.release()
 
@@ -148,7 +151,11 @@ class Trainer:
                 self._validate(done)
         if saves:
             self._save(done)
-        if validates or saves:
+        samples = self.samples is not None and (done % (self.config.logging.sample_interval or 1) == 0 or done == last)
+        if samples:
+            with self.runtime.planned():
+                self._sample(done)
+        if validates or saves or samples:
             self._clock.restart(done)
         self.guard.check(done)
         self._bar.advance(done)
@@ -211,6 +218,12 @@ class Trainer:
         if self.log is not None:
             self.log.write([row], kind="validation")
         self.console.validation(row)
+
+    def _sample(self, done: int) -> None:
+        assert self.samples is not None
+        text = self.samples()
+        if self.log is not None:
+            self.log.write_sample(done, text)
 
     def _save(self, done: int) -> None:
         """Write the state after update `done`; metrics up to there are on disk before it counts."""
