@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from pretrain_xla.generate.sampling import Rules, choose
 from pretrain_xla.generate.window import bucket
 from pretrain_xla.model import GPT
-from pretrain_xla.model.cache import Places, empty_cache, extend, fill
+from pretrain_xla.model.cache import Places, extend, fill
 from pretrain_xla.runtime import Runtime
 
 TURNS = 32
@@ -140,10 +140,10 @@ class Decoder:
         def prefill(
             tokens_BT: Tensor, first_B: Tensor, last_1: Tensor, numbers_5: Tensor, chance_B: Tensor, *seen: Tensor
         ) -> Tensor:
-            rows, length = tokens_BT.shape
-            cache = empty_cache(model.config, rows, slots, model.compute_dtype, tokens_BT.device) if slots else []
-            places = Places(torch.arange(length, device=tokens_BT.device), first_B)
-            x_BTD = model.hidden(tokens_BT, places.positions_BT(), fill(model.config, cache, places))
+            places = Places(torch.arange(tokens_BT.shape[1], device=tokens_BT.device), first_B)
+            cache: list[Tensor] = []
+            attends = fill(model.config, places, slots, cache)
+            x_BTD = model.hidden(tokens_BT, places.positions_BT(), attends)
             logits_BV = model.logits(x_BTD.index_select(1, last_1))[:, 0]
             self._cache = cache
             return choose(logits_BV, rules, numbers_5, chance_B, *seen)

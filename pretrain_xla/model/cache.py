@@ -46,35 +46,29 @@ class Places:
         return (row_BTS | own_TS)[:, None]
 
 
-def empty_cache(config: ModelConfig, rows: int, slots: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    """Keys and values of each block in turn, `[rows, K, slots, E]`."""
-    shape = (rows, config.kv_heads, slots, config.heads_dim)
-    return [torch.zeros(shape, dtype=dtype, device=device) for _ in range(2 * config.num_layers)]
-
-
-def fill(config: ModelConfig, cache: Sequence[Tensor], places: Places) -> list[Attend]:
-    """For each block: attention of a prompt over itself, whose keys and values go into the first T slots.
+def fill(config: ModelConfig, places: Places, slots: int, cache: list[Tensor]) -> list[Attend]:
+    """For each block: attention of a prompt over itself.
 
     Args:
         config: the architecture.
-        cache: as `empty_cache` makes it, changed in place; or nothing, to keep nothing.
         places: of the prompt, in slots 0 … T - 1.
+        slots: S of the cache to make, at least T; 0: make none.
+        cache: an empty list, to which each block adds its keys and its values `[B, K, S, E]`.
     """
-    allowed_B1TT = places.allowed_B1TS(len(places.slots_T))
+    length = len(places.slots_T)
+    allowed_B1TT = places.allowed_B1TS(length)
 
-    def attend_of(kept: Sequence[Tensor]) -> Attend:
-        def attend(query_BHTE: Tensor, key_BKTE: Tensor, value_BKTE: Tensor) -> Tensor:
-            for buffer_BKSE, new_BKTE in zip(kept, (key_BKTE, value_BKTE), strict=False):
-                buffer_BKSE.narrow(2, 0, new_BKTE.shape[2]).copy_(new_BKTE)
-            return attend_where(query_BHTE, key_BKTE, value_BKTE, allowed_B1TT, config)
+    def attend(query_BHTE: Tensor, key_BKTE: Tensor, value_BKTE: Tensor) -> Tensor:
+        if slots:
+            # New tensors: an update of a part in place leaves XLA with the whole as a second result.
+            cache.extend(F.pad(new_BKTE, (0, 0, 0, slots - length)) for new_BKTE in (key_BKTE, value_BKTE))
+        return attend_where(query_BHTE, key_BKTE, value_BKTE, allowed_B1TT, config)
 
-        return attend
-
-    return [attend_of(cache[2 * index : 2 * index + 2]) for index in range(config.num_layers)]
+    return [attend] * config.num_layers
 
 
 def extend(config: ModelConfig, cache: Sequence[Tensor], places: Places) -> list[Attend]:
-    """For each block: attention of new tokens over the cache, after their keys and values have joined it, in place."""
+    """For each block: attention of new tokens over the cache of `fill`, after their keys and values have joined it, in place."""
     allowed_B1TS = places.allowed_B1TS(cache[0].shape[2])
 
     def attend_of(key_BKSE: Tensor, value_BKSE: Tensor) -> Attend:
@@ -105,9 +99,13 @@ def attend_where(
             query_BHTE, key_BKSE, value_BKSE, attn_mask=allowed_B1TS, scale=scale, enable_gqa=H != K
         )
     query_BKRE = query_BHTE.reshape(B, K, H // K * T, E)
-    scores_BKRS = (query_BKRE @ key_BKSE.transpose(-2, -1)).float() * scale
+    if H // K * T < S:  # one token: turn its scores, not the whole cache, which some compilers would copy
+        products_BKRS = (key_BKSE @ query_BKRE.transpose(-2, -1)).transpose(-2, -1)
+    else:
+        products_BKRS = query_BKRE @ key_BKSE.transpose(-2, -1)
+    scores_BKRS = products_BKRS.float() * scale
     if softcap is not None:
         scores_BKRS = softcap * torch.tanh(scores_BKRS / softcap)
-    scores_BKGTS = scores_BKRS.view(B, K, H // K, T, S).masked_fill(~allowed_B1TS[:, None], FAR_BELOW)
+    scores_BKGTS = scores_BKRS.reshape(B, K, H // K, T, S).masked_fill(~allowed_B1TS[:, None], FAR_BELOW)
     weights_BKRS = torch.softmax(scores_BKGTS, dim=-1).to(value_BKSE.dtype).view(B, K, H // K * T, S)
     return (weights_BKRS @ value_BKSE).view(B, H, T, E)

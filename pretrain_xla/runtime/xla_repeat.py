@@ -7,15 +7,33 @@ buffers are donated, and a key/value cache is never copied.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import torch_xla
 import torch_xla.core.xla_builder as xb
+import torch_xla.runtime as xr
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from pretrain_xla.runtime.xla_loop import element, with_element
+
+
+class _MatrixFirst(TorchFunctionMode):
+    """Linear layers as matrix x column instead of row x transposed matrix.
+
+    For one token XLA's CPU compiler copies the transposed matrix at every turn, once a bias follows: four times the time.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not F.linear:
+            return func(*args, **(kwargs or {}))
+        input, weight, bias = (*args, None)[:3]
+        output = (weight @ input.flatten(0, -2).T).T.reshape(*input.shape[:-1], -1)
+        return output if bias is None else output + bias
 
 
 class RepeatedModule:
@@ -52,7 +70,7 @@ class RepeatedModule:
         ends = (len(carried), len(carried) + len(slices), len(fakes) - len(weights))
         # Tensors of their own, because the body may change what is carried in place, and a mark would replace a placeholder.
         inner = [tensor * 1 if tensor.dtype != torch.bool else tensor | False for tensor in fakes]
-        with torch.no_grad():
+        with torch.no_grad(), _MatrixFirst() if xr.device_type() == "CPU" else contextlib.nullcontext():
             state, results, going = torch.func.functional_call(
                 self._module,
                 dict(zip(names, inner[ends[2] :], strict=True)),
