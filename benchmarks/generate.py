@@ -6,7 +6,7 @@ that take turns in one process, so that drift of the machine hits all alike. All
 * transformers: `generate` with its cache, eager PyTorch on the CPU, from the same weights.
 * torch: ours with cache, on the torch runtime.
 * xla: ours with cache, on the xla runtime (`PJRT_DEVICE=CPU`).
-* xla, no cache: ours with `--no-cache`; each token reads a window of 512 tokens again, so a few tokens are enough to measure it.
+* xla, no cache: ours with `--no-cache`; each token reads a window of 512 tokens again, so few are made.
 
 It prints tokens/s, ratios with their spread over the rounds, how many tokens agree, and the graphs that XLA compiled.
 """
@@ -58,7 +58,12 @@ def measure(size: Size, rounds: int) -> None:
     from pretrain_xla.model import GPT
     from pretrain_xla.runtime import Runtime, start
 
-    shape = {"vocab_size": size.vocab_size, "d_model": size.d_model, "num_layers": size.num_layers, "seq_length": LENGTH}
+    shape = {
+        "vocab_size": size.vocab_size,
+        "d_model": size.d_model,
+        "num_layers": size.num_layers,
+        "seq_length": LENGTH,
+    }
     shape |= {"num_heads": size.num_heads, "d_ff": 4 * size.d_model}
     greedy = Sampling(temperature=0)
     config = build_config({"model": shape | {"tie_weights": True}}, "benchmark").model

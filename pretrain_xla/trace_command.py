@@ -13,8 +13,8 @@ from pretrain_xla.flags import parse_flags
 from pretrain_xla.model.trace import Node, Shape, folded, trace_model
 
 PROGRAM = "python -m pretrain_xla trace"
-DESCRIPTION = """Show the model as a tree: every module with the shapes that pass through it, its parameters, and the operations of
-the forward pass for one token. Takes every flag of `train`, and --json."""
+DESCRIPTION = """Show the model as a tree: every module with the shapes that pass through it, its parameters, and the operations
+of the forward pass for one token. Takes every flag of `train`, and --json."""
 
 WIDTH = 160
 """Columns that a deep tree needs."""

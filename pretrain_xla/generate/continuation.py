@@ -1,13 +1,13 @@
 """The texts of a batch, token by token, until each has ended: which call of the decoder comes next.
 
-The first call reads the texts; the following ones ask for 1, 2, 4 … tokens at once, so that the first words appear early and the
-device is soon left alone. When a text has filled its window (`window.py`), or the slots are used up, all texts are read anew.
+The first call reads the texts; the following ones ask for 1, 2, 4 … tokens at once, so that the first words appear early and
+the device is soon left alone. When a text has filled its window (`window.py`), or the slots are used up, all are read anew.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -29,7 +29,7 @@ class Request:
     """
 
     max_new_tokens: int
-    sampling: Sampling = Sampling()
+    sampling: Sampling = field(default_factory=Sampling)
     seed: int = 42
     stops: tuple[int, ...] = ()
     cached: bool = True

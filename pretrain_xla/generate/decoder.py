@@ -26,12 +26,18 @@ TURNS = 32
 
 @dataclass(frozen=True)
 class Choice:
-    """How tokens are chosen, as tensors on the host. stops_N: ids that end a text, at least one. seen_BV: see `choose`."""
+    """How tokens are chosen, as tensors on the host.
+
+    Attributes:
+        rules, numbers: see `Sampling`.
+        stops: ids that end a text, int32 [N], at least one.
+        seen: see `choose`, [B, V].
+    """
 
     rules: Rules
-    numbers_5: Tensor
-    stops_N: Tensor
-    seen_BV: Tensor | None
+    numbers: Tensor
+    stops: Tensor
+    seen: Tensor | None
 
 
 class OneToken(nn.Module):
@@ -58,7 +64,7 @@ class OneToken(nn.Module):
         first_B, numbers_5, stops_N = fixed
         places = Places(slot_1, first_B)
         attends = extend(self.model.config, cache, places)
-        x_B1D = self.model.hidden(token_B[:, None], places.positions_BT(), attends)
+        x_B1D = self.model.hidden(token_B[:, None], places.positions(), attends)
         next_B = choose(self.model.logits(x_B1D)[:, -1], self.rules, numbers_5, slices[0], *seen)
         alive_B = alive_B & (next_B[:, None] != stops_N).all(-1)
         return [next_B, slot_1 + 1, alive_B, *seen, *cache], [next_B], alive_B.any()
@@ -95,8 +101,8 @@ class Decoder:
             tokens_BT[row, longest - len(window) : longest] = window
         first_B = torch.tensor([longest - len(window) for window in windows])
         self._choice, self._first_B = choice, self._place(first_B)
-        self._numbers_5, self._stops_N = self._place(choice.numbers_5), self._place(choice.stops_N)
-        self._seen = [self._place(choice.seen_BV)] if choice.seen_BV is not None else []
+        self._numbers_5, self._stops_N = self._place(choice.numbers), self._place(choice.stops)
+        self._seen = [self._place(choice.seen)] if choice.seen is not None else []
         self._slot_1 = self._place(torch.tensor([longest]))
         self._cache = []  # before the new one is made, so that memory never holds both
         key = (choice.rules, slots)
@@ -143,7 +149,7 @@ class Decoder:
             places = Places(torch.arange(tokens_BT.shape[1], device=tokens_BT.device), first_B)
             cache: list[Tensor] = []
             attends = fill(model.config, places, slots, cache)
-            x_BTD = model.hidden(tokens_BT, places.positions_BT(), attends)
+            x_BTD = model.hidden(tokens_BT, places.positions(), attends)
             logits_BV = model.logits(x_BTD.index_select(1, last_1))[:, 0]
             self._cache = cache
             return choose(logits_BV, rules, numbers_5, chance_B, *seen)

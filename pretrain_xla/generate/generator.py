@@ -87,4 +87,3 @@ class Generator:
         for row, text in self.stream(prompts, request, stop_strings):
             texts[row] += text
         return texts
-

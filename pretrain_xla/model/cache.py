@@ -1,8 +1,8 @@
 """A key/value cache of static shape: what tokens have been attended with is kept, so that the next one costs one token's work.
 
 Each block has a buffer of S slots for the keys of its K key/value heads and one for the values. Rows of a batch end together: a
-shorter text begins at a later slot (`first_B`), so that one slot number, a device value, serves all rows, and writing is one
-update in place. What stands before a row's first slot, or after the newest, is never looked at; a token's position is counted
+shorter text begins at a later slot (`Places.first`), so that one slot number, a device value, serves all rows, and writing is
+one update in place. What stands before a row's first slot, or after the newest, is never looked at; a token's position is counted
 from its row's first slot.
 """
 
@@ -27,22 +27,22 @@ class Places:
     """Where the T tokens of a call stand.
 
     Attributes:
-        slots_T: their slots, int64, the same for all rows.
-        first_B: slot of each row's first token, int64.
+        slots: their slots, int64 [T], the same for all rows.
+        first: slot of each row's first token, int64 [B].
     """
 
-    slots_T: Tensor
-    first_B: Tensor
+    slots: Tensor
+    first: Tensor
 
-    def positions_BT(self) -> Tensor:
-        """Each token's position in its row; 0 for what stands before the first."""
-        return (self.slots_T - self.first_B[:, None]).clamp(min=0)
+    def positions(self) -> Tensor:
+        """Each token's position in its row [B, T]; 0 for what stands before the first."""
+        return (self.slots - self.first[:, None]).clamp(min=0)
 
-    def allowed_B1TS(self, slots: int) -> Tensor:
-        """Which of the `slots` each token may look at: those of its row up to its own, and always its own."""
-        slots_S = torch.arange(slots, device=self.slots_T.device)
-        own_TS = slots_S == self.slots_T[:, None]
-        row_BTS = (slots_S >= self.first_B[:, None, None]) & (slots_S <= self.slots_T[:, None])
+    def allowed(self, count: int) -> Tensor:
+        """Which of `count` slots each token may look at, [B, 1, T, S]: its row's up to its own, and always its own."""
+        slots_S = torch.arange(count, device=self.slots.device)
+        own_TS = slots_S == self.slots[:, None]
+        row_BTS = (slots_S >= self.first[:, None, None]) & (slots_S <= self.slots[:, None])
         return (row_BTS | own_TS)[:, None]
 
 
@@ -55,8 +55,8 @@ def fill(config: ModelConfig, places: Places, slots: int, cache: list[Tensor]) -
         slots: S of the cache to make, at least T; 0: make none.
         cache: an empty list, to which each block adds its keys and its values `[B, K, S, E]`.
     """
-    length = len(places.slots_T)
-    allowed_B1TT = places.allowed_B1TS(length)
+    length = len(places.slots)
+    allowed_B1TT = places.allowed(length)
 
     def attend(query_BHTE: Tensor, key_BKTE: Tensor, value_BKTE: Tensor) -> Tensor:
         if slots:
@@ -68,13 +68,13 @@ def fill(config: ModelConfig, places: Places, slots: int, cache: list[Tensor]) -
 
 
 def extend(config: ModelConfig, cache: Sequence[Tensor], places: Places) -> list[Attend]:
-    """For each block: attention of new tokens over the cache of `fill`, after their keys and values have joined it, in place."""
-    allowed_B1TS = places.allowed_B1TS(cache[0].shape[2])
+    """For each block: attention of new tokens over the cache of `fill`, which their keys and values join first, in place."""
+    allowed_B1TS = places.allowed(cache[0].shape[2])
 
     def attend_of(key_BKSE: Tensor, value_BKSE: Tensor) -> Attend:
         def attend(query_BHTE: Tensor, key_BKTE: Tensor, value_BKTE: Tensor) -> Tensor:
-            key_BKSE.index_copy_(2, places.slots_T, key_BKTE)
-            value_BKSE.index_copy_(2, places.slots_T, value_BKTE)
+            key_BKSE.index_copy_(2, places.slots, key_BKTE)
+            value_BKSE.index_copy_(2, places.slots, value_BKTE)
             return attend_where(query_BHTE, key_BKSE, value_BKSE, allowed_B1TS, config)
 
         return attend

@@ -1,7 +1,7 @@
 """A model as a tree of its modules: what goes in and out of each, its parameters, and the operations that a token costs there.
 
-Nothing is computed: the model is built on the meta device, which knows only shapes, one sequence passes through it, and hooks and
-PyTorch's own counter write down what they see. So the picture follows whatever is changed in the architecture. It counts as
+Nothing is computed: the model is built on the meta device, which knows only shapes, one sequence passes through it, and hooks
+and PyTorch's own counter write down what they see. So the picture follows whatever is changed in the architecture. It counts as
 `flops.py` does (matrix products only, the real vocabulary); the tests hold the two to the same totals.
 """
 

@@ -132,4 +132,3 @@ def _build(
     final = xb.Op.mkwhile([zero, one > zero, turns, *given, *stacked], going, one_turn)
     kept = [*range(3, 3 + n_carried), *range(start, start + len(results))]
     return xb.Op.tuple([final.get_tuple_element(index) for index in kept]).build("repeat")
-

@@ -33,7 +33,8 @@ class Samples:
         if self._tokenizer.vocab_size > config.model.vocab_size:
             raise UserError(
                 f"sample_interval={config.logging.sample_interval}: tokenizer {self._tokenizer.name!r} has "
-                f"{self._tokenizer.vocab_size} tokens and the model {config.model.vocab_size}: set --tokenizer to that of the data"
+                f"{self._tokenizer.vocab_size} tokens and the model "
+                f"{config.model.vocab_size}: set --tokenizer to that of the data"
             )
         self._model, self._prompt = model, config.logging.sample_prompt
         limit = config.model.seq_length

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
-
 from .conftest import losses, run, summary, torchrun
 
 SAMPLED = {"sample_interval": 8, "sample_prompt": "abc", "tokenizer": "bytes", "vocab_size": 257, "positions": "rotary"}
@@ -21,19 +19,25 @@ def assert_sampled(run_dir: Path) -> None:
     assert len(set(bodies)) == 3, "the model changes, and so does what it writes"
 
 
-@pytest.mark.parametrize(
-    ("changes", "devices"), [({}, "1"), ({"mesh_data": 2, "mesh_fsdp": 2}, "4")], ids=["one device", "mesh"]
-)
-def test_on_xla(changes: dict[str, int], devices: str, tmp_path: Path, flags: Callable[..., list[str]]) -> None:
-    extra = {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": devices}
-    for name, how in (("plain", PLAIN), ("sampled", SAMPLED)):
-        done = run("run_pretrain_xla.py", *flags(tmp_path / name, **how, **changes), "--strict-graph", **extra)
-        assert done.status == 0, done.errors
-    assert_sampled(tmp_path / "sampled")
-    assert losses(tmp_path / "sampled") == losses(tmp_path / "plain"), "bit for bit"
-    counts = summary(tmp_path / "sampled")
+def sample_on_xla(run_dir: Path, arguments: list[str], devices: int) -> None:
+    extra = {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": str(devices)}
+    done = run("run_pretrain_xla.py", *arguments, "--strict-graph", **extra)
+    assert done.status == 0, done.errors
+    assert_sampled(run_dir)
+    counts = summary(run_dir)
     assert counts["graphs"] == {"train": 1, "validation": 1, "prefill": 1, "decode": 1, "other": 0}
     assert counts["recompilations"] == counts["unplanned_host_transfers"] == 0
+
+
+def test_on_xla(tmp_path: Path, flags: Callable[..., list[str]]) -> None:
+    sample_on_xla(tmp_path / "sampled", flags(tmp_path / "sampled", **SAMPLED), devices=1)
+    done = run("run_pretrain_xla.py", *flags(tmp_path / "plain", **PLAIN), PJRT_DEVICE="CPU")
+    assert done.status == 0, done.errors
+    assert losses(tmp_path / "sampled") == losses(tmp_path / "plain"), "bit for bit"
+
+
+def test_on_a_mesh(tmp_path: Path, flags: Callable[..., list[str]]) -> None:
+    sample_on_xla(tmp_path, flags(tmp_path, **SAMPLED, mesh_data=2, mesh_fsdp=2), devices=4)
 
 
 def test_on_torch_alone_and_with_ddp(tmp_path: Path, flags: Callable[..., list[str]]) -> None:

@@ -26,7 +26,7 @@ OPTIONS = dict(positions="rotary", norm="rmsnorm_zero_centered", bias=False, qk_
                activation="silu", attention_softcap=5.0, logit_softcap=30.0, tie_weights=True, post_norm=True)
 parallel = json.loads(sys.argv[1])
 tree = {"model": MODEL | (OPTIONS if sys.argv[2] == "modern" else {}), "parallel": parallel}
-config = build_config(tree | {"train": {"strict_graph": True}}, "test")
+config = build_config(tree, "test")
 runtime = start(config)
 model = GPT(config.model)
 initialize(model, 1)
