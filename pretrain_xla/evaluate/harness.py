@@ -20,7 +20,7 @@ from pretrain_xla.errors import UserError
 from pretrain_xla.evaluate.command import build, tokenizer_of
 from pretrain_xla.evaluate.rows import cut
 from pretrain_xla.evaluate.scorer import Row, Scorer
-from pretrain_xla.generate import Generator, Sampling
+from pretrain_xla.generate import Generator, Request, Sampling
 from pretrain_xla.interop.load import load_model
 
 DEFAULT_BATCH_SIZE = 8
@@ -140,14 +140,9 @@ class PretrainXlaLM(TemplateLM):
         stops = handle_stop_sequences(kwargs["until"], eos=None)
         temperature = float(kwargs.get("temperature", 1.0)) if kwargs["do_sample"] else 0.0
         sampling = Sampling(temperature, int(kwargs.get("top_k", 0)), float(kwargs.get("top_p", 1.0)))
-        tokens: list[int] = []
-        text = ""
-        count = int(kwargs["max_gen_toks"])
-        for token in self._generator.stream(prompt, max_new_tokens=count, sampling=sampling, seed=0):
-            tokens.append(token)
-            text = self._tokenizer.decode(tokens)
-            if any(stop in text for stop in stops if stop):
-                break
+        request = Request(int(kwargs["max_gen_toks"]), sampling, seed=0)
+        pieces = self._generator.stream([prompt], request, [stop for stop in stops if stop])
+        text = "".join(piece for _, piece in pieces)
         return postprocess_generated_text(text, stops, think_end_token=None)
 
     def _answers(self, rows: Sequence[Row], disable_tqdm: bool) -> list[tuple[float, bool]]:

@@ -35,6 +35,7 @@ from pretrain_xla.train.guard import GraphGuard
 from pretrain_xla.train.metrics import MetricLog, Row, read_metrics
 from pretrain_xla.train.report import perplexity, plot_loss, summarise, write_summary
 from pretrain_xla.train.resume import Start, find_start
+from pretrain_xla.train.samples import Samples
 from pretrain_xla.train.signals import StopSignal
 from pretrain_xla.train.step import METRICS, TrainStep
 
@@ -100,6 +101,8 @@ class Trainer:
             valid_examples,
         )
         self.evaluation = None if train.do_test else self._read_tasks()
+        writes = config.logging.sample_interval is not None and not train.do_test
+        self.samples = Samples(config, self.model, runtime) if writes else None
         self.guard = GraphGuard(runtime, strict=train.strict_graph, say=self.console.warn)
         self.start.release()
 
@@ -147,14 +150,15 @@ class Trainer:
 
     def _one_step(self, done: int, tokens: Tensor) -> None:
         """Make update number `done` (from 1) and whatever is due after it."""
-        train, last = self.config.train, self.config.train.train_steps
+        train = self.config.train
         if self.config.model.dropout > 0:
             self.runtime.seed(_step_seed(train.seed, done))
         self._history = self._train_step(tokens, self._history)
-        validates = done % train.valid_interval == 0 or done == last
-        saves = done % self.config.checkpoint.save_interval == 0 or done == last
-        evaluates = self._evaluates(done)
-        pauses = validates or evaluates or saves
+        validates = self._due(train.valid_interval, done)
+        evaluates = self.evaluation is not None and self._due(self.config.evaluation.eval_interval, done)
+        saves = self._due(self.config.checkpoint.save_interval, done)
+        samples = self.samples is not None and self._due(self.config.logging.sample_interval, done)
+        pauses = validates or evaluates or saves or samples
         if done == self.start.step + 1:
             with self.runtime.planned():
                 self.runtime.wait()  # so that compiling is not counted as training
@@ -167,12 +171,19 @@ class Trainer:
                 self._validate(done)
         if evaluates:
             self._evaluate(done)
+        if samples:
+            with self.runtime.planned():
+                self._sample(done)
         if saves:
             self._save(done)
         if pauses:
             self._clock.restart(done)
         self.guard.check(done)
         self._bar.advance(done)
+
+    def _due(self, interval: int | None, done: int) -> bool:
+        """Whether what comes every so many steps, and after the last one, comes now."""
+        return done == self.config.train.train_steps or (interval is not None and done % interval == 0)
 
     def _read(self, step: int) -> np.ndarray:
         """This process's rows of a step's batch `[rows, micro-batches, T + 1]`."""
@@ -237,11 +248,6 @@ class Trainer:
             self.log.write([row], kind="validation")
         self.console.validation(row)
 
-    def _evaluates(self, done: int) -> bool:
-        interval = self.config.evaluation.eval_interval
-        due = done == self.config.train.train_steps or (interval is not None and done % interval == 0)
-        return self.evaluation is not None and due
-
     def _evaluate(self, done: int) -> None:
         """Score the tasks of the config; a score is called `task/score` in the metrics."""
         assert self.evaluation is not None
@@ -266,6 +272,12 @@ class Trainer:
             batch_size=self.config.train.eval_batch_size,
             top_k=config.eval_top_k,
         )
+
+    def _sample(self, done: int) -> None:
+        assert self.samples is not None
+        text = self.samples()
+        if self.log is not None:
+            self.log.write_sample(done, text)
 
     def _save(self, done: int) -> None:
         """Write the state after update `done`; metrics up to there are on disk before it counts."""

@@ -12,7 +12,7 @@ import transformers
 from pretrain_xla import cli
 from pretrain_xla.data.tokenizer import load_tokenizer
 from pretrain_xla.errors import UserError
-from pretrain_xla.generate import Generator, Sampling
+from pretrain_xla.generate import Generator, Request, Sampling
 from pretrain_xla.interop.command import export_command, import_command
 from pretrain_xla.interop.load import load_model
 
@@ -57,8 +57,9 @@ def test_the_same_continuation(run: Path, capsys: pytest.CaptureFixture[str]) ->
     theirs, tokenizer = open_in_transformers(out), transformers.AutoTokenizer.from_pretrained(str(out))
     generator = Generator.load(str(run), tokenizer=None, runtime="torch", device="cpu")
     try:
-        ours = list(generator.stream("wxyz, ab", max_new_tokens=40, sampling=Sampling(temperature=0), seed=0))
-        text = generator.generate("wxyz, ab", max_new_tokens=40, sampling=Sampling(temperature=0), seed=0)
+        request = Request(max_new_tokens=40, sampling=Sampling(temperature=0))
+        ours = [token for _, token in generator.tokens(["wxyz, ab"], request)]
+        (text,) = generator.generate(["wxyz, ab"], request)
     finally:
         generator.runtime.close()
     prompt = tokenizer("wxyz, ab", return_tensors="pt")
