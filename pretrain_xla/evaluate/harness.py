@@ -16,6 +16,7 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 from lm_eval.utils import get_rolling_token_windows
 from tqdm import tqdm
 
+from pretrain_xla.data.tokenizer import decode_after
 from pretrain_xla.errors import UserError
 from pretrain_xla.evaluate.command import build, tokenizer_of
 from pretrain_xla.evaluate.rows import cut
@@ -145,7 +146,7 @@ class PretrainXlaLM(TemplateLM):
         count = int(kwargs["max_gen_toks"])
         for token in self._generator.stream(prompt, max_new_tokens=count, sampling=sampling, seed=0):
             tokens.append(token)
-            text = self._tokenizer.decode(tokens)
+            text = decode_after(self._tokenizer, prompt, tokens)
             if any(stop in text for stop in stops if stop):
                 break
         return postprocess_generated_text(text, stops, think_end_token=None)

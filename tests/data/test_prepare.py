@@ -221,19 +221,20 @@ def test_folder_that_cannot_be_made(tmp_path):
 
 def test_worker_that_is_killed_leaves_whole_shards_to_go_on_from(tmp_path, small_chunks):
     def texts(kill):
-        for number, document in enumerate(DOCUMENTS):
-            if kill and number == 300:
+        for document in DOCUMENTS * 20:
+            if kill and (tmp_path / "a" / "train" / "000002.npy").exists():
                 os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+                kill = False
             yield document
 
-    recipe = {"tokenizer": "bytes", "shard_size": 3000, "num_workers": 2}
+    recipe = {"tokenizer": "bytes", "shard_size": 50_000}
     with pytest.raises(UserError, match=r"a worker process was killed .* the same command again to go on"):
-        prepare(source_of("test", "1", lambda: texts(True)), str(tmp_path / "a"), **recipe)
-    assert [np.load(path).size for path in sorted((tmp_path / "a" / "train").glob("*"))][:3] == [3000] * 3
+        prepare(source_of("test", "1", lambda: texts(True)), str(tmp_path / "a"), num_workers=2, **recipe)
+    assert [np.load(path).size for path in sorted((tmp_path / "a" / "train").glob("*"))][:3] == [50_000] * 3
     with pytest.raises(UserError, match="interrupted"):
         open_dataset(str(tmp_path / "a" / "train"), 16, 257)
-    prepare(source_of("test", "1", lambda: texts(False)), str(tmp_path / "a"), **{**recipe, "num_workers": 1})
-    prepare(source(), str(tmp_path / "b"), **{**recipe, "num_workers": 1})
+    prepare(source_of("test", "1", lambda: texts(False)), str(tmp_path / "a"), num_workers=1, **recipe)
+    prepare(source_of("test", "1", lambda: texts(False)), str(tmp_path / "b"), num_workers=1, **recipe)
     assert tree(tmp_path / "a") == tree(tmp_path / "b")
 
 
