@@ -34,7 +34,7 @@ from pretrain_xla.data.manifest import (
 from pretrain_xla.data.shards import ShardWriter, WrittenFormat, dtype_for, open_shard
 from pretrain_xla.data.sources import Source, open_source
 from pretrain_xla.data.split import split_document
-from pretrain_xla.data.tokenizer import StoredTokenizer, Tokenizer, known_tokenizers, load_tokenizer
+from pretrain_xla.data.tokenizer import StoredTokenizer, Tokenizer, known_tokenizers, load_tokenizer, stored_tokenizer
 from pretrain_xla.data.tokenizer_kinds import SPECIALS_FILE, TOKENIZER_FILES
 from pretrain_xla.data.train_tokenizer import check_vocab_size, train_tokenizer
 from pretrain_xla.data.workers import encode_chunks
@@ -153,8 +153,9 @@ def _identity(name: str) -> str:
 
 def _own_tokenizer(choice: Tokenizer | int, source: Source, recipe: Recipe, folder: str, resumed: bool) -> Tokenizer:
     """The tokenizer, trained first where `choice` is a vocabulary size; a copy in the dataset where it is a file."""
+    kept = resumed and stored_tokenizer(folder) is not None
     if isinstance(choice, int):
-        if resumed:
+        if kept:
             return load_tokenizer(folder)
         parts = (
             part
@@ -162,7 +163,7 @@ def _own_tokenizer(choice: Tokenizer | int, source: Source, recipe: Recipe, fold
             for part in split_document(document, recipe.valid_fraction, recipe.seed)
         )
         return train_tokenizer((text for split, text in parts if split == "train"), choice, folder)
-    if isinstance(choice, StoredTokenizer) and not resumed:
+    if isinstance(choice, StoredTokenizer) and not kept:
         choice.save(folder)
     return choice
 

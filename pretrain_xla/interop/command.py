@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from pretrain_xla.config import ModelConfig, RunConfig, build_config
 from pretrain_xla.config_file import to_yaml
-from pretrain_xla.data.tokenizer import JsonTokenizer, known_tokenizers, load_tokenizer
+from pretrain_xla.data.tokenizer import StoredTokenizer, known_tokenizers, load_tokenizer
 from pretrain_xla.errors import UserError
 from pretrain_xla.interop import hub
 from pretrain_xla.interop.adopt import adopt_architecture, fit_tensors
@@ -108,7 +108,7 @@ def write_run(loaded: LoadedModel, folder: str) -> None:
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error.strerror}): name another folder") from None
     tokenizer = load_tokenizer(name) if name is not None else None
-    if isinstance(tokenizer, JsonTokenizer):
+    if isinstance(tokenizer, StoredTokenizer):
         tokenizer.save(os.path.join(folder, TOKENIZER_FOLDER))
     store = CheckpointStore(config.checkpoints_dir, limit=1)
     tensors = {f"model.{name}": tensor for name, tensor in loaded.tensors.items()}

@@ -221,19 +221,20 @@ def test_folder_that_cannot_be_made(tmp_path):
 
 def test_worker_that_is_killed_leaves_whole_shards_to_go_on_from(tmp_path, small_chunks):
     def texts(kill):
-        for number, document in enumerate(DOCUMENTS):
-            if kill and number == 300:
+        for document in DOCUMENTS * 20:
+            if kill and (tmp_path / "a" / "train" / "000002.npy").exists():
                 os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+                kill = False
             yield document
 
-    recipe = {"tokenizer": "bytes", "shard_size": 3000, "num_workers": 2}
+    recipe = {"tokenizer": "bytes", "shard_size": 50_000}
     with pytest.raises(UserError, match=r"a worker process was killed .* the same command again to go on"):
-        prepare(source_of("test", "1", lambda: texts(True)), str(tmp_path / "a"), **recipe)
-    assert [np.load(path).size for path in sorted((tmp_path / "a" / "train").glob("*"))][:3] == [3000] * 3
+        prepare(source_of("test", "1", lambda: texts(True)), str(tmp_path / "a"), num_workers=2, **recipe)
+    assert [np.load(path).size for path in sorted((tmp_path / "a" / "train").glob("*"))][:3] == [50_000] * 3
     with pytest.raises(UserError, match="interrupted"):
         open_dataset(str(tmp_path / "a" / "train"), 16, 257)
-    prepare(source_of("test", "1", lambda: texts(False)), str(tmp_path / "a"), **{**recipe, "num_workers": 1})
-    prepare(source(), str(tmp_path / "b"), **{**recipe, "num_workers": 1})
+    prepare(source_of("test", "1", lambda: texts(False)), str(tmp_path / "a"), num_workers=1, **recipe)
+    prepare(source_of("test", "1", lambda: texts(False)), str(tmp_path / "b"), num_workers=1, **recipe)
     assert tree(tmp_path / "a") == tree(tmp_path / "b")
 
 
@@ -328,23 +329,25 @@ def test_killed_at_random_points_it_ends_with_the_bytes_of_a_clean_run(tmp_path)
             file.write(json.dumps({"text": f"{number} " + DOCUMENTS[number % 400] * 6}) + "\n")
     words = ["--tokenizer", "bytes", "--shard-size", "150000", "--num-workers", "2"]
     command = [sys.executable, "-m", "pretrain_xla", "prepare", str(tmp_path / "a.jsonl")]
-    begun = time.monotonic()
     subprocess.run([*command, str(tmp_path / "clean"), *words], cwd=ROOT, check=True, capture_output=True)
-    seconds = time.monotonic() - begun
-    out, shards, killed = tmp_path / "killed", [], 0
+    out = tmp_path / "killed"
     for _ in range(int(os.environ.get("PREPARE_KILLS", "3"))):
+        wanted = count_shards(out) + rng.randrange(1, 6)
         process = subprocess.Popen([*command, str(out), *words], cwd=ROOT, stdout=subprocess.DEVNULL)
-        time.sleep(seconds * rng.uniform(0.4, 1))
+        while count_shards(out) < wanted and process.poll() is None:
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, 0.1))
         process.kill()
-        killed += process.wait() == -signal.SIGKILL
-        shards.append(len(list(out.glob("train/*.npy"))))
-        if not (out / "dataset.json").exists() and shards[-1]:
-            with pytest.raises(UserError, match="interrupted"):
-                open_dataset(str(out / "train"), 16, 257)
-    assert killed
-    assert shards == sorted(shards)
+        assert process.wait() == -signal.SIGKILL
+        assert not (out / "dataset.json").exists()
+        with pytest.raises(UserError, match="interrupted"):
+            open_dataset(str(out / "train"), 16, 257)
     subprocess.run([*command, str(out), *words], cwd=ROOT, check=True, capture_output=True)
     assert tree(out) == tree(tmp_path / "clean")
+
+
+def count_shards(folder):
+    return len(list(folder.glob("train/*.npy")))
 
 
 def is_gone(group):

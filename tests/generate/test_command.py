@@ -94,7 +94,7 @@ def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 def test_faults_end_in_one_line(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = ["--model", str(run_dir), *HERE]
-    assert "no complete checkpoint there" in refusal(["--model", str(tmp_path / "none"), *HERE], capsys)
+    assert "no such file or folder" in refusal(["--model", str(tmp_path / "none"), *HERE], capsys)
     assert "--temperature -1.0 is negative" in refusal([*model, "--temperature", "-1"], capsys)
     assert "--top-p 2.0 is outside" in refusal([*model, "--top-p", "2"], capsys)
     assert "--top-k -2 is negative" in refusal([*model, "--top-k", "-2"], capsys)
