@@ -90,7 +90,6 @@ def test_an_unknown_key_like_no_other_lists_the_known_ones() -> None:
         ("optim", "learning_rate", float("nan"), "Input should be"),
         ("optim", "betas", 0.9, "tuple"),
         ("train", "mixed_precision", "fp32", "'bf16' or 'fp16'"),
-        ("train", "loss_ignore_tokens", [3, -1], "greater than or equal to 0"),
         ("train", "seed", -1, "greater than or equal to 0"),
         ("parallel", "mesh_data", -2, "greater than or equal to -1"),
         ("checkpoint", "resume", "maybe", "boolean"),
@@ -108,6 +107,10 @@ def test_no_number_is_infinite() -> None:
     assert "learning_rate" in numbers
     for leaf in numbers:
         assert f"{leaf}=inf" in refusal({LEAVES[leaf]: {leaf: float("inf")}})
+
+
+def test_one_bad_token_of_several_is_named() -> None:
+    assert "train.loss_ignore_tokens.1=-1: Input should be" in refusal({"train": {"loss_ignore_tokens": [3, -1]}})
 
 
 def test_a_pair_of_betas_has_two() -> None:
