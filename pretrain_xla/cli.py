@@ -21,6 +21,7 @@ COMMANDS = """usage: python -m pretrain_xla COMMAND [--help]
 
   train            train (or, with --do-test, evaluate) a model
   preflight        compile the training step for a TPU that is not here: does it fit, how fast, what does it cost
+  trace            show a model as a tree: shapes, parameters, operations
   prepare          text -> tokens -> shards in train/ and valid/
   inspect          look into token shards: counts, histograms, first documents, checks
   train-tokenizer  train a tokenizer on text: byte-level BPE or SentencePiece
@@ -49,6 +50,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         if status := preflight_command(rest):
             raise SystemExit(status)
+    elif command == "trace":
+        from pretrain_xla.trace_command import trace_command
+
+        trace_command(rest)
     elif command == "prepare":
         from pretrain_xla.data.command import prepare_command
 

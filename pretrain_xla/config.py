@@ -300,6 +300,10 @@ class LoggingConfig(Section):
     """Folder of config.yaml, metrics.jsonl, summary.json, loss.png and TensorBoard events; none: checkpoints_dir."""
     log_interval: Positive = 10
     """Steps between readings of the metrics; every step's values are kept."""
+    sample_interval: Positive | None = None
+    """Steps between samples of what the model writes, in run_dir/samples.txt and TensorBoard; none: no samples."""
+    sample_prompt: str = ""
+    """What the samples continue; empty: they begin a new text."""
     tensorboard: bool = True
     """Write TensorBoard events."""
     wandb_logging: bool = False

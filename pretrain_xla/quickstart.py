@@ -94,12 +94,12 @@ def _config(name: str, train_steps: int | None) -> RunConfig:
 
 def _write_sample(config: RunConfig, prompt: str) -> str:
     # Imported late: it brings the devices with it.
-    from pretrain_xla.generate import Generator, Sampling
+    from pretrain_xla.generate import Generator, Request, Sampling
 
     generator = Generator.load(config.run_dir, tokenizer=None, runtime="xla", device="auto")
     try:
-        sampling = Sampling(temperature=0.8, top_k=50)
-        text = generator.generate(prompt, max_new_tokens=120, sampling=sampling, seed=config.train.seed)
+        request = Request(120, Sampling(temperature=0.8, top_k=50), seed=config.train.seed)
+        (text,) = generator.generate([prompt], request)
     finally:
         generator.runtime.close()
     with open(os.path.join(config.run_dir, "sample.txt"), "w", encoding="utf-8") as file:

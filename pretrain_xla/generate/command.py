@@ -1,7 +1,8 @@
-"""The words of `generate.py`: a prompt on the command line, from a pipe, or typed at `>>`."""
+"""The words of `generate.py`: prompts on the command line, from a file or a pipe, or typed at `>>`."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -10,8 +11,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from pretrain_xla.data.tokenizer import decode_after
 from pretrain_xla.errors import UserError
+from pretrain_xla.generate.continuation import Request
 from pretrain_xla.generate.generator import Generator
 from pretrain_xla.generate.sampling import Sampling
 
@@ -21,9 +22,9 @@ class GenerateFlags:
     """Continue text with a trained model."""
 
     model: str
-    """Run folder, checkpoints folder, or one checkpoint."""
+    """Run folder, checkpoints folder, one checkpoint, or a pretrained model by name (gpt2)."""
     tokenizer: str | None = None
-    """Tokenizer; none: the one the run was trained with."""
+    """Tokenizer; none: the one the model was trained with."""
     seed: int = 42
     """Seed of the draws."""
     temperature: float = 1.0
@@ -34,8 +35,22 @@ class GenerateFlags:
     """Draw among the k likeliest; 0: all."""
     top_p: float = 1.0
     """Draw among the fewest that reach this probability; 1: all."""
-    prompt: str | None = None
-    """Text to continue; none: ask for it."""
+    min_p: float = 0.0
+    """Draw among those at least this fraction as likely as the likeliest; 0: all."""
+    repetition_penalty: float = 1.0
+    """Above 1: what is in the text already becomes less likely."""
+    stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """End before this text; may be given several times. End-of-text always ends."""
+    stop_token: tyro.conf.UseAppendAction[tuple[int, ...]] = ()
+    """End at this token id; may be given several times."""
+    prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Text to continue; given several times, all are continued together. none: ask for it."""
+    prompt_file: str | None = None
+    """File with a prompt on each line, all continued together."""
+    num_samples: int = 1
+    """Continuations of each prompt."""
+    show_tokens: bool = False
+    """Print each token by itself, as [id text]."""
     output: str | None = None
     """File to write the text to, besides the screen."""
     checkpoint: Literal["newest", "best"] = "newest"
@@ -44,38 +59,58 @@ class GenerateFlags:
     """none: xla where PJRT_DEVICE is set, else torch."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """torch runtime: device."""
+    cache: bool = True
+    """--no-cache: read the whole text again for each token, to compare with."""
+
+    def request(self) -> Request:
+        """What to add."""
+        sampling = Sampling(self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty)
+        return Request(self.max_new_tokens, sampling, self.seed, self.stop_token, self.cache)
 
 
 def generate_command(arguments: Sequence[str]) -> None:
-    """Parse, load, and continue one prompt or as many as are typed.
+    """Parse, load, and continue the prompts that are given, or as many as are typed.
 
     Raises:
-        UserError: no checkpoint, no tokenizer, or a setting out of range.
+        UserError: no checkpoint, no tokenizer, an unreadable file, or a setting out of range.
     """
     flags = tyro.cli(Annotated[GenerateFlags, tyro.conf.arg(name="")], prog="generate.py", args=list(arguments))
-    if flags.max_new_tokens < 1:
-        raise UserError(f"--max-new-tokens {flags.max_new_tokens}: ask for at least 1")
-    if flags.output is not None and flags.prompt is None:
-        raise UserError(f"--output {flags.output} needs --prompt: what is typed at the prompt goes to the screen")
+    for name, value in (("max-new-tokens", flags.max_new_tokens), ("num-samples", flags.num_samples)):
+        if value < 1:
+            raise UserError(f"--{name} {value}: ask for at least 1")
+    if "" in flags.stop:
+        raise UserError("--stop '': name a text to stop at")
+    prompts = [*flags.prompt, *(_prompts_of(flags.prompt_file) if flags.prompt_file is not None else [])]
     if flags.output is not None:
+        if not prompts:
+            raise UserError(f"--output {flags.output} needs --prompt: what is typed at the prompt goes to the screen")
         _check_writable(flags.output)
-    sampling = Sampling(flags.temperature, flags.top_k, flags.top_p)
+    request = flags.request()
     runtime = flags.runtime or ("xla" if "PJRT_DEVICE" in os.environ else "torch")
     generator = Generator.load(
         flags.model, tokenizer=flags.tokenizer, runtime=runtime, device=flags.device, which=flags.checkpoint
     )
-    try:
-        if flags.prompt is not None:
-            text = _print_stream(generator, flags.prompt, flags, sampling)
+    with contextlib.closing(generator.runtime):
+        if prompts:
+            texts = _continue(generator, prompts, flags, request)
             if flags.output is not None:
                 with open(flags.output, "w", encoding="utf-8") as file:
-                    file.write(text + "\n")
+                    file.write("\n\n".join(texts) + "\n")
             return
         while (line := _ask()) is not None:
             if line.strip():
-                _print_stream(generator, line, flags, sampling)
-    finally:
-        generator.runtime.close()
+                _continue(generator, [line], flags, request)
+
+
+def _prompts_of(path: str) -> list[str]:
+    try:
+        with open(path, encoding="utf-8") as file:
+            prompts = [line for line in file.read().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--prompt-file {path} cannot be read ({error}): name a text file") from None
+    if not prompts:
+        raise UserError(f"--prompt-file {path} has no prompt in it: write one on each line")
+    return prompts
 
 
 def _check_writable(path: str) -> None:
@@ -95,17 +130,34 @@ def _ask() -> str | None:
         return None
 
 
-def _print_stream(generator: Generator, prompt: str, flags: GenerateFlags, sampling: Sampling) -> str:
-    """Print the text as it comes; returns all of it."""
-    print(prompt, end="", flush=True)
-    tokens: list[int] = []
-    shown = ""
-    for token in generator.stream(prompt, max_new_tokens=flags.max_new_tokens, sampling=sampling, seed=flags.seed):
-        tokens.append(token)
-        text = decode_after(generator.tokenizer, prompt, tokens)
-        if not text.endswith("\ufffd"):  # a character may need several tokens
-            print(text[len(shown) :], end="", flush=True)
-            shown = text
-    text = decode_after(generator.tokenizer, prompt, tokens)
-    print(text[len(shown) :], flush=True)
-    return prompt + text
+def _continue(generator: Generator, prompts: Sequence[str], flags: GenerateFlags, request: Request) -> list[str]:
+    """Print the texts: a single one as it comes, several one after another when all are done. Returns them."""
+    prompts = [prompt for prompt in prompts for _ in range(flags.num_samples)]
+    if flags.show_tokens:
+        return _print_tokens(generator, prompts, request)
+    if len(prompts) > 1:
+        texts = generator.generate(prompts, request, flags.stop)
+        for number, text in enumerate(texts, start=1):
+            print(f"--- {number} of {len(texts)}\n{text}", flush=True)
+        return texts
+    text = prompts[0]
+    print(text, end="", flush=True)
+    for _, new in generator.stream(prompts, request, flags.stop):
+        print(new, end="", flush=True)
+        text += new
+    print(flush=True)
+    return [text]
+
+
+def _print_tokens(generator: Generator, prompts: Sequence[str], request: Request) -> list[str]:
+    """`[id text]` for each token of the prompts and of what follows them."""
+
+    def shown(token: int) -> str:
+        return f"[{token} {generator.tokenizer.decode([token])!r}]"
+
+    rows = [[shown(token) for token in generator.tokenizer.encode(prompt)] for prompt in prompts]
+    for row, token in generator.tokens(prompts, request):
+        rows[row].append(shown(token))
+    lines = [" ".join(row) for row in rows]
+    print("\n".join(lines), flush=True)
+    return lines

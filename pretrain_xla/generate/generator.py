@@ -1,32 +1,23 @@
-"""A model that continues text.
-
-Shapes are static: the window is always `seq_length` tokens, padded on the right (attention is causal, so the padding is never
-seen), and the position of the last token is a device value. So one graph serves every prompt and every length. Each token costs
-a whole forward pass; there is no key/value cache yet.
-"""
+"""A model that continues text: tokenizer, model and device together."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-
-import numpy as np
-import torch
-from torch import Tensor
+from dataclasses import replace
 
 from pretrain_xla.config import build_config
-from pretrain_xla.data.manifest import dataset_info
-from pretrain_xla.data.tokenizer import Tokenizer, decode_after, load_tokenizer
+from pretrain_xla.data.tokenizer import Tokenizer, load_tokenizer
 from pretrain_xla.errors import UserError
-from pretrain_xla.generate.sampling import Sampling, sample
+from pretrain_xla.generate.continuation import Continuation, Request
+from pretrain_xla.generate.decoder import Decoder
+from pretrain_xla.generate.text import TextStream
+from pretrain_xla.interop.load import load_model
 from pretrain_xla.model import GPT
 from pretrain_xla.runtime import Runtime, start
-from pretrain_xla.train.checkpoint import open_checkpoint
-from pretrain_xla.train.files import find_tokenizer
-from pretrain_xla.train.resume import Start
 
 
 class Generator:
-    """A model and a tokenizer, ready on a device."""
+    """A model and a tokenizer, ready on a device. A text ends at end-of-text, or at a stop of the request."""
 
     def __init__(self, model: GPT, tokenizer: Tokenizer, runtime: Runtime) -> None:
         self.model, self.tokenizer, self.runtime = model.eval(), tokenizer, runtime
@@ -36,74 +27,63 @@ class Generator:
                 "it is not the model's; name the right one with --tokenizer"
             )
         runtime.place_model(model)
-        self._rows = runtime.mesh["data"] * runtime.mesh.get("fsdp", 1)
-
-        @torch.no_grad()
-        def logits(tokens_R1T: Tensor, position_1: Tensor) -> Tensor:
-            x_RTD = model.hidden(tokens_R1T[:, 0])
-            return model.logits(x_RTD.index_select(1, position_1))[0, 0]
-
-        self._logits = runtime.compile(logits, "generate", state=tuple)
+        self._decoder = Decoder(model, runtime)
 
     @staticmethod
     def load(path: str, *, tokenizer: str | None, runtime: str, device: str, which: str = "newest") -> Generator:
-        """A trained model from its run folder, checkpoints folder or one checkpoint.
+        """A trained model.
 
         Args:
-            path: any of the three.
-            tokenizer: see `load_tokenizer`; none: the one that the run was trained with.
+            path: a run folder, checkpoints folder or one checkpoint, or what else `load_model` knows.
+            tokenizer: see `load_tokenizer`; none: the one that the model was trained with.
             runtime: `xla` or `torch`.
             device: for torch, `auto`, `cpu` or `cuda`.
             which: `newest` or `best` checkpoint.
 
         Raises:
-            UserError: no checkpoint, a damaged one, or no tokenizer that fits.
+            UserError: no such model, a damaged one, or no tokenizer that fits.
         """
-        store, step = open_checkpoint(path, which)
-        info = store.info(step)
+        found = load_model(path, which)
+        if tokenizer is None and found.tokenizer is None:
+            raise UserError(f"{found.where} comes without a tokenizer: name one with --tokenizer")
+        loaded = load_tokenizer(tokenizer or str(found.tokenizer))
         parallel = {"runtime": runtime, "device": device}
-        config = build_config({"model": info.config["model"], "parallel": parallel}, store.folder(step))
-        loaded = load_tokenizer(tokenizer or _tokenizer_of(store.root, info.config))
+        config = build_config({"model": found.config.model_dump(), "parallel": parallel}, found.where)
         model = GPT(config.model)
-        Start(store, step, tensors=store.load(step)).load_model(model)
+        model.load_state_dict(found.tensors, strict=True)
         return Generator(model, loaded, start(config))
 
-    def stream(self, prompt: str, *, max_new_tokens: int, sampling: Sampling, seed: int) -> Iterator[int]:
-        """New tokens one by one, until `max_new_tokens` or end-of-text (which is not given out).
+    def tokens(self, prompts: Sequence[str], request: Request) -> Continuation:
+        """New tokens of each prompt, as `(row, token)`; an empty prompt begins at end-of-text."""
+        end_of_text = self.tokenizer.end_of_text
+        texts = [self.tokenizer.encode(prompt) or [end_of_text] for prompt in prompts]
+        stops = (end_of_text, *request.stops)
+        return Continuation(self._decoder, texts, replace(request, stops=stops))
 
-        Once the text is longer than `seq_length`, its oldest tokens are forgotten.
+    def stream(
+        self, prompts: Sequence[str], request: Request, stop_strings: Sequence[str] = ()
+    ) -> Iterator[tuple[int, str]]:
+        """New text of each prompt as it comes, as `(row, text)`.
+
+        Args:
+            prompts: continued together, each as if it were alone.
+            request: how.
+            stop_strings: a text ends before the first of these.
         """
-        draws = torch.Generator().manual_seed(seed)
-        ids = self.tokenizer.encode(prompt) or [self.tokenizer.end_of_text]
-        for _ in range(max_new_tokens):
-            token = sample(self._next_logits(ids), sampling, draws)
-            if token == self.tokenizer.end_of_text:
-                return
-            ids.append(token)
-            yield token
+        streams = [TextStream(self.tokenizer, prompt, stop_strings) for prompt in prompts]
+        tokens = self.tokens(prompts, request)
+        for row, token in tokens:
+            if text := streams[row].add(token):
+                yield row, text
+            if streams[row].ended:
+                tokens.end(row)
+        for row, stream in enumerate(streams):
+            if text := stream.finish():
+                yield row, text
 
-    def generate(self, prompt: str, *, max_new_tokens: int, sampling: Sampling, seed: int) -> str:
-        """The prompt and its continuation."""
-        tokens = self.stream(prompt, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed)
-        return prompt + decode_after(self.tokenizer, prompt, list(tokens))
-
-    def _next_logits(self, ids: Sequence[int]) -> Tensor:
-        """Scores of the token after `ids` [V], on the host."""
-        length = self.model.config.seq_length
-        window = ids[-length:]
-        # On a mesh every device gets the same row: one sequence cannot be split over data.
-        padded = np.zeros((self._rows, 1, length), dtype=np.int32)
-        padded[:, 0, : len(window)] = window
-        position = self.runtime.place_like(torch.tensor([len(window) - 1]), None)
-        scores_V = self._logits(self.runtime.place_batch(padded), position)
-        with self.runtime.planned():
-            return self.runtime.fetch(scores_V).result()
-
-
-def _tokenizer_of(checkpoints_dir: str, config: dict[str, dict[str, str]]) -> str:
-    """Name of the tokenizer that a run was trained with: its own copy, or what its data's manifest says."""
-    if own := find_tokenizer(checkpoints_dir):
-        return own
-    named = config["data"]["tokenizer"]
-    info = None if named else dataset_info(config["data"]["train_dir"])
-    return named or (info.tokenizer_name if info else "gpt2")
+    def generate(self, prompts: Sequence[str], request: Request, stop_strings: Sequence[str] = ()) -> list[str]:
+        """Each prompt with its continuation."""
+        texts = list(prompts)
+        for row, text in self.stream(prompts, request, stop_strings):
+            texts[row] += text
+        return texts

@@ -1,4 +1,11 @@
-"""From logits to a token: temperature, top-k, top-p. On the host, so that a seed means the same on every machine."""
+"""From logits to tokens, on the device: repetition penalty, temperature, top-k, top-p, min-p, and one draw a token.
+
+The device draws nothing itself. Chance comes from the host, as one number in (0, 1] for each row and token (`draws`), and picks
+the token at which the running sum of probabilities reaches it. So a seed means the same on every machine, in any batch and with
+or without a cache, as far as the machines agree on the probabilities; greedy choice needs no chance at all.
+
+What is compiled depends on which rules are in force (`Rules`), never on their numbers, which are a tensor.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +19,32 @@ from pretrain_xla.errors import UserError
 
 
 @dataclass(frozen=True)
+class Rules:
+    """Which parts of `choose` are in force. draws: not greedy. sorts: top-k, top-p or min-p. penalizes: repetition penalty."""
+
+    draws: bool
+    sorts: bool
+    penalizes: bool
+
+
+@dataclass(frozen=True)
 class Sampling:
-    """How to choose a token. temperature: 0 takes the likeliest. top_k: only the k likeliest, 0 for all. top_p: only the
-    fewest that together reach this probability, 1 for all (Holtzman et al. 2020).
+    """How to choose a token.
+
+    Attributes:
+        temperature: divides the logits; 0 takes the likeliest.
+        top_k: only the k likeliest; 0: all.
+        top_p: only the fewest that together reach this probability (Holtzman et al. 2020), of what top-k leaves; 1: all.
+        min_p: only those at least this fraction as likely as the likeliest (Nguyen et al. 2024); 0: all.
+        repetition_penalty: a token that is in the text already has its logit divided by this if positive, multiplied if
+            negative (Keskar et al. 2019); 1: no penalty.
     """
 
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.temperature):
@@ -30,33 +55,75 @@ class Sampling:
             raise UserError(f"--top-k {self.top_k} is negative: use 0 for no limit")
         if not 0 < self.top_p <= 1:
             raise UserError(f"--top-p {self.top_p} is outside (0, 1]: use 1 for no limit")
+        if not 0 <= self.min_p <= 1:
+            raise UserError(f"--min-p {self.min_p} is outside [0, 1]: use 0 for no limit")
+        if not 0 < self.repetition_penalty < math.inf:
+            raise UserError(f"--repetition-penalty {self.repetition_penalty} is not above 0: use 1 for no penalty")
+
+    @property
+    def rules(self) -> Rules:
+        """Which rules are in force."""
+        draws = self.temperature > 0
+        sorts = draws and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
+        return Rules(draws, sorts, self.repetition_penalty != 1)
+
+    def numbers(self) -> Tensor:
+        """The rules' numbers, fp32 [5] on the host, as `choose` takes them."""
+        top_k = self.top_k or 2**30
+        return torch.tensor([self.temperature, top_k, self.top_p, self.min_p, self.repetition_penalty])
 
 
-def sample(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """Choose the next token.
+def draws(seed: int, rows: int, count: int) -> Tensor:
+    """The chance of `count` tokens of each row: fp32 [count, rows] in (0, 1]. A row's numbers do not depend on other rows."""
+    columns = [
+        1.0 - torch.rand(count, generator=torch.Generator().manual_seed((seed + row * 0x9E3779B97F4A7C15) % 2**63))
+        for row in range(rows)
+    ]
+    return torch.stack(columns, dim=1)
+
+
+def choose(
+    logits_BV: Tensor, rules: Rules, numbers_5: Tensor, chance_B: Tensor, seen_BV: Tensor | None = None
+) -> Tensor:
+    """Choose each row's next token.
 
     Args:
-        logits_V: fp32 scores of the vocabulary, on the host.
-        sampling: the rule; with temperature 0 nothing is drawn.
-        generator: source of chance, advanced by one draw.
+        logits_BV: fp32 scores of the vocabulary.
+        rules: which rules are in force.
+        numbers_5: their numbers, `Sampling.numbers()`.
+        chance_B: a number in (0, 1] for each row; not looked at by the greedy rule.
+        seen_BV: true where a token is in the row's text, with `rules.penalizes`.
+
+    Returns:
+        token_B, int32.
     """
-    if sampling.temperature == 0:
-        return int(logits_V.argmax())
-    # The highest becomes 0 first, so that a tiny temperature gives 0 and -inf, and never inf / inf.
-    scaled_V = (logits_V - logits_V.max()) / sampling.temperature
-    probabilities_V = torch.softmax(_filtered(scaled_V, sampling), dim=-1)
-    return int(torch.multinomial(probabilities_V, 1, generator=generator))
+    temperature, top_k, top_p, min_p, penalty = numbers_5.unbind()
+    if rules.penalizes:
+        assert seen_BV is not None
+        penalized_BV = torch.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)
+        logits_BV = torch.where(seen_BV, penalized_BV, logits_BV)
+    if not rules.draws:
+        return logits_BV.argmax(-1).to(torch.int32)
+    # The highest becomes 0 first, so that a tiny temperature gives 0 and -inf, and never inf / inf; its weight is then 1.
+    logits_BV = (logits_BV - logits_BV.amax(-1, keepdim=True)) / temperature
+    if not rules.sorts:
+        return _draw(logits_BV.exp(), chance_B).to(torch.int32)
+    sorted_BV, token_BV = logits_BV.sort(dim=-1, descending=True, stable=True)
+    weights_BV = _kept(sorted_BV.exp(), top_k, top_p, min_p)
+    return token_BV.gather(1, _draw(weights_BV, chance_B)[:, None])[:, 0].to(torch.int32)
 
 
-def _filtered(logits_V: Tensor, sampling: Sampling) -> Tensor:
-    """Logits with everything outside top-k and top-p at minus infinity; the likeliest token always stays."""
-    if 0 < sampling.top_k < len(logits_V):
-        kept = torch.topk(logits_V, sampling.top_k)
-        logits_V = torch.full_like(logits_V, -torch.inf).scatter(0, kept.indices, kept.values)
-    if sampling.top_p < 1:
-        sorted_V, order_V = logits_V.sort(descending=True)
-        probabilities_V = torch.softmax(sorted_V, dim=-1)
-        before_V = probabilities_V.cumsum(-1) - probabilities_V
-        kept_V = sorted_V.masked_fill(before_V >= sampling.top_p, -torch.inf)
-        logits_V = torch.empty_like(logits_V).scatter(0, order_V, kept_V)
-    return logits_V
+def _kept(weights_BV: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+    """Weights in falling order, the first of them 1, with 0 for those that a rule leaves out; the first always stays."""
+    rank_V = torch.arange(weights_BV.shape[-1], device=weights_BV.device)
+    weights_BV = torch.where(rank_V < top_k, weights_BV, 0.0)
+    reached_BV = weights_BV.cumsum(-1)
+    in_nucleus_BV = (reached_BV - weights_BV < top_p * reached_BV[:, -1:]) | (top_p >= 1) | (rank_V == 0)
+    return torch.where(in_nucleus_BV & (weights_BV >= min_p), weights_BV, 0.0)
+
+
+def _draw(weights_BV: Tensor, chance_B: Tensor) -> Tensor:
+    """Index of the first element at which the running sum reaches `chance` of the whole sum: its weight is not 0."""
+    reached_BV = weights_BV.cumsum(-1)
+    enough_BV = (reached_BV >= chance_B[:, None] * reached_BV[:, -1:]) & (weights_BV > 0)
+    return enough_BV.to(torch.int32).argmax(-1)

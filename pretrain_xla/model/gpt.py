@@ -122,7 +122,7 @@ class GPT(nn.Module):
     def hidden(
         self,
         tokens_BT: Tensor,
-        positions_T: Tensor | None = None,
+        positions: Tensor | None = None,
         attends: Sequence[Attend] | None = None,
         segments_BT: Tensor | None = None,
     ) -> Tensor:
@@ -130,7 +130,7 @@ class GPT(nn.Module):
 
         Args:
             tokens_BT: token ids.
-            positions_T: the tokens' positions, as a tensor on the device; none: 0 … T - 1.
+            positions: the tokens' positions [T], or [B, T] where they differ by row, on the device; none: 0 … T - 1.
             attends: for each block, what stands in for causal attention over these tokens (a key/value cache).
             segments_BT: see `forward`; not with the two before it. Learned positions begin anew in each document. Rotary
                 ones need not: attention sees their differences only, and those within a document are the same.
@@ -143,13 +143,15 @@ class GPT(nn.Module):
             x_BTD = x_BTD * math.sqrt(self.config.d_model)
         if self.position_embedding is not None:
             if segments_BT is None:
-                x_BTD = x_BTD + _rows(self.position_embedding.weight, length, positions_T)
+                x_BTD = x_BTD + _rows(self.position_embedding.weight, length, positions)
             else:
                 x_BTD = x_BTD + self.position_embedding(positions_within(segments_BT))
         x_BTD = _drop(x_BTD, self.config.dropout, self.training)
         rotary = None
         if self.config.positions == "rotary":
-            rotary = (_rows(self.rotary_cos, length, positions_T), _rows(self.rotary_sin, length, positions_T))
+            rotary = (_rows(self.rotary_cos, length, positions), _rows(self.rotary_sin, length, positions))
+            if positions is not None and positions.dim() == 2:
+                rotary = (rotary[0][:, None], rotary[1][:, None])  # one row's angles for all of its heads
         if attends is not None:
             for block, attend in zip(self.blocks, attends, strict=True):
                 x_BTD = block(x_BTD, rotary, attend)
@@ -195,8 +197,8 @@ class GPT(nn.Module):
         return logits_BTV + self.vocab_mask
 
 
-def _rows(table: Tensor, length: int, positions_T: Tensor | None) -> Tensor:
-    return table[:length] if positions_T is None else table[positions_T]
+def _rows(table: Tensor, length: int, positions: Tensor | None) -> Tensor:
+    return table[:length] if positions is None else table[positions]
 
 
 def _drop(x: Tensor, rate: float, training: bool) -> Tensor:

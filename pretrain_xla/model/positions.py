@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 RotaryTables = tuple[Tensor, Tensor]
-"""Cosines and sines, each (T, E/2) in fp32."""
+"""Cosines and sines, each (T, E/2) in fp32, or (B, 1, T, E/2) where positions differ by row."""
 
 
 def rotary_tables(length: int, head_dim: int, theta: float) -> RotaryTables:

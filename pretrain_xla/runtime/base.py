@@ -43,6 +43,26 @@ class GraphCounts:
     compile_seconds: float = 0.0
 
 
+class Repeat(Protocol):
+    """A module that runs again and again on the devices without coming back to the host in between."""
+
+    def __call__(
+        self, turns: Tensor, carried: Sequence[Tensor], slices: Sequence[Tensor], fixed: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """Run `module(carried, this turn's slices, fixed) -> (carried, results, going)`.
+
+        Args:
+            turns: how many turns at most, int32, 0-d; a turn that returns `going` as false is the last.
+            carried: what goes from turn to turn, changed in place. The module returns it with the same shapes and types; it may
+                have changed it in place as well.
+            slices: turn i sees element i of each.
+            fixed: what every turn sees.
+
+        Returns:
+            Each result of the module stacked over the turns; what lies beyond the last turn means nothing.
+        """
+
+
 class Runtime(Protocol):
     """The machine of one process."""
 
@@ -63,6 +83,8 @@ class Runtime(Protocol):
     """Axis name → devices along it."""
     loop: Loop | None
     """A loop that compiles into one, for the model to use; none: there is no such thing here."""
+    static_shapes: bool
+    """Whether a new shape costs a compilation, so that lengths are better padded to a few."""
     fence: Fence
     """Keeps the compiler from merging a second computation with the first."""
 
@@ -87,6 +109,9 @@ class Runtime(Protocol):
 
     def compile(self, function: Callable[..., Tensor], name: str, state: Callable[[], Iterable[Tensor]]) -> Any:
         """`function` as one compiled graph. It may change the `state` tensors in place; it must not read from the device."""
+
+    def repeat(self, module: nn.Module) -> Repeat:
+        """A module as a loop, traced once for each set of shapes; call it within a compiled function."""
 
     def fuse(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Compile a part of the step where the step is not compiled whole; else the function itself."""

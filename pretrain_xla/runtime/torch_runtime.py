@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from pretrain_xla.config import RunConfig
 from pretrain_xla.errors import UserError
 from pretrain_xla.model.loops import Fence, Loop, no_fence
-from pretrain_xla.runtime.base import GraphCounts, GraphEvent
+from pretrain_xla.runtime.base import GraphCounts, GraphEvent, Repeat
 from pretrain_xla.runtime.peaks import gpu_peak
 
 # torch 2.9 says so of its own defaults, whoever reads them.
@@ -51,6 +51,7 @@ class TorchRuntime:
         self._compiles = config.train.compile
         self.loop: Loop | None = None
         self.fence: Fence = no_fence
+        self.static_shapes = False
         self._replica: DistributedDataParallel | None = None
         self.process_count = int(os.environ.get("WORLD_SIZE", "1"))
         self.process_index = int(os.environ.get("RANK", "0"))
@@ -133,6 +134,26 @@ class TorchRuntime:
                     self._events.append(GraphEvent("recompilation", name, what))
                 self._counts.graphs[name] = self._counts.graphs.get(name, 0) + added
             return result
+
+        return run
+
+    def repeat(self, module: nn.Module) -> Repeat:
+        """See `base.Runtime.repeat`; a Python loop, which looks after each turn whether it goes on."""
+
+        @torch.no_grad()
+        def run(
+            turns: Tensor, carried: Sequence[Tensor], slices: Sequence[Tensor], fixed: Sequence[Tensor]
+        ) -> list[Tensor]:
+            stacked: list[list[Tensor]] = []
+            for turn in range(int(turns)):
+                state, results, going = module(carried, [tensor[turn] for tensor in slices], fixed)
+                for old, new in zip(carried, state, strict=True):
+                    if new is not old:
+                        old.copy_(new)
+                stacked.append(results)
+                if not going:
+                    break
+            return [torch.stack(column) for column in zip(*stacked, strict=True)]
 
         return run
 

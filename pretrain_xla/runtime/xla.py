@@ -39,6 +39,7 @@ from pretrain_xla.runtime.xla_environment import prepare_environment
 from pretrain_xla.runtime.xla_gradients import accumulate
 from pretrain_xla.runtime.xla_loop import xla_fence, xla_loop
 from pretrain_xla.runtime.xla_parts import on_parts, part, whole
+from pretrain_xla.runtime.xla_repeat import RepeatedModule
 
 if TYPE_CHECKING:
     from pretrain_xla.runtime.xla_kernels import FlashAttention
@@ -53,6 +54,7 @@ class XlaRuntime:
         prepare_environment()
         self.loop: Loop | None = xla_loop
         self.fence: Fence = xla_fence
+        self.static_shapes = True
         parallel = config.parallel
         self.is_spmd = not is_multiprocess(config)
         if self.is_spmd and not xr.is_spmd():
@@ -215,6 +217,10 @@ class XlaRuntime:
     ) -> Callable[..., Tensor]:
         """See `base.Runtime.compile`. The function is traced at each call; its graph is compiled at the first."""
         return CompiledFunction(function, name, state, self._counts, self._events.append, explain=self._strict)
+
+    def repeat(self, module: nn.Module) -> RepeatedModule:
+        """See `base.Runtime.repeat`."""
+        return RepeatedModule(module)
 
     def fuse(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """The function itself: the whole step is one graph already."""

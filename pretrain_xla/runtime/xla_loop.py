@@ -111,16 +111,16 @@ def _build(body: Any, layout: _Layout, inputs: Sequence[Tensor]) -> Any:
         index = last - turn if layout.reverse else turn
         values = list(state)
         for position in range(layout.carried, layout.carried + layout.slices):
-            values[position] = _element(state[position], index)
+            values[position] = element(state[position], index)
         if layout.seeds is not None:
-            values[layout.seeds] = _element(state[layout.seeds], index)
+            values[layout.seeds] = element(state[layout.seeds], index)
         result = xb.Op.call(body, [values[place] for place in layout.arguments])
         new_state = list(state)
         for position in range(layout.carried):
             new_state[position] = result.get_tuple_element(position)
         for position in range(layout.results):
             target = layout.carried + layout.slices + position
-            new_state[target] = _with_element(state[target], result.get_tuple_element(layout.carried + position), index)
+            new_state[target] = with_element(state[target], result.get_tuple_element(layout.carried + position), index)
         return (turn + xb.Op.scalar(turn.builder(), 1, dtype=xb.Type.S32), *new_state)
 
     return xb.Op.mkwhile([first, *parameters], going, one_turn).build("loop")
@@ -169,12 +169,14 @@ def _seed_parameter(context: torch_xla._XLAC.lowering.LoweringContext, outputs: 
     return context.tensor_parameter_id(values[numbers.index(seed)]) if seed in numbers else None
 
 
-def _element(tensors: xb.Op, index: xb.Op) -> xb.Op:
+def element(tensors: xb.Op, index: xb.Op) -> xb.Op:
+    """`tensors[index]`."""
     sizes = list(tensors.shape().sizes)
     starts = [index] + [index.zeros_like() for _ in sizes[1:]]
     return tensors.dynamic_slice(starts, [1, *sizes[1:]]).reshape(sizes[1:])
 
 
-def _with_element(tensors: xb.Op, element: xb.Op, index: xb.Op) -> xb.Op:
+def with_element(tensors: xb.Op, value: xb.Op, index: xb.Op) -> xb.Op:
+    """`tensors` with `value` at `index`."""
     starts = [index] + [index.zeros_like() for _ in tensors.shape().sizes[1:]]
-    return tensors.dynamic_update_slice(element.broadcast([1]), starts)
+    return tensors.dynamic_update_slice(value.broadcast([1]), starts)

@@ -64,6 +64,13 @@ class MetricLog:
                 self._wandb.log({f"{kind}/{name}": value for name, value in row.items()}, step=row["step"])
         self._file.flush()
 
+    def write_sample(self, step: int, text: str) -> None:
+        """Record what the model wrote after `step`, in `samples.txt` and as TensorBoard text."""
+        with open(os.path.join(self._config.run_dir, "samples.txt"), "a", encoding="utf-8") as file:
+            file.write(f"--- step {step}\n{text}\n")
+        if self._tensorboard is not None:
+            self._tensorboard.add_text("sample", text, step)
+
     def close(self) -> None:
         """Flush everything."""
         self._file.close()

@@ -35,6 +35,7 @@ from pretrain_xla.train.guard import GraphGuard
 from pretrain_xla.train.metrics import MetricLog, Row, read_metrics
 from pretrain_xla.train.report import perplexity, plot_loss, summarise, write_summary
 from pretrain_xla.train.resume import Start, find_start
+from pretrain_xla.train.samples import Samples
 from pretrain_xla.train.signals import StopSignal
 from pretrain_xla.train.step import METRICS, TrainStep
 
@@ -100,6 +101,8 @@ class Trainer:
             valid_examples,
         )
         self.evaluation = None if train.do_test else self._read_tasks()
+        writes = config.logging.sample_interval is not None and not train.do_test
+        self.samples = Samples(config, self.model, runtime) if writes else None
         self.guard = GraphGuard(runtime, strict=train.strict_graph, say=self.console.warn)
         self.start.release()
 
@@ -154,7 +157,8 @@ class Trainer:
         validates = done % train.valid_interval == 0 or done == last
         saves = done % self.config.checkpoint.save_interval == 0 or done == last
         evaluates = self._evaluates(done)
-        pauses = validates or evaluates or saves
+        samples = self._samples(done)
+        pauses = validates or evaluates or saves or samples
         if done == self.start.step + 1:
             with self.runtime.planned():
                 self.runtime.wait()  # so that compiling is not counted as training
@@ -169,6 +173,9 @@ class Trainer:
             self._evaluate(done)
         if saves:
             self._save(done)
+        if samples:
+            with self.runtime.planned():
+                self._sample(done)
         if pauses:
             self._clock.restart(done)
         self.guard.check(done)
@@ -266,6 +273,16 @@ class Trainer:
             batch_size=self.config.train.eval_batch_size,
             top_k=config.eval_top_k,
         )
+
+    def _samples(self, done: int) -> bool:
+        interval = self.config.logging.sample_interval
+        return interval is not None and (done % interval == 0 or done == self.config.train.train_steps)
+
+    def _sample(self, done: int) -> None:
+        assert self.samples is not None
+        text = self.samples()
+        if self.log is not None:
+            self.log.write_sample(done, text)
 
     def _save(self, done: int) -> None:
         """Write the state after update `done`; metrics up to there are on disk before it counts."""

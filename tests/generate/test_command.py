@@ -17,7 +17,7 @@ HERE = ["--runtime", "torch", "--device", "cpu"]
 
 def test_the_originals_flags_word_for_word(tmp_path: Path) -> None:
     flags = "--tokenizer gpt2 --seed 1 --temperature 0.8 --max-new-tokens 5 --top-k 40 --top-p 0.95".split()
-    with pytest.raises(UserError, match="no complete checkpoint there"):  # so the words were all understood
+    with pytest.raises(UserError, match="no such file or folder"):  # so the words were all understood
         generate_command(["--model", str(tmp_path / "none"), *flags])
 
 
@@ -52,6 +52,36 @@ def test_prompts_from_a_pipe(
     assert capsys.readouterr().out == one + other
 
 
+def test_several_prompts_samples_and_stops(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--model", str(run_dir), "--max-new-tokens", "8", *HERE]
+    file = tmp_path / "prompts.txt"
+    file.write_text("abc\n\nxyz\n", encoding="utf-8")
+    generate_command([*flags, "--prompt-file", str(file), "--num-samples", "2"])
+    lines = capsys.readouterr().out.split("--- ")[1:]
+    assert [line.splitlines()[0] for line in lines] == [f"{number} of 4" for number in range(1, 5)]
+    texts = [line.partition("\n")[2] for line in lines]
+    assert [text[:3] for text in texts] == ["abc", "abc", "xyz", "xyz"]
+    assert texts[0] != texts[1]
+    generate_command([*flags, "--prompt", "abc", "--prompt", "abc", "--prompt", "xyz", "--prompt", "xyz", "--no-cache"])
+    assert capsys.readouterr().out.split("--- ")[1:] == lines
+
+    greedy = ["--prompt", "abc", "--temperature", "0"]
+    generate_command([*flags, *greedy])
+    whole = capsys.readouterr().out.rstrip("\n")
+    generate_command([*flags, *greedy, "--stop", whole[5:7]])
+    assert capsys.readouterr().out == whole[: whole.index(whole[5:7], 3)] + "\n"
+
+
+def test_tokens_are_shown(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    generate_command(["--model", str(run_dir), "--max-new-tokens", "5", "--prompt", "ab", "--show-tokens", *HERE])
+    shown = capsys.readouterr().out.strip()
+    assert shown.startswith("[97 'a'] [98 'b'] [")
+    assert shown.count("[") >= 7
+    first = int(shown.split("] [")[2].split()[0])
+    generate_command(["--model", str(run_dir), "--prompt", "ab", "--stop-token", str(first), *HERE])
+    assert capsys.readouterr().out == "ab\n"
+
+
 def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     with pytest.raises(SystemExit) as caught:
         main(["generate", *arguments])
@@ -64,10 +94,13 @@ def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 def test_faults_end_in_one_line(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = ["--model", str(run_dir), *HERE]
-    assert "no complete checkpoint there" in refusal(["--model", str(tmp_path / "none"), *HERE], capsys)
+    assert "no such file or folder" in refusal(["--model", str(tmp_path / "none"), *HERE], capsys)
     assert "--temperature -1.0 is negative" in refusal([*model, "--temperature", "-1"], capsys)
     assert "--top-p 2.0 is outside" in refusal([*model, "--top-p", "2"], capsys)
     assert "--top-k -2 is negative" in refusal([*model, "--top-k", "-2"], capsys)
+    assert "--num-samples 0: ask for at least 1" in refusal([*model, "--num-samples", "0"], capsys)
+    assert "--stop ''" in refusal([*model, "--prompt", "a", "--stop", ""], capsys)
+    assert "--prompt-file" in refusal([*model, "--prompt-file", str(tmp_path / "none.txt")], capsys)
     assert "'klingon'" in refusal([*model, "--prompt", "a", "--tokenizer", "klingon"], capsys)
 
 

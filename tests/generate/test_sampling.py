@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from pretrain_xla.errors import UserError
-from pretrain_xla.generate.sampling import Sampling, sample
+from pretrain_xla.generate.sampling import Sampling, choose, draws
 
 PROBABILITIES = torch.tensor([0.05, 0.4, 0.25, 0.2, 0.1])
 LOGITS = PROBABILITIES.log() + 3.0
@@ -20,8 +21,9 @@ DRAWS = 2000
 
 
 def draw(logits_V: Tensor, sampling: Sampling, times: int = DRAWS, seed: int = 0) -> list[int]:
-    generator = torch.Generator().manual_seed(seed)
-    return [sample(logits_V, sampling, generator) for _ in range(times)]
+    """The same choice again and again, with fresh chance."""
+    chance_B = draws(seed, 1, times)[:, 0]
+    return choose(logits_V.expand(times, -1), sampling.rules, sampling.numbers(), chance_B).tolist()
 
 
 def assert_distributed(found: list[int], expected: Tensor) -> None:
@@ -46,6 +48,9 @@ def assert_distributed(found: list[int], expected: Tensor) -> None:
         (Sampling(top_p=0.9), torch.tensor([0, 0.4, 0.25, 0.2, 0.1])),
         (Sampling(top_k=3, top_p=0.7), torch.tensor([0, 0.4, 0.25, 0, 0])),  # of what top-k leaves
         (Sampling(top_p=1e-9), torch.tensor([0, 1.0, 0, 0, 0])),
+        (Sampling(min_p=0.4), torch.tensor([0, 0.4, 0.25, 0.2, 0])),  # at least 0.16
+        (Sampling(min_p=0.6, top_p=0.95), torch.tensor([0, 0.4, 0.25, 0, 0])),
+        (Sampling(min_p=1.0), torch.tensor([0, 1.0, 0, 0, 0])),
     ],
     ids=str,
 )
@@ -60,12 +65,10 @@ def test_temperature_comes_before_top_p() -> None:
     assert set(draw(LOGITS, Sampling(temperature=2.0, top_p=0.6))) == {1, 2, 3}
 
 
-def test_greedy_draws_nothing() -> None:
-    generator = torch.Generator().manual_seed(3)
-    before = generator.get_state()
-    for sampling in (Sampling(temperature=0), Sampling(temperature=0, top_k=3, top_p=0.5)):
-        assert sample(LOGITS, sampling, generator) == 1
-    assert torch.equal(generator.get_state(), before)
+def test_greedy_needs_no_chance() -> None:
+    for sampling in (Sampling(temperature=0), Sampling(temperature=0, top_k=3, top_p=0.5, min_p=0.5)):
+        assert not sampling.rules.draws
+        assert set(draw(LOGITS, sampling, 50)) == {1}
 
 
 @settings(max_examples=60, deadline=None)
@@ -121,9 +124,67 @@ def test_a_very_low_temperature_is_greedy() -> None:
         ({"top_p": 1.5}, "--top-p 1.5 is outside (0, 1]"),
         ({"top_p": -0.5}, "--top-p -0.5 is outside (0, 1]"),
         ({"top_p": float("nan")}, "--top-p nan is outside (0, 1]"),
+        ({"min_p": 1.1}, "--min-p 1.1 is outside [0, 1]: use 0 for no limit"),
+        ({"repetition_penalty": 0.0}, "--repetition-penalty 0.0 is not above 0: use 1 for no penalty"),
+        ({"repetition_penalty": float("inf")}, "--repetition-penalty inf"),
     ],
 )
 def test_settings_out_of_range(values: dict[str, Any], expected: str) -> None:
     with pytest.raises(UserError) as caught:
         Sampling(**values)
     assert str(caught.value).startswith(expected)
+
+
+def theirs(logits_BV: Tensor, text_BT: Tensor, sampling: Sampling) -> Tensor:
+    """Probabilities by `transformers`' own processors, in the order in which its `generate` applies them."""
+    steps = [
+        transformers.RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty),
+        transformers.TemperatureLogitsWarper(sampling.temperature),
+        transformers.TopKLogitsWarper(sampling.top_k or logits_BV.shape[1]),
+        transformers.TopPLogitsWarper(sampling.top_p),
+        transformers.MinPLogitsWarper(sampling.min_p),
+    ]
+    for step in steps:
+        logits_BV = step(text_BT, logits_BV)
+    return torch.softmax(logits_BV, -1)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    temperature=st.floats(0.2, 3),
+    top_k=st.integers(0, 12),
+    top_p=st.floats(0.05, 0.99),
+    min_p=st.floats(0.0, 0.5),
+    penalty=st.floats(0.5, 2),
+)
+def test_the_token_is_where_the_sum_of_transformers_probabilities_reaches_the_chance(
+    seed: int, temperature: float, top_k: int, top_p: float, min_p: float, penalty: float
+) -> None:
+    noise = torch.Generator().manual_seed(seed)
+    logits_BV = 2 * torch.randn(8, 10, generator=noise)
+    text_BT = torch.randint(0, 10, (8, 4), generator=noise)
+    sampling = Sampling(temperature, top_k, top_p, min_p, penalty)
+    seen_BV = torch.zeros(8, 10, dtype=torch.bool).scatter(1, text_BT, torch.tensor(True).expand(8, 4))
+    chance_B = draws(seed, 8, 1)[0]
+    found_B = choose(logits_BV, sampling.rules, sampling.numbers(), chance_B, seen_BV)
+    probabilities_BV, order_BV = theirs(logits_BV, text_BT, sampling).sort(dim=-1, descending=True, stable=True)
+    for row in range(8):
+        place = int((order_BV[row] == found_B[row]).nonzero())
+        reached = float(probabilities_BV[row, : place + 1].sum())
+        assert float(probabilities_BV[row, place]) > 0
+        assert reached - float(probabilities_BV[row, place]) - 1e-5 <= float(chance_B[row]) <= reached + 1e-5
+
+
+def test_a_rows_chance_does_not_depend_on_other_rows() -> None:
+    assert torch.equal(draws(3, 1, 9)[:, 0], draws(3, 4, 9)[:, 0])
+    assert torch.equal(draws(3, 2, 5), draws(3, 2, 9)[:5])
+    assert not torch.equal(draws(3, 2, 9)[:, 0], draws(3, 2, 9)[:, 1])
+    assert 0 < float(draws(3, 1, 10000).min()) <= float(draws(3, 1, 10000).max()) <= 1
+
+
+def test_chance_at_its_ends() -> None:
+    weights_V = torch.tensor([0.0, 0.5, 0.5, 0.0]).log()
+    for sampling in (Sampling(), Sampling(top_p=0.999)):
+        chance_B = torch.tensor([2.0**-24, 1.0])
+        assert choose(weights_V.expand(2, -1), sampling.rules, sampling.numbers(), chance_B).tolist() == [1, 2]

@@ -214,7 +214,7 @@ def test_tokens_one_by_one_over_a_cache_give_the_same_logits(tiny, build, batch,
 
     attends = [lambda q, k, v, cache=cache: attend_to(cache, q, k, v) for cache in caches]
     steps = [
-        model.logits(model.hidden(tokens_BT[:, t : t + 1], positions_T=torch.tensor([t]), attends=attends))
+        model.logits(model.hidden(tokens_BT[:, t : t + 1], positions=torch.tensor([t]), attends=attends))
         for t in range(config.seq_length)
     ]
     torch.testing.assert_close(torch.cat(steps, dim=1), model(tokens_BT), atol=1e-5, rtol=1e-5)

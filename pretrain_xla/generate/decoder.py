@@ -1,0 +1,184 @@
+"""Prompts in, tokens out: prefill reads the texts and chooses the first token, decode makes one token after another.
+
+Each is one graph for one set of shapes, and choosing a token is part of it. Decode is a loop on the device around the model and
+the choice: the host hears of a token only when it asks for some, `turns` of them in one go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pretrain_xla.generate.sampling import Rules, choose
+from pretrain_xla.generate.window import bucket
+from pretrain_xla.model import GPT
+from pretrain_xla.model.cache import Places, extend, fill
+from pretrain_xla.runtime import Runtime
+
+TURNS = 32
+"""Most tokens that one call of decode makes."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How tokens are chosen, as tensors on the host.
+
+    Attributes:
+        rules, numbers: see `Sampling`.
+        stops: ids that end a text, int32 [N], at least one.
+        seen: see `choose`, [B, V].
+    """
+
+    rules: Rules
+    numbers: Tensor
+    stops: Tensor
+    seen: Tensor | None
+
+
+class OneToken(nn.Module):
+    """A turn of the loop: the newest tokens through the model, and what they choose."""
+
+    def __init__(self, model: GPT, rules: Rules) -> None:
+        super().__init__()
+        self.model, self.rules = model, rules
+
+    def forward(
+        self, carried: list[Tensor], slices: list[Tensor], fixed: list[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        """See `runtime.base.Repeat`.
+
+        Args:
+            carried: the newest token_B and its slot_1; whether each row is alive_B; seen_BV where the rules ask for it;
+                the cache.
+            slices: chance_B.
+            fixed: first_B, the numbers of the sampling, and the ids that end a text.
+        """
+        token_B, slot_1, alive_B = carried[:3]
+        seen = [carried[3] | _hot(token_B, carried[3].shape[1])] if self.rules.penalizes else []
+        cache = carried[3 + len(seen) :]
+        first_B, numbers_5, stops_N = fixed
+        places = Places(slot_1, first_B)
+        attends = extend(self.model.config, cache, places)
+        x_B1D = self.model.hidden(token_B[:, None], places.positions(), attends)
+        next_B = choose(self.model.logits(x_B1D)[:, -1], self.rules, numbers_5, slices[0], *seen)
+        alive_B = alive_B & (next_B[:, None] != stops_N).all(-1)
+        return [next_B, slot_1 + 1, alive_B, *seen, *cache], [next_B], alive_B.any()
+
+
+class Decoder:
+    """One model on one runtime: `prefill`, then `decode` as often as there are slots left.
+
+    Attributes:
+        slots_left: tokens that `decode` can still make before the texts must be read anew.
+    """
+
+    def __init__(self, model: GPT, runtime: Runtime) -> None:
+        self.model, self.runtime = model, runtime
+        self.slots_left = 0
+        self._cache: list[Tensor] = []
+        self._prefills: dict[tuple[Rules, int], Callable[..., Tensor]] = {}
+        self._decodes: dict[Rules, Callable[..., Tensor]] = {}
+
+    def prefill(self, windows: Sequence[Sequence[int]], choice: Choice, chance_B: Tensor, *, more: int) -> list[int]:
+        """Read the texts, at least a token each, and choose the token after each.
+
+        Args:
+            windows: ids of each row, at most `seq_length`.
+            choice: how to choose.
+            chance_B: chance of this token, on the host.
+            more: how many tokens `decode` should be able to add; 0: keep no cache.
+        """
+        longest = max(map(len, windows))
+        limit = self.model.config.seq_length
+        slots = self._size(min(longest + more, limit)) if more else 0
+        tokens_BT = np.zeros((len(windows), self._size(longest)), dtype=np.int32)
+        for row, window in enumerate(windows):
+            tokens_BT[row, longest - len(window) : longest] = window
+        first_B = torch.tensor([longest - len(window) for window in windows])
+        self._choice, self._first_B = choice, self._place(first_B)
+        self._numbers_5, self._stops_N = self._place(choice.numbers), self._place(choice.stops)
+        self._seen = [self._place(choice.seen)] if choice.seen is not None else []
+        self._slot_1 = self._place(torch.tensor([longest]))
+        self._cache = []  # before the new one is made, so that memory never holds both
+        key = (choice.rules, slots)
+        if key not in self._prefills:
+            self._prefills[key] = self._compile_prefill(*key)
+        self._token_B = self._prefills[key](
+            self._place(torch.from_numpy(tokens_BT)),
+            self._first_B,
+            self._place(torch.tensor([longest - 1])),
+            self._numbers_5,
+            self._place(chance_B),
+            *self._seen,
+        )
+        self.slots_left = max(slots - longest, 0)
+        return self._read(self._token_B)
+
+    def decode(self, turns: int, alive: Sequence[bool], chance_NB: Tensor) -> list[list[int]]:
+        """The next tokens of all rows, fewer than `turns` where every row has ended. A dead row's tokens mean nothing.
+
+        Args:
+            turns: at most `TURNS` and `slots_left`.
+            alive: rows that have not ended.
+            chance_NB: chance of each of these tokens, on the host.
+        """
+        assert turns <= min(TURNS, self.slots_left)
+        rules = self._choice.rules
+        if rules not in self._decodes:
+            self._decodes[rules] = self._compile_decode(rules)
+        padded_NB = torch.nn.functional.pad(chance_NB, (0, 0, 0, TURNS - len(chance_NB)), value=1.0)
+        state = [self._token_B, self._slot_1, self._place(torch.tensor(alive)), *self._seen]
+        tokens_NB = self._decodes[rules](
+            self._place(torch.tensor(turns, dtype=torch.int32)), self._place(padded_NB), state
+        )
+        self.slots_left -= turns
+        return self._read(tokens_NB)[:turns]
+
+    def _compile_prefill(self, rules: Rules, slots: int) -> Callable[..., Tensor]:
+        model = self.model
+
+        @torch.no_grad()
+        def prefill(
+            tokens_BT: Tensor, first_B: Tensor, last_1: Tensor, numbers_5: Tensor, chance_B: Tensor, *seen: Tensor
+        ) -> Tensor:
+            places = Places(torch.arange(tokens_BT.shape[1], device=tokens_BT.device), first_B)
+            cache: list[Tensor] = []
+            attends = fill(model.config, places, slots, cache)
+            x_BTD = model.hidden(tokens_BT, places.positions(), attends)
+            logits_BV = model.logits(x_BTD.index_select(1, last_1))[:, 0]
+            self._cache = cache
+            return choose(logits_BV, rules, numbers_5, chance_B, *seen)
+
+        compiled: Callable[..., Tensor] = self.runtime.compile(prefill, "prefill", state=lambda: self._cache)
+        return compiled
+
+    def _compile_decode(self, rules: Rules) -> Callable[..., Tensor]:
+        repeat = self.runtime.repeat(OneToken(self.model, rules))
+
+        def decode(turns: Tensor, chance_NB: Tensor, state: list[Tensor]) -> Tensor:
+            fixed = [self._first_B, self._numbers_5, self._stops_N]
+            (tokens_NB,) = repeat(turns, [*state, *self._cache], [chance_NB], fixed)
+            return tokens_NB
+
+        compiled: Callable[..., Tensor] = self.runtime.compile(decode, "decode", state=lambda: self._cache)
+        return compiled
+
+    def _size(self, length: int) -> int:
+        return bucket(length, self.model.config.seq_length) if self.runtime.static_shapes else length
+
+    def _place(self, host: Tensor) -> Tensor:
+        return self.runtime.place_like(host, None)
+
+    def _read(self, tokens: Tensor) -> Any:
+        with self.runtime.planned():
+            return self.runtime.fetch(tokens).result().tolist()
+
+
+def _hot(token_B: Tensor, width: int) -> Tensor:
+    """True at each row's token, [B, width]."""
+    return torch.arange(width, device=token_B.device) == token_B[:, None]

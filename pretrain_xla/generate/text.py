@@ -1,0 +1,47 @@
+"""From tokens to text while they come: whole characters only, and an end at a string."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pretrain_xla.data.tokenizer import Tokenizer, decode_after
+
+
+class TextStream:
+    """The text of one row of tokens.
+
+    Attributes:
+        text: what is certain so far, without the prompt.
+        tokens: the ids.
+        ended: a stop string has come; the text ends before it.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt: str = "", stop_strings: Sequence[str] = ()) -> None:
+        self._tokenizer, self._prompt, self._stop_strings = tokenizer, prompt, tuple(stop_strings)
+        self._keep_back = max(map(len, self._stop_strings), default=1) - 1
+        self.text = ""
+        self.tokens: list[int] = []
+        self.ended = False
+
+    def add(self, token: int) -> str:
+        """Take a token; returns the text that is certain by now and was not before (perhaps none)."""
+        self.tokens.append(token)
+        decoded = decode_after(self._tokenizer, self._prompt, self.tokens)
+        if decoded.endswith("\ufffd"):  # a character may need several tokens
+            return ""
+        return self._advance(decoded, len(decoded) - self._keep_back)
+
+    def finish(self) -> str:
+        """What was kept back, at the end of the tokens."""
+        decoded = decode_after(self._tokenizer, self._prompt, self.tokens)
+        return "" if self.ended else self._advance(decoded, len(decoded))
+
+    def _advance(self, decoded: str, certain: int) -> str:
+        shown = len(self.text)
+        found = [at for stop in self._stop_strings if (at := decoded.find(stop, max(shown - self._keep_back, 0))) >= 0]
+        if found:
+            self.ended = True
+            certain = min(found)
+        new = decoded[shown : max(certain, shown)]
+        self.text += new
+        return new

@@ -1,0 +1,54 @@
+"""What the model writes while it learns: one short text now and then, always from the same prompt with the same chance.
+
+Reading and writing are two graphs of their own, of one shape for the whole run, so that the training step is left as it is. No
+random state of the run is touched: a run with samples has the losses of one without.
+"""
+
+from __future__ import annotations
+
+from pretrain_xla.config import RunConfig
+from pretrain_xla.data.manifest import dataset_info
+from pretrain_xla.data.tokenizer import decode_after, load_tokenizer
+from pretrain_xla.errors import UserError
+from pretrain_xla.generate.continuation import Continuation, Request
+from pretrain_xla.generate.decoder import Decoder
+from pretrain_xla.generate.sampling import Sampling
+from pretrain_xla.model import GPT
+from pretrain_xla.runtime import Runtime
+
+TOKENS = 100
+SAMPLING = Sampling(temperature=0.8, top_k=50)
+
+
+class Samples:
+    """Continues `logging.sample_prompt` with the model as it is.
+
+    Raises:
+        UserError: the data's tokenizer cannot be loaded, or is not the model's.
+    """
+
+    def __init__(self, config: RunConfig, model: GPT, runtime: Runtime) -> None:
+        info = dataset_info(config.data.train_dir)
+        self._tokenizer = load_tokenizer(config.data.tokenizer or (info.tokenizer_name if info else "gpt2"))
+        if self._tokenizer.vocab_size > config.model.vocab_size:
+            raise UserError(
+                f"sample_interval={config.logging.sample_interval}: tokenizer {self._tokenizer.name!r} has "
+                f"{self._tokenizer.vocab_size} tokens and the model "
+                f"{config.model.vocab_size}: set --tokenizer to that of the data"
+            )
+        self._model, self._prompt = model, config.logging.sample_prompt
+        limit = config.model.seq_length
+        ids = self._tokenizer.encode(self._prompt) or [self._tokenizer.end_of_text]
+        self._ids = ids[-max(limit // 2, 1) :] if len(ids) > limit else ids
+        # Within one window: a text that outgrows it is read anew, by a graph of another size.
+        tokens = min(TOKENS, limit + 1 - len(self._ids))
+        self._request = Request(tokens, SAMPLING, seed=config.train.seed, stops=(self._tokenizer.end_of_text,))
+        self._decoder = Decoder(model, runtime)
+
+    def __call__(self) -> str:
+        """The prompt and its continuation. Every process calls it, and gets the same."""
+        was_training = self._model.training
+        self._model.eval()
+        tokens = [token for _, token in Continuation(self._decoder, [self._ids], self._request)]
+        self._model.train(was_training)
+        return self._prompt + decode_after(self._tokenizer, self._prompt, tokens)
