@@ -17,6 +17,7 @@ import argparse
 import os
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -54,20 +55,11 @@ def measure(size: Size, rounds: int) -> None:
     from pretrain_xla.generate.continuation import Continuation, Request
     from pretrain_xla.generate.decoder import Decoder
     from pretrain_xla.generate.sampling import Sampling
-    from pretrain_xla.interop.layouts import GPT2_LAYOUT
-    from pretrain_xla.interop.tensors import to_ours
+    from pretrain_xla.interop.load import load_model
     from pretrain_xla.model import GPT
     from pretrain_xla.runtime import Runtime, start
 
-    shape = {
-        "vocab_size": size.vocab_size,
-        "d_model": size.d_model,
-        "num_layers": size.num_layers,
-        "seq_length": LENGTH,
-    }
-    shape |= {"num_heads": size.num_heads, "d_ff": 4 * size.d_model}
     greedy = Sampling(temperature=0)
-    config = build_config({"model": shape | {"tie_weights": True}}, "benchmark").model
     import torch
     import transformers
 
@@ -84,16 +76,18 @@ def measure(size: Size, rounds: int) -> None:
             eos_token_id=None,
         )
     ).eval()
-    tensors = to_ours(theirs.state_dict(), config, GPT2_LAYOUT, "transformers")
+    with tempfile.TemporaryDirectory() as folder:
+        theirs.save_pretrained(folder)
+        loaded = load_model(folder)
     prompt = torch.randint(0, size.vocab_size, (LENGTH - size.cached,)).tolist()
     window = torch.randint(0, size.vocab_size, (LENGTH - size.uncached,)).tolist()
     runtimes: dict[str, Runtime] = {}
     decoders: dict[str, Decoder] = {}
     for kind in ("xla", "torch"):
-        tree = {"model": config.model_dump(), "parallel": {"runtime": kind, "device": "cpu"}}
+        tree = {"model": loaded.config.model_dump(), "parallel": {"runtime": kind, "device": "cpu"}}
         runtimes[kind] = start(build_config(tree, "benchmark"))
-        model = GPT(config)
-        model.load_state_dict(tensors, strict=True)
+        model = GPT(loaded.config)
+        model.load_state_dict(loaded.tensors, strict=True)
         runtimes[kind].place_model(model.eval())
         decoders[kind] = Decoder(model, runtimes[kind])
 

@@ -95,8 +95,8 @@ class Decoder:
         """
         longest = max(map(len, windows))
         limit = self.model.config.seq_length
-        slots = bucket(min(longest + more, limit), limit) if more else 0
-        tokens_BT = np.zeros((len(windows), bucket(longest, limit)), dtype=np.int32)
+        slots = self._size(min(longest + more, limit)) if more else 0
+        tokens_BT = np.zeros((len(windows), self._size(longest)), dtype=np.int32)
         for row, window in enumerate(windows):
             tokens_BT[row, longest - len(window) : longest] = window
         first_B = torch.tensor([longest - len(window) for window in windows])
@@ -167,6 +167,9 @@ class Decoder:
 
         compiled: Callable[..., Tensor] = self.runtime.compile(decode, "decode", state=lambda: self._cache)
         return compiled
+
+    def _size(self, length: int) -> int:
+        return bucket(length, self.model.config.seq_length) if self.runtime.static_shapes else length
 
     def _place(self, host: Tensor) -> Tensor:
         return self.runtime.place_like(host, None)

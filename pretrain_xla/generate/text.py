@@ -8,7 +8,7 @@ from pretrain_xla.data.tokenizer import Tokenizer, decode_after
 
 
 class TextStream:
-    """The text of one row of tokens, which continue a prompt.
+    """The text of one row of tokens.
 
     Attributes:
         text: what is certain so far, without the prompt.

@@ -83,6 +83,8 @@ class Runtime(Protocol):
     """Axis name → devices along it."""
     loop: Loop | None
     """A loop that compiles into one, for the model to use; none: there is no such thing here."""
+    static_shapes: bool
+    """Whether a new shape costs a compilation, so that lengths are better padded to a few."""
     fence: Fence
     """Keeps the compiler from merging a second computation with the first."""
 

@@ -51,6 +51,7 @@ class TorchRuntime:
         self._compiles = config.train.compile
         self.loop: Loop | None = None
         self.fence: Fence = no_fence
+        self.static_shapes = False
         self._replica: DistributedDataParallel | None = None
         self.process_count = int(os.environ.get("WORLD_SIZE", "1"))
         self.process_index = int(os.environ.get("RANK", "0"))

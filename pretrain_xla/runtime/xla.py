@@ -54,6 +54,7 @@ class XlaRuntime:
         prepare_environment()
         self.loop: Loop | None = xla_loop
         self.fence: Fence = xla_fence
+        self.static_shapes = True
         parallel = config.parallel
         self.is_spmd = not is_multiprocess(config)
         if self.is_spmd and not xr.is_spmd():

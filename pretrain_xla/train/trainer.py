@@ -171,11 +171,11 @@ class Trainer:
                 self._validate(done)
         if evaluates:
             self._evaluate(done)
+        if saves:
+            self._save(done)
         if samples:
             with self.runtime.planned():
                 self._sample(done)
-        if saves:
-            self._save(done)
         if pauses:
             self._clock.restart(done)
         self.guard.check(done)

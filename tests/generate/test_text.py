@@ -11,7 +11,7 @@ from pretrain_xla.generate.text import TextStream
 
 @given(text=st.text(st.sampled_from("abé漢😀"), max_size=12), stops=st.lists(st.text("abé漢", min_size=1, max_size=3)))
 def test_pieces_make_the_text_up_to_the_first_stop(text: str, stops: list[str]) -> None:
-    stream = TextStream(BytesTokenizer(), "", stops)
+    stream = TextStream(BytesTokenizer(), "漢", stops)
     pieces = []
     for token in text.encode():
         pieces.append(stream.add(token))
