@@ -2,8 +2,8 @@
 
 Each chip of a group can send `Topology.bandwidth` over its links to the others (those of the worst placed chip). With the best
 known algorithms on rings and tori (Patarasuk & Yuan 2009), a group of n chips sends, for b bytes: 2 (n - 1) / n b in an
-all-reduce, (n - 1) / n b in an all-gather, a reduce-scatter or an all-to-all (b: the larger side), b in a permute. The two cores
-of a v2 or v3 chip share its links and add up on the chip first. Latency, about a microsecond a hop, is left out.
+all-reduce, (n - 1) / n b in an all-gather, a reduce-scatter or an all-to-all (b: the larger side), b in a permute. The two
+cores of a v2 or v3 chip share its links and add up on the chip first. Latency, about a microsecond a hop, is left out.
 
 One published profile to hold it against ("How to scale your model", the worked problem on sharded matrices): an all-gather of
 34 MB along one dimension of a v5e 4x4 took 680 us; this gives 559 us.

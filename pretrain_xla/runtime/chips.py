@@ -6,10 +6,10 @@ cores, "megacore"). Bytes and operations are a device's; the interconnect is a c
 Sources. Peak, HBM size and bandwidth: Google Cloud's documentation, "System architecture" and the page of each generation; v2
 and v3: Jouppi et al. 2020, "A domain-specific supercomputer for training deep neural networks". Interconnect, what one link
 carries in one direction: v2 and v3 the same paper; v4 and later "How to scale your model" (jax-ml/scaling-book, "TPU
-networking"), which is 0.8 to 0.9 of what Google Cloud's tables state for all links together, and for v4 what its pod's
-all-reduce bandwidth comes to. VMEM: the papers and Jouppi et al. 2023 ("TPU v4"); v5e and later: JAX's Pallas documentation. usable_hbm: what libtpu 0.0.21 itself states as its limit when a program does not fit; the
-rest is reserved. clock: the rate that turns libtpu's `estimated_cycles` into time; v2, v3 and v4 by the papers, the others as
-the clock at which a matrix unit's width gives the stated peak.
+networking"), which is 0.8 to 0.9 of what Google Cloud's tables state for all links together. VMEM: the papers and Jouppi et
+al. 2023 ("TPU v4"); v5e and later: JAX's Pallas documentation. usable_hbm: what libtpu 0.0.21 itself states as its limit when
+a program does not fit; the rest is reserved. clock: the rate that turns libtpu's `estimated_cycles` into time; v2, v3 and v4
+by the papers, the others as the clock at which a matrix unit's width gives the stated peak.
 matmul_fraction and stream_fraction say how far the estimates are from the stated peaks, and were had by compiling with libtpu
 0.0.21: an 8,192³ bf16 matrix product, and 2 x + 1 over 1 GiB of fp32.
 """
@@ -31,8 +31,8 @@ class Chip:
     peak_flops: bf16 matrix operations/s. hbm_bytes: HBM as sold; usable_hbm: as the compiler hands it out. hbm_bandwidth:
     bytes/s. vmem_bytes: on-chip memory of one core. clock: Hz. matmul_fraction, stream_fraction: a large matrix product, and a
     plain pass over memory, in compiler cycles as shares of peak_flops and hbm_bandwidth. devices_per_chip: see the module.
-    link_bandwidth: bytes/s that a chip sends over one of its links to a neighbour. links: number of those. wrap: a dimension of at
-    least this many chips is closed to a ring; v2 and v3 only in whole pods.
+    link_bandwidth: bytes/s that a chip sends over one of its links to a neighbour. links: number of those. wrap: a dimension of
+    at least this many chips is closed to a ring; v2 and v3 only in whole pods.
     """
 
     name: str
