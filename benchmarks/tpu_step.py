@@ -79,6 +79,7 @@ def compile_jax(config: RunConfig, topology: str, residual: str) -> Compiled:
 def jax_worker(folder: Path) -> None:
     """Compile the JAX step that `request.json` asks for, and leave the compiler's figures as `compiled.json`."""
     from benchmarks.jax_step import compile_for
+    from pretrain_xla.preflight import compiler
 
     request = json.loads((folder / "request.json").read_text(encoding="utf-8"))
     config = RunConfig.model_validate(request["config"])
@@ -87,22 +88,9 @@ def jax_worker(folder: Path) -> None:
     choices = {key: request[key] for key in ("residual_dtype", "attention")}
     executable = compile_for(config, topology.libtpu_name, SEQUENCES, **choices)
     seconds = time.perf_counter() - began
-    memory, cost = executable.memory_analysis(), executable.cost_analysis()
     text = executable.as_text()
-    assert memory is not None
-    assert cost is not None
     assert text is not None
-    compiled = Compiled(
-        text,
-        cost["flops"],
-        cost["bytes accessed"],
-        memory.argument_size_in_bytes,
-        memory.output_size_in_bytes,
-        memory.alias_size_in_bytes,
-        memory.temp_size_in_bytes,
-        memory.generated_code_size_in_bytes,
-        seconds,
-    )
+    compiled = compiler.read_figures(text, executable.memory_analysis(), executable.cost_analysis(), seconds)
     (folder / "compiled.json").write_text(json.dumps(dataclasses.asdict(compiled)), encoding="utf-8")
 
 

@@ -266,6 +266,9 @@ class ParallelConfig(Section):
     """xla: devices that share each matrix product."""
     topology: str | None = None
     """preflight: the TPU to compile for, as v5e:2x4, v5litepod-8 or v3-8; none: the one in this machine."""
+    overlap_gradients: bool = False
+    """TPU, replicas: reduce gradients while others are still being computed, by options of its compiler that have not been run
+    on a TPU yet. Else they are reduced together, after the last one. Helps where a step is a single micro-batch."""
     compile_cache: str | None = None
     """TPU: local folder where compiled programs stay, so that a restart need not compile them again; none: no such folder.
     (XLA's CPU client stores programs too, but cannot load them.)"""

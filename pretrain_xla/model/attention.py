@@ -176,11 +176,10 @@ class Attention(nn.Module):
         self.key_norm: RMSNorm | None = make_head_norm(config, compute_dtype) if config.qk_norm else None
         self.head_dim = config.heads_dim
         self.implementation = config.attention
-        self.scale = config.query_scale or config.heads_dim**-0.5
-        self.softcap = config.attention_softcap
         self.dropout = config.dropout
+        scale = config.query_scale or config.heads_dim**-0.5
         self.spec = HeadsSpec(
-            config.num_heads, config.kv_heads, config.heads_dim, self.scale, self.softcap, config.norm_eps
+            config.num_heads, config.kv_heads, config.heads_dim, scale, config.attention_softcap, config.norm_eps
         )
         self.kernel: Kernel | None = None
 
@@ -239,8 +238,8 @@ class Attention(nn.Module):
             key_BKTE,
             value_BKTE,
             implementation=self.implementation,
-            scale=self.scale,
-            softcap=self.softcap,
+            scale=self.spec.scale,
+            softcap=self.spec.softcap,
             dropout=self.dropout,
             training=self.training,
             segments_BT=segments_BT,

@@ -102,9 +102,11 @@ class AdamW:
         elif weight_decay and count:
             torch._foreach_mul_(self.parameters[:count], 1.0 - rate * weight_decay)
 
-        torch._foreach_lerp_(self.first_moments, gradients, 1.0 - beta1)
+        # Plain products and sums: tracing lerp and addcmul on XLA takes as long as all the rest of the update.
+        torch._foreach_mul_(self.first_moments, beta1)
+        torch._foreach_add_(self.first_moments, gradients, alpha=1.0 - beta1)
         torch._foreach_mul_(self.second_moments, beta2)
-        torch._foreach_addcmul_(self.second_moments, gradients, gradients, 1.0 - beta2)
+        torch._foreach_add_(self.second_moments, torch._foreach_mul(gradients, gradients), alpha=1.0 - beta2)
 
         position = new_step.to(torch.float32)
         correction1 = 1.0 - torch.pow(beta1, position)

@@ -18,6 +18,7 @@ from pretrain_xla.config import RunConfig
 from pretrain_xla.errors import UserError
 from pretrain_xla.preflight.outcome import Outcome
 from pretrain_xla.preflight.topology import Topology
+from pretrain_xla.runtime.xla_environment import compiler_options
 
 ENVIRONMENT = {
     "PJRT_DEVICE": "CPU",
@@ -42,12 +43,17 @@ STALE = ("CLOUD_TPU_TASK_ID", "TPU_PROCESS_ADDRESSES", "TPU_VISIBLE_CHIPS", "LIB
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """A step to compile. options: compiler options by name. save: a folder for the HLO before and after, or none."""
+    """A step to compile. options: the compiler's, by name, besides the run's own. save: a folder for the HLO, or none."""
 
     config: RunConfig
     topology: Topology
     options: Mapping[str, str] = dataclasses.field(default_factory=dict)
     save: Path | None = None
+
+    @property
+    def all_options(self) -> dict[str, str]:
+        """Every option that the compiler gets."""
+        return compiler_options(self.config.parallel) | dict(self.options)
 
 
 def compile_request(request: Request, tick: Callable[[str], None] = lambda stage: None) -> Outcome:
@@ -80,7 +86,7 @@ def _write_request(folder: Path, request: Request) -> None:
     tree = {
         "config": request.config.model_dump(mode="json"),
         "topology": request.topology.name,
-        "options": dict(request.options),
+        "options": request.all_options,
         "keep_input": request.save is not None,
     }
     (folder / "request.json").write_text(json.dumps(tree), encoding="utf-8")
@@ -120,7 +126,7 @@ def _save(folder: Path, request: Request, outcome: Outcome) -> None:
             "topology_options": request.topology.libtpu_options,
             "mesh": outcome.mesh,
             "num_partitions": request.topology.devices,
-            "env_option_overrides": dict(request.options),
+            "env_option_overrides": request.all_options,
             "libtpu": outcome.libtpu,
         }
         (request.save / "options.json").write_text(json.dumps(options, indent=2) + "\n", encoding="utf-8")

@@ -112,11 +112,15 @@ def compile_step(step: TracedStep, topology: Topology, options: Mapping[str, str
             return read_shortage(message, topology.chip.usable_hbm)
         raise UserError(f"the TPU compiler refused the step: {' '.join(message.split())[:500]}") from error
     seconds = time.perf_counter() - began
-    memory = executable.get_compiled_memory_stats()
-    cost = executable.cost_analysis()
+    text = executable.hlo_modules()[0].to_string()
+    return read_figures(text, executable.get_compiled_memory_stats(), executable.cost_analysis(), seconds)
+
+
+def read_figures(hlo_text: str, memory: Any, cost: Any, seconds: float) -> Compiled:
+    """The compiler's figures, from an executable's optimised module, memory statistics and cost analysis."""
     cost = cost[0] if isinstance(cost, list) else cost
     return Compiled(
-        executable.hlo_modules()[0].to_string(),
+        hlo_text,
         cost["flops"],
         cost["bytes accessed"],
         memory.argument_size_in_bytes,

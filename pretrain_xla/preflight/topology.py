@@ -52,19 +52,23 @@ class Topology:
         """Chips that one pays for."""
         return math.prod(self.shape)
 
-    @property
-    def links(self) -> int:
-        """Links of the worst placed chip, a corner: one along each dimension, two where it is closed to a ring.
+    def links(self, chips: int) -> int:
+        """Links to others of its group that a chip has at the worst place, a corner, for groups of that many chips.
 
-        v4 and v5p close their dimensions only in slices of whole 4x4x4 cubes.
+        A group lies along the fewest dimensions that hold it, as neighbouring devices do. Each gives one link, or two where the
+        group fills a dimension that is closed to a ring. v4 and v5p close theirs only in slices of whole 4x4x4 cubes.
         """
         may_close = self.chip.links == 4 or min(self.shape) >= 4
-        return sum(0 if size == 1 else 2 if may_close and size >= self.chip.wrap else 1 for size in self.shape)
+        count, held = 0, 1
+        for size in sorted(self.shape, reverse=True):
+            if held < chips and size > 1:
+                count += 2 if may_close and size >= self.chip.wrap and chips >= held * size else 1
+                held *= size
+        return count
 
-    @property
-    def chip_bandwidth(self) -> float:
-        """Bytes/s that such a chip can send, over all its links."""
-        return self.chip.interconnect_bandwidth * self.links / self.chip.links
+    def bandwidth(self, chips: int) -> float:
+        """Bytes/s that such a chip can send to its group."""
+        return self.chip.link_bandwidth * self.links(chips)
 
 
 def resolve_topology(name: str) -> Topology:

@@ -3,12 +3,13 @@
 A device is what PyTorch/XLA sees: a core on v2 and v3 (two a chip), a whole chip on the others (v4 and v5p join their two
 cores, "megacore"). Bytes and operations are a device's; the interconnect is a chip's.
 
-Sources. Peak, HBM size and bandwidth, interconnect: Google Cloud's documentation, "System architecture" and the page of each
-generation (its newer tables state the interconnect in both directions, twice the figures here); v2 and v3: Jouppi et al. 2020,
-"A domain-specific supercomputer for training deep neural networks". VMEM: the same and Jouppi et al. 2023 ("TPU v4"); v5e and
-later: JAX's Pallas documentation. usable_hbm: what libtpu 0.0.21 itself states as its limit when a program does not fit; the
-rest is reserved. clock: the rate that turns libtpu's `estimated_cycles` into time; v2, v3 and v4 by the papers, the others as
-the clock at which a matrix unit's width gives the stated peak.
+Sources. Peak, HBM size and bandwidth: Google Cloud's documentation, "System architecture" and the page of each generation; v2
+and v3: Jouppi et al. 2020, "A domain-specific supercomputer for training deep neural networks". Interconnect, what one link
+carries in one direction: v2 and v3 the same paper; v4 and later "How to scale your model" (jax-ml/scaling-book, "TPU
+networking"), which is 0.8 to 0.9 of what Google Cloud's tables state for all links together. VMEM: the papers and Jouppi et
+al. 2023 ("TPU v4"); v5e and later: JAX's Pallas documentation. usable_hbm: what libtpu 0.0.21 itself states as its limit when
+a program does not fit; the rest is reserved. clock: the rate that turns libtpu's `estimated_cycles` into time; v2, v3 and v4
+by the papers, the others as the clock at which a matrix unit's width gives the stated peak.
 matmul_fraction and stream_fraction say how far the estimates are from the stated peaks, and were had by compiling with libtpu
 0.0.21: an 8,192³ bf16 matrix product, and 2 x + 1 over 1 GiB of fp32.
 """
@@ -30,7 +31,7 @@ class Chip:
     peak_flops: bf16 matrix operations/s. hbm_bytes: HBM as sold; usable_hbm: as the compiler hands it out. hbm_bandwidth:
     bytes/s. vmem_bytes: on-chip memory of one core. clock: Hz. matmul_fraction, stream_fraction: a large matrix product, and a
     plain pass over memory, in compiler cycles as shares of peak_flops and hbm_bandwidth. devices_per_chip: see the module.
-    interconnect_bandwidth: bytes/s that a chip sends, over all its links together. links: number of those. wrap: a dimension of
+    link_bandwidth: bytes/s that a chip sends over one of its links to a neighbour. links: number of those. wrap: a dimension of
     at least this many chips is closed to a ring; v2 and v3 only in whole pods.
     """
 
@@ -44,7 +45,7 @@ class Chip:
     matmul_fraction: float
     stream_fraction: float
     devices_per_chip: int
-    interconnect_bandwidth: float
+    link_bandwidth: float
     links: int
     wrap: int
 
@@ -66,7 +67,7 @@ def _chip(
     matmul: float,
     stream: float,
     devices: int,
-    gigabits: float,
+    link: float,
     links: int,
     wrap: int,
 ) -> Chip:
@@ -81,7 +82,7 @@ def _chip(
         matmul,
         stream,
         devices,
-        gigabits * GIGA / 8,
+        link * GIGA,
         links,
         wrap,
     )
@@ -92,17 +93,17 @@ CHIPS: dict[str, Chip] = {
     chip.name: chip
     for chip in (
         _chip("v2", teraflops=23, hbm_gib=8, usable_gib=7.48, bandwidth=350, vmem_mib=16, gigahertz=0.70,
-              matmul=0.98, stream=0.90, devices=2, gigabits=496, links=4, wrap=16),
+              matmul=0.98, stream=0.90, devices=2, link=62, links=4, wrap=16),
         _chip("v3", teraflops=61.5, hbm_gib=16, usable_gib=15.48, bandwidth=450, vmem_mib=16, gigahertz=0.94,
-              matmul=0.97, stream=0.94, devices=2, gigabits=656, links=4, wrap=32),
+              matmul=0.97, stream=0.94, devices=2, link=82, links=4, wrap=32),
         _chip("v4", teraflops=275, hbm_gib=32, usable_gib=30.75, bandwidth=1200, vmem_mib=16, gigahertz=1.05,
-              matmul=0.93, stream=0.79, devices=1, gigabits=2400, links=6, wrap=4),
+              matmul=0.93, stream=0.79, devices=1, link=45, links=6, wrap=4),
         _chip("v5e", teraflops=197, hbm_gib=16, usable_gib=15.75, bandwidth=819, vmem_mib=128, gigahertz=1.50,
-              matmul=0.88, stream=0.81, devices=1, gigabits=1600, links=4, wrap=16),
+              matmul=0.88, stream=0.81, devices=1, link=45, links=4, wrap=16),
         _chip("v5p", teraflops=459, hbm_gib=96, usable_gib=95.74, bandwidth=2765, vmem_mib=64, gigahertz=1.75,
-              matmul=0.90, stream=0.72, devices=1, gigabits=4800, links=6, wrap=4),
+              matmul=0.90, stream=0.72, devices=1, link=90, links=6, wrap=4),
         _chip("v6e", teraflops=918, hbm_gib=32, usable_gib=31.25, bandwidth=1640, vmem_mib=128, gigahertz=1.75,
-              matmul=0.70, stream=0.81, devices=1, gigabits=3584, links=4, wrap=16),
+              matmul=0.70, stream=0.81, devices=1, link=90, links=4, wrap=16),
     )
 }
 # fmt: on

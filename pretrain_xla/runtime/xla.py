@@ -38,7 +38,7 @@ from pretrain_xla.runtime.xla_compiled import CompiledFunction
 from pretrain_xla.runtime.xla_environment import prepare_environment
 from pretrain_xla.runtime.xla_gradients import accumulate
 from pretrain_xla.runtime.xla_loop import xla_fence, xla_loop
-from pretrain_xla.runtime.xla_parts import on_parts, part, whole
+from pretrain_xla.runtime.xla_parts import on_parts, part, pinned, whole
 from pretrain_xla.runtime.xla_repeat import RepeatedModule
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class XlaRuntime:
     name = "xla"
 
     def __init__(self, config: RunConfig) -> None:
-        prepare_environment()
+        prepare_environment(config.parallel)
         self.loop: Loop | None = xla_loop
         self.fence: Fence = xla_fence
         self.static_shapes = True
@@ -171,7 +171,7 @@ class XlaRuntime:
         def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
             if self._alone:
                 return output
-            return xs.mark_sharding_with_gradients(output, mesh, axes)
+            return pinned(output, axes, mesh)
 
         return hook
 
@@ -378,7 +378,7 @@ def launch(config: RunConfig, main: Callable[[int], None]) -> None:
     Raises:
         UserError: on a CPU with more than one device, where replicas compile different collectives and deadlock.
     """
-    prepare_environment()
+    prepare_environment(config.parallel)
     count = int(os.environ.get("CPU_NUM_DEVICES", "1"))
     if os.environ["PJRT_DEVICE"] == "CPU" and count > 1:
         raise UserError(

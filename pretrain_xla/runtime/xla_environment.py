@@ -6,13 +6,30 @@ import importlib.util
 import os
 import warnings
 
+from pretrain_xla.config import ParallelConfig
 from pretrain_xla.errors import UserError
 
 DEVICES = ("CPU", "TPU", "CUDA")
 
+OVERLAP = {
+    "xla_enable_async_all_reduce": "true",
+    # The core itself sends and receives: a reduction goes on inside the matrix products that run beside it.
+    "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": "true",
+    # Bytes. All gradients in one reduction, as without it, would have to wait for the last of them.
+    "xla_jf_crs_combiner_threshold_in_bytes": "4000000",
+}
+"""Options of libtpu that let gradients be reduced beside the rest of the backward pass."""
 
-def prepare_environment() -> None:
+
+def compiler_options(parallel: ParallelConfig) -> dict[str, str]:
+    """Options of the TPU's compiler, by name without dashes, that a run sets and preflight compiles with."""
+    return dict(OVERLAP) if parallel.overlap_gradients else {}
+
+
+def prepare_environment(parallel: ParallelConfig) -> None:
     """Choose a device when none is named, clear what hosted notebooks leave behind, and register a CUDA plugin on request.
+
+    The compiler's options go into LIBTPU_INIT_ARGS, unless they are there already.
 
     Raises:
         UserError: PJRT_DEVICE names no device that we know, or its plugin is missing.
@@ -33,9 +50,19 @@ def prepare_environment() -> None:
 
         if tpu.num_available_chips() == 0:
             raise UserError("PJRT_DEVICE=TPU, but this machine has no TPU: set PJRT_DEVICE=CPU to run here")
+        _set_compiler_options(compiler_options(parallel))
     if name == "CUDA":
         _register_cuda()
     warnings.filterwarnings("ignore", message=".*Replicating tensors already initialized.*")
+
+
+def _set_compiler_options(options: dict[str, str]) -> None:
+    """Before libtpu is loaded, which reads them once. What the user has set stays."""
+    words = os.environ.get("LIBTPU_INIT_ARGS", "").split()
+    known = {word.lstrip("-").partition("=")[0] for word in words}
+    words += [f"--{name}={value}" for name, value in options.items() if name not in known]
+    if words:
+        os.environ["LIBTPU_INIT_ARGS"] = " ".join(words)
 
 
 def _register_cuda() -> None:

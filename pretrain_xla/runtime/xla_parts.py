@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch_xla
 import torch_xla.distributed.spmd as xs
 from torch import Tensor
-from torch_xla.distributed.spmd.xla_sharding import unwrap_sharded_tensor
 
 from pretrain_xla.runtime.sharding import Axis, ways
 
@@ -60,12 +60,42 @@ def everywhere(tensor: Tensor) -> Tensor:
 
 def part(tensor: Tensor, axes: tuple[Axis, ...], mesh: xs.Mesh) -> Tensor:
     """One device's part of a tensor that is split along `axes`."""
-    inner = tensor * 1  # a mark on an input of the graph would move its data
-    return unwrap_sharded_tensor(xs.enable_manual_sharding(inner, axes, mesh=mesh))
+    inner = _mark(tensor * 1, axes, mesh)  # a mark on an input of the graph would move its data
+    found: Tensor = torch_xla._XLAC._spmd_full_to_shard_shape(inner)
+    return found
 
 
 def whole(part: Tensor, axes: tuple[Axis, ...], mesh: xs.Mesh) -> Tensor:
     """The tensor of which every device holds a part."""
     sizes = mesh.shape()
     shape = [length * ways(axis, sizes) for length, axis in zip(part.shape, axes, strict=True)]
-    return unwrap_sharded_tensor(xs.disable_manual_sharding(part, axes, torch.Size(shape), mesh=mesh))
+    torch_xla._XLAC._mark_manual_sharding(part, torch_xla._XLAC.OpSharding([], [], [], xs.ShardingType.MANUAL))
+    found: Tensor = torch_xla._XLAC._spmd_shard_to_full_shape(
+        part, mesh.get_op_sharding(axes), torch.Size(shape), part.dtype
+    )
+    return found
+
+
+def pinned(tensor: Tensor, axes: tuple[Axis, ...], mesh: xs.Mesh) -> Tensor:
+    """The tensor, and its gradient, split along `axes`."""
+    found: Tensor = _Pinned.apply(tensor, axes, mesh)
+    return found
+
+
+class _Pinned(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, axes: tuple[Axis, ...], mesh: xs.Mesh) -> Tensor:
+        ctx.axes, ctx.mesh = axes, mesh
+        return _mark(tensor.clone(), axes, mesh)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return _mark(grads[0].clone(), ctx.axes, ctx.mesh), None, None
+
+
+def _mark(tensor: Tensor, axes: tuple[Axis, ...], mesh: xs.Mesh) -> Tensor:
+    """What `xs.mark_sharding` does, less what that spends milliseconds on at each call: looking for a package (torchax) that is
+    not there, and, for a mark with a gradient, writing the mesh out and reading it again.
+    """
+    torch_xla._XLAC._xla_mark_sharding(tensor, mesh.get_op_sharding(axes))
+    return tensor

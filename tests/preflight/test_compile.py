@@ -21,6 +21,10 @@ LONG = (
 ).split()
 
 
+SMALLER = "xla_jf_crs_combiner_threshold_in_bytes=500000"
+"""For gradients of half a megabyte."""
+
+
 def preflight(*arguments: str) -> Result:
     """The command, in a process of its own."""
     return run("-m", "pretrain_xla", "preflight", *arguments)
@@ -68,6 +72,15 @@ def test_data_parallel_over_eight_chips() -> None:
     # Each chip computes its own eighth: `model_flops` is one device's share.
     assert tree["estimate"]["flops"] < 2.5 * tree["estimate"]["model_flops"]
     assert tree["memory"]["batch"] == 2 * 129 * 4
+
+
+def test_gradients_are_reduced_beside_the_backward_pass() -> None:
+    wide = "--d-model 512 --num-heads 4 --d-ff 1024 --seq-length 512 --num-layers 1 --train-batch-size 32".split()
+    tree = report("--topology", "v5e:2x2", *SMALL, *wide, "--overlap-gradients", "--compiler-option", SMALLER)
+    reductions = [row for row in tree["collectives"] if row["kind"] == "all-reduce"]
+    assert sum(row["bytes"] for row in reductions) < 1.1 * tree["memory"]["parameters"], "each gradient once"
+    assert sum(row["count"] for row in reductions) > 3
+    assert tree["estimate"]["exposed_seconds"] < 0.7 * tree["estimate"]["communication_seconds"]
 
 
 def test_the_verdict_flips_with_the_batch() -> None:

@@ -74,13 +74,27 @@ def test_without_a_name_it_is_this_machines_slice(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize(
-    ("name", "links"),
-    [("v5e-1", 0), ("v5e-8", 2), ("v5e-16", 2), ("v5e-256", 4), ("v4-8", 2), ("v4-64", 3), ("v4-128", 6), ("v3-8", 2)],
+    ("name", "chips", "links"),
+    [
+        ("v5e-1", 1, 0),
+        ("v5e-8", 8, 2),
+        ("v5e-16", 16, 2),
+        ("v5e-256", 256, 4),
+        ("v4-8", 4, 2),
+        ("v4-64", 32, 3),
+        ("v4-128", 64, 6),
+        ("v3-8", 4, 2),
+        ("v5e-16", 4, 1),  # along one dimension
+        ("v5e-16", 8, 2),
+        ("v5e-256", 16, 2),  # a ring
+        ("v5e-256", 8, 1),  # half of one
+        ("v5e-256", 32, 3),
+    ],
 )
-def test_links_of_a_corner(name: str, links: int) -> None:
+def test_links_of_a_corner(name: str, chips: int, links: int) -> None:
     topology = resolve_topology(name)
-    assert topology.links == links
-    assert topology.chip_bandwidth == pytest.approx(topology.chip.interconnect_bandwidth * links / topology.chip.links)
+    assert topology.links(chips) == links
+    assert topology.bandwidth(chips) == pytest.approx(topology.chip.link_bandwidth * links)
 
 
 def test_table_of_chips_is_in_devices() -> None:
