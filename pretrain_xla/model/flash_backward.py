@@ -140,7 +140,7 @@ def backward(
         out_specs=[spec for spec, _ in outputs.values()],
         out_shape=[shape for _, shape in outputs.values()],
         scratch_shapes=list(scratch.values()),
-        compiler_params=compiler_params(heads, T, query_BTF.dtype.itemsize, 3, 24 + 4 * len(extra)),
+        compiler_params=compiler_params(heads, T, query_BTF.dtype.itemsize, 3, 24 + 4 * preparation.tables),
         cost_estimate=cost(heads, B, T, query_BTF.dtype.itemsize, backward=True),
         interpret=interpret,
         name="flash_attention_backward",

@@ -101,7 +101,7 @@ def forward(
             jax.ShapeDtypeStruct((B, heads.num_heads // N, N, T), jnp.float32),
         ],
         scratch_shapes=list(scratch.values()),
-        compiler_params=compiler_params(heads, T, query_BTF.dtype.itemsize, 4, 10 + 4 * len(extra)),
+        compiler_params=compiler_params(heads, T, query_BTF.dtype.itemsize, 4, 10 + 4 * preparation.tables),
         cost_estimate=cost(heads, B, T, query_BTF.dtype.itemsize, backward=False),
         interpret=interpret,
         name="flash_attention_forward",

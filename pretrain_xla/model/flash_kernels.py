@@ -175,11 +175,12 @@ def cost(heads: Heads, batch: int, tokens: int, itemsize: int, *, backward: bool
 def compiler_params(heads: Heads, tokens: int, itemsize: int, grid: int, buffers: int) -> pltpu.CompilerParams:
     """Which grid dimensions are independent, and a bound on VMEM: XLA keeps all of it free while the kernel runs.
 
-    `buffers` are the (T, W) arrays of the kernel; 10 MB are for spilled registers.
+    `buffers` are the (T, W) arrays of the kernel, twice where a block is fetched ahead; 4 MB are for spilled registers,
+    of which libtpu 0.0.21 needs at most 2. A generous bound costs HBM traffic around the kernels (docs/LOG.md).
     """
-    needed = 10 * 2**20 + buffers * tokens * heads.lanes * itemsize
+    needed = 4 * 2**20 + buffers * tokens * heads.lanes * itemsize
     semantics: list[Any] = ["parallel", "parallel", "arbitrary", "arbitrary"]
-    return pltpu.CompilerParams(dimension_semantics=semantics[:grid], vmem_limit_bytes=max(16 * 2**20, needed))
+    return pltpu.CompilerParams(dimension_semantics=semantics[:grid], vmem_limit_bytes=needed)
 
 
 @contextmanager

@@ -48,6 +48,11 @@ class Preparation:
         """Whether anything is done to queries."""
         return self.cos is not None or self.query_norm is not None
 
+    @property
+    def tables(self) -> int:
+        """Operands as long as the sequence."""
+        return 0 if self.cos is None else 2
+
     def operands(self, heads: Heads) -> dict[str, jax.Array]:
         """The kernels' operands, as wide as a block; the sines carry the sign of their half."""
         arrays: dict[str, jax.Array] = {}

@@ -12,9 +12,18 @@ from pretrain_xla.errors import UserError
 from pretrain_xla.preflight import client
 from pretrain_xla.preflight.client import Request, compile_request
 from pretrain_xla.preflight.topology import resolve_topology
+from pretrain_xla.runtime.xla_environment import OVERLAP
 from tests.preflight.conftest import make_config
 
 REQUEST = Request(make_config(), resolve_topology("v5e-1"))
+
+
+def test_the_compiler_gets_the_runs_options_and_those_that_were_asked_for() -> None:
+    assert REQUEST.all_options == {}
+    config = make_config(parallel={"overlap_gradients": True})
+    changed = next(iter(OVERLAP))
+    request = Request(config, REQUEST.topology, {changed: "1", "other": "2"})
+    assert request.all_options == OVERLAP | {changed: "1", "other": "2"}
 
 
 def test_a_process_that_dies_is_one_error_with_its_last_words(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -21,10 +21,6 @@ LONG = (
 ).split()
 
 
-SMALLER = "xla_jf_crs_combiner_threshold_in_bytes=500000"
-"""For gradients of half a megabyte."""
-
-
 def preflight(*arguments: str) -> Result:
     """The command, in a process of its own."""
     return run("-m", "pretrain_xla", "preflight", *arguments)
@@ -74,15 +70,6 @@ def test_data_parallel_over_eight_chips() -> None:
     assert tree["memory"]["batch"] == 2 * 129 * 4
 
 
-def test_gradients_are_reduced_beside_the_backward_pass() -> None:
-    wide = "--d-model 512 --num-heads 4 --d-ff 1024 --seq-length 512 --num-layers 1 --train-batch-size 32".split()
-    tree = report("--topology", "v5e:2x2", *SMALL, *wide, "--overlap-gradients", "--compiler-option", SMALLER)
-    reductions = [row for row in tree["collectives"] if row["kind"] == "all-reduce"]
-    assert sum(row["bytes"] for row in reductions) < 1.1 * tree["memory"]["parameters"], "each gradient once"
-    assert sum(row["count"] for row in reductions) > 3
-    assert tree["estimate"]["exposed_seconds"] < 0.7 * tree["estimate"]["communication_seconds"]
-
-
 def test_the_verdict_flips_with_the_batch() -> None:
     few = report("--topology", "v2-1", *LONG, "--train-batch-size", "64")
     many = preflight("--topology", "v2-1", *LONG, "--train-batch-size", "1536", "--no-suggestions")
@@ -95,9 +82,9 @@ def test_the_verdict_flips_with_the_batch() -> None:
 
 def test_the_trainers_door_reports_for_a_person() -> None:
     documents = ("--separate-documents", "--loss-ignore-tokens", "0", "7")
-    door = run(
-        "run_pretrain_xla.py", "--preflight-only", "--topology", "v5e-1", *SMALL, "--num-layers", "1", *documents
-    )
+    # The options of overlapping too: the compiler refuses what it does not know.
+    flags = (*SMALL, "--num-layers", "1", *documents, "--overlap-gradients")
+    door = run("run_pretrain_xla.py", "--preflight-only", "--topology", "v5e-1", *flags)
     assert door.status == 0, door.errors
     for part in ("FITS:", "parameters", "optimizer state", "optimistic", "sober", "most expensive lines", "libtpu 0."):
         assert part in door.output
