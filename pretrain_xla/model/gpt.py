@@ -24,6 +24,7 @@ from pretrain_xla.model.loss import PADDING_LOGIT, Head, cross_entropy, linear_c
 from pretrain_xla.model.norms import make_norm
 from pretrain_xla.model.positions import RotaryTables, rotary_tables
 from pretrain_xla.model.stack import run_blocks
+from pretrain_xla.model.stacked import StackedBlocks
 
 
 class Block(nn.Module):
@@ -86,7 +87,7 @@ class GPT(nn.Module):
         self.embedding = Embedding(config.padded_vocab_size, config.d_model)
         learned = config.positions == "learned"
         self.position_embedding = Embedding(config.seq_length, config.d_model) if learned else None
-        self.blocks = nn.ModuleList(Block(config, compute_dtype) for _ in range(config.num_layers))
+        self.blocks: nn.ModuleList | StackedBlocks = nn.ModuleList(Block(config, compute_dtype) for _ in range(config.num_layers))
         self.final_norm = make_norm(config, compute_dtype)
         self.head = None if config.tie_weights else Linear(config.d_model, config.padded_vocab_size, bias=False)
         for name, value in self._buffer_values().items():
@@ -156,7 +157,7 @@ class GPT(nn.Module):
             for block, attend in zip(self.blocks, attends, strict=True):
                 x_BTD = block(x_BTD, rotary, attend)
         else:
-            x_BTD = run_blocks(list(self.blocks), x_BTD, rotary, segments_BT, self.execution)
+            x_BTD = run_blocks(self.blocks, x_BTD, rotary, segments_BT, self.execution)
         return cast(Tensor, self.final_norm(x_BTD))
 
     def logits(self, x_BTD: Tensor) -> Tensor:

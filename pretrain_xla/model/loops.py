@@ -20,10 +20,14 @@ Body = Callable[[list[Tensor], list[Tensor]], tuple[list[Tensor], list[Tensor]]]
 
 
 class Loop(Protocol):
-    """Runs a body over the leading dimension of `slices`, as `jax.lax.scan` does."""
+    """Runs a body over the leading dimension of `slices` and `backwards`, as `jax.lax.scan` does."""
 
     def __call__(
-        self, body: Body, carried: Sequence[Tensor], slices: Sequence[Tensor], *, reverse: bool = False
+        self,
+        body: Body,
+        carried: Sequence[Tensor],
+        slices: Sequence[Tensor] = (),
+        backwards: Sequence[Tensor] = (),
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Run the loop.
 
@@ -31,26 +35,30 @@ class Loop(Protocol):
             body: called with lists of tensors; must keep the carried shapes and types, and change nothing in place.
             carried: first value of what goes from turn to turn; weights that the body uses belong here too.
             slices: tensors of equal leading length N; turn i sees element i of each.
-            reverse: run from the last element to the first; results are stacked in the order of the slices all the same.
+            backwards: likewise, but turn i sees element N - 1 - i of each; the body finds them behind those of `slices`.
 
         Returns:
-            What was carried out of the last turn, and each result stacked over the N turns.
+            What was carried out of the last turn, and each result stacked over the N turns, in the order in which they ran.
         """
 
 
 def python_loop(
-    body: Body, carried: Sequence[Tensor], slices: Sequence[Tensor], *, reverse: bool = False
+    body: Body, carried: Sequence[Tensor], slices: Sequence[Tensor] = (), backwards: Sequence[Tensor] = ()
 ) -> tuple[list[Tensor], list[Tensor]]:
     """`Loop` in plain Python."""
     state = list(carried)
-    turns = range(len(slices[0]))
     results: list[list[Tensor]] = []
-    for index in reversed(turns) if reverse else turns:
-        state, result = body(state, [tensor[index] for tensor in slices])
+    count = turns(slices, backwards)
+    for index in range(count):
+        elements = [tensor[index] for tensor in slices] + [tensor[count - 1 - index] for tensor in backwards]
+        state, result = body(state, elements)
         results.append(result)
-    if reverse:
-        results.reverse()
     return state, [torch.stack(column) for column in zip(*results, strict=True)]
+
+
+def turns(slices: Sequence[Tensor], backwards: Sequence[Tensor]) -> int:
+    """How often a loop over these runs: N."""
+    return len((*slices, *backwards)[0])
 
 
 def no_fence(tensors: list[Tensor]) -> list[Tensor]:

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from pretrain_xla.model.loops import Fence, Loop, no_fence, python_loop
+from pretrain_xla.model.loops import Fence, Loop, python_loop
 from pretrain_xla.model.remember import recording, replaying
+from pretrain_xla.model.stacked import StackedBlocks, stack
 
 if TYPE_CHECKING:
     from pretrain_xla.model.execution import Execution
@@ -34,7 +36,7 @@ KEPT_OPERATIONS = [
 
 
 def run_blocks(
-    blocks: Sequence[nn.Module],
+    blocks: StackedBlocks | Sequence[nn.Module],
     x_BTD: Tensor,
     rotary: RotaryTables | None,
     segments_BT: Tensor | None,
@@ -43,14 +45,16 @@ def run_blocks(
     """Blocks in turn on x_BTD, each called with the tables and segments, in the way that `execution` asks for."""
     shared = (rotary, None, segments_BT)  # as `Block.forward` takes them; nothing stands in for attention
     policy = execution.rematerialization
+    keep = policy == "selective"
     if execution.loop is not None and execution.scan_layers:
-        return _run_stack(blocks, x_BTD, rotary, segments_BT, policy != "full", execution.loop, no_fence)
+        block, parameters = stack(blocks)
+        return _Program(block, rotary, keep, execution.loop, execution.fence).run(x_BTD, segments_BT, parameters)
     for block in blocks:
         if policy == "none" or not torch.is_grad_enabled():
             x_BTD = block(x_BTD, *shared)
         elif execution.loop is not None:
-            keep = policy == "selective"
-            x_BTD = _run_stack([block], x_BTD, rotary, segments_BT, keep, python_loop, execution.fence)
+            one = [parameter[None] for parameter in block.parameters()]
+            x_BTD = _Program(block, rotary, keep, python_loop, execution.fence).run(x_BTD, segments_BT, one)
         elif policy == "selective":
             contexts = functools.partial(create_selective_checkpoint_contexts, KEPT_OPERATIONS)
             x_BTD = checkpoint(block, x_BTD, *shared, use_reentrant=False, context_fn=contexts)
@@ -59,44 +63,19 @@ def run_blocks(
     return x_BTD
 
 
-def _run_stack(
-    blocks: Sequence[nn.Module],
-    x_BTD: Tensor,
-    rotary: RotaryTables | None,
-    segments_BT: Tensor | None,
-    keep: bool,
-    loop: Loop,
-    fence: Fence,
-) -> Tensor:
-    """One loop over the blocks. keep: keep what the blocks remember, or nothing but their inputs."""
-    names = [name for name, _ in blocks[0].named_parameters()]
-    dtype = blocks[0].compute_dtype
-    # Matrices are cast before they are stacked: the loop then reads half the bytes, and the cast is the copy.
-    stacked = [
-        torch.stack([parameter.to(dtype) if parameter.dim() > 1 else parameter for parameter in column])
-        for column in zip(*(block.parameters() for block in blocks), strict=True)
-    ]
-    program = _Program(blocks[0], names, rotary, loop, fence, keep, backward=torch.is_grad_enabled())
-    result: Tensor = _Stack.apply(program, x_BTD, segments_BT, *stacked)
-    return result
-
-
 class _Program:
-    """What a stack computes, without its tensors."""
+    """A loop over blocks, without its tensors. keep: keep what the blocks remember, or nothing but their inputs."""
 
-    def __init__(
-        self,
-        block: nn.Module,
-        names: list[str],
-        rotary: RotaryTables | None,
-        loop: Loop,
-        fence: Fence,
-        keep: bool,
-        *,
-        backward: bool,
-    ) -> None:
-        self.block, self.names, self.rotary = block, names, rotary
-        self.loop, self.fence, self.keep, self.backward = loop, fence, keep, backward
+    def __init__(self, block: nn.Module, rotary: RotaryTables | None, keep: bool, loop: Loop, fence: Fence) -> None:
+        self.block, self.rotary, self.keep, self.loop, self.fence = block, rotary, keep, loop, fence
+        self.names = [name for name, _ in block.named_parameters()]
+        self.dtype: torch.dtype = block.compute_dtype
+        self.backward = torch.is_grad_enabled()
+
+    def run(self, x_BTD: Tensor, segments_BT: Tensor | None, parameters: Sequence[Tensor]) -> Tensor:
+        """All blocks on x_BTD. parameters: in the block's order, each of all blocks, the last block first."""
+        result: Tensor = _Stack.apply(self, x_BTD, segments_BT, *parameters)
+        return result
 
     def call(self, x_BTD: Tensor, parameters: Sequence[Tensor], segments: Sequence[Tensor]) -> Tensor:
         """The block with the given parameters in place of its own. segments: the one tensor, or nothing."""
@@ -104,6 +83,23 @@ class _Program:
         arguments = (x_BTD, self.rotary, None, *segments)
         output: Tensor = torch.func.functional_call(self.block, by_name, arguments)
         return output
+
+    def cast(self, parameters: Sequence[Tensor]) -> list[Tensor]:
+        """One block's parameters, detached. Matrices in the compute type, so that their gradients are in it, too."""
+        return [p.detach().to(self.dtype) if p.dim() > 1 else p.detach() for p in parameters]
+
+    def fenced(
+        self, grad_BTD: Tensor, parameters: list[Tensor], kept: list[Tensor]
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """What a second run starts from, so that it is not merged with the first.
+
+        In a loop it cannot be. There only the weights are fenced, so that they are cast once a turn and not in every product
+        that reads them: it would double the time of some in the backward pass, where they are read across.
+        """
+        if self.loop is not python_loop:
+            return grad_BTD, self.fence(parameters), kept
+        grad_BTD, *rest = self.fence([grad_BTD, *parameters, *kept])
+        return grad_BTD, rest[: len(parameters)], rest[len(parameters) :]
 
 
 class _Stack(torch.autograd.Function):
@@ -115,34 +111,32 @@ class _Stack(torch.autograd.Function):
         def body(carried: list[Tensor], slices: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
             x_BTD, *segments = carried
             with recording() as kept:
-                y_BTD = program.call(x_BTD, slices, segments)
+                y_BTD = program.call(x_BTD, program.cast(slices), segments)
             return [y_BTD, *segments], [x_BTD, *(kept if program.keep else [])] if program.backward else []
 
-        (y_BTD, *_), kept = program.loop(body, [x_BTD, *segments], stacked)
+        (y_BTD, *_), kept = program.loop(body, [x_BTD, *segments], backwards=stacked)
         ctx.program = program
-        ctx.save_for_backward(*segments, *kept, *stacked)
-        ctx.segments_count, ctx.kept_count = len(segments), len(kept)
+        ctx.save_for_backward(*segments, *stacked, *kept)
+        ctx.counts = len(segments), len(segments) + len(stacked)
         return y_BTD
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         program: _Program = ctx.program
-        count = ctx.kept_count
-        segments, saved = ctx.saved_tensors[: ctx.segments_count], ctx.saved_tensors[ctx.segments_count :]
+        first, second = ctx.counts
+        segments, stacked, kept = (ctx.saved_tensors[:first], ctx.saved_tensors[first:second], ctx.saved_tensors[second:])
+        count = len(stacked)
 
         def body(carried: list[Tensor], slices: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
             grad_BTD, *segments = carried
-            grad_BTD, *slices = program.fence([grad_BTD, *slices])
-            x_BTD, *values = (tensor.detach() for tensor in slices[:count])
-            leaves = [x_BTD.requires_grad_(), *(tensor.detach().requires_grad_() for tensor in slices[count:])]
-            with torch.enable_grad():
-                if program.keep:
-                    with replaying(values):
-                        y_BTD = program.call(leaves[0], leaves[1:], segments)
-                else:
-                    y_BTD = program.call(leaves[0], leaves[1:], segments)
+            grad_BTD, parameters, kept = program.fenced(grad_BTD, program.cast(slices[:count]), slices[count:])
+            x_BTD, *values = (tensor.detach() for tensor in kept)
+            leaves = [x_BTD.requires_grad_(), *(parameter.detach().requires_grad_() for parameter in parameters)]
+            with torch.enable_grad(), replaying(values) if program.keep else nullcontext():
+                y_BTD = program.call(leaves[0], leaves[1:], segments)
             grad_x_BTD, *grad_parameters = torch.autograd.grad(y_BTD, leaves, grad_BTD)
             return [grad_x_BTD, *segments], grad_parameters
 
-        (grad_x_BTD, *_), grad_stacked = program.loop(body, [grads[0], *segments], saved, reverse=True)
-        return None, grad_x_BTD, None, *grad_stacked
+        (grad_x_BTD, *_), grad_stacked = program.loop(body, [grads[0], *segments], stacked, kept)
+        grad_parameters = [grad.to(tensor.dtype) for grad, tensor in zip(grad_stacked, stacked, strict=True)]
+        return None, grad_x_BTD, None, *grad_parameters

@@ -40,6 +40,7 @@ class AdamW:
         config: OptimConfig,
         schedule: Callable[[Tensor], Tensor],
         place: Callable[[str, Tensor], Tensor] | None = None,
+        decays: Callable[[str, Tensor], bool] | None = None,
     ) -> None:
         """See the class.
 
@@ -48,16 +49,18 @@ class AdamW:
             config: type, betas, eps, weight decay.
             schedule: 0-d step → 0-d learning rate.
             place: makes a state tensor by its name and its parameter (`step`: the first parameter); none: zeros.
+            decays: whether weight decay applies, by name and parameter; none: `decayed`.
         """
         place = place or _zeros
+        decays = decays or (lambda _name, parameter: decayed(parameter))
         named = list(named_parameters)
         # Decayed parameters first, so that each group is one contiguous list for the foreach operations.
-        named.sort(key=lambda item: not decayed(item[1]))
+        named.sort(key=lambda item: not decays(*item))
         self.config = config
         self.schedule = schedule
         self.names = [name for name, _ in named]
         self.parameters: list[Tensor] = [parameter for _, parameter in named]
-        self.decayed_count = sum(decayed(parameter) for parameter in self.parameters)
+        self.decayed_count = sum(decays(name, parameter) for name, parameter in named)
         self.first_moments = [place(f"first_moment.{name}", parameter) for name, parameter in named]
         self.second_moments = [place(f"second_moment.{name}", parameter) for name, parameter in named]
         self.step = place("step", self.parameters[0])

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from pretrain_xla.config import RunConfig
 from pretrain_xla.runtime.sharding import BATCH, Axis, parameter_axes, ways
 from pretrain_xla.runtime.xla import XlaRuntime
-from pretrain_xla.train.build import build_examples, build_model, build_optimizer
+from pretrain_xla.train.build import arrange, build_examples, build_model, build_optimizer
 from pretrain_xla.train.step import METRICS, TrainStep
 
 
@@ -122,6 +122,7 @@ def _trace(config: RunConfig, chip: str) -> TracedStep:
     rows = runtime.rows(config.train.train_batch_size)
     with torch.device("meta"):
         model = build_model(config, runtime)
+        arrange(model)
     runtime.place_model(model)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
 

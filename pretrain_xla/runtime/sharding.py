@@ -17,6 +17,7 @@ from fnmatch import fnmatchcase
 
 from pretrain_xla.config import ModelConfig
 from pretrain_xla.errors import UserError
+from pretrain_xla.model.stacked import is_stacked
 
 Axis = str | tuple[str, ...] | None
 
@@ -69,7 +70,7 @@ def parameter_axes(name: str) -> tuple[Axis, ...]:
     axes = lookup(PARAMETERS, name)
     if axes is None:
         raise KeyError(f"no row for parameter {name!r} in runtime/sharding.py")
-    return axes
+    return (None, *axes) if is_stacked(name) else axes
 
 
 def resolve_mesh(sizes: Sequence[int], device_count: int) -> tuple[int, int, int]:

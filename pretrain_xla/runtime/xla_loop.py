@@ -22,18 +22,18 @@ import torch_xla.core.xla_builder as xb
 import torch_xla.core.xla_model as xm
 from torch import Tensor
 
-from pretrain_xla.model.loops import Body
+from pretrain_xla.model.loops import Body, turns
 from pretrain_xla.runtime.xla_parts import belonging, everywhere
 
 
 def xla_loop(
-    body: Body, carried: Sequence[Tensor], slices: Sequence[Tensor], *, reverse: bool = False
+    body: Body, carried: Sequence[Tensor], slices: Sequence[Tensor] = (), backwards: Sequence[Tensor] = ()
 ) -> tuple[list[Tensor], list[Tensor]]:
     """See `model.loops.Loop`. What comes out has no gradient history: a body that needs gradients takes them inside."""
-    turns = len(slices[0])
+    count, sliced = turns(slices, backwards), [*slices, *backwards]
     with torch.no_grad():
         fake_carried = [xb.create_placeholder_tensor(tensor.shape, tensor.dtype) for tensor in carried]
-        fake_slices = [xb.create_placeholder_tensor(tensor.shape[1:], tensor.dtype) for tensor in slices]
+        fake_slices = [xb.create_placeholder_tensor(tensor.shape[1:], tensor.dtype) for tensor in sliced]
     # Times 1, because marking a sharding replaces the data of a placeholder in place, and the loop would lose its input;
     # the compiler drops it.
     with _nested():
@@ -53,18 +53,18 @@ def xla_loop(
         invariants.pop(number_of[-1], None)
     seed = _seed_parameter(context, outputs)
     if seed is not None:
-        invariants[seed] = torch.randint(0, 2**62, (turns,), dtype=torch.int64, device=invariants[seed].device)
+        invariants[seed] = torch.randint(0, 2**62, (count,), dtype=torch.int64, device=invariants[seed].device)
 
     carried = [belonging(tensor) for tensor in carried]
-    zeros = [torch.zeros((turns, *result.shape), dtype=result.dtype, device=result.device) for result in results]
+    zeros = [torch.zeros((count, *result.shape), dtype=result.dtype, device=result.device) for result in results]
     stacked = [belonging(tensor) for tensor in zeros]
-    inputs = [*carried, *slices, *stacked, *(_invariant(tensor) for tensor in invariants.values())]
-    n_carried, n_slices, n_results = len(carried), len(slices), len(results)
+    inputs = [*carried, *sliced, *stacked, *(_invariant(tensor) for tensor in invariants.values())]
+    n_carried, n_slices, n_results = len(carried), len(sliced), len(results)
     # Where each parameter of the body's computation stands among the loop's inputs.
     place = {number: index for index, number in enumerate(number_of) if number != -1}
     place |= {number: n_carried + n_slices + n_results + index for index, number in enumerate(invariants)}
     layout = _Layout(
-        turns, reverse, n_carried, n_slices, n_results, tuple(place[number] for number in range(len(place))),
+        count, n_carried, len(slices), len(backwards), n_results, tuple(place[number] for number in range(len(place))),
         None if seed is None else place[seed],
     )  # fmt: skip
     # The body's hash as a graph, not that of its text: a weight that has been updated in place is transposed anew for each use,
@@ -87,9 +87,9 @@ class _Layout:
     """
 
     turns: int
-    reverse: bool
     carried: int
     slices: int
+    backwards: int
     results: int
     arguments: tuple[int, ...]
     seeds: int | None
@@ -107,23 +107,37 @@ def _build(body: Any, layout: _Layout, inputs: Sequence[Tensor]) -> Any:
         return turn < xb.Op.scalar(turn.builder(), layout.turns, dtype=xb.Type.S32)
 
     def one_turn(turn: xb.Op, *state: xb.Op) -> tuple[xb.Op, ...]:
+        one = xb.Op.scalar(turn.builder(), 1, dtype=xb.Type.S32)
         last = xb.Op.scalar(turn.builder(), layout.turns - 1, dtype=xb.Type.S32)
-        index = last - turn if layout.reverse else turn
+        first_result = layout.carried + layout.slices + layout.backwards
         values = list(state)
-        for position in range(layout.carried, layout.carried + layout.slices):
-            values[position] = element(state[position], index)
+        for position in range(layout.carried, first_result):
+            back = position >= layout.carried + layout.slices
+            values[position] = _fresh(element(state[position], last - turn if back else turn), turn)
         if layout.seeds is not None:
-            values[layout.seeds] = element(state[layout.seeds], index)
+            values[layout.seeds] = element(state[layout.seeds], turn)
         result = xb.Op.call(body, [values[place] for place in layout.arguments])
+        outputs = [result.get_tuple_element(index) for index in range(layout.carried + layout.results)]
         new_state = list(state)
-        for position in range(layout.carried):
-            new_state[position] = result.get_tuple_element(position)
-        for position in range(layout.results):
-            target = layout.carried + layout.slices + position
-            new_state[target] = with_element(state[target], result.get_tuple_element(layout.carried + position), index)
-        return (turn + xb.Op.scalar(turn.builder(), 1, dtype=xb.Type.S32), *new_state)
+        for position, value in enumerate(outputs[: layout.carried]):
+            new_state[position] = value
+        for position, value in enumerate(outputs[layout.carried :], start=first_result):
+            new_state[position] = with_element(state[position], value, turn)
+        return (turn + one, *new_state)
 
     return xb.Op.mkwhile([first, *parameters], going, one_turn).build("loop")
+
+
+def _fresh(value: xb.Op, turn: xb.Op) -> xb.Op:
+    """A matrix, times a one of which the compiler does not know that it is one.
+
+    Else it casts the whole stack to the body's type before the loop, a copy that costs a few per cent of a layer and half
+    of the weights' memory. So the cast is a part of the product that reads the slice, which costs nothing.
+    """
+    shape = value.shape()
+    if len(shape.sizes) != 2 or shape.dtype != xb.Type.F32:
+        return value
+    return value * (turn >= xb.Op.scalar(turn.builder(), 0, dtype=xb.Type.S32)).cast(xb.Type.F32)
 
 
 def xla_fence(tensors: list[Tensor]) -> list[Tensor]:

@@ -11,7 +11,9 @@ from pretrain_xla.data.dataset import TokenDataset
 from pretrain_xla.errors import UserError
 from pretrain_xla.model import GPT, Execution
 from pretrain_xla.model.documents import Examples
+from pretrain_xla.model.stacked import StackedBlocks, is_stacked
 from pretrain_xla.optim import AdamW, learning_rate
+from pretrain_xla.optim.adamw import decayed
 from pretrain_xla.runtime import Runtime
 
 
@@ -22,11 +24,21 @@ def build_model(config: RunConfig, runtime: Runtime) -> GPT:
     return GPT(config.model, runtime.compute_dtype, execution)
 
 
+def arrange(model: GPT) -> None:
+    """Hold the parameters as the way of running wants them; to be called once they have their values."""
+    if model.execution.scan_layers and model.execution.loop is not None:
+        model.blocks = StackedBlocks(model.blocks)
+
+
 def build_optimizer(config: RunConfig, model: GPT, place: Callable[[str, Tensor], Tensor]) -> AdamW:
     """The optimizer over a placed model; `place` makes each tensor of its state, by name and parameter."""
     width = config.model.d_model
+
+    def decays(name: str, parameter: Tensor) -> bool:
+        return decayed(parameter[0] if is_stacked(name) else parameter)
+
     return AdamW(
-        model.named_parameters(), config.optim, lambda step: learning_rate(step, config.optim, width), place=place
+        model.named_parameters(), config.optim, lambda step: learning_rate(step, config.optim, width), place, decays
     )
 
 

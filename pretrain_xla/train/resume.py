@@ -13,6 +13,7 @@ from pretrain_xla.errors import UserError
 from pretrain_xla.interop import hub
 from pretrain_xla.interop.adopt import FREE_MODEL_KEYS, check_fits, fit_tensors
 from pretrain_xla.interop.load import describe
+from pretrain_xla.model.stacked import of_all_layers
 from pretrain_xla.train.checkpoint import CheckpointInfo, CheckpointStore, open_checkpoint
 from pretrain_xla.train.loss_scale import LossScale
 
@@ -33,7 +34,7 @@ class Start:
 
     def optimizer_tensor(self, name: str, parameter: Tensor) -> Tensor:
         """The saved tensor of the optimizer by that name; for a new run, zeros of the parameter's shape (a 0-d step)."""
-        saved = self.tensors.get(f"optimizer.{name}")
+        saved = of_all_layers(f"optimizer.{name}", self.tensors)
         if saved is not None:
             return saved
         return torch.zeros((), dtype=torch.int32) if name == "step" else torch.zeros(parameter.shape)

@@ -26,8 +26,9 @@ from pretrain_xla.errors import UserError
 from pretrain_xla.evaluate import Evaluation, Settings, ValidationLoss
 from pretrain_xla.interop.upload import Uploader
 from pretrain_xla.model import flops_per_token, initialize, parameter_count
+from pretrain_xla.model.stacked import of_each_layer
 from pretrain_xla.runtime import Runtime
-from pretrain_xla.train.build import build_examples, build_model, build_optimizer
+from pretrain_xla.train.build import arrange, build_examples, build_model, build_optimizer
 from pretrain_xla.train.checkpoint import CheckpointInfo
 from pretrain_xla.train.console import Console
 from pretrain_xla.train.files import tokenizer_of
@@ -82,6 +83,7 @@ class Trainer:
             initialize(self.model, train.seed)
         else:
             self.start.load_model(self.model)
+        arrange(self.model)
         runtime.place_model(self.model)
         self.optimizer = build_optimizer(
             config,
@@ -290,7 +292,7 @@ class Trainer:
         host = self.runtime.gather(tensors)
         if self.runtime.is_main:
             info = CheckpointInfo(done, self._valid_loss, self.data_fingerprint, self.config.model_dump(mode="json"))
-            self.start.store.save(host, info)
+            self.start.store.save(of_each_layer(host), info)
 
     def _push_to_hub(self, stack: ExitStack) -> None:
         """Have each checkpoint pushed, where that is asked for; the stack waits for the last one."""

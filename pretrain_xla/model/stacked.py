@@ -1,0 +1,94 @@
+"""Equal blocks whose parameters are held together: one tensor for each parameter, of all layers at once.
+
+A loop over layers reads its weights from such tensors and writes their gradients into such tensors. Held like this, they need
+not be put together in each step nor taken apart again, and the optimizer makes one update for all layers: the compiler has
+one to compile where it had one for each, which is most of what a deep step takes to compile.
+
+The last layer comes first. Backward then runs through gradients from the first to the last, and only of a tensor that is
+written in this order does the TPU compiler see that it need not be filled with zeros before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+ALL = "blocks.all."
+"""In the name of a parameter, or of the optimizer's state for it: it holds that of all blocks."""
+
+
+class StackedBlocks(nn.Module):
+    """One block whose parameters are those of all.
+
+    all: the block; not to be called as it is, only with the parameters of one layer put in their place.
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module]) -> None:
+        """Take the parameters over; the blocks are used up."""
+        super().__init__()
+        self.count = len(blocks)
+        self.all = blocks[0]
+        for name in [name for name, _ in self.all.named_parameters()]:
+            column = [block.get_parameter(name).detach() for block in blocks]
+            for block in blocks:
+                _set_parameter(block, name, None)  # frees as it goes
+            _set_parameter(self.all, name, nn.Parameter(torch.stack(column[::-1])))
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[Callable[..., Tensor]]:
+        """The blocks as functions, first to last."""
+        for layer in range(self.count):
+            slices = {name: tensor[self.count - 1 - layer] for name, tensor in self.all.named_parameters()}
+            yield partial(_call, self.all, slices)
+
+
+def stack(blocks: StackedBlocks | Sequence[nn.Module]) -> tuple[nn.Module, list[Tensor]]:
+    """A block to call, and its parameters in their order, each of all layers, the last layer first."""
+    if isinstance(blocks, StackedBlocks):
+        return blocks.all, list(blocks.all.parameters())
+    columns = zip(*(block.parameters() for block in blocks), strict=True)
+    return blocks[0], [torch.stack(column[::-1]) for column in columns]
+
+
+def of_each_layer(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors by the names that they have where blocks are not stacked, as checkpoints have them."""
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if ALL in name:
+            names = [name.replace(ALL, f"blocks.{layer}.") for layer in range(len(tensor))]
+            # Copies, since what writes a tensor to a file may write all of the memory that it is a view of.
+            found |= {one: part.clone() for one, part in zip(names, tensor.flip(0), strict=True)}
+        else:
+            found[name] = tensor
+    return found
+
+
+def of_all_layers(name: str, tensors: Mapping[str, Tensor]) -> Tensor | None:
+    """The tensor of that name, put together where it is one of all layers; none if it is not there."""
+    if ALL not in name:
+        return tensors.get(name)
+    before, after = name.split(ALL)
+    found: list[Tensor] = []
+    while (one := tensors.get(f"{before}blocks.{len(found)}.{after}")) is not None:
+        found.append(one)
+    return torch.stack(found[::-1]) if found else None
+
+
+def is_stacked(name: str) -> bool:
+    """Whether a tensor has a leading dimension over layers."""
+    return ALL in name
+
+
+def _call(block: nn.Module, parameters: dict[str, Tensor], *arguments: object) -> Tensor:
+    output: Tensor = torch.func.functional_call(block, parameters, arguments)
+    return output
+
+
+def _set_parameter(module: nn.Module, name: str, value: nn.Parameter | None) -> None:
+    path, _, leaf = name.rpartition(".")
+    module.get_submodule(path).register_parameter(leaf, value)
