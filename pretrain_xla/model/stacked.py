@@ -60,9 +60,9 @@ def of_each_layer(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if ALL in name:
-            names = [name.replace(ALL, f"blocks.{layer}.") for layer in range(len(tensor))]
-            # Copies, since what writes a tensor to a file may write all of the memory that it is a view of.
-            found |= {one: part.clone() for one, part in zip(names, tensor.flip(0), strict=True)}
+            for layer, part in enumerate(reversed(tensor.unbind())):
+                # A copy, since what writes a tensor to a file may write all of the memory that it is a view of.
+                found[name.replace(ALL, f"blocks.{layer}.")] = part.clone()
         else:
             found[name] = tensor
     return found

@@ -51,24 +51,11 @@ def hbm_bytes(module: Module, instruction: Instruction) -> int:
 
 def _fusion_bytes(module: Module, fusion: Instruction, operands: list[Instruction]) -> int:
     inner = module.computations.get(fusion.called[0], {})
-    users: dict[str, list[Instruction]] = {}
-    for instruction in inner.values():
-        for name in instruction.operand_names:
-            users.setdefault(name, []).append(instruction)
-    updates = {update.name: update for update in inner.values() if update.opcode == "dynamic-update-slice"}
     total = 0
-    for parameter in (i for i in inner.values() if i.opcode == "parameter"):
-        number = int(parameter.text[parameter.text.index("(") + 1 : parameter.text.index(")")])
-        if number >= len(operands):
-            continue
-        arrays = operands[number].results
-        whole = sum(array.hbm_bytes for array in arrays)
-        uses = users.get(parameter.name, [])
-        if whole and uses and all(use.opcode in SLICES and use.operand_names[0] == parameter.name for use in uses):
-            whole = min(whole, sum(array.bytes for use in uses for array in use.results))
-        elif whole and uses and all(u.name in updates and u.operand_names[0] == parameter.name for u in uses):
-            whole = 0  # written in place: only the update moves
-        total += whole
+    for number, operand in enumerate(operands):
+        whole = sum(array.hbm_bytes for array in operand.results)
+        taken = _bytes_taken(module, fusion.called[0], number) if whole else 0
+        total += whole if taken is None else min(whole, taken)
     root = next((i for i in inner.values() if i.is_root), None)
     roots = module.operands(root) if root is not None and root.opcode == "tuple" else [root]
     if root is None or len(roots) != len(fusion.results):
@@ -80,6 +67,37 @@ def _fusion_bytes(module: Module, fusion: Instruction, operands: list[Instructio
         else:
             total += array.hbm_bytes
     return total
+
+
+def _bytes_taken(module: Module, computation: str, number: int) -> int | None:
+    """Bytes of a parameter that a computation reads, if slices (of it, or inside of a fusion in it) are all it takes.
+
+    An array that is updated in place is not read at all. None: the whole parameter is read.
+    """
+    inner = module.computations.get(computation, {})
+    parameter = next((i for i in inner.values() if i.opcode == "parameter" and _number(i) == number), None)
+    if parameter is None:
+        return None
+    uses = [i for i in inner.values() if parameter.name in i.operand_names]
+    if not uses:
+        return None
+    total = 0
+    for use in uses:
+        places = [place for place, name in enumerate(use.operand_names) if name == parameter.name]
+        if use.opcode in SLICES and places == [0]:
+            total += sum(array.bytes for array in use.results)
+        elif use.opcode == "fusion" and use.called:
+            taken = [_bytes_taken(module, use.called[0], place) for place in places]
+            if None in taken:
+                return None
+            total += sum(one or 0 for one in taken)
+        elif use.opcode != "dynamic-update-slice" or places != [0]:
+            return None
+    return total
+
+
+def _number(parameter: Instruction) -> int:
+    return int(parameter.text[parameter.text.index("(") + 1 : parameter.text.index(")")])
 
 
 def _behind(module: Module, instruction: Instruction | None) -> Instruction | None:
