@@ -21,6 +21,8 @@ ITEM_BYTES = {
     "pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4,
     "s64": 8, "u64": 8, "f64": 8,
 }  # fmt: skip
+COUNTERS = ("s32", "u32")
+"""Types of a loop's counter: ours, and those of the loops into which the partitioner cuts a product and its gathering."""
 _ARRAY = re.compile(r"\b(pred|bf16|f16|f32|f64|[su](?:4|8|16|32|64))\[([\d,]*)\](?:\{([^}]*)\})?")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
@@ -240,7 +242,7 @@ class Module:
             return int(stated.group(1))
         names = dict(re.findall(r"\b(condition|body)=%?([\w.\-]+)", loop.text))
         inside = list(self.inside(names.get("condition", "")))
-        limits = {i.text for i in inside if i.opcode == "constant" and i.results[0].dtype == "s32"}
+        limits = {i.text for i in inside if i.opcode == "constant" and i.results[0].dtype in COUNTERS}
         compares = [i for i in inside if i.opcode == "compare" and re.search("direction=(LT|GT)", i.text)]
         found = re.match(r"constant\((\d+)\)", next(iter(limits))) if len(limits) == len(compares) == 1 else None
         if found is None:

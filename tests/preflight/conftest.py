@@ -27,6 +27,12 @@ metadata={op_name="blocks.3.attention.query~ in model/layers.py_26.7/aten__mm"}
   ROOT %dynamic-slice.1 = f32[8,128]{1,0:T(8,128)} dynamic-slice(%whole, %at, %zero), dynamic_slice_sizes={8,128}
 }
 
+%fused_around (whole.2: f32[4096,128], at.3: s32[]) -> f32[8,128] {
+  %whole.2 = f32[4096,128]{1,0:T(8,128)} parameter(0)
+  %at.3 = s32[]{:T(128)} parameter(1)
+  ROOT %inner = f32[8,128]{1,0:T(8,128)} fusion(%whole.2, %at.3), kind=kLoop, calls=%fused_slice
+}
+
 %fused_update (whole.1: f32[4096,128], part: f32[8,128], at.1: s32[]) -> f32[4096,128] {
   %whole.1 = f32[4096,128]{1,0:T(8,128)} parameter(0)
   %part = f32[8,128]{1,0:T(8,128)} parameter(1)
@@ -70,6 +76,7 @@ condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"12"}}
 metadata={op_name=" in optim/adamw.py_107.9/aten__mul"}, backend_config={"window_config":{"estimated_cycles":"500"}}
   %update.1 = f32[4096,128]{1,0:T(8,128)} fusion(%table, %slice.1, %at.2), kind=kLoop, calls=%fused_update, \
 backend_config={"window_config":{"estimated_cycles":"300"}}
+  %slice.2 = f32[8,128]{1,0:T(8,128)} fusion(%table, %at.2), kind=kLoop, calls=%fused_around
   %kernel.1 = bf16[1024,512]{1,0:T(8,128)(2,1)} custom-call(%tokens), custom_call_target="tpu_custom_call", \
 metadata={op_name="blocks.0.attention in model/attention.py_190.3/kernel"}, backend_config={"custom_call_config":\
 {"body":"TUzv","cost_estimate":{"flops":"1970000000","transcendentals":"5","bytes_accessed":"819000"}}}

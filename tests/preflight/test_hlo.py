@@ -41,6 +41,7 @@ def test_a_loop_counts_by_its_condition_where_the_compiler_says_nothing() -> Non
         "  ROOT %compare.1 = pred[]{:T(512)} compare(%counter, %limit), direction=LT",
     )
     assert {i.name: i.times for i in Module(text).scheduled()}["fusion.1"] == 7
+    assert {i.name: i.times for i in Module(text.replace("%limit = s32", "%limit = u32")).scheduled()}["fusion.1"] == 7
     unrolled = text.replace("tuple(%count, %left, %right)", "tuple(%next, %left, %right)").replace(
         "  ROOT %tuple.1",
         "  %two = s32[]{:T(128)} constant(2)\n  %next = s32[]{:T(128)} add(%count, %two)\n  ROOT %tuple.1",
@@ -65,6 +66,7 @@ def test_a_loop_of_unknown_length_is_said_to_be_one() -> None:
         ("while", 0),
         ("fusion.1", (1024 * 256 + 1024 * 512) * 2),  # the weight is on the chip
         ("slice.1", 2 * 8 * 128 * 4 + 4),  # what it takes, not what it takes it from
+        ("slice.2", 2 * 8 * 128 * 4 + 4),  # the same within a fusion within a fusion
         ("update.1", 2 * 8 * 128 * 4 + 4),  # the update alone: the rest stays where it is
         ("kernel.1", 819000),  # its own statement
         ("all-reduce-done", 0),

@@ -1,0 +1,82 @@
+"""Blocks whose parameters are held together: the same model, the same names on disk, the same decay."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pretrain_xla.config import ModelConfig, OptimConfig, RunConfig
+from pretrain_xla.model import GPT, Execution, initialize
+from pretrain_xla.model.loops import python_loop
+from pretrain_xla.model.stacked import StackedBlocks, is_stacked, of_all_layers, of_each_layer
+from pretrain_xla.runtime.sharding import parameter_axes
+from pretrain_xla.train.build import arrange, build_optimizer
+
+CONFIG = ModelConfig(
+    vocab_size=61, vocab_multiple=16, seq_length=12, d_model=24, num_layers=3, num_heads=4, d_ff=40, norm="rmsnorm", gated=True
+)
+TOKENS_BT = torch.arange(24, dtype=torch.int32).view(2, 12)
+
+
+def make(*, stacked: bool) -> GPT:
+    execution = Execution("full", scan_layers=True, loop=python_loop) if stacked else Execution(loop=python_loop)
+    model = GPT(CONFIG, execution=execution)
+    initialize(model, seed=3)
+    with torch.no_grad():
+        for index, parameter in enumerate(model.parameters()):
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index)))
+    arrange(model)
+    return model
+
+
+def gradients(model: GPT) -> dict[str, Tensor]:
+    loss = model(TOKENS_BT, TOKENS_BT.roll(-1, 1))
+    names = [name for name, _ in model.named_parameters()]
+    return dict(zip(names, torch.autograd.grad(loss, list(model.parameters())), strict=True))
+
+
+def test_stacked_is_the_same_model() -> None:
+    plain, stacked = make(stacked=False), make(stacked=True)
+    assert isinstance(stacked.blocks, StackedBlocks)
+    assert len(list(stacked.named_parameters())) < len(list(plain.named_parameters()))
+    assert len(stacked.blocks) == len(plain.blocks)
+    found, expected = of_each_layer(gradients(stacked)), gradients(plain)
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-6)
+
+
+def test_each_block_can_be_called_by_itself() -> None:
+    """As generation does, with its cache in place of attention over these tokens."""
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+
+    plain, stacked = (make(stacked=one).hidden(TOKENS_BT, attends=[attend] * 3) for one in (False, True))
+    torch.testing.assert_close(stacked, plain)
+
+
+def test_names_on_disk_are_those_of_the_layers() -> None:
+    state = {name: parameter.detach() for name, parameter in make(stacked=False).named_parameters()}
+    stacked = {name: parameter.detach() for name, parameter in make(stacked=True).named_parameters()}
+    apart = of_each_layer(stacked)
+    assert apart.keys() == state.keys()
+    assert all(torch.equal(apart[name], tensor) for name, tensor in state.items())
+    assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in apart.values() if tensor.dim() == 1)
+    for name, tensor in stacked.items():
+        together = of_all_layers(name, apart)
+        assert together is not None
+        assert torch.equal(together, tensor)
+    assert of_all_layers("blocks.all.nothing", apart) is None
+
+
+def test_optimizer_and_mesh_take_a_layer_for_what_it_is() -> None:
+    model = make(stacked=True)
+    optimizer = build_optimizer(
+        RunConfig(model=CONFIG, optim=OptimConfig()), model, lambda _name, parameter: torch.zeros_like(parameter)
+    )
+    decayed = set(optimizer.names[: optimizer.decayed_count])
+    assert "blocks.all.attention.query.weight" in decayed
+    assert not decayed & {"blocks.all.attention_norm.weight", "blocks.all.attention.query.bias"}
+    assert is_stacked("first_moment.blocks.all.feed_forward.up.weight")
+    assert parameter_axes("blocks.all.feed_forward.up.weight") == (None, *parameter_axes("blocks.0.feed_forward.up.weight"))
