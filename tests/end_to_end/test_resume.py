@@ -84,19 +84,18 @@ def test_sigterm_saves_and_says_how_to_go_on(kind: str, tmp_path: Path, flags: C
 
 
 def test_checkpoints_move_between_runtimes(tmp_path: Path, flags: Callable[..., list[str]]) -> None:
-    """A run begun by torch goes on through XLA, on four devices, with the loss curve of one that never moved."""
+    """Begun by torch, on through XLA, on four devices, with layers held as stacks, and back: the loss curve of one that stayed."""
     stayed, moved = tmp_path / "stayed", tmp_path / "moved"
-    short = {"train_steps": 10, "decay_steps": 20}
     assert run("run_pretrain.py", *flags(stayed)).status == 0
-    assert run("run_pretrain.py", *flags(moved, **short)).status == 0
-    done = run(
-        "run_pretrain_xla.py",
-        *flags(moved, mesh_fsdp=2, mesh_tensor=2),
-        "--strict-graph",
-        PJRT_DEVICE="CPU",
-        CPU_NUM_DEVICES="4",
-    )
-    assert done.status == 0, done.errors
+    four = {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": "4"}
+    meshed = {"mesh_fsdp": 2, "mesh_tensor": 2, "scan_layers": True, "strict_graph": True}
+    for steps, door, changes, extra in (
+        (10, "run_pretrain.py", {}, {}),
+        (15, "run_pretrain_xla.py", meshed, four),
+        (20, "run_pretrain.py", {}, {}),
+    ):
+        done = run(door, *flags(moved, train_steps=steps, decay_steps=20, **changes), **extra)
+        assert done.status == 0, done.errors
     after = [[row["loss"] for row in metrics(d) if "loss" in row and row["step"] > 10] for d in (stayed, moved)]
     assert len(after[0]) == 10
     assert after[1] == pytest.approx(after[0], rel=1e-4)
