@@ -220,8 +220,9 @@ class TrainConfig(Section):
     """What the backward pass computes again instead of keeping: none; selective: all but attention and matrix products;
     full: each block from its input."""
     scan_layers: bool = False
-    """xla: one compiled loop over the blocks instead of a copy of the program for each. A smaller program, and a slower step
-    by the TPU compiler's estimate: for deep models (docs/LOG.md)."""
+    """xla: one compiled loop over the blocks instead of a copy of the program for each, so that 48 layers compile like 12. Each
+    block is computed again from its input, as with rematerialization=full, and the step takes about 5% longer than with that
+    alone by the TPU compiler's estimate, in less memory. For deep models; selective is slower here (docs/LOG.md)."""
     loss_chunk: Positive | None = None
     """Tokens of a device whose logits exist at one time; none: all of a micro-batch. Saves memory, costs little time."""
     loss_ignore_tokens: tuple[NonNegative, ...] = ()
@@ -368,6 +369,13 @@ class RunConfig(Section):
                 raise ValueError(f"{key}={token} is no token of vocab_size={vocab_size}: give an id below that")
         if self.train.mixed_precision == "fp16" and self.parallel.runtime == "xla":
             raise ValueError("mixed_precision=fp16 needs CUDA (runtime=torch): XLA devices compute in bf16")
+        again = self.train.rematerialization != "none" or self.train.scan_layers
+        if self.model.dropout and again and self.parallel.runtime == "xla":
+            key = "scan_layers" if self.train.scan_layers else "rematerialization"
+            raise ValueError(
+                f"dropout={self.model.dropout} with {key}={getattr(self.train, key)}: a block that is computed again would "
+                "drop others than the first time, and its gradients be wrong: use dropout=0, or leave the other out"
+            )
         if self.checkpoint.hub_repo and "://" in self.checkpoints_dir:
             raise ValueError(
                 f"hub_repo={self.checkpoint.hub_repo} is filled from a local folder, and checkpoints_dir="

@@ -176,6 +176,16 @@ IMPOSSIBLE: dict[str, tuple[dict[str, Any], list[str], dict[str, Any]]] = {
         ["mixed_precision=fp16", "runtime=torch", "bf16"],
         {"train": {"mixed_precision": "fp16"}, "parallel": {"runtime": "torch"}},
     ),
+    "dropout in blocks that are computed again": (
+        {"model": {"dropout": 0.1}, "train": {"rematerialization": "full"}},
+        ["dropout=0.1", "rematerialization=full", "dropout=0"],
+        {"model": {"dropout": 0.1}, "train": {"rematerialization": "full"}, "parallel": {"runtime": "torch"}},
+    ),
+    "dropout in layers of a loop": (
+        {"model": {"dropout": 0.1}, "train": {"scan_layers": True}},
+        ["dropout=0.1", "scan_layers=True", "dropout=0"],
+        {"model": {"dropout": 0.1}},
+    ),
     "a run at a URL": (
         {"logging": {"run_dir": "gs://bucket/run"}},
         ["run_dir=gs://bucket/run", "URL", "local --run-dir"],

@@ -15,8 +15,8 @@ class Execution:
     Attributes:
         rematerialization: what backward computes again: `none`; `selective`: all but matrix products and attention; `full`:
             each block from its input.
-        scan_layers: run the blocks as one loop; needs `loop`. What is between matrix products is then always
-            rematerialised: `none` means `selective`.
+        scan_layers: run the blocks as one loop; needs `loop`. They are then always rematerialised: `none` means `full`, since
+            what a turn keeps is copied, which costs more than to compute it again.
         loss_chunk: tokens whose logits exist at one time; none: all.
         loop: a loop that compiles into one; none: there is no such thing here.
         fence: keeps a compiler from merging a second computation with the first.

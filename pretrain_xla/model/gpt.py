@@ -7,7 +7,7 @@ on shapes, and nothing is made on the host during `forward`: XLA compiles one gr
 
 import math
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -87,7 +87,9 @@ class GPT(nn.Module):
         self.embedding = Embedding(config.padded_vocab_size, config.d_model)
         learned = config.positions == "learned"
         self.position_embedding = Embedding(config.seq_length, config.d_model) if learned else None
-        self.blocks: nn.ModuleList | StackedBlocks = nn.ModuleList(Block(config, compute_dtype) for _ in range(config.num_layers))
+        self.blocks: nn.ModuleList | StackedBlocks = nn.ModuleList(
+            Block(config, compute_dtype) for _ in range(config.num_layers)
+        )
         self.final_norm = make_norm(config, compute_dtype)
         self.head = None if config.tie_weights else Linear(config.d_model, config.padded_vocab_size, bias=False)
         for name, value in self._buffer_values().items():
@@ -154,6 +156,7 @@ class GPT(nn.Module):
             if positions is not None and positions.dim() == 2:
                 rotary = (rotary[0][:, None], rotary[1][:, None])  # one row's angles for all of its heads
         if attends is not None:
+            block: Any
             for block, attend in zip(self.blocks, attends, strict=True):
                 x_BTD = block(x_BTD, rotary, attend)
         else:

@@ -36,7 +36,7 @@ KEPT_OPERATIONS = [
 
 
 def run_blocks(
-    blocks: StackedBlocks | Sequence[nn.Module],
+    blocks: StackedBlocks | nn.ModuleList,
     x_BTD: Tensor,
     rotary: RotaryTables | None,
     segments_BT: Tensor | None,
@@ -47,8 +47,9 @@ def run_blocks(
     policy = execution.rematerialization
     keep = policy == "selective"
     if execution.loop is not None and execution.scan_layers:
-        block, parameters = stack(blocks)
-        return _Program(block, rotary, keep, execution.loop, execution.fence).run(x_BTD, segments_BT, parameters)
+        one_block, parameters = stack(blocks)
+        return _Program(one_block, rotary, keep, execution.loop, execution.fence).run(x_BTD, segments_BT, parameters)
+    block: Any
     for block in blocks:
         if policy == "none" or not torch.is_grad_enabled():
             x_BTD = block(x_BTD, *shared)
@@ -66,7 +67,7 @@ def run_blocks(
 class _Program:
     """A loop over blocks, without its tensors. keep: keep what the blocks remember, or nothing but their inputs."""
 
-    def __init__(self, block: nn.Module, rotary: RotaryTables | None, keep: bool, loop: Loop, fence: Fence) -> None:
+    def __init__(self, block: Any, rotary: RotaryTables | None, keep: bool, loop: Loop, fence: Fence) -> None:
         self.block, self.rotary, self.keep, self.loop, self.fence = block, rotary, keep, loop, fence
         self.names = [name for name, _ in block.named_parameters()]
         self.dtype: torch.dtype = block.compute_dtype
@@ -124,7 +125,11 @@ class _Stack(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         program: _Program = ctx.program
         first, second = ctx.counts
-        segments, stacked, kept = (ctx.saved_tensors[:first], ctx.saved_tensors[first:second], ctx.saved_tensors[second:])
+        segments, stacked, kept = (
+            ctx.saved_tensors[:first],
+            ctx.saved_tensors[first:second],
+            ctx.saved_tensors[second:],
+        )
         count = len(stacked)
 
         def body(carried: list[Tensor], slices: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:

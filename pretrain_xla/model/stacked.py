@@ -10,7 +10,7 @@ written in this order does the TPU compiler see that it need not be filled with 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 
 import torch
@@ -26,9 +26,10 @@ class StackedBlocks(nn.Module):
     all: the block; not to be called as it is, only with the parameters of one layer put in their place.
     """
 
-    def __init__(self, blocks: Sequence[nn.Module]) -> None:
+    def __init__(self, blocks: Iterable[nn.Module]) -> None:
         """Take the parameters over; the blocks are used up."""
         super().__init__()
+        blocks = list(blocks)
         self.count = len(blocks)
         self.all = blocks[0]
         for name in [name for name, _ in self.all.named_parameters()]:
@@ -47,7 +48,7 @@ class StackedBlocks(nn.Module):
             yield partial(_call, self.all, slices)
 
 
-def stack(blocks: StackedBlocks | Sequence[nn.Module]) -> tuple[nn.Module, list[Tensor]]:
+def stack(blocks: StackedBlocks | nn.ModuleList) -> tuple[nn.Module, list[Tensor]]:
     """A block to call, and its parameters in their order, each of all layers, the last layer first."""
     if isinstance(blocks, StackedBlocks):
         return blocks.all, list(blocks.all.parameters())

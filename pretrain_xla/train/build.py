@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from pretrain_xla.config import RunConfig
 from pretrain_xla.data.dataset import TokenDataset
@@ -26,7 +26,8 @@ def build_model(config: RunConfig, runtime: Runtime) -> GPT:
 
 def arrange(model: GPT) -> None:
     """Hold the parameters as the way of running wants them; to be called once they have their values."""
-    if model.execution.scan_layers and model.execution.loop is not None:
+    scanned = model.execution.scan_layers and model.execution.loop is not None
+    if scanned and isinstance(model.blocks, nn.ModuleList):
         model.blocks = StackedBlocks(model.blocks)
 
 

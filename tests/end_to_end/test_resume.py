@@ -84,7 +84,7 @@ def test_sigterm_saves_and_says_how_to_go_on(kind: str, tmp_path: Path, flags: C
 
 
 def test_checkpoints_move_between_runtimes(tmp_path: Path, flags: Callable[..., list[str]]) -> None:
-    """Begun by torch, on through XLA, on four devices, with layers held as stacks, and back: the loss curve of one that stayed."""
+    """Begun by torch, on through XLA on four devices with layers held as stacks, and back: the curve of one that stayed."""
     stayed, moved = tmp_path / "stayed", tmp_path / "moved"
     assert run("run_pretrain.py", *flags(stayed)).status == 0
     four = {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": "4"}

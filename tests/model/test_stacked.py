@@ -13,7 +13,15 @@ from pretrain_xla.runtime.sharding import parameter_axes
 from pretrain_xla.train.build import arrange, build_optimizer
 
 CONFIG = ModelConfig(
-    vocab_size=61, vocab_multiple=16, seq_length=12, d_model=24, num_layers=3, num_heads=4, d_ff=40, norm="rmsnorm", gated=True
+    vocab_size=61,
+    vocab_multiple=16,
+    seq_length=12,
+    d_model=24,
+    num_layers=3,
+    num_heads=4,
+    d_ff=40,
+    norm="rmsnorm",
+    gated=True,
 )
 TOKENS_BT = torch.arange(24, dtype=torch.int32).view(2, 12)
 
@@ -79,4 +87,7 @@ def test_optimizer_and_mesh_take_a_layer_for_what_it_is() -> None:
     assert "blocks.all.attention.query.weight" in decayed
     assert not decayed & {"blocks.all.attention_norm.weight", "blocks.all.attention.query.bias"}
     assert is_stacked("first_moment.blocks.all.feed_forward.up.weight")
-    assert parameter_axes("blocks.all.feed_forward.up.weight") == (None, *parameter_axes("blocks.0.feed_forward.up.weight"))
+    assert parameter_axes("blocks.all.feed_forward.up.weight") == (
+        None,
+        *parameter_axes("blocks.0.feed_forward.up.weight"),
+    )
