@@ -37,7 +37,7 @@ def test_on_xla(tmp_path: Path, flags: Callable[..., list[str]]) -> None:
 
 
 def test_on_a_mesh(tmp_path: Path, flags: Callable[..., list[str]]) -> None:
-    sample_on_xla(tmp_path, flags(tmp_path, **SAMPLED, mesh_data=2, mesh_fsdp=2), devices=4)
+    sample_on_xla(tmp_path, flags(tmp_path, **SAMPLED, mesh_data=2, mesh_fsdp=2, scan_layers=True), devices=4)
 
 
 def test_on_torch_alone_and_with_ddp(tmp_path: Path, flags: Callable[..., list[str]]) -> None:
