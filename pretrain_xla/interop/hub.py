@@ -137,33 +137,30 @@ def push_folder(repository: str, folder: str, message: str) -> str:
 
 
 @reported
-def push_checkpoint(repository: str, checkpoints_dir: str, step: int, files: Mapping[str, str]) -> None:
-    """Upload one checkpoint and the run's small files in one commit, which also removes those no longer kept here.
+def push_checkpoint(repository: str, store: CheckpointStore, step: int, files: Mapping[str, str]) -> None:
+    """Upload one checkpoint and the run's small files in one commit, which also removes those that the store no longer keeps.
 
     A commit is whole or not there: nobody ever finds half a checkpoint.
 
     Args:
         repository: `owner/name`.
-        checkpoints_dir: local folder of checkpoints.
+        store: the run's checkpoints, in a local folder.
         step: the checkpoint to upload.
         files: the run's small files: name in the repository → local path.
 
     Raises:
         UserError: it could not be uploaded.
     """
-    name = folder_name(step)
-    local = {entry for entry in os.listdir(checkpoints_dir) if entry.startswith(PREFIX)}
     operations: list[huggingface_hub.CommitOperationAdd | huggingface_hub.CommitOperationDelete] = []
-    for root, _, names in os.walk(os.path.join(checkpoints_dir, name)):
+    for root, _, names in os.walk(store.folder(step)):
         for file in names:
             path = os.path.join(root, file)
-            inside = f"{CHECKPOINTS}/{os.path.relpath(path, checkpoints_dir)}"
+            inside = f"{CHECKPOINTS}/{os.path.relpath(path, store.root)}"
             operations.append(huggingface_hub.CommitOperationAdd(inside, path))
     operations += [huggingface_hub.CommitOperationAdd(inside, path) for inside, path in files.items()]
-    for old in steps(repository):
-        if folder_name(old) not in local:
-            inside = f"{CHECKPOINTS}/{folder_name(old)}/"
-            operations.append(huggingface_hub.CommitOperationDelete(inside, is_folder=True))
+    for old in set(steps(repository)) - store.kept() - {step}:
+        inside = f"{CHECKPOINTS}/{folder_name(old)}/"
+        operations.append(huggingface_hub.CommitOperationDelete(inside, is_folder=True))
     huggingface_hub.HfApi().create_commit(repository, operations, commit_message=f"Checkpoint of step {step}")
 
 

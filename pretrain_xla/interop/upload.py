@@ -14,6 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from pretrain_xla.errors import UserError
 from pretrain_xla.interop.hub import push_checkpoint
+from pretrain_xla.train.checkpoint import CheckpointStore
 from pretrain_xla.train.files import CONFIG_FILE, TOKENIZER_FOLDER
 
 
@@ -23,18 +24,19 @@ class Uploader:
     Args:
         repository: `owner/name`.
         run_dir: the run's folder, whose config.yaml and tokenizer go along.
-        checkpoints_dir: its folder of checkpoints, on this machine.
+        store: its checkpoints, on this machine; what is written there from now on is pushed.
         say: where a warning goes.
     """
 
-    def __init__(self, repository: str, run_dir: str, checkpoints_dir: str, say: Callable[[str], None]) -> None:
+    def __init__(self, repository: str, run_dir: str, store: CheckpointStore, say: Callable[[str], None]) -> None:
         self.repository = repository
-        self._run_dir, self._checkpoints_dir, self._say = run_dir, checkpoints_dir, say
+        self._run_dir, self._store, self._say = run_dir, store, say
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hub")
         self._lock = threading.Lock()
         self._waiting: int | None = None
         self._running: int | None = None
         self._task: Future[None] | None = None
+        store.written, store.in_use = self.push, self.busy
 
     def push(self, step: int) -> None:
         """Upload the checkpoint of a step, as soon as the one under way is through."""
@@ -50,8 +52,9 @@ class Uploader:
             return {step for step in (self._waiting, self._running) if step is not None}
 
     def close(self) -> None:
-        """Finish what is under way and what waits."""
+        """Finish what is under way and what waits; then nothing holds older checkpoints any more, and they go."""
         self._thread.shutdown(wait=True)
+        self._store.prune()
         if self._task is not None:
             self._task.result()  # what is not a fault of the network is a defect, and is raised
 
@@ -63,7 +66,7 @@ class Uploader:
             if step is None:
                 return
             try:
-                push_checkpoint(self.repository, self._checkpoints_dir, step, self._files())
+                push_checkpoint(self.repository, self._store, step, self._files())
             except UserError as error:
                 self._say(f"the checkpoint of step {step} was not pushed: {error}")
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import threading
 import warnings
 import zlib
 from collections.abc import Callable
@@ -52,7 +53,8 @@ class CheckpointInfo:
 class CheckpointStore:
     """The checkpoints of one run, newest last; keeps the newest `limit` and the one with the best validation loss.
 
-    written: called by the writing thread with the step of each complete checkpoint. in_use: steps that must not be removed now.
+    written: called by the writing thread with the step of each complete checkpoint. in_use: steps that must not be removed now;
+    they go with a later one, or by `prune`.
     """
 
     def __init__(self, root: str, limit: int) -> None:
@@ -63,6 +65,7 @@ class CheckpointStore:
         except (ImportError, ValueError) as error:
             raise UserError(f"checkpoints_dir={root}: {error}") from None
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._removing = threading.RLock()  # an upload's thread asks what is kept, the writing thread removes the rest
         self._pending: Future[None] | None = None
         self.written: Callable[[int], None] = lambda step: None
         self.in_use: Callable[[], set[int]] = set
@@ -92,6 +95,22 @@ class CheckpointStore:
         losses = {step: self.info(step).valid_loss for step in self.steps()}
         known = [(loss, -step) for step, loss in losses.items() if loss is not None and math.isfinite(loss)]
         return -min(known)[1] if known else None
+
+    def kept(self) -> set[int]:
+        """Steps of the newest `limit` checkpoints and of the best one."""
+        with self._removing:
+            best = self.best()
+            return {*self.steps()[-self._limit :], *([] if best is None else [best])}
+
+    def prune(self) -> None:
+        """Remove the checkpoints that are neither kept nor in use."""
+        with self._removing:
+            keep = self.kept() | self.in_use()
+            for step in self.steps():
+                if step not in keep:
+                    # The marker goes first, so that a half-removed folder is never taken for a checkpoint.
+                    self._files.rm(self._marker(step))
+                    self._files.rm(f"{self._path}/{PREFIX}{step:08d}", recursive=True)
 
     def info(self, step: int) -> CheckpointInfo:
         """What the marker of a step says.
@@ -181,16 +200,8 @@ class CheckpointStore:
         dcp.save(tensors, storage_writer=_writer(folder), no_dist=True)
         with self._files.open(self._marker(info.step), "w") as file:
             json.dump(asdict(info), file)
-        self._prune()
+        self.prune()
         self.written(info.step)
-
-    def _prune(self) -> None:
-        keep = {*self.steps()[-self._limit :], self.best(), *self.in_use()}
-        for step in self.steps():
-            if step not in keep:
-                # The marker goes first, so that a half-removed folder is never taken for a checkpoint.
-                self._files.rm(self._marker(step))
-                self._files.rm(f"{self._path}/{PREFIX}{step:08d}", recursive=True)
 
 
 def open_checkpoint(path: str, which: str = "newest") -> tuple[CheckpointStore, int]:

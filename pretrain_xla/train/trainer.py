@@ -298,10 +298,9 @@ class Trainer:
         """Have each checkpoint pushed, where that is asked for; the stack waits for the last one."""
         repository, config = self.config.checkpoint.hub_repo, self.config
         if repository is not None and self.runtime.is_main:
-            uploader = Uploader(repository, config.run_dir, config.checkpoints_dir, self.console.warn)
+            uploader = Uploader(repository, config.run_dir, self.start.store, self.console.warn)
             stack.callback(uploader.close)
             stack.callback(self.start.store.wait)  # before the uploader closes: the last checkpoint comes from there
-            self.start.store.written, self.start.store.in_use = uploader.push, uploader.busy
 
     def _close_files(self) -> None:
         try:

@@ -224,9 +224,7 @@ def pushing(online: Hub, tmp_path: Path) -> tuple[Uploader, CheckpointStore, lis
     online.put("alice/run", {})
     (tmp_path / "config.yaml").write_text("model: {}\n")
     store, said = CheckpointStore(str(tmp_path / "checkpoints"), limit=1), list[str]()
-    uploader = Uploader("alice/run", str(tmp_path), store.root, said.append)
-    store.written, store.in_use = uploader.push, uploader.busy
-    return uploader, store, said
+    return Uploader("alice/run", str(tmp_path), store, said.append), store, said
 
 
 def save(store: CheckpointStore, step: int) -> None:
@@ -249,7 +247,8 @@ def test_training_never_waits_and_what_is_uploading_stays(
     assert said == []
     assert online.messages["alice/run"][1:] == ["Checkpoint of step 1", "Checkpoint of step 4"]
     folders = {path.split("/")[1] for path in online.files("alice/run") if path.startswith("checkpoints/")}
-    assert "step_00000004" in folders
+    assert folders == {"step_00000004"}
+    assert store.steps() == [4], "nothing holds the others any more"
 
 
 def test_a_fault_of_the_network_is_said_and_tried_again(
