@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pretrain_xla.runtime.xla_loop import xla_loop
+from pretrain_xla.runtime.xla_parts import backward_here
 
 
 def accumulate(
@@ -28,7 +29,7 @@ def accumulate(
 
     def one(tokens_BS: Tensor, given: Sequence[Tensor]) -> tuple[Tensor, list[Tensor | None]]:
         leaves = [tensor.detach().requires_grad_() for tensor in given[:parameters]]
-        with using([*leaves, *given[parameters:]]), torch.enable_grad():
+        with using([*leaves, *given[parameters:]]), torch.enable_grad(), backward_here():
             value = loss(tokens_BS)
             return value.detach(), list(torch.autograd.grad(value, leaves, scale, allow_unused=True))
 

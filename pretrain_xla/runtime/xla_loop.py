@@ -23,7 +23,7 @@ import torch_xla.core.xla_model as xm
 from torch import Tensor
 
 from pretrain_xla.model.loops import Body, turns
-from pretrain_xla.runtime.xla_parts import belonging, everywhere
+from pretrain_xla.runtime.xla_parts import backward_here, belonging, everywhere
 
 
 def xla_loop(
@@ -36,7 +36,7 @@ def xla_loop(
         fake_slices = [xb.create_placeholder_tensor(tensor.shape[1:], tensor.dtype) for tensor in sliced]
     # Times 1, because marking a sharding replaces the data of a placeholder in place, and the loop would lose its input;
     # the compiler drops it.
-    with _nested():
+    with _nested(), backward_here():
         new_carried, results = body(
             [_touch(tensor) for tensor in fake_carried], [_touch(tensor) for tensor in fake_slices]
         )

@@ -7,7 +7,7 @@ cannot split, and whatever should be reduced at a time of our choosing.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -21,14 +21,23 @@ from pretrain_xla.runtime.sharding import Axis, ways
 class _Inside:
     """The mesh whose devices' parts the traced code runs on, if it does.
 
-    Of the process, not of a thread: autograd traces the backward pass in a thread of its own, and under SPMD a process traces
-    one thing at a time.
+    Of the process: under SPMD a process traces one thing at a time.
     """
 
     mesh: xs.Mesh | None = None
 
 
 _inside = _Inside()
+
+
+def backward_here() -> AbstractContextManager[object]:
+    """While it is open, autograd traces backward passes in the thread that asks for them.
+
+    Its own thread for the device lets go of the last tensors a little after it has handed over the gradients. A sync that comes
+    first takes them for results that somebody wants: the graph is another one, and compiled anew, or, where they come from the
+    placeholders of a loop's body, it runs on memory that is not there, and the process dies.
+    """
+    return torch.autograd.set_multithreading_enabled(False)
 
 
 @contextmanager
