@@ -130,7 +130,7 @@ class ShardCache:
 
     def _make_room(self, size: int) -> None:
         """Evict, until `size` bytes more fit. Space that unfinished files of other processes have taken counts too."""
-        files = [(path.stat(), path) for path in Path(self.directory).iterdir() if path.name != _GATE]
+        files = self._files()
         room = self.capacity - sum(status.st_size for status, _ in files)
         for status, path in sorted(files, key=lambda file: file[0].st_mtime_ns):
             if room >= size:
@@ -139,6 +139,12 @@ class ShardCache:
                 room += status.st_size
         if room < size:
             raise CacheFullError
+
+    def _files(self) -> list[tuple[os.stat_result, Path]]:
+        """What takes space. Makers rename and remove their files at any time: then it is looked at again."""
+        while True:
+            with contextlib.suppress(FileNotFoundError):
+                return [(path.stat(), path) for path in Path(self.directory).iterdir() if path.name != _GATE]
 
 
 def _is_at(descriptor: int, path: str) -> bool:

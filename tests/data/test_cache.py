@@ -158,3 +158,25 @@ def test_an_entry_that_another_process_uses_is_not_evicted(tmp_path):
     holder.wait()
     cache.obtain("b", 60, writes(b"x" * 60)).close()
     assert names(tmp_path) == ["b"]
+
+
+def test_files_that_come_and_go_while_room_is_made_do_no_harm(tmp_path):
+    cache = ShardCache(str(tmp_path), 90)
+    begin, errors = threading.Barrier(6), []
+
+    def work(thread):
+        begin.wait()
+        try:
+            for turn in range(150):
+                key = f"{thread}_{turn % 4}"
+                assert cache.obtain(key, 10, writes(key.encode().ljust(10))).map()[:] == key.encode().ljust(10)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= 90
