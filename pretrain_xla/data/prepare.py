@@ -17,7 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from pretrain_xla.data.files import PARTIAL, filesystem, remove, url
+from pretrain_xla.data.files import PARTIAL, filesystem, is_local, remove, url
 from pretrain_xla.data.formats import is_shard
 from pretrain_xla.data.journal import Journal, clear_journal, read_progress, write_start
 from pretrain_xla.data.journal import Progress as Left
@@ -98,6 +98,7 @@ def prepare(
     existing = _existing(fs, root, recipe, overwrite)
     if existing:
         return existing
+    _check_own_folder(fs, root, tokenizer)
     left = _left(fs, root, recipe, overwrite)
     choice = load_tokenizer(tokenizer or "gpt2") if train_vocab_size is None else train_vocab_size
     if left is None:
@@ -135,6 +136,18 @@ def _check(
         raise UserError(f"seed={seed}: give 0 or more")
     if num_workers is not None and num_workers < 1:
         raise UserError(f"num_workers={num_workers}: give at least 1, or nothing for one a core")
+
+
+def _check_own_folder(fs: Any, root: str, tokenizer: str | None) -> None:
+    """Refuse a tokenizer that lies where the dataset's own copy goes: what prepare writes there, it also removes."""
+    if tokenizer is None or tokenizer in known_tokenizers():
+        return
+    other, path = filesystem(tokenizer)
+    given, own = url(other, path), url(fs, f"{root}/{TOKENIZER_FOLDER}")
+    if is_local(fs) and is_local(other):
+        given, own = os.path.realpath(given), os.path.realpath(own)
+    if f"{given}/".startswith(f"{own}/"):
+        raise UserError(f"tokenizer {tokenizer!r}: lies where the dataset keeps its own copy: move it to another folder")
 
 
 def _cores() -> int:
@@ -182,7 +195,7 @@ def _existing(fs: Any, root: str, recipe: Recipe, overwrite: bool) -> DatasetInf
     if info:
         changes = _changes(info.recipe, recipe)
         raise UserError(f"{where}: holds a dataset made otherwise ({changes}): choose another folder or --overwrite")
-    if not fs.exists(f"{root}/{UNFINISHED}") and (files := _shard_files(fs, root)):
+    if not fs.exists(f"{root}/{UNFINISHED}") and (files := [*_shard_files(fs, root), *_tokenizer_files(fs, root)]):
         raise UserError(f"{files[0]}: not written by `prepare`, nor finished: choose another folder or --overwrite")
     return None
 
@@ -236,10 +249,14 @@ def _shard_files(fs: Any, root: str) -> list[str]:
     return [path for path in files if is_shard(path.removesuffix(PARTIAL))]
 
 
+def _tokenizer_files(fs: Any, root: str) -> list[str]:
+    paths = (f"{root}/{TOKENIZER_FOLDER}/{file}" for file in (*TOKENIZER_FILES, SPECIALS_FILE))
+    return [path for path in paths if fs.exists(path)]
+
+
 def _clear(fs: Any, root: str) -> None:
     """Remove manifest, shards and tokenizer, and nothing that `prepare` does not write."""
-    tokenizer = (f"{root}/{TOKENIZER_FOLDER}/{file}" for file in (*TOKENIZER_FILES, SPECIALS_FILE))
-    remove(fs, [f"{root}/{MANIFEST}", *_shard_files(fs, root), *tokenizer])
+    remove(fs, [f"{root}/{MANIFEST}", *_shard_files(fs, root), *_tokenizer_files(fs, root)])
 
 
 def _make(

@@ -24,6 +24,7 @@ from pretrain_xla.data.prepare import prepare
 from pretrain_xla.data.sources import Source, source_of
 from pretrain_xla.data.split import LONG_DOCUMENT, split_document
 from pretrain_xla.data.tokenizer import load_tokenizer
+from pretrain_xla.data.train_tokenizer import train_tokenizer
 from pretrain_xla.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -187,6 +188,25 @@ def test_shards_of_others_are_not_touched(tmp_path):
     with pytest.raises(UserError, match=r"train/mine.npy: not written by `prepare`"):
         prepare(source(), str(tmp_path), "bytes")
     assert list(tree(tmp_path)) == ["train/mine.npy"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("given", ["mine/tokenizer", "mine/tokenizer/tokenizer.json", "link"])
+def test_tokenizer_in_the_place_of_the_copy_is_refused_and_stays(tmp_path, given, overwrite):
+    train_tokenizer(DOCUMENTS, 300, str(tmp_path / "mine" / "tokenizer"))
+    (tmp_path / "link").symlink_to(tmp_path / "mine" / "tokenizer")
+    before = tree(tmp_path)
+    with pytest.raises(UserError, match=r"(lies where the dataset keeps its own copy|not written by `prepare`)"):
+        prepare(source(["one document"]), str(tmp_path / "mine"), str(tmp_path / given), overwrite=overwrite)
+    assert tree(tmp_path) == before
+
+
+def test_tokenizer_of_others_is_not_touched(tmp_path):
+    train_tokenizer(DOCUMENTS, 300, str(tmp_path / "tokenizer"))
+    before = tree(tmp_path)
+    with pytest.raises(UserError, match=r"tokenizer/tokenizer.json: not written by `prepare`"):
+        prepare(source(["one document"]), str(tmp_path), "bytes")
+    assert tree(tmp_path) == before
 
 
 @pytest.mark.parametrize(
