@@ -147,6 +147,18 @@ def test_streamed_and_downloaded_are_one_source(hub, tmp_path):
 
 
 @pytest.mark.parametrize("streaming", [True, False])
+def test_what_began_streamed_goes_on_downloaded_and_the_other_way_round(hub, streaming):
+    begun, other = (open_source(f"hf:{hub}:all", streaming=way) for way in (streaming, not streaming))
+    found = list(begun.read(None))
+    for stop in (0, 799, 1023, 1024, 2100, 2399):
+        rest = list(other.read(json.loads(json.dumps(found[stop].place))))
+        assert [document.text for document in rest] == TEXTS[stop + 1 : 2400]
+        if stop == 1024:  # and back again
+            place = json.loads(json.dumps(rest[70].place))
+            assert [document.text for document in begun.read(place)] == TEXTS[stop + 72 : 2400]
+
+
+@pytest.mark.parametrize("streaming", [True, False])
 def test_faults_of_datasets_are_one_line(hub, streaming):
     cases = {
         f"hf:{hub}:none": "BuilderConfig 'none' not found. Available: ['all', 'one']",
