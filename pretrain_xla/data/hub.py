@@ -14,6 +14,7 @@ from typing import Any
 
 from pretrain_xla.data.columns import ROWS, check_column
 from pretrain_xla.data.documents import Document, cleaned
+from pretrain_xla.data.remote import describe
 from pretrain_xla.data.sources import Source
 from pretrain_xla.errors import UserError
 
@@ -65,7 +66,7 @@ def _call(name: str, function: str, arguments: dict[str, Any]) -> Any:
 
     try:
         return getattr(datasets, function)(**arguments)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:  # a missing network is an OSError
+    except Exception as error:  # it, and each library that it reads through, has errors of its own
         raise UserError(f"source {name!r}: {' '.join(str(error).split())[:300]}") from None
 
 
@@ -105,11 +106,9 @@ def _stream(name: str, place: dict[str, Any], column: str, rows: int | None, beg
 
 
 def _batches(name: str, stream: Any) -> Iterator[Any]:
-    import datasets
-
     try:
         yield from stream.iter(ROWS)
-    except (OSError, datasets.exceptions.DatasetsError) as error:
+    except Exception as error:  # the same
         raise UserError(
-            f"source {name!r}: reading broke off ({' '.join(str(error).split())[:200]}): give the same command again to go on"
+            f"source {name!r}: reading broke off ({describe(error)}): give the same command again to go on"
         ) from None

@@ -147,7 +147,9 @@ def _check_own_folder(fs: Any, root: str, tokenizer: str | None) -> None:
     if is_local(fs) and is_local(other):
         given, own = os.path.realpath(given), os.path.realpath(own)
     if f"{given}/".startswith(f"{own}/"):
-        raise UserError(f"tokenizer {tokenizer!r}: lies where the dataset keeps its own copy: move it to another folder")
+        raise UserError(
+            f"tokenizer {tokenizer!r}: lies where the dataset keeps its own copy: move it to another folder"
+        )
 
 
 def _cores() -> int:

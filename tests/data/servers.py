@@ -106,7 +106,7 @@ class _Proxied(BaseHTTPRequestHandler):
     _length: str | None = None  # of what a HEAD does not send
 
     def _pass_on(self) -> None:
-        owner = self.server.owner
+        owner, self._length = self.server.owner, None
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         if self.command == "GET":
             owner.note(self)

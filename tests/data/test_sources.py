@@ -201,6 +201,13 @@ def test_truncated_file_is_one_line(tmp_path, name):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("write", [write_stream, write_arrow_file])
+def test_arrow_without_rows_is_one_line(tmp_path, write):
+    write(tmp_path / "a.arrow", pa.array([], pa.string()))
+    with pytest.raises(UserError, match="there is no text in it"):
+        list(open_source(str(tmp_path / "a.arrow")).documents())
+
+
 def text_source(name, lengths):
     return source_of(
         name, name, lambda: [f"{name}{number}".ljust(length, ".") for number, length in enumerate(lengths)]
