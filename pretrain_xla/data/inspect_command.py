@@ -50,6 +50,8 @@ def inspect_command(arguments: Sequence[str]) -> int:
         UserError: see `inspect`; or the plot cannot be written.
     """
     flags = tyro.cli(InspectFlags, prog="python -m pretrain_xla inspect", args=list(arguments))
+    if flags.plot:
+        check_plot(flags.plot)
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("reading", total=None)
@@ -112,6 +114,21 @@ def length_histogram(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     edges = np.concatenate([[0], 2 ** np.arange(top + 1)])
     edges = edges[int(lengths.min()).bit_length() :]
     return edges, np.histogram(lengths, edges)[0]
+
+
+def check_plot(path: str) -> None:
+    """Refuse a file that no plot can be written to, before anything is read.
+
+    Raises:
+        UserError: no such folder, or a format that is not known.
+    """
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    known = set(FigureCanvasBase.get_supported_filetypes())
+    if os.path.splitext(path)[1].removeprefix(".") not in known:
+        raise UserError(f"--plot {path}: give a name that ends with .png, or .{', .'.join(sorted(known - {'png'}))}")
+    if not os.path.isdir(os.path.dirname(path) or "."):
+        raise UserError(f"--plot {path}: cannot be written: no such folder")
 
 
 def plot(found: Inspection, path: str) -> None:

@@ -27,6 +27,8 @@ from pretrain_xla.data.tokenizer import load_tokenizer
 from pretrain_xla.data.train_tokenizer import train_tokenizer
 from pretrain_xla.errors import UserError
 
+from .servers import Refusing
+
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [f"Document {number} says <|endoftext|> and naïve things. " * (number % 7 + 1) for number in range(400)]
 
@@ -237,6 +239,18 @@ def test_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"file/out.*cannot be written"):
         prepare(source(), str(tmp_path / "file" / "out"), "bytes")
+
+
+@pytest.mark.parametrize("status", [400, 403, 412])
+def test_bucket_that_refuses_a_write_is_one_line(tmp_path, monkeypatch, status):
+    with Refusing(status) as server:
+        monkeypatch.setitem(fsspec.config.conf, "gcs", {"token": "anon", "endpoint_url": server.address})
+        with pytest.raises(UserError) as error:
+            prepare(source(), f"gs://refusing-{status}/out", "bytes")
+    assert f"gs://refusing-{status}/out/dataset.json.partial: cannot be written" in str(error.value)
+    assert "check the credentials" in str(error.value)
+    assert "space" not in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_worker_that_is_killed_leaves_whole_shards_to_go_on_from(tmp_path, small_chunks):

@@ -297,7 +297,17 @@ def test_prepare_door_with_several_sources_and_words(tmp_path):
 
 def test_fineweb_door_without_a_network_is_one_line(tmp_path):
     command = [sys.executable, "scripts/prepare_fineweb.py", "--fineweb-edu", "--streaming", "--tokenizer", "bytes"]
-    words = ["--seed", "7", "--shard-size", "1000", "--output-dir", str(tmp_path / "out"), "--num-workers", "1"]
+    words = [
+        "--overwrite",
+        "--seed",
+        "7",
+        "--shard-size",
+        "1000",
+        "--output-dir",
+        str(tmp_path / "out"),
+        "--num-workers",
+        "1",
+    ]
     environment = {"PATH": "", "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
     ended = subprocess.run(
         [*command, *words, "--cache-dir", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, env=environment
