@@ -11,6 +11,8 @@ import contextlib
 import hashlib
 import os
 import signal
+import sys
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -41,6 +43,7 @@ from pretrain_xla.data.workers import encode_chunks
 from pretrain_xla.errors import Interrupted, UserError
 
 TOKENIZER_FOLDER = "tokenizer"  # of the dataset's own copy
+LINE_SECONDS = 60.0  # between lines of progress where there is no terminal
 
 
 def prepare(
@@ -75,7 +78,7 @@ def prepare(
         seed: another one holds out other documents.
         num_workers: processes that tokenise; none: one for each core.
         overwrite: replace a dataset that was made by another recipe; the old one is gone when this begins.
-        progress: show a line of progress, on a terminal.
+        progress: show a line of progress; without a terminal a new one every minute.
         format: of the shards.
 
     Raises:
@@ -318,10 +321,12 @@ def _check_splits(fs: Any, root: str, splits: Mapping[str, SplitInfo], source: S
 
 
 class _Counter:
-    """A line of progress on the terminal's standard error; silent elsewhere."""
+    """A line of progress on standard error: one that moves on a terminal, elsewhere a new one every minute."""
 
     def __init__(self, show: bool) -> None:
         console = Console(stderr=True)
+        self._lines = show and not console.is_terminal
+        self._begin = self._last_line = time.monotonic()
         self._documents = self._tokens = 0
         columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f}%"))
         times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
@@ -332,9 +337,13 @@ class _Counter:
     def advance(self, documents: int, tokens: int, share: float | None) -> None:
         self._documents += documents
         self._tokens += tokens
-        seconds = self._progress.tasks[0].elapsed or 1e-9
+        now = time.monotonic()
+        seconds = now - self._begin or 1e-9
         text = f"{self._documents:,} documents, {self._tokens:,} tokens, {self._tokens / seconds / 1e6:.1f}M tokens/s"
         self._progress.update(self._task, description=text, total=share and 1.0, completed=share)
+        if self._lines and now - self._last_line >= LINE_SECONDS:
+            self._last_line = now
+            print(text if share is None else f"{text}, {share:.1%}", file=sys.stderr, flush=True)
 
     def __enter__(self) -> _Counter:
         self._progress.start()

@@ -120,7 +120,9 @@ def test_text_that_the_regular_expression_gives_up_on_is_named():
     tokenizer = load_tokenizer("cl100k_base")
     text = "An odd page" + " " * 1_000_000 + "x"
     for encode in (document_encoder(tokenizer), tokenizer.encode_batch, lambda texts: tokenizer.encode(texts[0])):
-        with pytest.raises(UserError, match=r"document that begins 'An odd page .* \(1,000,012 characters\): Regex error"):
+        with pytest.raises(
+            UserError, match=r"document that begins 'An odd page .* \(1,000,012 characters\): Regex error"
+        ):
             encode([text])
 
 

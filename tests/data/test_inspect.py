@@ -82,6 +82,22 @@ def test_faults_are_named_and_all_shown(prepared, tmp_path, capsys):
         inspect_command([f"{tmp_path}/a.bin"])
 
 
+def test_dataset_is_read_split_by_split(prepared, tmp_path, capsys):
+    info, folder = prepared("npy")
+    assert inspect_command([str(folder), "--verify", "--plot", str(tmp_path / "p.png")]) == 0
+    shown = capsys.readouterr().out
+    assert shown.index(" train ") < shown.index(" valid ")
+    assert shown.count("none failed") == 2
+    assert {path.name for path in tmp_path.glob("p.*")} == {"p.train.png", "p.valid.png"}
+    assert inspect_command([f"{folder}/", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert {split: found["tokens"] for split, found in report.items()} == {
+        split: made.tokens for split, made in info.splits.items()
+    }
+    (folder / "valid" / "000000.npy").rename(folder / "valid" / "000001.npy")
+    assert inspect_command([str(folder)]) == 1
+
+
 def test_missing_shard_is_a_fault(prepared, capsys):
     _, folder = prepared("npy")
     (folder / "valid" / "000000.npy").rename(folder / "valid" / "000001.npy")

@@ -415,6 +415,21 @@ def test_control_c_is_one_line_and_its_workers_are_gone(tmp_path):
     assert is_gone(process.pid)
 
 
+def test_progress_without_a_terminal_is_a_line_a_minute(tmp_path, monkeypatch, capsys, small_chunks):
+    monkeypatch.setattr("pretrain_xla.data.prepare.LINE_SECONDS", 0.0)
+    (tmp_path / "a.txt").write_text("\n<|endoftext|>\n".join(DOCUMENTS))
+    prepare(source(), str(tmp_path / "a"), "bytes", num_workers=1, progress=False)
+    assert capsys.readouterr().err == ""
+    prepare(str(tmp_path / "a.txt"), str(tmp_path / "b"), "bytes", num_workers=1)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) > 58
+    assert lines[-1].startswith("400 documents, ")
+    assert lines[-1].endswith("M tokens/s, 100.0%")
+    monkeypatch.undo()
+    prepare(source(), str(tmp_path / "c"), "bytes", num_workers=1)
+    assert capsys.readouterr().err == ""
+
+
 def test_any_fsspec_url():
     info = prepare(source(), "memory://prepared", train_vocab_size=300, valid_fraction=0.2)
     assert info.tokenizer_name.startswith("memory://")
