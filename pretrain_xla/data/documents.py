@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from typing import IO, Any, Literal, NamedTuple
 
 from pretrain_xla.data.columns import COLUMN_SUFFIXES, read_column
-from pretrain_xla.data.files import filesystem, url
+from pretrain_xla.data.files import VERSION_KEYS, filesystem, url
 from pretrain_xla.data.open_file import UNPACK_ERRORS, bare_name, open_file, unpacked
 from pretrain_xla.data.remote import call
 from pretrain_xla.errors import UserError
@@ -72,7 +72,7 @@ def files_version(path: str) -> str:
     checksum = hashlib.sha256()
     for file in _files(fs, root, path):
         info = call(fs, "info", file)
-        changed = next((info[key] for key in ("etag", "ETag", "md5Hash", "mtime") if info.get(key)), "")
+        changed = next((info[key] for key in VERSION_KEYS if info.get(key)), "")
         checksum.update(f"{file.removeprefix(root)}\0{info.get('size')}\0{changed}\n".encode())
     return checksum.hexdigest()[:16]
 

@@ -17,6 +17,20 @@ from pretrain_xla.errors import UserError
 PARTIAL = ".partial"  # what a file is called, in addition, while it is being written
 
 
+VERSION_KEYS = (  # what file systems call that which changes with a file's content
+    "etag",
+    "ETag",
+    "generation",
+    "md5Hash",
+    "blob_id",
+    "mtime",
+    "updated",
+    "LastModified",
+    "last_modified",
+    "Last-Modified",
+)
+
+
 def filesystem(path: str) -> tuple[Any, str]:
     """The fsspec file system of a path or URL, and the path on it (absolute where local, no slash at the end).
 

@@ -8,18 +8,19 @@ the dataset is whole, without it `open_dataset` refuses to train on the part tha
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import os
 import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from pretrain_xla.data.files import PARTIAL, filesystem, is_local, remove, url
+from pretrain_xla.data.files import PARTIAL, filesystem, is_local, make_folder, remove, url
 from pretrain_xla.data.formats import is_shard
 from pretrain_xla.data.journal import Journal, clear_journal, read_progress, write_start
 from pretrain_xla.data.journal import Progress as Left
@@ -98,6 +99,24 @@ def prepare(
         format=format,
         seed=seed,
     )
+    with _alone(fs, root):
+        return _prepare(
+            fs, root, opened, tokenizer, train_vocab_size, recipe, num_workers or _cores(), overwrite, progress
+        )
+
+
+def _prepare(
+    fs: Any,
+    root: str,
+    source: Source,
+    tokenizer: str | None,
+    train_vocab_size: int | None,
+    recipe: Recipe,
+    num_workers: int,
+    overwrite: bool,
+    progress: bool,
+) -> DatasetInfo:
+    """The same, once nobody else writes there."""
     existing = _existing(fs, root, recipe, overwrite)
     if existing:
         return existing
@@ -109,14 +128,43 @@ def prepare(
     try:
         if left is None:
             _clear(fs, root)
-        chosen = _own_tokenizer(choice, opened, recipe, f"{url(fs, root)}/{TOKENIZER_FOLDER}", left is not None)
-        return _make(fs, root, opened, chosen, recipe, left, num_workers or _cores(), progress)
+        chosen = _own_tokenizer(choice, source, recipe, f"{url(fs, root)}/{TOKENIZER_FOLDER}", left is not None)
+        return _make(fs, root, source, chosen, recipe, left, num_workers, progress)
     except BaseException as error:
         kept = _keep_or_clear(fs, root)
         if isinstance(error, KeyboardInterrupt):
             again = "go on from the last whole shard" if kept else "start again"
             raise Interrupted(f"interrupted: the same command will {again}", signal.SIGINT) from None
         raise
+
+
+@contextlib.contextmanager
+def _alone(fs: Any, root: str) -> Iterator[None]:
+    """Hold a local folder, so that a second preparation there is refused; buckets have no locks.
+
+    The lock is on the folder itself, which leaves no file behind, and the system lets go of it when the process ends.
+    """
+    if not is_local(fs):
+        yield
+        return
+    made = not os.path.isdir(root)
+    if made:
+        make_folder(fs, root)
+    descriptor = os.open(root, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some file systems of networks have no such locks
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"{root}: another process prepares a dataset there: wait until it has ended") from None
+        yield
+    except BaseException:
+        if made:
+            with contextlib.suppress(OSError):  # only where it is empty
+                os.rmdir(root)
+        raise
+    finally:
+        os.close(descriptor)
 
 
 def _check(

@@ -221,6 +221,9 @@ class _File(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(content)))
+        path = self.server.owner.folder / self.path.strip("/")
+        if path.is_file():
+            self.send_header("Last-Modified", self.date_time_string(path.stat().st_mtime))
         if self.server.owner.ranges:
             self.send_header("Accept-Ranges", "bytes")
         if span:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -62,6 +63,14 @@ def test_server_without_ranges_that_breaks_off_is_one_line(folder, name, kind):
     assert f"{name}: reading broke off (" in str(error.value)
     assert "give the same command again" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_version_follows_an_edit_that_keeps_the_size(folder):
+    with WebServer(folder) as server:
+        before = open_source(f"{server.address}/c.txt").version
+        assert open_source(f"{server.address}/c.txt").version == before
+        os.utime(folder / "c.txt", (0, 0))
+        assert open_source(f"{server.address}/c.txt").version != before
 
 
 def test_patience_ends(folder):

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from pretrain_xla.data import workers
 from pretrain_xla.data.dataset import open_dataset, verify_checksums
-from pretrain_xla.data.documents import Document
+from pretrain_xla.data.documents import Document, read_documents
 from pretrain_xla.data.prepare import prepare
 from pretrain_xla.data.sources import Source, source_of
 from pretrain_xla.data.split import LONG_DOCUMENT, split_document
@@ -413,6 +413,19 @@ def test_control_c_is_one_line_and_its_workers_are_gone(tmp_path):
     _, errors = process.communicate(timeout=60)
     assert (process.returncode, errors) == (130, "interrupted: the same command will go on from the last whole shard\n")
     assert is_gone(process.pid)
+
+
+def test_two_preparations_in_one_folder_are_refused(tmp_path):
+    def texts():
+        with pytest.raises(UserError, match="another process prepares a dataset there"):
+            prepare(source(), str(tmp_path / "out"), "bytes")
+        yield from DOCUMENTS
+
+    info = prepare(source_of("test", "1", texts), str(tmp_path / "out"), "bytes", num_workers=1)
+    assert prepare(source(), str(tmp_path / "out"), "bytes") == info
+    with pytest.raises(UserError, match="no such file"):
+        prepare(source_of("test", "1", lambda: read_documents(f"{tmp_path}/x")), str(tmp_path / "none"), "bytes")
+    assert not (tmp_path / "none").exists()
 
 
 def test_progress_without_a_terminal_is_a_line_a_minute(tmp_path, monkeypatch, capsys, small_chunks):
