@@ -1,10 +1,9 @@
 """Documents out of files: text, JSON lines, Parquet, Arrow, whole folders or patterns of them, on a disk or at any fsspec URL.
 
-A text file is one document, or several where lines that say `<|endoftext|>` divide it. `.jsonl`, `.ndjson`, `.parquet`
-and `.arrow` files have one document for each record, under a key or in a column (`text`, unless told otherwise), and so has
-a `.json` file whose first line is a whole object. Blank lines at either
-end of a document are dropped, and so is a document that is nothing else. Text and JSON lines may be packed, which is told
-from the name (`.gz`, `.bz2`, `.xz`, `.zst`).
+A text file is one document, or several where lines that say `<|endoftext|>` divide it. `.jsonl`, `.ndjson`, `.parquet` and
+`.arrow` files have one document for each record, under a key or in a column (`text`, unless told otherwise), and so has a
+`.json` file whose first line is a whole object. Blank lines at either end of a document are dropped, and so is a document
+that is nothing else. Text and JSON lines may be packed, which is told from the name (`.gz`, `.bz2`, `.xz`, `.zst`).
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import aiohttp
 import datasets
 import fsspec
 import pyarrow as pa
@@ -20,6 +21,7 @@ from hypothesis import strategies as st
 
 from pretrain_xla.data.dataset import open_dataset
 from pretrain_xla.data.documents import Document, read_documents
+from pretrain_xla.data.hub import _batches as hub_batches
 from pretrain_xla.data.prepare import prepare
 from pretrain_xla.data.sources import Source, join_sources, open_source, source_of
 from pretrain_xla.errors import UserError
@@ -174,6 +176,18 @@ def test_faults_of_datasets_are_one_line(hub, streaming):
         assert "\n" not in str(error.value)
     with pytest.raises(UserError, match=r"no column 'body' among id, text: name one with --text-column"):
         next(open_source(f"hf:{hub}:all", streaming=streaming, text_column="body").read(None))
+
+
+def test_stream_that_breaks_with_an_error_of_whatever_library_is_one_line():
+    class Broken:
+        def iter(self, rows):
+            yield [1]
+            raise aiohttp.ClientPayloadError("cut off")
+
+    batches = hub_batches("hf:a", Broken())
+    assert next(batches) == [1]
+    with pytest.raises(UserError, match=r"source 'hf:a': reading broke off \(cut off\): give the same command again"):
+        next(batches)
 
 
 def test_text_column(tmp_path):
