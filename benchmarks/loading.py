@@ -1,5 +1,5 @@
 """Tokens a second handed to the trainer, from a local disk and from a bucket, and what a step waits for them:
-`python benchmarks/loading.py`, about three minutes on two cores; the bucket is an emulator on loopback.
+`python benchmarks/loading.py`, about five minutes on two cores; the bucket is an emulator on loopback.
 
 1. Rate: batches one after another as fast as they come, pinned to one core, for each format and some sequence lengths.
 2. Waiting: a simulated step of 50 ms, batches made ahead by the trainer's own pipeline; the share of the time that the
