@@ -1,11 +1,12 @@
 """Tokens a second handed to the trainer, from a local disk and from a bucket, and what a step waits for them:
-`python benchmarks/loading.py`, about three minutes on two cores; the bucket is an emulator on loopback.
+`python benchmarks/loading.py`, about five minutes on two cores; the bucket is an emulator on loopback.
 
 1. Rate: batches one after another as fast as they come, pinned to one core, for each format and some sequence lengths.
 2. Waiting: a simulated step of 50 ms, batches made ahead by the trainer's own pipeline; the share of the time that the
    step waits for input, after the first batch.
-3. Memory: as many steps as an hour of 50 ms steps, without the sleeping; anonymous memory and memory with mapped files
-   over time. Mapped pages are the system's to take back; anonymous ones are what a leak would show in.
+3. Memory: as many steps as an hour of 50 ms steps, without the sleeping, and a thirty-sixth of them out of the bucket;
+   anonymous memory and memory with mapped files over time. Mapped pages are the system's to take back; anonymous ones are
+   what a leak would show in.
 """
 
 from __future__ import annotations
@@ -79,11 +80,10 @@ def memory() -> tuple[float, float]:
     return anonymous, resident
 
 
-def hour(target: str, cache: str, steps: int) -> None:
-    made = batches(target, cache)
-    print(f"\nmemory over {steps:,} steps (an hour of {STEP_SECONDS * 1e3:.0f} ms steps), MB")
+def flatness(name: str, made: Batches, steps: int, rows: slice = slice(None)) -> None:
+    print(f"\nmemory over {steps:,} steps, {name}, threads: {made.threads}; MB")
     print(f"{'step':>8} {'anonymous':>10} {'resident':>10}")
-    with pipeline(made.rows, lambda tokens: tokens, 0, steps, 2, made.threads) as items:
+    with pipeline(lambda step: made.rows(step, rows), lambda tokens: tokens, 0, steps, 2, made.threads) as items:
         for step, _ in enumerate(items):
             if step in (10, 100) or step % (steps // 8) == 0 or step == steps - 1:
                 print(f"{step:>8,} {memory()[0]:>10.1f} {memory()[1]:>10.1f}", flush=True)
@@ -112,11 +112,11 @@ def main() -> None:
         )
         first, share = waiting(made, flags.steps, slice(None))
         print(f"{'local disk':>40} {first:>7.2f} {share:>8.4%}", flush=True)
-        from_bucket(scratch, flags.steps)
-        hour(f"{scratch}/npy", f"{scratch}/cache", flags.hour)
+        from_bucket(scratch, flags.steps, flags.hour // 36)
+        flatness("local disk", batches(f"{scratch}/npy", f"{scratch}/cache"), flags.hour)
 
 
-def from_bucket(scratch: str, steps: int) -> None:
+def from_bucket(scratch: str, steps: int, watched: int) -> None:
     """The same out of the emulator: whole shards, and the rows of one host of many by ranges (as many
     requests a second as the emulator, one Python process, can answer)."""
     from tests.data.servers import gcs_emulator, gcs_environment, upload
@@ -133,6 +133,11 @@ def from_bucket(scratch: str, steps: int) -> None:
             first, share = waiting(part, steps, slice(0, rows))
             words = f"ranges, one host of {hosts}, {rows / STEP_SECONDS:.0f} requests/s"
             print(f"{words:>40} {first:>7.2f} {share:>8.4%}", flush=True)
+        # A cache with room for two of three windows, so that shards come and go.
+        tight = batches(target, f"{scratch}/tight", cache_gb=8.5 * SHARD_TOKENS * 2 / 1e9)
+        flatness("emulator, whole shards", tight, watched)
+        part = batches(target, f"{scratch}/never", share=1 / 64)
+        flatness("emulator, ranges", part, watched, slice(0, TOKENS_A_BATCH // 1024 // 64))
 
 
 if __name__ == "__main__":

@@ -33,9 +33,7 @@ def read_column(raw: Any, where: str, column: str) -> Iterator[tuple[str, float]
         else:
             reader = _arrow(raw)
             check_column(reader.schema, where, column)
-            rows = reader.num_record_batches if isinstance(reader, pa.RecordBatchFileReader) else 0
-            batches = (reader.get_batch(number) for number in range(rows)) if rows else iter(reader)
-            yield from _texts(batches, where, column, None)
+            yield from _texts(_arrow_batches(reader), where, column, None)
     except pa.ArrowException as error:
         raise UserError(f"{where}: damaged ({' '.join(str(error).split())[:120]}): fetch it again") from None
 
@@ -60,6 +58,12 @@ def _arrow(raw: Any) -> Any:
     except pa.ArrowInvalid:
         raw.seek(0)
         return pa.ipc.open_stream(raw)
+
+
+def _arrow_batches(reader: Any) -> Iterator[Any]:
+    if isinstance(reader, pa.RecordBatchFileReader):
+        return (reader.get_batch(number) for number in range(reader.num_record_batches))
+    return iter(reader)
 
 
 def _texts(batches: Iterator[Any], where: str, column: str, rows: int | None) -> Iterator[tuple[str, float]]:

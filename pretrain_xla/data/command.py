@@ -119,6 +119,8 @@ class FinewebFlags:
     """Processes that tokenise. The shards do not depend on it."""
     cache_dir: str | None = None
     """Where downloads are kept; none: where `datasets` keeps them."""
+    overwrite: bool = False
+    """Replace a dataset that was made otherwise."""
 
 
 def prepare_fineweb_command(arguments: Sequence[str]) -> None:
@@ -137,6 +139,7 @@ def prepare_fineweb_command(arguments: Sequence[str]) -> None:
         valid_fraction=0.01,
         seed=flags.seed,
         num_workers=flags.num_workers,
+        overwrite=flags.overwrite,
     )
     show_dataset(info)
 
@@ -189,7 +192,7 @@ def train_tokenizer_command(arguments: Sequence[str]) -> None:
         flags.output_dir,
         kind=flags.kind,
         special_tokens=flags.special_tokens,
-        min_frequency=flags.min_frequency or 2,
+        min_frequency=2 if flags.min_frequency is None else flags.min_frequency,
         max_lines=flags.max_lines,
     )
     print(f"{tokenizer.name}: {tokenizer.vocab_size:,} ids")

@@ -131,7 +131,7 @@ def open_dataset(
                 f"{seq_length + 1:,}): remove it, lower seq_length, or prepare more text"
             )
     highest: dict[str, int | None] = {shard.name: shard.max_id for shard in dataset.shards}
-    highest.update(_listed(dataset))
+    highest.update(listed_max_ids(dataset))
     for shard in dataset.shards:
         if vocab_size <= np.iinfo(shard.dtype).max:
             most = highest[shard.name]
@@ -177,8 +177,12 @@ def verify_checksums(directory: str) -> None:
                 raise UserError(f"{url(fs, path)}: differs from its checksum: copy it again or prepare again")
 
 
-def _listed(dataset: TokenDataset) -> dict[str, int]:
-    """Highest id of each shard by the manifest, after checking that it lists just the shards of the folder."""
+def listed_max_ids(dataset: TokenDataset) -> dict[str, int]:
+    """Highest id of each shard by the manifest, after checking that it lists just the shards of the folder.
+
+    Raises:
+        UserError: a shard that is missing, not listed, or of another length.
+    """
     if dataset.info is None:
         return {}
     split = dataset.info.splits.get(posixpath.basename(dataset.directory))

@@ -1,9 +1,9 @@
 """Documents out of files: text, JSON lines, Parquet, Arrow, whole folders or patterns of them, on a disk or at any fsspec URL.
 
-A text file is one document, or several where lines that say `<|endoftext|>` divide it. `.jsonl`, `.parquet` and `.arrow`
-files have one document for each record, under a key or in a column (`text`, unless told otherwise). Blank lines at either
-end of a document are dropped, and so is a document that is nothing else. Text and JSON lines may be packed, which is told
-from the name (`.gz`, `.bz2`, `.xz`, `.zst`).
+A text file is one document, or several where lines that say `<|endoftext|>` divide it. `.jsonl`, `.ndjson`, `.parquet` and
+`.arrow` files have one document for each record, under a key or in a column (`text`, unless told otherwise), and so has a
+`.json` file whose first line is a whole object. Blank lines at either end of a document are dropped, and so is a document
+that is nothing else. Text and JSON lines may be packed, which is told from the name (`.gz`, `.bz2`, `.xz`, `.zst`).
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ import hashlib
 import io
 import json
 import logging
-import zlib
 from collections.abc import Iterator, Sequence
-from typing import IO, Any, NamedTuple
-
-from fsspec.compression import compr
-from fsspec.utils import infer_compression
+from typing import IO, Any, Literal, NamedTuple
 
 from pretrain_xla.data.columns import COLUMN_SUFFIXES, read_column
-from pretrain_xla.data.files import filesystem, url
+from pretrain_xla.data.files import VERSION_KEYS, filesystem, url
+from pretrain_xla.data.open_file import UNPACK_ERRORS, bare_name, open_file, unpacked
+from pretrain_xla.data.remote import call
 from pretrain_xla.errors import UserError
 
 SEPARATOR = "<|endoftext|>"
+_LONGEST_FIRST_LINE = 2**24  # characters that are looked at to tell what a .json file is
 
+Kind = Literal["columns", "lines", "text"]
 logger = logging.getLogger(__name__)
 
 
@@ -70,8 +70,8 @@ def files_version(path: str) -> str:
     fs, root = filesystem(path)
     checksum = hashlib.sha256()
     for file in _files(fs, root, path):
-        info = fs.info(file)
-        changed = next((info[key] for key in ("etag", "ETag", "md5Hash", "mtime") if info.get(key)), "")
+        info = call(fs, "info", file)
+        changed = next((info[key] for key in VERSION_KEYS if info.get(key)), "")
         checksum.update(f"{file.removeprefix(root)}\0{info.get('size')}\0{changed}\n".encode())
     return checksum.hexdigest()[:16]
 
@@ -100,89 +100,106 @@ def cleaned(text: str) -> str:
 
 
 def _files(fs: Any, root: str, path: str) -> list[str]:
-    if fs.isfile(root):
+    kind = _type(fs, root)
+    if kind == "file":
         return [root]
     if glob.has_magic(root):
-        found = sorted(file for file in fs.glob(root) if fs.isfile(file))
+        found = sorted(file for file, info in call(fs, "glob", root, detail=True).items() if info["type"] == "file")
         if not found:
             raise UserError(f"{path}: no file fits this pattern")
         return found
-    if not fs.isdir(root):
+    if kind != "directory":
         # Two names and one slash are how datasets on the Hub are called.
         hub = (
             f" (for the dataset of this name on the Hub: hf:{path})" if path.count("/") == 1 and "." not in path else ""
         )
         raise UserError(f"{path}: no such file or folder{hub}")
-    below = [file for file in sorted(fs.find(root)) if "/." not in file.removeprefix(root)]
+    below = [file for file in sorted(call(fs, "find", root)) if "/." not in file.removeprefix(root)]
     if not below:
         raise UserError(f"{path}: the folder has no files")
     return below
 
 
+def _type(fs: Any, path: str) -> str | None:
+    try:
+        return str(call(fs, "info", path)["type"])
+    except OSError:
+        return None
+
+
 def _read(fs: Any, files: list[str], path: str, column: str, place: tuple[int, int]) -> Iterator[Document]:
-    sizes = [fs.size(file) or 0 for file in files]
+    sizes = [call(fs, "info", file).get("size") or 0 for file in files]
     total = sum(sizes) or 1
-    skipped, empty = [], place == (0, 0)
+    skipped: list[str] = []
+    empty = place == (0, 0)
     for index in range(place[0], len(files)):
         file, where, before = files[index], url(fs, files[index]), sum(sizes[:index])
         passed = place[1] if index == place[0] else 0
         try:
-            if not _has_records(file) and not _is_text(fs, file):
+            kind = _kind(fs, file)
+            if kind is None:
                 skipped.append(where)
                 continue
-            for row, (text, share) in enumerate(_file_texts(fs, file, where, column), start=1):
+            for row, (text, share) in enumerate(_file_texts(fs, file, kind, where, sizes[index], column), start=1):
                 if row > passed and (document := cleaned(text)):
                     empty = False
                     yield Document(document, [index, row], (before + share * sizes[index]) / total)
         except UnicodeDecodeError as error:
             byte = error.object[error.start]
             raise UserError(f"{where}: not UTF-8 text (byte 0x{byte:02x}); convert it, or take it out") from None
-        except (OSError, EOFError, zlib.error, _zstd_error()) as error:
+        except (OSError, *UNPACK_ERRORS) as error:
             raise UserError(f"{where}: cannot be read: {error}") from None
     if skipped:
         if len(files) == 1:
-            raise UserError(f"{skipped[0]}: not UTF-8 text; give text, .jsonl, .parquet or .arrow, or a folder of them")
-        logger.warning("%s: %d files that are not text were left out (%s ...)", path, len(skipped), skipped[0])
+            raise UserError(f"{skipped[0]}: {_mend(skipped[0])}")
+        logger.warning(
+            "%s: %d files that are not text or JSON lines were left out (%s ...)", path, len(skipped), skipped[0]
+        )
     if empty:
         raise UserError(f"{path}: there is no text in it")
 
 
-def _zstd_error() -> type[Exception]:
-    import zstandard  # late, as only packed text needs it
-
-    error: type[Exception] = zstandard.ZstdError
-    return error
-
-
-def _is_lines(file: str) -> bool:
-    return ".jsonl" in file.rpartition("/")[2]
+def _mend(file: str) -> str:
+    if bare_name(file).endswith(".json"):
+        return "JSON, but not one object a line: make .jsonl of it, as `jq -c '.[]'` does of a list"
+    return "not UTF-8 text; give text, .jsonl, .parquet or .arrow, or a folder of them"
 
 
-def _has_records(file: str) -> bool:
-    return _is_lines(file) or file.endswith(COLUMN_SUFFIXES)
+def _kind(fs: Any, file: str) -> Kind | None:
+    """What a file holds, by its name, and by its beginning where the name does not say; none: nothing to be read."""
+    name = bare_name(file)
+    if file.endswith(COLUMN_SUFFIXES):
+        return "columns"
+    if ".jsonl" in name or name.endswith(".ndjson"):
+        return "lines"
+    if name.endswith(".json"):
+        return "lines" if _begins_with_object(fs, file) else None
+    return "text" if _is_text(fs, file) else None
 
 
-def _file_texts(fs: Any, file: str, where: str, column: str) -> Iterator[tuple[str, float]]:
+def _file_texts(fs: Any, file: str, kind: Kind, where: str, size: int, column: str) -> Iterator[tuple[str, float]]:
     """(text, share of the file that has been read) of each document of a file."""
-    with fs.open(file, "rb") as raw:
-        if file.endswith(COLUMN_SUFFIXES):
+    with open_file(fs, file) as raw:
+        if kind == "columns":
             yield from read_column(raw, where, column)
             return
-        size = fs.size(file) or 1
-        with io.TextIOWrapper(_unpacked(raw, file), encoding="utf-8-sig") as stream:
-            for text in _records(stream, where, column) if _is_lines(file) else _texts(stream):
-                yield text, min(1.0, raw.tell() / size)
+        with io.TextIOWrapper(unpacked(raw, file), encoding="utf-8-sig") as stream:
+            for text in _records(stream, where, column) if kind == "lines" else _texts(stream):
+                yield text, min(1.0, raw.tell() / (size or 1))
 
 
-def _unpacked(raw: Any, file: str) -> Any:
-    compression = infer_compression(file)
-    return compr[compression](raw, mode="rb") if compression else raw
+def _begins_with_object(fs: Any, file: str) -> bool:
+    with open_file(fs, file) as raw, io.TextIOWrapper(unpacked(raw, file), encoding="utf-8-sig") as stream:
+        try:
+            return isinstance(json.loads(stream.readline(_LONGEST_FIRST_LINE)), dict)
+        except (ValueError, RecursionError):
+            return False
 
 
 def _is_text(fs: Any, file: str) -> bool:
     """Whether the first bytes are UTF-8 without a NUL; a cut character at the end is forgiven."""
-    with fs.open(file, "rb", compression="infer") as stream:
-        head = stream.read(8192)
+    with open_file(fs, file) as raw:
+        head = unpacked(raw, file).read(8192)
     try:
         codecs.getincrementaldecoder("utf-8")().decode(head)
     except UnicodeDecodeError:
@@ -209,6 +226,8 @@ def _records(stream: IO[str], where: str, key: str) -> Iterator[str]:
             record = json.loads(line)
         except json.JSONDecodeError as error:
             raise UserError(f"{where}:{number}: not JSON: {error.msg} (column {error.colno})") from None
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits, or nesting as deep
+            raise UserError(f"{where}:{number}: cannot be read: {str(error).partition(';')[0]}") from None
         if not isinstance(record, dict) or key not in record:
             found = f"its keys are {', '.join(map(repr, record))}" if isinstance(record, dict) else "it is no object"
             raise UserError(f"{where}:{number}: no key {key!r}: {found}; name the right one with --text-column")

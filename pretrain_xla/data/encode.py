@@ -42,10 +42,7 @@ def document_encoder(tokenizer: Tokenizer) -> DocumentEncoder:
     if isinstance(tokenizer, TiktokenTokenizer):
         if tokenizer.name in GPT2_LIKE:
             return _by_pieces(_tiktoken_table(tokenizer.encoding))
-        encoding = tokenizer.encoding
-        return lambda texts: _one_by_one(
-            (encoding.encode_to_numpy(text, disallowed_special=()) for text in texts), tokenizer.end_of_text
-        )
+        return lambda texts: _one_by_one(map(tokenizer.encode_to_numpy, texts), tokenizer.end_of_text)
     if isinstance(tokenizer, JsonTokenizer) and _cuts_like_gpt2(tokenizer):
         return _by_pieces(_json_table(tokenizer))
     return lambda texts: _one_by_one(map(tokenizer.encode, texts), tokenizer.end_of_text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 from collections.abc import Iterable
@@ -14,6 +15,20 @@ from fsspec.implementations.local import LocalFileSystem
 from pretrain_xla.errors import UserError
 
 PARTIAL = ".partial"  # what a file is called, in addition, while it is being written
+
+
+VERSION_KEYS = (  # what file systems call that which changes with a file's content
+    "etag",
+    "ETag",
+    "generation",
+    "md5Hash",
+    "blob_id",
+    "mtime",
+    "updated",
+    "LastModified",
+    "last_modified",
+    "Last-Modified",
+)
 
 
 def filesystem(path: str) -> tuple[Any, str]:
@@ -49,8 +64,8 @@ def write_atomically(fs: Any, path: str, parts: Iterable[bytes | memoryview]) ->
         UserError: the folder or the file cannot be written (no permission, disk full, ...); nothing is left behind.
     """
     partial, checksum = path + PARTIAL, hashlib.sha256()
+    make_folder(fs, path.rpartition("/")[0])
     try:
-        fs.makedirs(path.rpartition("/")[0], exist_ok=True)
         with fs.open(partial, "wb") as file:
             for part in parts:
                 file.write(part)
@@ -60,14 +75,40 @@ def write_atomically(fs: Any, path: str, parts: Iterable[bytes | memoryview]) ->
                 os.fsync(file.fileno())
         fs.mv(partial, path)
     except BaseException as error:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(Exception):
             fs.rm_file(partial)
-        if not isinstance(error, OSError):
+        if not isinstance(error, _faults(fs)):
             raise
-        raise UserError(
-            f"{url(fs, path)}: cannot be written: {error.strerror or error}; free some space or choose another folder"
-        ) from None
+        raise _not_written(fs, path, error) from None
     return checksum.hexdigest()
+
+
+def make_folder(fs: Any, path: str) -> None:
+    """Make a folder where it is missing, and those above it; a bucket has none.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    try:
+        fs.makedirs(path, exist_ok=True)
+        if is_local(fs) and not os.access(path, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except _faults(fs) as error:
+        raise _not_written(fs, path, error) from None
+
+
+def _faults(fs: Any) -> type[Exception]:
+    """What file systems raise: the libraries of buckets and of the web have errors of their own."""
+    return OSError if is_local(fs) else Exception
+
+
+def _not_written(fs: Any, path: str, error: BaseException) -> UserError:
+    if is_local(fs):
+        reason, mend = getattr(error, "strerror", None) or error, "free some space or choose another folder"
+    else:
+        text = " ".join(str(error).split()) or type(error).__name__
+        reason, mend = text[:200], "check the credentials, the permissions and the network"
+    return UserError(f"{url(fs, path)}: cannot be written: {reason}; {mend}")
 
 
 def remove(fs: Any, paths: Iterable[str]) -> None:
@@ -80,5 +121,7 @@ def remove(fs: Any, paths: Iterable[str]) -> None:
         try:
             if fs.exists(path):
                 fs.rm_file(path)
-        except OSError as error:
-            raise UserError(f"{url(fs, path)}: cannot be removed: {error.strerror or error}") from None
+        except _faults(fs) as error:
+            raise UserError(
+                f"{url(fs, path)}: cannot be removed: {getattr(error, 'strerror', None) or error}"
+            ) from None

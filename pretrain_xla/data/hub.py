@@ -14,6 +14,7 @@ from typing import Any
 
 from pretrain_xla.data.columns import ROWS, check_column
 from pretrain_xla.data.documents import Document, cleaned
+from pretrain_xla.data.remote import describe
 from pretrain_xla.data.sources import Source
 from pretrain_xla.errors import UserError
 
@@ -65,31 +66,35 @@ def _call(name: str, function: str, arguments: dict[str, Any]) -> Any:
 
     try:
         return getattr(datasets, function)(**arguments)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:  # a missing network is an OSError
+    except Exception as error:  # it, and each library that it reads through, has errors of its own
         raise UserError(f"source {name!r}: {' '.join(str(error).split())[:300]}") from None
 
 
-def _rows(name: str, place: dict[str, Any], column: str, rows: int | None, begin: int | None) -> Iterator[Document]:
-    """Of a downloaded dataset; a place is the number of rows read."""
+def _rows(name: str, place: dict[str, Any], column: str, rows: int | None, begin: Any) -> Iterator[Document]:
+    """Of a downloaded dataset; a place is the number of rows read. One of `_stream` says that as well."""
     table = _call(name, "load_dataset", place)
     check_column(table.features.arrow_schema, name, column)
     table = table.select_columns([column]).with_format("arrow")
-    for first in range(begin or 0, len(table), ROWS):
+    passed = begin[2] if isinstance(begin, list) else begin or 0
+    for first in range(passed, len(table), ROWS):
         texts = table[first : first + ROWS].column(column).to_pylist()
         for row, text in enumerate(texts, start=first + 1):
             if document := cleaned(text or ""):
                 yield Document(document, row, row / len(table))
 
 
-def _stream(
-    name: str, place: dict[str, Any], column: str, rows: int | None, begin: list[Any] | None
-) -> Iterator[Document]:
-    """Of a streamed dataset; a place is the dataset's own state before a batch, rows read of that batch, and rows in all."""
+def _stream(name: str, place: dict[str, Any], column: str, rows: int | None, begin: Any) -> Iterator[Document]:
+    """Of a streamed dataset; a place is the dataset's own state before a batch, rows read of that batch, and rows in all.
+
+    After a place of `_rows`, which knows no such state, what came before is read once more.
+    """
     stream = _call(name, "load_dataset", {**place, "streaming": True})
     if stream.features:
         check_column(stream.features.arrow_schema, name, column)
     stream = stream.select_columns([column]).with_format("arrow")
-    state, passed, done = begin or (stream.state_dict(), 0, 0)
+    if not isinstance(begin, list):
+        begin = [stream.state_dict(), begin or 0, begin or 0]
+    state, passed, done = begin
     stream.load_state_dict(state)
     done -= passed
     for batch in _batches(name, stream):
@@ -97,15 +102,13 @@ def _stream(
         for row, text in enumerate(texts, start=1):
             if row > passed and (document := cleaned(text or "")):
                 yield Document(document, [state, row, done + row], (done + row) / rows if rows else None)
-        state, passed, done = stream.state_dict(), 0, done + len(texts)
+        state, passed, done = stream.state_dict(), max(0, passed - len(texts)), done + len(texts)
 
 
 def _batches(name: str, stream: Any) -> Iterator[Any]:
-    import datasets
-
     try:
         yield from stream.iter(ROWS)
-    except (OSError, datasets.exceptions.DatasetsError) as error:
+    except Exception as error:  # the same
         raise UserError(
-            f"source {name!r}: reading broke off ({' '.join(str(error).split())[:200]}): give the same command again to go on"
+            f"source {name!r}: reading broke off ({describe(error)}): give the same command again to go on"
         ) from None

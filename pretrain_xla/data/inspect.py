@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from pretrain_xla.config import DataConfig
-from pretrain_xla.data.dataset import TokenDataset, open_shards, verify_checksums
+from pretrain_xla.data.dataset import TokenDataset, listed_max_ids, open_shards, verify_checksums
 from pretrain_xla.data.tokenizer import Tokenizer, load_tokenizer
 from pretrain_xla.errors import UserError
 
@@ -94,6 +94,10 @@ def inspect(
     known = ("name", "format", "tokens")
     shards = [{key: getattr(shard, key) for key in known} | {"dtype": shard.dtype.name} for shard in dataset.shards]
     result = Inspection(path, shards, tokens=dataset.tokens)
+    try:
+        listed_max_ids(dataset)
+    except UserError as error:
+        result.faults.append(str(error))
     first = _read(dataset, result, progress)
     chosen = _tokenizer(dataset, result, tokenizer)
     if chosen is not None:

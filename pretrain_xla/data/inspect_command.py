@@ -17,7 +17,9 @@ from rich.progress import Progress
 from rich.table import Table
 
 from pretrain_xla.config import DataConfig
+from pretrain_xla.data.files import filesystem, url
 from pretrain_xla.data.inspect import Inspection, inspect
+from pretrain_xla.data.manifest import dataset_info
 from pretrain_xla.errors import UserError
 
 _BAR = 40
@@ -28,7 +30,7 @@ class InspectFlags:
     """Look into token shards of any known format: counts, histograms, first documents, and checks."""
 
     path: Annotated[str, tyro.conf.Positional]
-    """Folder, file, or pattern with *; local, or a URL."""
+    """A dataset's folder, for all of its splits; or a folder of shards, a file, or a pattern with *. Local, or a URL."""
     tokenizer: str | None = None
     """Tokenizer of the ids; none: the manifest's, or gpt2."""
     documents: int = 3
@@ -36,9 +38,9 @@ class InspectFlags:
     verify: bool = False
     """Compare the checksums of all shards that the manifest lists, other splits included."""
     plot: str | None = None
-    """Draw the histograms into this PNG file; none: no plot."""
+    """Draw the histograms into this PNG file, one for each split; none: no plot."""
     json: bool = False
-    """Print JSON instead of tables."""
+    """Print JSON instead of tables; of a dataset, under the names of its splits."""
     cache_dir: str | None = None
     """Folder where shards from elsewhere stay; none: ~/.cache/pretrain_xla/shards."""
 
@@ -50,24 +52,56 @@ def inspect_command(arguments: Sequence[str]) -> int:
         UserError: see `inspect`; or the plot cannot be written.
     """
     flags = tyro.cli(InspectFlags, prog="python -m pretrain_xla inspect", args=list(arguments))
+    if flags.plot:
+        check_plot(flags.plot)
+    splits = _splits(flags.path)
+    found = {
+        split: _inspect(flags, path, verify=flags.verify and not number)  # the first time it is all splits
+        for number, (split, path) in enumerate(splits.items())
+    }
+    plots = {split: _plot_of(split, flags.plot) for split in found}
+    for split, plotted in plots.items():
+        if plotted:
+            plot(found[split], plotted)
+    if flags.json:
+        trees = {split: each.as_dict() for split, each in found.items()}
+        print(json.dumps(trees.get("", trees), indent=2, ensure_ascii=False))
+    else:
+        for split, each in found.items():
+            if split:
+                Console().rule(split, characters="═")
+            show(each, plots[split])
+    return 1 if any(each.faults for each in found.values()) else 0
+
+
+def _splits(path: str) -> dict[str, str]:
+    """The splits of a whole dataset by name, or the path itself under no name."""
+    fs, root = filesystem(path)
+    info = dataset_info(path)
+    if info is None or info.root != url(fs, root):
+        return {"": path}
+    return {split: f"{path.rstrip('/')}/{split}" for split in info.splits}
+
+
+def _plot_of(split: str, plot: str | None) -> str | None:
+    if not (plot and split):
+        return plot
+    name, suffix = os.path.splitext(plot)
+    return f"{name}.{split}{suffix}"
+
+
+def _inspect(flags: InspectFlags, path: str, verify: bool) -> Inspection:
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("reading", total=None)
-        found = inspect(
-            flags.path,
+        return inspect(
+            path,
             flags.tokenizer,
             documents=flags.documents,
-            verify=flags.verify,
+            verify=verify,
             settings=DataConfig(cache_dir=flags.cache_dir),
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
-    if flags.plot:
-        plot(found, flags.plot)
-    if flags.json:
-        print(json.dumps(found.as_dict(), indent=2, ensure_ascii=False))
-    else:
-        show(found, flags.plot)
-    return 1 if found.faults else 0
 
 
 def show(found: Inspection, plotted: str | None) -> None:
@@ -112,6 +146,21 @@ def length_histogram(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     edges = np.concatenate([[0], 2 ** np.arange(top + 1)])
     edges = edges[int(lengths.min()).bit_length() :]
     return edges, np.histogram(lengths, edges)[0]
+
+
+def check_plot(path: str) -> None:
+    """Refuse a file that no plot can be written to, before anything is read.
+
+    Raises:
+        UserError: no such folder, or a format that is not known.
+    """
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    known = set(FigureCanvasBase.get_supported_filetypes())
+    if os.path.splitext(path)[1].removeprefix(".") not in known:
+        raise UserError(f"--plot {path}: give a name that ends with .png, or .{', .'.join(sorted(known - {'png'}))}")
+    if not os.path.isdir(os.path.dirname(path) or "."):
+        raise UserError(f"--plot {path}: cannot be written: no such folder")
 
 
 def plot(found: Inspection, path: str) -> None:

@@ -8,16 +8,19 @@ the dataset is whole, without it `open_dataset` refuses to train on the part tha
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import os
 import signal
-from collections.abc import Mapping
+import sys
+import time
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from pretrain_xla.data.files import PARTIAL, filesystem, remove, url
+from pretrain_xla.data.files import PARTIAL, filesystem, is_local, make_folder, remove, url
 from pretrain_xla.data.formats import is_shard
 from pretrain_xla.data.journal import Journal, clear_journal, read_progress, write_start
 from pretrain_xla.data.journal import Progress as Left
@@ -41,6 +44,7 @@ from pretrain_xla.data.workers import encode_chunks
 from pretrain_xla.errors import Interrupted, UserError
 
 TOKENIZER_FOLDER = "tokenizer"  # of the dataset's own copy
+LINE_SECONDS = 60.0  # between lines of progress where there is no terminal
 
 
 def prepare(
@@ -75,7 +79,7 @@ def prepare(
         seed: another one holds out other documents.
         num_workers: processes that tokenise; none: one for each core.
         overwrite: replace a dataset that was made by another recipe; the old one is gone when this begins.
-        progress: show a line of progress, on a terminal.
+        progress: show a line of progress; without a terminal a new one every minute.
         format: of the shards.
 
     Raises:
@@ -95,9 +99,28 @@ def prepare(
         format=format,
         seed=seed,
     )
+    with _alone(fs, root):
+        return _prepare(
+            fs, root, opened, tokenizer, train_vocab_size, recipe, num_workers or _cores(), overwrite, progress
+        )
+
+
+def _prepare(
+    fs: Any,
+    root: str,
+    source: Source,
+    tokenizer: str | None,
+    train_vocab_size: int | None,
+    recipe: Recipe,
+    num_workers: int,
+    overwrite: bool,
+    progress: bool,
+) -> DatasetInfo:
+    """The same, once nobody else writes there."""
     existing = _existing(fs, root, recipe, overwrite)
     if existing:
         return existing
+    _check_own_folder(fs, root, tokenizer)
     left = _left(fs, root, recipe, overwrite)
     choice = load_tokenizer(tokenizer or "gpt2") if train_vocab_size is None else train_vocab_size
     if left is None:
@@ -105,14 +128,43 @@ def prepare(
     try:
         if left is None:
             _clear(fs, root)
-        chosen = _own_tokenizer(choice, opened, recipe, f"{url(fs, root)}/{TOKENIZER_FOLDER}", left is not None)
-        return _make(fs, root, opened, chosen, recipe, left, num_workers or _cores(), progress)
+        chosen = _own_tokenizer(choice, source, recipe, f"{url(fs, root)}/{TOKENIZER_FOLDER}", left is not None)
+        return _make(fs, root, source, chosen, recipe, left, num_workers, progress)
     except BaseException as error:
         kept = _keep_or_clear(fs, root)
         if isinstance(error, KeyboardInterrupt):
             again = "go on from the last whole shard" if kept else "start again"
             raise Interrupted(f"interrupted: the same command will {again}", signal.SIGINT) from None
         raise
+
+
+@contextlib.contextmanager
+def _alone(fs: Any, root: str) -> Iterator[None]:
+    """Hold a local folder, so that a second preparation there is refused; buckets have no locks.
+
+    The lock is on the folder itself, which leaves no file behind, and the system lets go of it when the process ends.
+    """
+    if not is_local(fs):
+        yield
+        return
+    made = not os.path.isdir(root)
+    if made:
+        make_folder(fs, root)
+    descriptor = os.open(root, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some file systems of networks have no such locks
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"{root}: another process prepares a dataset there: wait until it has ended") from None
+        yield
+    except BaseException:
+        if made:
+            with contextlib.suppress(OSError):  # only where it is empty
+                os.rmdir(root)
+        raise
+    finally:
+        os.close(descriptor)
 
 
 def _check(
@@ -135,6 +187,20 @@ def _check(
         raise UserError(f"seed={seed}: give 0 or more")
     if num_workers is not None and num_workers < 1:
         raise UserError(f"num_workers={num_workers}: give at least 1, or nothing for one a core")
+
+
+def _check_own_folder(fs: Any, root: str, tokenizer: str | None) -> None:
+    """Refuse a tokenizer that lies where the dataset's own copy goes: what prepare writes there, it also removes."""
+    if tokenizer is None or tokenizer in known_tokenizers():
+        return
+    other, path = filesystem(tokenizer)
+    given, own = url(other, path), url(fs, f"{root}/{TOKENIZER_FOLDER}")
+    if is_local(fs) and is_local(other):
+        given, own = os.path.realpath(given), os.path.realpath(own)
+    if f"{given}/".startswith(f"{own}/"):
+        raise UserError(
+            f"tokenizer {tokenizer!r}: lies where the dataset keeps its own copy: move it to another folder"
+        )
 
 
 def _cores() -> int:
@@ -182,7 +248,7 @@ def _existing(fs: Any, root: str, recipe: Recipe, overwrite: bool) -> DatasetInf
     if info:
         changes = _changes(info.recipe, recipe)
         raise UserError(f"{where}: holds a dataset made otherwise ({changes}): choose another folder or --overwrite")
-    if not fs.exists(f"{root}/{UNFINISHED}") and (files := _shard_files(fs, root)):
+    if not fs.exists(f"{root}/{UNFINISHED}") and (files := [*_shard_files(fs, root), *_tokenizer_files(fs, root)]):
         raise UserError(f"{files[0]}: not written by `prepare`, nor finished: choose another folder or --overwrite")
     return None
 
@@ -236,10 +302,14 @@ def _shard_files(fs: Any, root: str) -> list[str]:
     return [path for path in files if is_shard(path.removesuffix(PARTIAL))]
 
 
+def _tokenizer_files(fs: Any, root: str) -> list[str]:
+    paths = (f"{root}/{TOKENIZER_FOLDER}/{file}" for file in (*TOKENIZER_FILES, SPECIALS_FILE))
+    return [path for path in paths if fs.exists(path)]
+
+
 def _clear(fs: Any, root: str) -> None:
     """Remove manifest, shards and tokenizer, and nothing that `prepare` does not write."""
-    tokenizer = (f"{root}/{TOKENIZER_FOLDER}/{file}" for file in (*TOKENIZER_FILES, SPECIALS_FILE))
-    remove(fs, [f"{root}/{MANIFEST}", *_shard_files(fs, root), *tokenizer])
+    remove(fs, [f"{root}/{MANIFEST}", *_shard_files(fs, root), *_tokenizer_files(fs, root)])
 
 
 def _make(
@@ -299,10 +369,12 @@ def _check_splits(fs: Any, root: str, splits: Mapping[str, SplitInfo], source: S
 
 
 class _Counter:
-    """A line of progress on the terminal's standard error; silent elsewhere."""
+    """A line of progress on standard error: one that moves on a terminal, elsewhere a new one every minute."""
 
     def __init__(self, show: bool) -> None:
         console = Console(stderr=True)
+        self._lines = show and not console.is_terminal
+        self._begin = self._last_line = time.monotonic()
         self._documents = self._tokens = 0
         columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f}%"))
         times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
@@ -313,9 +385,13 @@ class _Counter:
     def advance(self, documents: int, tokens: int, share: float | None) -> None:
         self._documents += documents
         self._tokens += tokens
-        seconds = self._progress.tasks[0].elapsed or 1e-9
+        now = time.monotonic()
+        seconds = now - self._begin or 1e-9
         text = f"{self._documents:,} documents, {self._tokens:,} tokens, {self._tokens / seconds / 1e6:.1f}M tokens/s"
         self._progress.update(self._task, description=text, total=share and 1.0, completed=share)
+        if self._lines and now - self._last_line >= LINE_SECONDS:
+            self._last_line = now
+            print(text if share is None else f"{text}, {share:.1%}", file=sys.stderr, flush=True)
 
     def __enter__(self) -> _Counter:
         self._progress.start()

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import aiohttp
 from fsspec.asyn import AsyncFileSystem, sync
 
 from pretrain_xla.data.files import is_local, url
@@ -74,7 +75,7 @@ def call(fs: Any, method: str, path: str, **options: Any) -> Any:
     """
     if is_local(fs):
         return getattr(fs, method)(path, **options)
-    return _patiently(url(fs, path), lambda: _once(fs, method, path, **options))
+    return patiently(url(fs, path), lambda: _once(fs, method, path, **options))
 
 
 def read_range(fs: Any, path: str, begin: int, end: int) -> bytes:
@@ -93,7 +94,7 @@ def read_range(fs: Any, path: str, begin: int, end: int) -> bytes:
             raise TruncatedError(f"{len(data):,} bytes came where {end - begin:,} were asked for")
         return data
 
-    return attempt() if is_local(fs) else _patiently(url(fs, path), attempt)
+    return attempt() if is_local(fs) else patiently(url(fs, path), attempt)
 
 
 def concurrently(
@@ -136,7 +137,13 @@ def _once(fs: Any, method: str, path: str, **options: Any) -> Any:
     return sync(fs.loop, bounded)
 
 
-def _patiently(where: str, attempt: Callable[[], Result]) -> Result:
+def patiently(where: str, attempt: Callable[[], Result]) -> Result:
+    """What `attempt` gives, tried again while that may help.
+
+    Raises:
+        FileNotFoundError: from the attempt.
+        UserError: it fails for another reason, or for longer than `PATIENCE`.
+    """
     failures, first_failure, delay = 0, 0.0, PATIENCE.first_delay
     while True:
         try:
@@ -148,10 +155,10 @@ def _patiently(where: str, attempt: Callable[[], Result]) -> Result:
             now = time.monotonic()
             first_failure = first_failure if failures > 1 else now
             if not _may_pass(error):
-                raise RefusedError(f"{where}: cannot be read: {_describe(error)}") from None
+                raise RefusedError(f"{where}: cannot be read: {describe(error)}") from None
             if now - first_failure + delay > PATIENCE.give_up_seconds:
                 raise UserError(
-                    f"{where}: cannot be read: {_describe(error)}; gave up after {failures} attempts in "
+                    f"{where}: cannot be read: {describe(error)}; gave up after {failures} attempts in "
                     f"{now - first_failure:.0f} s: check the network and the bucket, then start again"
                 ) from None
         time.sleep(delay * random.uniform(0.8, 1.2))
@@ -160,7 +167,7 @@ def _patiently(where: str, attempt: Callable[[], Result]) -> Result:
 
 def _status(error: BaseException | None) -> int | None:
     """HTTP status behind an error of aiohttp, gcsfs, botocore, requests or httpx, where there is one."""
-    while error is not None:
+    while error is not None and not isinstance(error, aiohttp.ClientPayloadError):  # below it is a 400 of aiohttp's own
         response = getattr(error, "response", None)
         if isinstance(response, dict):
             found = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
@@ -182,7 +189,8 @@ def _may_pass(error: BaseException) -> bool:
     return not refused and not isinstance(error, _NO_USE)
 
 
-def _describe(error: BaseException) -> str:
+def describe(error: BaseException) -> str:
+    """An error of whatever library in a few words on one line, with its HTTP status where it has one."""
     status = _status(error)
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, TimeoutError | asyncio.TimeoutError):

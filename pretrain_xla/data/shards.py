@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from pretrain_xla.data import parquet
-from pretrain_xla.data.files import filesystem, is_local, url, write_atomically
+from pretrain_xla.data.files import VERSION_KEYS, filesystem, is_local, url, write_atomically
 from pretrain_xla.data.formats import DTYPES, HEAD_BYTES, Format, header, is_parquet, layout, suffix
 from pretrain_xla.data.manifest import ShardInfo, SplitInfo
 from pretrain_xla.data.remote import call, concurrently, read_range
@@ -24,17 +24,6 @@ from pretrain_xla.errors import UserError
 
 WrittenFormat = Literal["npy", "bin", "parquet"]
 _OVERFULL = 1.1  # the last shard may be this much larger, so that no tiny one comes after it
-_VERSION_KEYS = (
-    "etag",
-    "ETag",
-    "generation",
-    "md5Hash",
-    "blob_id",
-    "mtime",
-    "updated",
-    "LastModified",
-    "last_modified",
-)
 
 
 def dtype_for(vocab_size: int) -> np.dtype[Any]:
@@ -239,7 +228,7 @@ def _remote_size(fs: Any, path: str, where: str, known: Mapping[str, Any] | None
     info = known if known and known.get("size") is not None else call(fs, "info", path)
     if info.get("size") is None:
         raise UserError(f"{where}: its server does not say how long it is: copy it to a disk or a bucket")
-    stamp = tuple(json.dumps([key, info[key]], default=str) for key in _VERSION_KEYS if info.get(key) is not None)
+    stamp = tuple(json.dumps([key, info[key]], default=str) for key in VERSION_KEYS if info.get(key) is not None)
     return int(info["size"]), stamp
 
 

@@ -18,6 +18,7 @@ import json
 import os
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -58,6 +59,8 @@ class _State:
     errors: dict[int, BaseException] = field(default_factory=dict)
     postponed: set[int] = field(default_factory=set)
     """Not needed yet, and no room yet."""
+    awaited: Counter[int] = field(default_factory=Counter)
+    """By how many threads: these stay, with their errors, whatever another thread plans meanwhile."""
     closing: threading.Event = field(default_factory=threading.Event)
 
 
@@ -95,6 +98,7 @@ class Supply:
         packed = next((shard for shard in cached if shard.format == "parquet"), None)
         needed = sum(sorted(map(_cached_bytes, cached))[-2 * window :])
         if not cached:
+            self.ranged = False
             return
         if packed and mode == "ranged":
             raise UserError(f"{packed.path}: Parquet cannot be read by ranges: leave out remote_reads=ranged")
@@ -110,10 +114,11 @@ class Supply:
         """Say which shards are read from here on; others are let go, and what comes soon is made ready meanwhile."""
         now, state = list(now), self._state
         with state.changed:
-            state.now = set(now)
-            state.wanted = list(dict.fromkeys([*now, *soon]))
+            state.now = {*now, *state.awaited}
+            state.wanted = list(dict.fromkeys([*state.awaited, *now, *soon]))
             state.postponed.clear()
-            state.errors.clear()  # what failed ahead of its time is tried again
+            for number in [number for number in state.errors if number not in state.awaited]:
+                del state.errors[number]  # what failed ahead of its time is tried again
             for number in [number for number in state.ready if number not in state.wanted]:
                 _let_go(state.ready.pop(number))
             state.changed.notify_all()
@@ -138,8 +143,10 @@ class Supply:
                 state.wanted = [number, *(other for other in state.wanted if other != number)]
                 state.changed.notify_all()
                 self._start()
+            state.awaited[number] += 1
             while number not in state.ready and number not in state.errors:
                 state.changed.wait()
+            state.awaited -= Counter([number])  # which drops what nobody waits for
             if number in state.errors:
                 raise state.errors[number]
             return state.ready[number].tokens
@@ -270,7 +277,8 @@ def _work(state: _State, maker: _Maker) -> None:
         made, error = _try(maker, number, state)
         with state.changed:
             if isinstance(error, CacheFullError):
-                state.postponed.add(number)
+                if number not in state.now:  # else it was asked for just now: the next turn does without the cache
+                    state.postponed.add(number)
             elif error is not None:
                 state.errors[number] = error
             elif made is not None and number in state.wanted:

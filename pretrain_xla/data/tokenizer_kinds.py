@@ -6,14 +6,16 @@ text, ids that do not exist decode to U+FFFD, and text that no UTF-8 can hold is
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import sentencepiece
 import tiktoken
 import tokenizers
@@ -81,11 +83,32 @@ class TiktokenTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """See `Tokenizer.encode`."""
-        return self.encoding.encode_ordinary(text)
+        with self._refusing(text):
+            return self.encoding.encode(text, disallowed_special=())
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """See `Tokenizer.encode_batch`; tiktoken's threads run outside Python's lock."""
-        return self.encoding.encode_ordinary_batch(list(texts), num_threads=os.cpu_count() or 1)
+        with self._refusing(max(texts, key=len, default="")):
+            return self.encoding.encode_batch(list(texts), num_threads=os.cpu_count() or 1, disallowed_special=())
+
+    def encode_to_numpy(self, text: str) -> np.ndarray:
+        """`encode` of well-formed text, as uint32 [tokens]."""
+        with self._refusing(text):
+            return self.encoding.encode_to_numpy(text, disallowed_special=())
+
+    @contextlib.contextmanager
+    def _refusing(self, text: str) -> Iterator[None]:
+        """tiktoken's regular expressions have an end to their patience: some at a run of half a million blanks.
+
+        The `encode_ordinary` of tiktoken panics there, which is no `Exception`; its other ways to encode do not.
+        """
+        try:
+            yield
+        except ValueError as error:
+            raise UserError(
+                f"tokenizer {self.name!r}: cannot encode the document that begins {text.strip()[:40]!r} ({len(text):,} "
+                f"characters): {str(error)[:100]}: take it out, or shorten its longest run of blanks"
+            ) from None
 
     def decode(self, ids: Iterable[int]) -> str:
         """See `Tokenizer.decode`."""

@@ -13,8 +13,16 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from pretrain_xla.data.documents import well_formed
+from pretrain_xla.data.files import filesystem, make_folder
 from pretrain_xla.data.tokenizer import Tokenizer, load_tokenizer
-from pretrain_xla.data.tokenizer_kinds import END_OF_TEXT, JsonTokenizer, SentencePieceTokenizer
+from pretrain_xla.data.tokenizer_kinds import (
+    END_OF_TEXT,
+    SENTENCEPIECE_FILE,
+    TOKENIZER_FILE,
+    JsonTokenizer,
+    SentencePieceTokenizer,
+    check_alone,
+)
 from pretrain_xla.errors import UserError
 
 Kind = Literal["bpe", "sentencepiece"]
@@ -59,11 +67,18 @@ def train_tokenizer(
         max_lines: learn from so many lines of text and no more.
 
     Raises:
-        UserError: a vocabulary that is too small or too large for the text, or a folder that cannot be written.
+        UserError: a vocabulary that is too small or too large for the text, special tokens that text could give, or a
+            folder that cannot be written or holds another kind of tokenizer.
     """
     check_vocab_size(vocab_size, special_tokens, kind)
     if max_lines is not None and max_lines < 1:
         raise UserError(f"max_lines={max_lines}: ask for at least 1")
+    if min_frequency < 1:
+        raise UserError(f"min_frequency={min_frequency}: ask for at least 1")
+    _check_special_tokens(special_tokens, kind)
+    fs, root = filesystem(output_dir)
+    check_alone(fs, root, TOKENIZER_FILE if kind == "bpe" else SENTENCEPIECE_FILE)
+    make_folder(fs, root)
     specials = list(dict.fromkeys([END_OF_TEXT, *special_tokens]))
     texts = _first_lines(map(well_formed, documents), max_lines)
     if kind == "bpe":
@@ -71,6 +86,16 @@ def train_tokenizer(
     else:
         _train_sentencepiece(texts, vocab_size, specials).save(output_dir)
     return load_tokenizer(output_dir)
+
+
+def _check_special_tokens(special_tokens: Sequence[str], kind: Kind) -> None:
+    """Refuse what text could give too: in byte-level BPE, whatever is one piece of text, as merges may end there."""
+    cut = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = {*cut.alphabet()}
+    for token in special_tokens:
+        text = decoders.ByteLevel().decode([token])
+        if not token or (kind == "bpe" and alphabet.issuperset(token) and len(cut.pre_tokenize_str(text)) == 1):
+            raise UserError(f"special token {token!r}: text could give it as well: take one such as <|name|>")
 
 
 def _first_lines(documents: Iterable[str], max_lines: int | None) -> Iterator[str]:

@@ -106,7 +106,7 @@ class _Proxied(BaseHTTPRequestHandler):
     _length: str | None = None  # of what a HEAD does not send
 
     def _pass_on(self) -> None:
-        owner = self.server.owner
+        owner, self._length = self.server.owner, None
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         if self.command == "GET":
             owner.note(self)
@@ -157,6 +157,34 @@ class _Proxied(BaseHTTPRequestHandler):
         pass
 
 
+class Refusing(Server):
+    """A bucket in which there is nothing, and that answers each write with the same status."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(_Refused)
+        self.status = status
+
+
+class _Refused(BaseHTTPRequestHandler):
+    server: _Threaded
+    protocol_version = "HTTP/1.1"
+
+    def _refuse(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        status = 404 if self.command == "GET" else self.server.owner.status
+        content = b'{"error": {"message": "no"}}'
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    do_GET = do_POST = do_PUT = do_DELETE = _refuse  # noqa: N815
+
+    def log_message(self, format: str, *arguments: object) -> None:
+        pass
+
+
 class WebServer(Server):
     """A folder over HTTP, with or without ranges."""
 
@@ -193,6 +221,9 @@ class _File(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(content)))
+        path = self.server.owner.folder / self.path.strip("/")
+        if path.is_file():
+            self.send_header("Last-Modified", self.date_time_string(path.stat().st_mtime))
         if self.server.owner.ranges:
             self.send_header("Accept-Ranges", "bytes")
         if span:

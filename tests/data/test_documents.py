@@ -3,14 +3,19 @@ from __future__ import annotations
 import gzip
 import json
 import logging
+import lzma
+import random
 
 import fsspec
 import pytest
+import zstandard
 
 from pretrain_xla.data import documents
 from pretrain_xla.data.documents import files_version
 from pretrain_xla.data.sources import open_source
 from pretrain_xla.errors import UserError
+
+NOISE = "".join(random.Random(0).choices("abcdefgh ", k=100_000)).encode()  # so that it does not shrink to nothing
 
 
 def read_documents(path, **arguments):
@@ -33,7 +38,7 @@ def test_separator_lines_divide_and_inline_ones_do_not(tmp_path):
     assert list(read_documents(str(tmp_path / "a.txt"))) == ["one", "two <|endoftext|> still"]
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.ndjson", "a.json", "c4-train.00000-of-01024.json.gz"])
 def test_json_lines(tmp_path, name):
     opener = gzip.open if name.endswith("gz") else open
     with opener(tmp_path / name, "wt") as file:
@@ -49,9 +54,10 @@ def test_folder_is_read_in_order_of_names_and_leaves_out_what_is_not_text(tmp_pa
     (tmp_path / "sub" / "c.py").write_text("fourth = 4\n")
     (tmp_path / "z.png").write_bytes(b"\x89PNG\0\0")
     (tmp_path / "y.bin").write_bytes(b"\xff\xfe\xff")
+    (tmp_path / "w.json").write_text('{\n  "pretty": 1\n}\n')
     with caplog.at_level(logging.WARNING):
         assert list(read_documents(str(tmp_path))) == ["first", "second", "third", "fourth = 4"]
-    assert "2 files that are not text" in caplog.text
+    assert "3 files that are not text or JSON lines" in caplog.text
 
 
 def test_any_fsspec_url():
@@ -78,6 +84,18 @@ def test_character_cut_by_the_text_check_is_forgiven(tmp_path):
         ("a.txt", b"x" * 9000 + b"\xff", "a.txt: not UTF-8 text (byte 0xff)"),
         ("a.jsonl.gz", gzip.compress(jsonl("x" * 999).encode(), mtime=0)[:-9], "a.jsonl.gz: cannot be read"),
         ("a.txt.gz", b"not gzip", "a.txt.gz: cannot be read"),
+        ("a.txt.zst", zstandard.compress(NOISE)[:-9], "a.txt.zst: cannot be read: Truncated"),
+        (
+            "a.txt.zst",
+            zstandard.compress(b"x") + zstandard.compress(NOISE)[:-9],
+            "a.txt.zst: cannot be read: Truncated",
+        ),
+        ("a.txt.xz", lzma.compress(NOISE)[:-5000] + b"x" * 5000, "a.txt.xz: cannot be read"),
+        ("a.txt.zip", b"PK\3\4\0\0", "not UTF-8 text"),
+        ("a.jsonl", jsonl("x") + '{"text":' + "[" * 100_000 + "\n", "a.jsonl:2: cannot be read"),
+        ("a.jsonl", '{"text":' + "9" * 5000 + "}\n", "a.jsonl:1: cannot be read"),
+        ("a.json", '[\n{"text": "x"}\n]\n', "a.json: JSON, but not one object a line: make .jsonl of it"),
+        ("a.json.gz", gzip.compress(b'{\n"text": "x"}\n', mtime=0), "a.json.gz: JSON, but not one object a line"),
     ],
     ids=lambda value: value[:20] if isinstance(value, str) else "raw",
 )

@@ -17,6 +17,7 @@ from pretrain_xla.data.encode import document_encoder
 from pretrain_xla.data.pieces import BORDER_BYTE
 from pretrain_xla.data.tokenizer import TiktokenTokenizer, load_tokenizer
 from pretrain_xla.data.train_tokenizer import train_tokenizer
+from pretrain_xla.errors import UserError
 
 CORPUS = [
     "they're the quick  brown fox's; we'll\n\n see 123 foxes, won't we? ",
@@ -112,6 +113,17 @@ def test_real_text(shared, name, file):
     tokenizer = load_tokenizer(name)
     wanted = [token for text in texts for token in [*tokenizer.encode(text), tokenizer.end_of_text]]
     assert np.array_equal(document_encoder(tokenizer)(texts), wanted)
+
+
+@pytest.mark.usefixtures("gpt2_cache")
+def test_text_that_the_regular_expression_gives_up_on_is_named():
+    tokenizer = load_tokenizer("cl100k_base")
+    text = "An odd page" + " " * 1_000_000 + "x"
+    for encode in (document_encoder(tokenizer), tokenizer.encode_batch, lambda texts: tokenizer.encode(texts[0])):
+        with pytest.raises(
+            UserError, match=r"document that begins 'An odd page .* \(1,000,012 characters\): Regex error"
+        ):
+            encode([text])
 
 
 @pytest.mark.usefixtures("gpt2_cache")

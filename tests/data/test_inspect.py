@@ -82,6 +82,29 @@ def test_faults_are_named_and_all_shown(prepared, tmp_path, capsys):
         inspect_command([f"{tmp_path}/a.bin"])
 
 
+def test_dataset_is_read_split_by_split(prepared, tmp_path, capsys):
+    info, folder = prepared("npy")
+    assert inspect_command([str(folder), "--verify", "--plot", str(tmp_path / "p.png")]) == 0
+    shown = capsys.readouterr().out
+    assert shown.index(" train ") < shown.index(" valid ")
+    assert shown.count("none failed") == 2
+    assert {path.name for path in tmp_path.glob("p.*")} == {"p.train.png", "p.valid.png"}
+    assert inspect_command([f"{folder}/", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert {split: found["tokens"] for split, found in report.items()} == {
+        split: made.tokens for split, made in info.splits.items()
+    }
+    (folder / "valid" / "000000.npy").rename(folder / "valid" / "000001.npy")
+    assert inspect_command([str(folder)]) == 1
+
+
+def test_missing_shard_is_a_fault(prepared, capsys):
+    _, folder = prepared("npy")
+    (folder / "valid" / "000000.npy").rename(folder / "valid" / "000001.npy")
+    assert inspect_command([f"{folder}/valid"]) == 1
+    assert "valid/000000.npy: missing, though dataset.json lists it" in capsys.readouterr().out
+
+
 def test_command_shows_and_plots(prepared, tmp_path, capsys):
     _, folder = prepared("bin")
     main(["inspect", f"{folder}/train", "--plot", str(tmp_path / "plot.png")])
@@ -90,7 +113,9 @@ def test_command_shows_and_plots(prepared, tmp_path, capsys):
     assert "tokens: documents" in shown
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(UserError, match="cannot be written"):
-        inspect_command([f"{folder}/train", "--plot", str(tmp_path / "none" / "plot.png")])
+        inspect_command([f"{tmp_path}/not_even_read", "--plot", str(tmp_path / "none" / "plot.png")])
+    with pytest.raises(UserError, match=r"plot.foo: give a name that ends with .*\.png"):
+        inspect_command([f"{tmp_path}/not_even_read", "--plot", str(tmp_path / "plot.foo")])
 
 
 def test_histogram_takes_in_every_document():

@@ -19,12 +19,15 @@ from hypothesis import strategies as st
 
 from pretrain_xla.data import workers
 from pretrain_xla.data.dataset import open_dataset, verify_checksums
-from pretrain_xla.data.documents import Document
+from pretrain_xla.data.documents import Document, read_documents
 from pretrain_xla.data.prepare import prepare
 from pretrain_xla.data.sources import Source, source_of
 from pretrain_xla.data.split import LONG_DOCUMENT, split_document
 from pretrain_xla.data.tokenizer import load_tokenizer
+from pretrain_xla.data.train_tokenizer import train_tokenizer
 from pretrain_xla.errors import UserError
+
+from .servers import Refusing
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [f"Document {number} says <|endoftext|> and naïve things. " * (number % 7 + 1) for number in range(400)]
@@ -189,6 +192,25 @@ def test_shards_of_others_are_not_touched(tmp_path):
     assert list(tree(tmp_path)) == ["train/mine.npy"]
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("given", ["mine/tokenizer", "mine/tokenizer/tokenizer.json", "link"])
+def test_tokenizer_in_the_place_of_the_copy_is_refused_and_stays(tmp_path, given, overwrite):
+    train_tokenizer(DOCUMENTS, 300, str(tmp_path / "mine" / "tokenizer"))
+    (tmp_path / "link").symlink_to(tmp_path / "mine" / "tokenizer")
+    before = tree(tmp_path)
+    with pytest.raises(UserError, match=r"(lies where the dataset keeps its own copy|not written by `prepare`)"):
+        prepare(source(["one document"]), str(tmp_path / "mine"), str(tmp_path / given), overwrite=overwrite)
+    assert tree(tmp_path) == before
+
+
+def test_tokenizer_of_others_is_not_touched(tmp_path):
+    train_tokenizer(DOCUMENTS, 300, str(tmp_path / "tokenizer"))
+    before = tree(tmp_path)
+    with pytest.raises(UserError, match=r"tokenizer/tokenizer.json: not written by `prepare`"):
+        prepare(source(["one document"]), str(tmp_path), "bytes")
+    assert tree(tmp_path) == before
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -217,6 +239,18 @@ def test_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"file/out.*cannot be written"):
         prepare(source(), str(tmp_path / "file" / "out"), "bytes")
+
+
+@pytest.mark.parametrize("status", [400, 403, 412])
+def test_bucket_that_refuses_a_write_is_one_line(tmp_path, monkeypatch, status):
+    with Refusing(status) as server:
+        monkeypatch.setitem(fsspec.config.conf, "gcs", {"token": "anon", "endpoint_url": server.address})
+        with pytest.raises(UserError) as error:
+            prepare(source(), f"gs://refusing-{status}/out", "bytes")
+    assert f"gs://refusing-{status}/out/dataset.json.partial: cannot be written" in str(error.value)
+    assert "check the credentials" in str(error.value)
+    assert "space" not in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_worker_that_is_killed_leaves_whole_shards_to_go_on_from(tmp_path, small_chunks):
@@ -379,6 +413,34 @@ def test_control_c_is_one_line_and_its_workers_are_gone(tmp_path):
     _, errors = process.communicate(timeout=60)
     assert (process.returncode, errors) == (130, "interrupted: the same command will go on from the last whole shard\n")
     assert is_gone(process.pid)
+
+
+def test_two_preparations_in_one_folder_are_refused(tmp_path):
+    def texts():
+        with pytest.raises(UserError, match="another process prepares a dataset there"):
+            prepare(source(), str(tmp_path / "out"), "bytes")
+        yield from DOCUMENTS
+
+    info = prepare(source_of("test", "1", texts), str(tmp_path / "out"), "bytes", num_workers=1)
+    assert prepare(source(), str(tmp_path / "out"), "bytes") == info
+    with pytest.raises(UserError, match="no such file"):
+        prepare(source_of("test", "1", lambda: read_documents(f"{tmp_path}/x")), str(tmp_path / "none"), "bytes")
+    assert not (tmp_path / "none").exists()
+
+
+def test_progress_without_a_terminal_is_a_line_a_minute(tmp_path, monkeypatch, capsys, small_chunks):
+    monkeypatch.setattr("pretrain_xla.data.prepare.LINE_SECONDS", 0.0)
+    (tmp_path / "a.txt").write_text("\n<|endoftext|>\n".join(DOCUMENTS))
+    prepare(source(), str(tmp_path / "a"), "bytes", num_workers=1, progress=False)
+    assert capsys.readouterr().err == ""
+    prepare(str(tmp_path / "a.txt"), str(tmp_path / "b"), "bytes", num_workers=1)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) > 58
+    assert lines[-1].startswith("400 documents, ")
+    assert lines[-1].endswith("M tokens/s, 100.0%")
+    monkeypatch.undo()
+    prepare(source(), str(tmp_path / "c"), "bytes", num_workers=1)
+    assert capsys.readouterr().err == ""
 
 
 def test_any_fsspec_url():

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import gzip
 import itertools
+import json
 import threading
 import time
 
@@ -19,6 +21,7 @@ from pretrain_xla.data.dataset import open_dataset, open_shards
 from pretrain_xla.data.files import filesystem
 from pretrain_xla.data.manifest import dataset_info
 from pretrain_xla.data.prepare import prepare
+from pretrain_xla.data.sources import open_source
 from pretrain_xla.errors import UserError
 
 from .peers import WRITERS
@@ -336,3 +339,15 @@ def test_no_thread_outlives_its_supply(proxy, emulator, local, tmp_path):
         assert time.monotonic() < limit
         time.sleep(0.01)
     assert supply.PART_BYTES * supply.PARTS_AT_A_TIME <= 2**26  # memory that a download takes
+
+
+def test_text_from_a_bucket_outlives_faults(proxy, emulator, tmp_path, impatient):
+    (folder := tmp_path / "text").mkdir()
+    texts = [f"text number {number}" for number in range(500)]
+    (folder / "a.jsonl.gz").write_bytes(gzip.compress("".join(json.dumps({"text": t}) + "\n" for t in texts).encode()))
+    (folder / "b.txt").write_text("the last one")
+    target, kinds, met = upload(emulator, folder, "text"), itertools.cycle(["503", "broken", "short", "stall"]), {}
+    source = open_source(target)
+    proxy.fault = lambda path, span: None if (path, span) in met else met.setdefault((path, span), next(kinds))
+    assert list(source.documents()) == [*texts, "the last one"]
+    assert len(met) > 1

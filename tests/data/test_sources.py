@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import aiohttp
 import datasets
 import fsspec
 import pyarrow as pa
@@ -20,6 +21,7 @@ from hypothesis import strategies as st
 
 from pretrain_xla.data.dataset import open_dataset
 from pretrain_xla.data.documents import Document, read_documents
+from pretrain_xla.data.hub import _batches as hub_batches
 from pretrain_xla.data.prepare import prepare
 from pretrain_xla.data.sources import Source, join_sources, open_source, source_of
 from pretrain_xla.errors import UserError
@@ -147,6 +149,18 @@ def test_streamed_and_downloaded_are_one_source(hub, tmp_path):
 
 
 @pytest.mark.parametrize("streaming", [True, False])
+def test_what_began_streamed_goes_on_downloaded_and_the_other_way_round(hub, streaming):
+    begun, other = (open_source(f"hf:{hub}:all", streaming=way) for way in (streaming, not streaming))
+    found = list(begun.read(None))
+    for stop in (0, 799, 1023, 1024, 2100, 2399):
+        rest = list(other.read(json.loads(json.dumps(found[stop].place))))
+        assert [document.text for document in rest] == TEXTS[stop + 1 : 2400]
+        if stop == 1024:  # and back again
+            place = json.loads(json.dumps(rest[70].place))
+            assert [document.text for document in begun.read(place)] == TEXTS[stop + 72 : 2400]
+
+
+@pytest.mark.parametrize("streaming", [True, False])
 def test_faults_of_datasets_are_one_line(hub, streaming):
     cases = {
         f"hf:{hub}:none": "BuilderConfig 'none' not found. Available: ['all', 'one']",
@@ -162,6 +176,18 @@ def test_faults_of_datasets_are_one_line(hub, streaming):
         assert "\n" not in str(error.value)
     with pytest.raises(UserError, match=r"no column 'body' among id, text: name one with --text-column"):
         next(open_source(f"hf:{hub}:all", streaming=streaming, text_column="body").read(None))
+
+
+def test_stream_that_breaks_with_an_error_of_whatever_library_is_one_line():
+    class Broken:
+        def iter(self, rows):
+            yield [1]
+            raise aiohttp.ClientPayloadError("cut off")
+
+    batches = hub_batches("hf:a", Broken())
+    assert next(batches) == [1]
+    with pytest.raises(UserError, match=r"source 'hf:a': reading broke off \(cut off\): give the same command again"):
+        next(batches)
 
 
 def test_text_column(tmp_path):
@@ -187,6 +213,13 @@ def test_truncated_file_is_one_line(tmp_path, name):
         list(open_source(str(tmp_path / name)).documents())
     assert name in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("write", [write_stream, write_arrow_file])
+def test_arrow_without_rows_is_one_line(tmp_path, write):
+    write(tmp_path / "a.arrow", pa.array([], pa.string()))
+    with pytest.raises(UserError, match="there is no text in it"):
+        list(open_source(str(tmp_path / "a.arrow")).documents())
 
 
 def text_source(name, lengths):
@@ -278,7 +311,17 @@ def test_prepare_door_with_several_sources_and_words(tmp_path):
 
 def test_fineweb_door_without_a_network_is_one_line(tmp_path):
     command = [sys.executable, "scripts/prepare_fineweb.py", "--fineweb-edu", "--streaming", "--tokenizer", "bytes"]
-    words = ["--seed", "7", "--shard-size", "1000", "--output-dir", str(tmp_path / "out"), "--num-workers", "1"]
+    words = [
+        "--overwrite",
+        "--seed",
+        "7",
+        "--shard-size",
+        "1000",
+        "--output-dir",
+        str(tmp_path / "out"),
+        "--num-workers",
+        "1",
+    ]
     environment = {"PATH": "", "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
     ended = subprocess.run(
         [*command, *words, "--cache-dir", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, env=environment

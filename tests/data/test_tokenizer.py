@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import models
 
+from pretrain_xla.data.command import train_tokenizer_command
 from pretrain_xla.data.tokenizer import decode_after, load_tokenizer
 from pretrain_xla.data.train_tokenizer import train_tokenizer
 from pretrain_xla.errors import UserError
@@ -76,6 +77,8 @@ def test_training_door(tmp_path):
     assert fault.returncode == 2
     assert fault.stderr.count("\n") == 1
     assert "no such file" in fault.stderr
+    with pytest.raises(UserError, match="min_frequency=0"):
+        train_tokenizer_command(["--source", str(tmp_path), "--output-dir", str(tmp_path), "--min-frequency", "0"])
 
 
 def test_too_small_a_vocabulary_is_refused(tmp_path):
@@ -177,15 +180,25 @@ def test_special_tokens_lines_and_their_limits(tmp_path):
         ({"vocab_size": 257, "special_tokens": ["<|user|>"]}, "need 258"),
         ({"vocab_size": 100_000, "kind": "sentencepiece"}, "Vocabulary size too high"),
         ({"vocab_size": 300, "max_lines": 0}, "max_lines=0"),
+        ({"vocab_size": 300, "min_frequency": 0}, "min_frequency=0"),
+        ({"vocab_size": 300, "min_frequency": -1}, "min_frequency=-1"),
+        *[
+            ({"vocab_size": 300, "special_tokens": [token]}, "text could give it")
+            for token in ("", "a", "quick", "Ġfox")
+        ],
     ]:
         with pytest.raises(UserError, match=message):
             train_tokenizer(CORPUS, output_dir=str(tmp_path / "x"), **arguments)
 
 
-def test_a_folder_holds_one_tokenizer(tmp_path):
+def test_a_folder_holds_one_tokenizer_and_is_looked_at_before_any_text(tmp_path):
     train_tokenizer(CORPUS, 330, str(tmp_path))
+    unread = (pytest.fail("text was read") for _ in range(1))
     with pytest.raises(UserError, match=r"holds another tokenizer \(tokenizer.json\)"):
-        train_tokenizer(CORPUS, 330, str(tmp_path), kind="sentencepiece")
+        train_tokenizer(unread, 330, str(tmp_path), kind="sentencepiece")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file/out: cannot be written"):
+        train_tokenizer(unread, 330, str(tmp_path / "file" / "out"))
 
 
 def word_level(folder, *words, **files):

@@ -1,0 +1,137 @@
+"""A file to be read from first to last, wherever it lies and however it is packed.
+
+From a bucket or a web server it comes in blocks, each asked for with the patience of `remote`, so that a connection that
+breaks costs a block and not the whole preparation. A server that sends files only whole cannot be asked again for the
+rest: there a break is an error that says how to go on.
+"""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import lzma
+import zlib
+from collections.abc import Callable
+from http import HTTPStatus
+from typing import Any
+
+import pyarrow as pa
+from fsspec.implementations.http import HTTPFileSystem
+
+from pretrain_xla.data.files import is_local, url
+from pretrain_xla.data.remote import call, describe, patiently, read_range
+from pretrain_xla.errors import UserError
+
+BLOCK_BYTES = 2**22  # of a remote file, asked for at a time
+UNPACK_ERRORS = (EOFError, zlib.error, lzma.LZMAError)  # besides OSError: what a damaged packed file raises
+_UNPACKERS: dict[str, Callable[[Any], Any]] = {
+    ".gz": lambda raw: gzip.GzipFile(fileobj=raw),
+    ".bz2": bz2.BZ2File,
+    ".xz": lzma.LZMAFile,
+    # Unlike the readers of `zstandard`, this one refuses a file that ends within a frame.
+    ".zst": lambda raw: pa.CompressedInputStream(raw, "zstd"),
+}
+
+
+def open_file(fs: Any, path: str) -> Any:
+    """A file on any fsspec file system, opened for reading bytes.
+
+    Raises:
+        OSError: a local file that cannot be read.
+        UserError: a remote one; also when it is read.
+    """
+    if is_local(fs):
+        return fs.open(path, "rb")
+    size = call(fs, "info", path).get("size")
+    # A bucket always has ranges; a web server shows it when it is asked for one.
+    has_ranges = size is not None and (not isinstance(fs, HTTPFileSystem) or _gives_ranges(fs, path, size))
+    return io.BufferedReader(_Ranges(fs, path, size) if has_ranges else _Stream(fs, path, size or 0), BLOCK_BYTES)
+
+
+def unpacked(raw: Any, name: str) -> Any:
+    """What an open file holds, unpacked where its name says that it is packed."""
+    return next((unpack(raw) for suffix, unpack in _UNPACKERS.items() if name.endswith(suffix)), raw)
+
+
+def bare_name(path: str) -> str:
+    """A file's name without its folder, and without the suffix that says how it is packed."""
+    name = path.rpartition("/")[2]
+    return next((name.removesuffix(suffix) for suffix in _UNPACKERS if name.endswith(suffix)), name)
+
+
+def _gives_ranges(fs: HTTPFileSystem, path: str, size: int) -> bool:
+    def ask() -> bool:
+        with fs.open(path, block_size=0, size=size, headers={"Range": "bytes=0-0"}) as answer:
+            return bool(answer.r.status == HTTPStatus.PARTIAL_CONTENT)
+
+    return patiently(path, ask)
+
+
+class _Ranges(io.RawIOBase):
+    """A remote file of which any range can be asked for."""
+
+    def __init__(self, fs: Any, path: str, size: int) -> None:
+        self._fs, self._path, self._size, self._position = fs, path, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._position = offset + (0, self._position, self._size)[whence]
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        end = min(self._position + len(buffer), self._size)
+        if end <= self._position:
+            return 0
+        data = read_range(self._fs, self._path, self._position, end)
+        buffer[: len(data)] = data
+        self._position = end
+        return len(data)
+
+
+class _Stream(io.RawIOBase):
+    """A remote file that comes whole or not at all."""
+
+    def __init__(self, fs: Any, path: str, size: int) -> None:
+        self._where, self._size, self._position = url(fs, path), size, 0
+        whole = {"block_size": 0} if isinstance(fs, HTTPFileSystem) else {}
+        self._file = self._tried(lambda: fs.open(path, "rb", **whole))
+
+    def readable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._tried(lambda: self._file.read(len(buffer)))
+        if not data and self._position < self._size:
+            raise self._broken(f"{self._position:,} of {self._size:,} bytes came")
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)
+
+    def close(self) -> None:
+        if not self.closed and hasattr(self, "_file"):
+            self._file.close()
+        super().close()
+
+    def _tried(self, action: Callable[[], Any]) -> Any:
+        try:
+            return action()
+        except Exception as error:  # each library below has errors of its own
+            raise self._broken(describe(error)) from None
+
+    def _broken(self, reason: str) -> UserError:
+        return UserError(
+            f"{self._where}: reading broke off ({reason}), and the server has no ranges: give the same command again, "
+            "or copy the file to a disk first"
+        )
