@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -188,4 +189,13 @@ def _check(flags: EvaluateFlags) -> None:
 def _write(path: str, where: str, results: Sequence[Result], graphs: dict[str, int]) -> None:
     fs, root = filesystem(path)
     tree = {"model": where, "graphs": graphs, "tasks": {result.task: result.as_json() for result in results}}
-    write_atomically(fs, root, [(json.dumps(tree, indent=1) + "\n").encode()])
+    write_atomically(fs, root, [(json.dumps(_plain(tree), indent=1, allow_nan=False) + "\n").encode()])
+
+
+def _plain(value: Any) -> Any:
+    """With null for what is no finite number: JSON has neither NaN nor Infinity."""
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -10,9 +10,12 @@ from pathlib import Path
 import datasets
 import huggingface_hub
 import pytest
+import torch
 
 from pretrain_xla.cli import main
 from pretrain_xla.evaluate.lm_eval_command import lm_eval_command
+from pretrain_xla.interop.command import write_run
+from pretrain_xla.interop.load import LoadedModel, load_model
 
 from .conftest import ORIGINAL, Trio
 
@@ -56,6 +59,22 @@ def test_all_tasks_of_a_folder(trio: Trio, data: Path, capsys: pytest.CaptureFix
     assert len(found["hellaswag"]["examples"][0]["logprobs"]) == 4
     main(["evaluate", "--model", str(trio.run_dir), "--tasks", "piqa", "--data-dir", str(data), "--limit", "1", *HERE])
     assert " 1 │" in capsys.readouterr().out
+
+
+def test_a_broken_model_scores_nothing(trio: Trio, data: Path) -> None:
+    tensors = {name: torch.full_like(value, torch.nan) for name, value in trio.ours.state_dict().items()}
+    (data / "run").mkdir()
+    write_run(
+        LoadedModel(trio.ours.config, tensors, load_model(str(trio.run_dir)).tokenizer, "test"), str(data / "run")
+    )
+    (data / "a.txt").write_text("A man sits on a roof, and he starts pulling up old tiles. ")
+    words = ["piqa", "lambada", f"text={data}/a.txt", "--data-dir", str(data), "--output", str(data / "out.json")]
+    main(["evaluate", "--model", str(data / "run"), "--tasks", *words, *HERE])
+    found = json.loads((data / "out.json").read_text(), parse_constant=pytest.fail)["tasks"]
+    assert found["piqa"]["scores"] == {"acc": 0, "acc_norm": 0}
+    assert found["lambada"]["scores"] == {"perplexity": None, "acc": 0}
+    assert found["text"]["scores"]["loss"] is None
+    assert found["text"]["scores"]["top_5_accuracy"] == 0
 
 
 def test_llmcs_way_counts_by_tokens(trio: Trio, data: Path) -> None:
