@@ -112,10 +112,11 @@ def pretrain(arguments: Sequence[str], *, program: str, fixed: dict[str, Any] | 
         return
     config, notes = parsed.config, effectless(parsed.config, parsed.given)
     if config.train.from_checkpoint is not None:
-        from pretrain_xla.interop.adopt import adopt_architecture
+        from pretrain_xla.interop.adopt import adopt_architecture, adopt_tokenizer
 
-        config, changes = adopt_architecture(config, parsed.stated)
-        notes += changes
+        for adopt in (adopt_architecture, adopt_tokenizer):
+            config, changes = adopt(config, parsed.stated)
+            notes += changes
     if os.environ.get("RANK", "0") == "0":
         for line in notes:
             print(f"note: {line}", flush=True)

@@ -12,6 +12,8 @@ from typing import Any
 from torch import Tensor
 
 from pretrain_xla.config import ModelConfig, RunConfig
+from pretrain_xla.data.manifest import dataset_info
+from pretrain_xla.data.tokenizer import known_tokenizers, load_tokenizer
 from pretrain_xla.errors import UserError
 from pretrain_xla.interop.load import Description, describe
 from pretrain_xla.interop.tensors import fit_rows
@@ -48,6 +50,34 @@ def adopt_architecture(config: RunConfig, stated: frozenset[str]) -> tuple[RunCo
         wanted = wanted.model_copy(update={"vocab_size": found.config.vocab_size})
     check_fits(found, wanted)
     return config.model_copy(update={"model": wanted}), notes
+
+
+def adopt_tokenizer(config: RunConfig, stated: frozenset[str]) -> tuple[RunConfig, list[str]]:
+    """The config with the tokenizer of `from_checkpoint`, where neither a person nor the shards name one; and a line on it.
+
+    Raises:
+        UserError: there is no such checkpoint, or a manifest beside the shards is damaged.
+    """
+    if config.train.from_checkpoint is None or "tokenizer" in stated or dataset_info(config.data.train_dir) is not None:
+        return config, []
+    found = describe(config.train.from_checkpoint)
+    name, notes = usable_tokenizer(found)
+    if name is None:
+        return config, [*notes, f"neither {found.where} nor the shards name a tokenizer: gpt2 is taken for text"]
+    if name == "gpt2":
+        return config, []
+    data = config.data.model_copy(update={"tokenizer": name})
+    return config.model_copy(update={"data": data}), [f"the shards name no tokenizer: that of {found.where} is taken"]
+
+
+def usable_tokenizer(found: Description) -> tuple[str | None, list[str]]:
+    """The tokenizer that a model came with; none, with a line on it, where it cannot be loaded here."""
+    if found.tokenizer is not None and found.tokenizer not in known_tokenizers():
+        try:
+            load_tokenizer(found.tokenizer)
+        except UserError as error:
+            return None, [f"its tokenizer is left out: {error}"]
+    return found.tokenizer, []
 
 
 def check_fits(found: Description, wanted: ModelConfig) -> None:
