@@ -79,8 +79,8 @@ def import_command(arguments: Sequence[str]) -> None:
     )
     flags = parser.parse_args(list(arguments))
     given = {leaf: getattr(flags, leaf) for leaf in (*IMPORT_LEAVES, "activation") if getattr(flags, leaf) is not None}
-    stated = build_config({"model": given, "train": {"from_checkpoint": flags.model}}, "command line")
-    config, notes = adopt_architecture(stated, frozenset(given))
+    tree = {"model": given, "train": {"from_checkpoint": flags.model}}
+    config, notes = adopt_architecture(tree, frozenset(given), "command line")
     found = describe(flags.model)
     tokenizer, left_out = usable_tokenizer(found)
     for note in (*notes, *left_out):
