@@ -16,6 +16,7 @@ from pretrain_xla import cli
 from pretrain_xla.errors import UserError
 from pretrain_xla.interop.adopt import adopt_architecture, fit_tensors
 from pretrain_xla.interop.load import load_model
+from pretrain_xla.interop.mapping import read_config
 from pretrain_xla.model import GPT, parameter_count
 
 from .conftest import assert_same_logits, noise, tokens
@@ -207,6 +208,25 @@ def test_stretched_or_partial_rotary_positions_are_refused(tmp_path: Path) -> No
         (tmp_path / "config.json").write_text(json.dumps(tree | {"rope_parameters": rope}))
         with pytest.raises(UserError, match="our model turns all, unscaled"):
             load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"n_head": 0}, {"n_embd": "x"}, {"model_type": "smollm3", **SHAPE, "no_rope_layers": []}, {"n_layer": [2]}],
+)
+def test_values_of_no_use_are_one_line(change: dict[str, Any]) -> None:
+    tree = {"model_type": "gpt2", **GPT2, "tie_word_embeddings": True} | change
+    with pytest.raises(UserError, match=r"^test: ") as caught:
+        read_config(tree, "test")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": ["a"]}'])
+def test_a_damaged_index(text: str, tmp_path: Path) -> None:
+    make("gpt2").config.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(UserError, match=r"model.safetensors.index.json: is no index of shards"):
+        load(tmp_path)
 
 
 def test_damaged_files(tmp_path: Path) -> None:
