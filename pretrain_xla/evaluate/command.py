@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -14,7 +15,7 @@ from rich.console import Console as RichConsole
 from rich.table import Table
 
 from pretrain_xla.config import build_config
-from pretrain_xla.data.files import filesystem, write_atomically
+from pretrain_xla.data.files import filesystem, is_local, write_atomically
 from pretrain_xla.data.tokenizer import Tokenizer, load_tokenizer
 from pretrain_xla.errors import UserError
 from pretrain_xla.evaluate.evaluation import Evaluation, Result
@@ -184,6 +185,20 @@ def _check(flags: EvaluateFlags) -> None:
         fs, path = filesystem(flags.output)
         if fs.isdir(path):
             raise UserError(f"--output {flags.output} is a folder: name a file")
+        _check_writable(fs, path, flags.output)
+
+
+def _check_writable(fs: Any, path: str, output: str) -> None:
+    """Find out before anything is scored, on a disk; a bucket says it when it is written to."""
+    if not is_local(fs):
+        return
+    folder = os.path.dirname(path)
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"--output {output} cannot be written ({error.strerror}): name another file") from None
 
 
 def _write(path: str, where: str, results: Sequence[Result], graphs: dict[str, int]) -> None:

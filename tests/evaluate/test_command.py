@@ -110,6 +110,10 @@ def test_faults_end_in_one_line(trio: Trio, data: Path, capsys: pytest.CaptureFi
     assert "named twice" in refusal(capsys, *model, "piqa", f"piqa={data}/piqa.jsonl", "--data-dir", str(data))
     assert "--limit 0" in refusal(capsys, *model, "piqa", "--limit", "0")
     assert "--top-k 0" in refusal(capsys, *model, "piqa", "--top-k", "0")
+    (data / "file").write_text("in the way")
+    assert "cannot be written" in refusal(
+        capsys, "--model", "none", "--tasks", "piqa", "--output", f"{data}/file/x.json"
+    )
     assert "is a folder" in refusal(capsys, *model, "piqa", "--output", str(data))
     assert "it is not the model's" in refusal(
         capsys, *model, "piqa", "--data-dir", str(data), "--tokenizer", str(_larger_tokenizer(data))
@@ -145,6 +149,33 @@ def test_lm_evals_command_line(
     assert "pretrain_xla (" in printed
     assert "|local_piqa|" in printed
     assert "acc_norm" in printed
+
+
+@pytest.mark.parametrize(
+    ("words", "names_ours"),
+    [
+        ("run --tasks piqa", True),
+        ("--tasks piqa", True),
+        ("validate --tasks piqa", False),
+        ("ls tasks", False),
+        ("run --model hf", False),
+        ("run --config theirs.yaml", False),
+        ("--config=ours.yaml", True),
+        ("--config none.yaml", True),
+    ],
+)
+def test_our_model_is_named_where_none_is(
+    words: str, names_ours: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = pytest.importorskip("lm_eval.__main__", reason="lm-eval is not installed")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(sys, "argv", [*sys.argv])
+    monkeypatch.setattr(program, "cli_evaluate", lambda: None)
+    Path("theirs.yaml").write_text("model: hf\n")
+    Path("ours.yaml").write_text("tasks: [piqa]\n")
+    lm_eval_command(words.split())
+    assert sys.argv == ["lm_eval", *words.split(), *(["--model", "pretrain_xla"] if names_ours else [])]
 
 
 def _larger_tokenizer(folder: Path) -> Path:
