@@ -49,7 +49,7 @@ def checked(ask: Callable[[Record], Asked]) -> Callable[[Record], Asked]:
                 raise TypeError("no text where one should be")
         except (AttributeError, LookupError, TypeError, ValueError) as error:
             raise UserError(
-                f"{record.where}: a value of its is of another form ({' '.join(str(error).split())})"
+                f"{record.where}: one of its values is of another form ({' '.join(str(error).split())})"
             ) from None
         return asked
 

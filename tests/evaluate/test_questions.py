@@ -202,7 +202,7 @@ def test_an_empty_context_is_an_end_of_text() -> None:
     ],
 )
 def test_values_of_another_form_name_the_record(ask: Callable[[Record], Any], fields: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match=r"^file:7: a value of its is of another form"):
+    with pytest.raises(UserError, match=r"^file:7: one of its values is of another form"):
         ask(Record(fields, "file:7"))
 
 
