@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pretrain_xla import __version__
-from pretrain_xla.config import RunConfig
+from pretrain_xla.config import RunConfig, build_config
 from pretrain_xla.config_file import to_yaml
 from pretrain_xla.errors import UserError, guarded
 
@@ -106,16 +106,13 @@ def pretrain(arguments: Sequence[str], *, program: str, fixed: dict[str, Any] | 
     """Parse the flags of a run and start it."""
     from pretrain_xla.flags import parse_flags
 
-    parsed = parse_flags(arguments, program=program, description="Pretrain a GPT-2-scale model.", fixed=fixed)
+    description = "Pretrain a GPT-2-scale model."
+    parsed = parse_flags(arguments, program=program, description=description, fixed=fixed, build=_adopt)
     if parsed.print_config:
         print(to_yaml(parsed.config), end="")
         return
-    config, notes = parsed.config, effectless(parsed.config, parsed.given)
-    if config.train.from_checkpoint is not None:
-        from pretrain_xla.interop.adopt import adopt_architecture
-
-        config, changes = adopt_architecture(config, parsed.stated)
-        notes += changes
+    config = parsed.config
+    notes = effectless(config, parsed.given) + parsed.notes
     if os.environ.get("RANK", "0") == "0":
         for line in notes:
             print(f"note: {line}", flush=True)
@@ -128,6 +125,17 @@ def pretrain(arguments: Sequence[str], *, program: str, fixed: dict[str, Any] | 
     from pretrain_xla.train.run import start_run
 
     start_run(config)
+
+
+def _adopt(tree: dict[str, Any], stated: frozenset[str], where: str) -> tuple[RunConfig, list[str]]:
+    """The config of a run, with what it takes from the model that it begins from."""
+    if tree["train"]["from_checkpoint"] is None:
+        return build_config(tree, where), []
+    from pretrain_xla.interop.adopt import adopt_architecture, adopt_tokenizer
+
+    config, notes = adopt_architecture(tree, stated, where)
+    config, more = adopt_tokenizer(config, stated)
+    return config, notes + more
 
 
 def effectless(config: RunConfig, given: frozenset[str]) -> list[str]:

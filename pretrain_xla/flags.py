@@ -28,13 +28,23 @@ class Parsed:
     """What a command line asks for.
 
     given: leaves that were named as flags. stated: those, and the leaves of the file. print_config: only show the resolved
-    YAML.
+    YAML. notes: lines on what else the config was made of.
     """
 
     config: RunConfig
     given: frozenset[str]
     stated: frozenset[str]
     print_config: bool
+    notes: list[str]
+
+
+Build = Callable[[dict[str, Any], frozenset[str], str], tuple[RunConfig, list[str]]]
+"""(section → leaf → value, the stated leaves, where the values came from) → the config, and notes on it."""
+
+
+def as_stated(tree: dict[str, Any], stated: frozenset[str], where: str) -> tuple[RunConfig, list[str]]:
+    """The config of a tree alone."""
+    return build_config(tree, where), []
 
 
 def parse_flags(
@@ -43,8 +53,11 @@ def parse_flags(
     program: str,
     description: str,
     fixed: dict[str, Any] | None = None,
+    build: Build = as_stated,
 ) -> Parsed:
     """Default < YAML (`--config`) < flag < `fixed` (leaf name → value that the door itself stands for, unless flagged).
+
+    `build` validates the whole, and may take what nobody stated from elsewhere.
 
     Raises:
         UserError: unknown flag, unreadable file, unknown key, bad value or impossible combination.
@@ -75,7 +88,8 @@ def parse_flags(
     }
     both = f"{where} and flags" if file is not None and given else where
     stated = given | {leaf for section in tree.values() for leaf in section}
-    return Parsed(build_config(sections, both), given, stated, parsed.print_config)
+    config, notes = build(sections, stated, both)
+    return Parsed(config, given, stated, parsed.print_config, notes)
 
 
 def _flags(leaf: str) -> tuple[str, ...]:

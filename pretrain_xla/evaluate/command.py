@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -13,7 +15,7 @@ from rich.console import Console as RichConsole
 from rich.table import Table
 
 from pretrain_xla.config import build_config
-from pretrain_xla.data.files import filesystem, write_atomically
+from pretrain_xla.data.files import filesystem, is_local, write_atomically
 from pretrain_xla.data.tokenizer import Tokenizer, load_tokenizer
 from pretrain_xla.errors import UserError
 from pretrain_xla.evaluate.evaluation import Evaluation, Result
@@ -183,9 +185,32 @@ def _check(flags: EvaluateFlags) -> None:
         fs, path = filesystem(flags.output)
         if fs.isdir(path):
             raise UserError(f"--output {flags.output} is a folder: name a file")
+        _check_writable(fs, path, flags.output)
+
+
+def _check_writable(fs: Any, path: str, output: str) -> None:
+    """Find out before anything is scored, on a disk; a bucket says it when it is written to."""
+    if not is_local(fs):
+        return
+    folder = os.path.dirname(path)
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"--output {output} cannot be written ({error.strerror}): name another file") from None
 
 
 def _write(path: str, where: str, results: Sequence[Result], graphs: dict[str, int]) -> None:
     fs, root = filesystem(path)
     tree = {"model": where, "graphs": graphs, "tasks": {result.task: result.as_json() for result in results}}
-    write_atomically(fs, root, [(json.dumps(tree, indent=1) + "\n").encode()])
+    write_atomically(fs, root, [(json.dumps(_plain(tree), indent=1, allow_nan=False) + "\n").encode()])
+
+
+def _plain(value: Any) -> Any:
+    """With null for what is no finite number: JSON has neither NaN nor Infinity."""
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -6,10 +6,13 @@ the plain `lm_eval` command cannot know of ours. Here its table gets one more li
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+import yaml
 
 from pretrain_xla.errors import UserError
 
@@ -31,11 +34,24 @@ def lm_eval_command(arguments: Sequence[str]) -> None:
     except ModuleNotFoundError as error:
         raise UserError(f"lm-eval needs {error.name}: pip install lm-eval") from None
     words = list(arguments)
-    named = any(word in ("--model", "-M") or word.startswith("--model=") for word in words)
-    if words and words[0] != "ls" and "--help" not in words and "-h" not in words and not named:
+    runs = bool(words) and (words[0] == "run" or words[0].startswith("-")) and not {"--help", "-h"} & set(words)
+    if runs and not _names_a_model(words):
         words += ["--model", MODEL]
     sys.argv = ["lm_eval", *words]
     cli_evaluate()
+
+
+def _names_a_model(words: Sequence[str]) -> bool:
+    """Whether the words, or the file that they name with --config, say which of lm-eval's models it is."""
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        if word in ("--model", "-M") or word.startswith("--model="):
+            return True
+        if word in ("--config", "-C") or word.startswith("--config="):
+            with contextlib.suppress(OSError, yaml.YAMLError):  # lm-eval says what is wrong with it
+                tree = yaml.safe_load(Path(word.partition("=")[2] or following).read_text(encoding="utf-8"))
+                if isinstance(tree, dict) and "model" in tree:
+                    return True
+    return False
 
 
 def register() -> None:

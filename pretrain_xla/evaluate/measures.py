@@ -68,7 +68,10 @@ def stream(scores: Sequence[Score], top_k: Sequence[int]) -> Measured:
     return Measured(values | {"tokens": count}, {}, examples)
 
 
-def _likeliest(values: Sequence[float]) -> int:
+def _likeliest(values: Sequence[float]) -> int | None:
+    """Number of the highest; none where a broken model gave no number, which is no answer."""
+    if any(map(math.isnan, values)):
+        return None
     return max(range(len(values)), key=values.__getitem__)
 
 
@@ -82,4 +85,4 @@ def _error(share: float, count: int) -> float:
 
 
 def _exp(loss: float) -> float:
-    return math.exp(loss) if loss < 700 else math.inf
+    return math.inf if loss > 700 else math.exp(loss)

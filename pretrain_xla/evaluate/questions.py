@@ -7,10 +7,11 @@ names, to the letter; `hellaswag_llmc` alone is llm.c's.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from pretrain_xla.errors import UserError
 from pretrain_xla.evaluate.records import Record
@@ -30,6 +31,32 @@ class Question:
     gold: int
 
 
+Asked = TypeVar("Asked", Question, tuple[str, str])
+LISTS = ("endings", "choices", "context_options")
+
+
+def checked(ask: Callable[[Record], Asked]) -> Callable[[Record], Asked]:
+    """Values of a wrong type become a `UserError` that names the record; a text where a list should be is one."""
+
+    @functools.wraps(ask)
+    def call(record: Record) -> Asked:
+        try:
+            if any(isinstance(record.fields.get(key), str) for key in LISTS):
+                raise TypeError("a text where a list should be")
+            asked = ask(record)
+            texts = asked.contexts if isinstance(asked, Question) else asked
+            if not all(isinstance(text, str) for text in texts):
+                raise TypeError("no text where one should be")
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{record.where}: one of its values is of another form ({' '.join(str(error).split())})"
+            ) from None
+        return asked
+
+    return call
+
+
+@checked
 def hellaswag(record: Record) -> Question:
     """lm-eval's way: activity and context in front, WikiHow's marks taken out."""
     form = _form(record, {"endings", "ctx_a", "ctx_b", "activity_label"}, {"query", "choices"})
@@ -40,6 +67,7 @@ def hellaswag(record: Record) -> Question:
     return _question(record, record.fields["query"], record.fields["choices"], "gold")
 
 
+@checked
 def hellaswag_llmc(record: Record) -> Question:
     """llm.c's way: the context and the endings as they stand. (The short form has lost `ctx`: there, its query.)"""
     if _form(record, {"endings", "ctx"}, {"query", "choices"}) == 0:
@@ -47,6 +75,7 @@ def hellaswag_llmc(record: Record) -> Question:
     return _question(record, record.fields["query"], record.fields["choices"], "gold")
 
 
+@checked
 def piqa(record: Record) -> Question:
     """A goal, and two ways to reach it."""
     if _form(record, {"goal", "sol1", "sol2"}, {"query", "choices"}) == 0:
@@ -55,6 +84,7 @@ def piqa(record: Record) -> Question:
     return _question(record, _asked_in(record), record.fields["choices"], "gold")
 
 
+@checked
 def arc(record: Record) -> Question:
     """A science question with three to five answers."""
     if _form(record, {"question", "answerKey"}, {"query", "choices"}) == 1:
@@ -69,6 +99,7 @@ def arc(record: Record) -> Question:
     return _choices(_asked(question), choices["text"], gold)
 
 
+@checked
 def winogrande(record: Record) -> Question:
     """A sentence with a gap: each option fills it in turn, and the rest of the sentence is scored (Trinh and Le 2018)."""
     fields = record.fields
@@ -85,6 +116,7 @@ def winogrande(record: Record) -> Question:
     return Question(tuple(contexts), (f" {rest}",) * len(contexts), lengths, gold)
 
 
+@checked
 def lambada(record: Record) -> tuple[str, str]:
     """A passage, and its last word."""
     _form(record, {"text"})

@@ -35,9 +35,10 @@ def joined_rows(
 def separate_rows(
     contexts: Sequence[str], continuations: Sequence[str], tokenizer: Tokenizer, max_length: int
 ) -> list[Row]:
-    """llm.c's way: context and continuation are tokenized apart."""
+    """llm.c's way: context and continuation are tokenized apart. An empty context is an end-of-text token."""
     pairs = zip(tokenizer.encode_batch(contexts), tokenizer.encode_batch(continuations), strict=True)
-    return [cut(context + continuation, len(context), max_length) for context, continuation in pairs]
+    befores = ((context or [tokenizer.end_of_text], continuation) for context, continuation in pairs)
+    return [cut(before + continuation, len(before), max_length) for before, continuation in befores]
 
 
 def cut(tokens: Sequence[int], start: int, max_length: int) -> Row:

@@ -180,7 +180,9 @@ class Scorer:
         before_V = torch.arange(logits_RTV.shape[-1], device=logits_RTV.device) < ids_RT1
         rank_RT = ((logits_RTV > target_RT1) | ((logits_RTV == target_RT1) & before_V)).sum(-1)
         columns = [torch.where(valid_RT, logprobs_RT, 0.0)]
-        columns += [(valid_RT & (rank_RT < k)).float() for k in self.top_k]
+        # Nothing is above a NaN, which would make every token of a broken model the likeliest.
+        counts_RT = valid_RT & logprobs_RT.isfinite()
+        columns += [(counts_RT & (rank_RT < k)).float() for k in self.top_k]
         return torch.stack([column_RT.sum(-1) for column_RT in columns], dim=-1)
 
 

@@ -91,6 +91,10 @@ def generate_command(arguments: Sequence[str]) -> None:
         flags.model, tokenizer=flags.tokenizer, runtime=runtime, device=flags.device, which=flags.checkpoint
     )
     with contextlib.closing(generator.runtime):
+        vocab_size = generator.model.config.vocab_size
+        for stop in flags.stop_token:
+            if not 0 <= stop < vocab_size:
+                raise UserError(f"--stop-token {stop}: the model's tokens are 0 to {vocab_size - 1}")
         if prompts:
             texts = _continue(generator, prompts, flags, request)
             if flags.output is not None:

@@ -70,7 +70,9 @@ class Sampling:
     def numbers(self) -> Tensor:
         """The rules' numbers, fp32 [5] on the host, as `choose` takes them."""
         top_k = self.top_k or 2**30
-        return torch.tensor([self.temperature, top_k, self.top_p, self.min_p, self.repetition_penalty])
+        # Below the smallest normal number some devices see 0, and dividing by it would leave no token that can be drawn.
+        temperature = max(self.temperature, 1e-30) if self.temperature > 0 else 0.0
+        return torch.tensor([temperature, top_k, self.top_p, self.min_p, self.repetition_penalty])
 
 
 def draws(seed: int, rows: int, count: int) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pretrain_xla.data.tokenizer import Tokenizer, decode_after
+from pretrain_xla.data.tokenizer import Tokenizer
 
 
 class TextStream:
@@ -17,7 +17,9 @@ class TextStream:
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: str = "", stop_strings: Sequence[str] = ()) -> None:
-        self._tokenizer, self._prompt, self._stop_strings = tokenizer, prompt, tuple(stop_strings)
+        self._tokenizer, self._stop_strings = tokenizer, tuple(stop_strings)
+        self._before = tokenizer.encode(prompt)
+        self._before_length = len(tokenizer.decode(self._before))
         self._keep_back = max(map(len, self._stop_strings), default=1) - 1
         self.text = ""
         self.tokens: list[int] = []
@@ -26,15 +28,19 @@ class TextStream:
     def add(self, token: int) -> str:
         """Take a token; returns the text that is certain by now and was not before (perhaps none)."""
         self.tokens.append(token)
-        decoded = decode_after(self._tokenizer, self._prompt, self.tokens)
+        decoded = self._decoded()
         if decoded.endswith("\ufffd"):  # a character may need several tokens
             return ""
         return self._advance(decoded, len(decoded) - self._keep_back)
 
     def finish(self) -> str:
         """What was kept back, at the end of the tokens."""
-        decoded = decode_after(self._tokenizer, self._prompt, self.tokens)
+        decoded = self._decoded()
         return "" if self.ended else self._advance(decoded, len(decoded))
+
+    def _decoded(self) -> str:
+        """As `decode_after` has it, with the prompt encoded once: decoding is cheap, and may need all that came before."""
+        return self._tokenizer.decode([*self._before, *self.tokens])[self._before_length :]
 
     def _advance(self, decoded: str, certain: int) -> str:
         shown = len(self.text)

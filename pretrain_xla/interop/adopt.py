@@ -11,7 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
-from pretrain_xla.config import ModelConfig, RunConfig
+from pretrain_xla.config import ModelConfig, RunConfig, build_config
+from pretrain_xla.data.manifest import dataset_info
+from pretrain_xla.data.tokenizer import known_tokenizers, load_tokenizer
 from pretrain_xla.errors import UserError
 from pretrain_xla.interop.load import Description, describe
 from pretrain_xla.interop.tensors import fit_rows
@@ -23,31 +25,63 @@ FREE_MODEL_KEYS = {"dropout", "attention", "init"}
 USUAL_PADDING = 128
 
 
-def adopt_architecture(config: RunConfig, stated: frozenset[str]) -> tuple[RunConfig, list[str]]:
-    """The config of a run that begins `from_checkpoint`.
+def adopt_architecture(tree: Mapping[str, Any], stated: frozenset[str], where: str) -> tuple[RunConfig, list[str]]:
+    """The config of a run, with the architecture of the model that it begins from, where it names one.
 
     Args:
-        config: as its flags, file and defaults have it.
+        tree: section → leaf → value, as flags, file and defaults have it. It is validated with the checkpoint's architecture
+            in place: what fits the defaults may not fit the checkpoint, and the other way round.
         stated: the leaves that a person gave a value; all others of `model` come from the checkpoint.
+        where: where the values came from, for messages.
 
     Returns:
         The config, and a line on each thing that was taken or changed.
 
     Raises:
-        UserError: a stated leaf contradicts the checkpoint, or there is none.
+        UserError: a stated leaf contradicts the checkpoint, there is none, or the config is impossible with it.
     """
-    if config.train.from_checkpoint is None:
+    source = tree["train"]["from_checkpoint"]
+    if source is None:
+        return build_config(dict(tree), where), []
+    found = describe(source)
+    own = {key: value for key, value in tree["model"].items() if key in FREE_MODEL_KEYS | stated}
+    model = {key: value for key, value in found.config.model_dump().items() if key not in FREE_MODEL_KEYS} | own
+    notes = [f"the model is that of {found.where}: {parameter_count(found.config):,} parameters"]
+    if model["vocab_size"] > found.config.vocab_size:
+        # Its logits for real tokens may lie far below 0, where a row of zeros that counts as a token would drown them.
+        notes.append(f"vocab_size {model['vocab_size']} -> {found.config.vocab_size}: the rest is padding")
+        model["vocab_size"] = found.config.vocab_size
+    config = build_config({**tree, "model": model}, where)
+    check_fits(found, config.model)
+    return config, notes
+
+
+def adopt_tokenizer(config: RunConfig, stated: frozenset[str]) -> tuple[RunConfig, list[str]]:
+    """The config with the tokenizer of `from_checkpoint`, where neither a person nor the shards name one; and a line on it.
+
+    Raises:
+        UserError: there is no such checkpoint, or a manifest beside the shards is damaged.
+    """
+    if config.train.from_checkpoint is None or "tokenizer" in stated or dataset_info(config.data.train_dir) is not None:
         return config, []
     found = describe(config.train.from_checkpoint)
-    kept = {key: getattr(config.model, key) for key in FREE_MODEL_KEYS | (stated & set(ModelConfig.model_fields))}
-    wanted = found.config.model_copy(update=kept)
-    notes = [f"the model is that of {found.where}: {parameter_count(found.config):,} parameters"]
-    if wanted.vocab_size > found.config.vocab_size and "vocab_size" in stated:
-        # Its logits for real tokens may lie far below 0, where a row of zeros that counts as a token would drown them.
-        notes.append(f"vocab_size {wanted.vocab_size} -> {found.config.vocab_size}: the rest is padding")
-        wanted = wanted.model_copy(update={"vocab_size": found.config.vocab_size})
-    check_fits(found, wanted)
-    return config.model_copy(update={"model": wanted}), notes
+    name, notes = usable_tokenizer(found)
+    if name is None:
+        return config, [*notes, f"neither {found.where} nor the shards name a tokenizer: gpt2 is taken for text"]
+    if name == "gpt2":
+        return config, []
+    data = config.data.model_copy(update={"tokenizer": name})
+    return config.model_copy(update={"data": data}), [f"the shards name no tokenizer: that of {found.where} is taken"]
+
+
+def usable_tokenizer(found: Description) -> tuple[str | None, list[str]]:
+    """The tokenizer that a model came with; none, with a line on it, where it cannot be loaded here."""
+    if found.tokenizer is not None and found.tokenizer not in known_tokenizers():
+        try:
+            load_tokenizer(found.tokenizer)
+        except UserError as error:
+            return None, [f"its tokenizer is left out: {error}"]
+    return found.tokenizer, []
 
 
 def check_fits(found: Description, wanted: ModelConfig) -> None:

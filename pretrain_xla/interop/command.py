@@ -11,7 +11,7 @@ from pretrain_xla.config_file import to_yaml
 from pretrain_xla.data.tokenizer import StoredTokenizer, known_tokenizers, load_tokenizer
 from pretrain_xla.errors import UserError
 from pretrain_xla.interop import hub
-from pretrain_xla.interop.adopt import adopt_architecture, fit_tensors
+from pretrain_xla.interop.adopt import adopt_architecture, fit_tensors, usable_tokenizer
 from pretrain_xla.interop.export import DTYPES, export_model, make_empty_folder
 from pretrain_xla.interop.load import LoadedModel, describe, load_model
 from pretrain_xla.interop.mapping import choose
@@ -79,15 +79,14 @@ def import_command(arguments: Sequence[str]) -> None:
     )
     flags = parser.parse_args(list(arguments))
     given = {leaf: getattr(flags, leaf) for leaf in (*IMPORT_LEAVES, "activation") if getattr(flags, leaf) is not None}
-    stated = build_config({"model": given, "train": {"from_checkpoint": flags.model}}, "command line")
-    config, notes = adopt_architecture(stated, frozenset(given))
-    make_empty_folder(flags.out)
-    for note in notes:
-        print(f"note: {note}")
+    tree = {"model": given, "train": {"from_checkpoint": flags.model}}
+    config, notes = adopt_architecture(tree, frozenset(given), "command line")
     found = describe(flags.model)
-    write_run(
-        LoadedModel(config.model, fit_tensors(found.read(), config.model), found.tokenizer, found.where), flags.out
-    )
+    tokenizer, left_out = usable_tokenizer(found)
+    for note in (*notes, *left_out):
+        print(f"note: {note}")
+    make_empty_folder(flags.out)
+    write_run(LoadedModel(config.model, fit_tensors(found.read(), config.model), tokenizer, found.where), flags.out)
     print(f"{found.where} -> {flags.out}: {_size(config.model)}; evaluate, train or generate from that folder")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from huggingface_hub import save_torch_state_dict
 
-from pretrain_xla.data.tokenizer import load_tokenizer
+from pretrain_xla.data.tokenizer import Tokenizer, load_tokenizer
 from pretrain_xla.errors import UserError
 from pretrain_xla.interop.card import model_card
 from pretrain_xla.interop.load import LoadedModel
@@ -41,13 +41,12 @@ def export_model(
     config = loaded.config
     family = choose(config)
     make_empty_folder(folder)
-    tokenizer = load_tokenizer(loaded.tokenizer) if loaded.tokenizer else None
-    end = tokenizer.end_of_text if tokenizer is not None and tokenizer.end_of_text < config.vocab_size else None
+    tokenizer, notes = _tokenizer(loaded)
+    end = tokenizer.end_of_text if tokenizer is not None else None
     # Named even where there is none: the defaults of some architectures are ids of other people's tokenizers.
     ends = {"bos_token_id": end, "eos_token_id": end}
     name = str(DTYPES[dtype]).removeprefix("torch.")
     tree = write_config(family, config) | ends | {"pad_token_id": None, "torch_dtype": name, "use_cache": True}
-    notes = []
     try:
         tensors = to_theirs(loaded.tensors, config, family.layout)
         tensors = {name: tensor.to(DTYPES[dtype]) for name, tensor in tensors.items()}
@@ -55,15 +54,26 @@ def export_model(
         write_json(os.path.join(folder, "config.json"), tree)
         _share(folder)
         write_json(os.path.join(folder, "generation_config.json"), {k: v for k, v in ends.items() if v is not None})
-        if tokenizer is None:
-            notes.append("this model came without a tokenizer, so none is written")
-        else:
+        if tokenizer is not None:
             notes += write_tokenizer(tokenizer, folder, config.seq_length)
         with open(os.path.join(folder, "README.md"), "w", encoding="utf-8") as file:
             file.write(model_card(loaded, family, title or os.path.basename(os.path.abspath(folder))))
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error.strerror or error}): name another folder") from None
     return notes
+
+
+def _tokenizer(loaded: LoadedModel) -> tuple[Tokenizer | None, list[str]]:
+    """The model's tokenizer; none, with a note, where there is none or it is larger than the model, and so not the model's."""
+    if loaded.tokenizer is None:
+        return None, ["this model came without a tokenizer, so none is written"]
+    tokenizer = load_tokenizer(loaded.tokenizer)
+    if tokenizer.vocab_size > loaded.config.vocab_size:
+        return None, [
+            f"tokenizer {tokenizer.name!r} has {tokenizer.vocab_size} tokens and the model {loaded.config.vocab_size}: it is "
+            "not the model's, and is not written"
+        ]
+    return tokenizer, []
 
 
 def make_empty_folder(folder: str) -> None:

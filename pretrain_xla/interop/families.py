@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pretrain_xla.config import ModelConfig
-from pretrain_xla.interop.keys import GELU, GPT2_GELU, SCALAR, SILU, Key, root
+from pretrain_xla.interop.keys import GELU, GEMMA_GELU, GPT2_GELU, SCALAR, SILU, Key, root
 from pretrain_xla.interop.layouts import (
     ATTENTION,
     BIGCODE_LAYOUT,
@@ -41,7 +41,8 @@ class Family:
     takes: option → the values it can take (`ANY`, or a test); an option left out must have its plain value (`PLAIN`).
     keys: key of config.json → our option. demands: keys with the only value under which it computes what we do, written as
     they are. extra: further keys, which are only written. bias: whether a config.json implies biases. exported: whether
-    models are exported to it, or only imported from it. theta: base of its rotary wavelengths where config.json is silent.
+    models are exported to it, or only imported from it. silent: keys of config.json that transformers fills in where they are
+    left out, with other values than those of our keys.
     """
 
     model_type: str
@@ -53,7 +54,7 @@ class Family:
     extra: Callable[[ModelConfig], dict[str, Any]] = lambda config: {}
     bias: Callable[[Mapping[str, Any]], bool] = lambda raw: False
     exported: bool = True
-    theta: float = 10_000.0
+    silent: Mapping[str, Any] = field(default_factory=dict)
 
 
 def _rope(config: ModelConfig) -> dict[str, Any]:
@@ -128,6 +129,7 @@ GEMMA_TAKES: Options = LLAMA_TAKES | NO_BIAS | {"norm": ("rmsnorm_zero_centered"
 CAPS: Options = {"query_scale": root, "attention_softcap": ANY, "logit_softcap": ANY}
 MULTIPLIERS = {"residual_multiplier": 1.0, "logits_scaling": 1.0}
 DROPOUT = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
+WINDOW = {"sliding_window": 4096}
 GPT2_DEMANDS = {"scale_attn_weights": True, "add_cross_attention": False}
 
 FAMILIES = (
@@ -163,7 +165,7 @@ FAMILIES = (
         "gemma",
         "GemmaForCausalLM",
         GEMMA_TAKES | UNEVEN,
-        GEMMA_KEYS | {"hidden_act": GELU},
+        GEMMA_KEYS | {"hidden_act": GEMMA_GELU},
         LLAMA_LAYOUT,
         demands={"attention_bias": False},
         extra=_rope,
@@ -175,6 +177,7 @@ FAMILIES = (
         GEMMA2_KEYS,
         Layout("model.layers", OUTER, ATTENTION | FEED_FORWARD | GEMMA_NORMS),
         demands={"attention_bias": False},
+        silent=WINDOW,
         extra=lambda config: _rope(config) | _full_attention(config),
     ),
     Family(
@@ -215,6 +218,7 @@ FAMILIES = (
             "rope_parameters": _rope(config)["rope_parameters"] | {"partial_rotary_factor": 1.0},
         },
         bias=lambda raw: True,
+        silent={"partial_rotary_factor": 0.25},
     ),
     Family(
         "gpt_bigcode",
@@ -234,16 +238,18 @@ FAMILIES = (
         Layout("model.layers", OUTER, ATTENTION | PLAIN_FEED_FORWARD | NORMS),
         extra=lambda config: _rope(config) | _biases(config),
         bias=_has_biases,
+        silent={"hidden_act": "relu2", "rms_norm_eps": 1e-5},
     ),
     Family(
         "smollm3",
         "SmolLM3ForCausalLM",
         LLAMA_TAKES | UNEVEN | {"positions": ("none",)},
-        LLAMA_KEYS | HEAD_DIM | {"no_rope_layers": Key("positions_by_layer")},
+        LLAMA_KEYS | HEAD_DIM | TIED | {"no_rope_layers": Key("positions_by_layer")},
         LLAMA_LAYOUT,
         demands={"use_sliding_window": False},
         extra=lambda config: _rope(config) | _biases(config),
         bias=_has_biases,
+        silent={"rope_theta": 2_000_000.0},
     ),
     Family(
         "apertus",
@@ -260,6 +266,12 @@ FAMILIES = (
         ),
         demands={"attention_bias": False},
         extra=_rope,
+        silent={
+            "hidden_act": "xielu",
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 12_000_000.0,
+            "rope_parameters": {"rope_type": "llama3"},
+        },
     ),
     Family(
         "vaultgemma",
@@ -275,6 +287,7 @@ FAMILIES = (
         ),
         demands={"attention_bias": False},
         extra=lambda config: _rope(config) | _full_attention(config),
+        silent=WINDOW,
     ),
     Family(
         "gemma3_text",
@@ -285,7 +298,7 @@ FAMILIES = (
         Layout("model.layers", OUTER, ATTENTION | HEAD_NORMS | FEED_FORWARD | GEMMA_NORMS),
         demands={"attention_bias": False, "use_bidirectional_attention": False},
         extra=_rope_by_layer_type,
-        theta=1_000_000.0,
+        silent=WINDOW | {"rope_theta": 1_000_000.0, "rope_local_base_freq": 10_000.0, "sliding_window_pattern": 6},
     ),
     Family(
         "hyperclovax",
@@ -307,7 +320,15 @@ FAMILIES = (
         extra=lambda config: _rope(config) | _biases(config),
         bias=_has_biases,
     ),
-    Family("mistral", "MistralForCausalLM", LLAMA_TAKES | NO_BIAS, LLAMA_KEYS | HEAD_DIM, LLAMA_LAYOUT, exported=False),
+    Family(
+        "mistral",
+        "MistralForCausalLM",
+        LLAMA_TAKES | NO_BIAS,
+        LLAMA_KEYS | HEAD_DIM,
+        LLAMA_LAYOUT,
+        exported=False,
+        silent=WINDOW,
+    ),
     Family(
         "qwen2",
         "Qwen2ForCausalLM",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Concatenate, ParamSpec, TypeVar
 
 import huggingface_hub
@@ -82,15 +82,8 @@ def download_checkpoint(repository: str, which: str = "newest") -> str:
     found = steps(repository)
     if not found:
         raise UserError(f"{repository} on the Hugging Face Hub: neither a config.json there nor a complete checkpoint")
-    # The best is known by its marker; of what is kept, that is one of a few.
-    wanted = found if which == "best" else found[-1:]
-    markers = [f"{CHECKPOINTS}/{folder_name(step)}/{MARKER}" for step in wanted]
-    patterns = [*RUN_FILES, *markers]
-    root = huggingface_hub.snapshot_download(repository, allow_patterns=patterns)
-    if which == "best":
-        best = CheckpointStore(f"{root}/{CHECKPOINTS}", limit=1).best()
-        wanted = [best if best is not None else found[-1]]
-    folder = f"{CHECKPOINTS}/{folder_name(wanted[0])}"
+    best = _markers(repository, found).best() if which == "best" else None
+    folder = f"{CHECKPOINTS}/{folder_name(found[-1] if best is None else best)}"
     root = huggingface_hub.snapshot_download(repository, allow_patterns=[*RUN_FILES, f"{folder}/*"])
     return f"{root}/{folder}"
 
@@ -108,6 +101,13 @@ def steps(repository: str) -> list[int]:
         return []
     marked = re.compile(rf"{CHECKPOINTS}/{PREFIX}(\d+)/{re.escape(MARKER)}")
     return sorted(int(match[1]) for file in files if (match := marked.fullmatch(file)))
+
+
+def _markers(repository: str, found: Sequence[int]) -> CheckpointStore:
+    """The markers alone of the checkpoints of these steps, in the cache: enough to know their losses."""
+    patterns = [f"{CHECKPOINTS}/{folder_name(step)}/{MARKER}" for step in found]
+    root = huggingface_hub.snapshot_download(repository, allow_patterns=patterns)
+    return CheckpointStore(f"{root}/{CHECKPOINTS}", limit=1)
 
 
 @reported
@@ -138,9 +138,10 @@ def push_folder(repository: str, folder: str, message: str) -> str:
 
 @reported
 def push_checkpoint(repository: str, store: CheckpointStore, step: int, files: Mapping[str, str]) -> None:
-    """Upload one checkpoint and the run's small files in one commit, which also removes those that the store no longer keeps.
+    """Upload one checkpoint and the run's small files in one commit, which also removes those that the run no longer keeps.
 
-    A commit is whole or not there: nobody ever finds half a checkpoint.
+    The store's rule holds for the checkpoints here and there together: after a move to another machine, the Hub alone has the
+    earlier ones. A commit is whole or not there: nobody ever finds half a checkpoint.
 
     Args:
         repository: `owner/name`.
@@ -158,7 +159,9 @@ def push_checkpoint(repository: str, store: CheckpointStore, step: int, files: M
             inside = f"{CHECKPOINTS}/{os.path.relpath(path, store.root)}"
             operations.append(huggingface_hub.CommitOperationAdd(inside, path))
     operations += [huggingface_hub.CommitOperationAdd(inside, path) for inside, path in files.items()]
-    for old in set(steps(repository)) - store.kept() - {step}:
+    there = steps(repository)
+    losses = _markers(repository, there).losses() if there else {}
+    for old in set(there) - store.kept(losses) - {step}:
         inside = f"{CHECKPOINTS}/{folder_name(old)}/"
         operations.append(huggingface_hub.CommitOperationDelete(inside, is_folder=True))
     huggingface_hub.HfApi().create_commit(repository, operations, commit_message=f"Checkpoint of step {step}")

@@ -52,6 +52,13 @@ SILU = Key("activation", "silu", ACTIVATIONS.__getitem__, _read_activation)
 GELU = Key("activation", "gelu_pytorch_tanh", ACTIVATIONS.__getitem__, _read_activation)
 # The name of 2019, which every version knows; the same function.
 GPT2_GELU = Key("activation", "gelu_new", (ACTIVATIONS | {"gelu": "gelu_new"}).__getitem__, _read_activation)
+# In Gemma 1 "gelu" stands for the tanh form, as its releases had it; the exact one goes by its other name.
+GEMMA_GELU = Key(
+    "activation",
+    "gelu_pytorch_tanh",
+    (ACTIVATIONS | {"gelu_exact": "gelu_python"}).__getitem__,
+    lambda name: _read_activation("gelu_pytorch_tanh" if name == "gelu" else name),
+)
 SCALAR = Key("scale", 256, lambda scale: round(scale**-2), lambda scalar: scalar**-0.5)
 
 

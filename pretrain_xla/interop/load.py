@@ -7,7 +7,6 @@ command line can take the architecture from it; `load_model` reads it whole.
 from __future__ import annotations
 
 import os
-from typing import Any
 
 from torch import Tensor
 
@@ -18,7 +17,7 @@ from pretrain_xla.interop import hub
 from pretrain_xla.interop.description import Description, LoadedModel
 from pretrain_xla.interop.hugging_face import describe_folder
 from pretrain_xla.interop.state_dict import describe_file
-from pretrain_xla.train.checkpoint import open_checkpoint
+from pretrain_xla.train.checkpoint import CheckpointInfo, open_checkpoint
 from pretrain_xla.train.files import find_tokenizer
 
 __all__ = ["Description", "LoadedModel", "describe", "load_model"]
@@ -85,13 +84,18 @@ def _checkpoint(path: str, which: str) -> Description:
         prefix = "model."
         return {n.removeprefix(prefix): t for n, t in store.load(step).items() if n.startswith(prefix)}
 
-    return Description(config, _tokenizer_of(store.root, info.config), folder, read, (store, step))
+    return Description(config, _tokenizer_of(store.root, info), folder, read, (store, step))
 
 
-def _tokenizer_of(checkpoints_dir: str, config: dict[str, Any]) -> str:
-    """Name of the tokenizer that a run was trained with: its own copy, or what its data's manifest says."""
+def _tokenizer_of(checkpoints_dir: str, info: CheckpointInfo) -> str | None:
+    """Name of the tokenizer that a run was trained with: its own copy, or what its data's manifest says.
+
+    None: it was imported and has seen no data, so what came without a tokenizer is still without one.
+    """
     if own := find_tokenizer(checkpoints_dir):
         return own
-    named = config["data"]["tokenizer"]
-    info = None if named else dataset_info(config["data"]["train_dir"])
-    return named or (info.tokenizer_name if info else "gpt2")
+    data = info.config["data"]
+    if data["tokenizer"] or not info.data:
+        return data["tokenizer"]
+    manifest = dataset_info(data["train_dir"])
+    return manifest.tokenizer_name if manifest else "gpt2"

@@ -19,8 +19,6 @@ from pretrain_xla.interop.traits import PLAIN, allowed, traits
 STAMP = "pretrain_xla"
 # What makes a model another kind of model: an architecture that differs in one of these is a far one.
 FUNDAMENTAL = {"norm": 4, "positions": 4, "gated": 2}
-# What config.json cannot say, and what does not change what the weights mean.
-UNSAID = ("vocab_multiple", "dropout", "init", "attention")
 
 
 def choose(config: ModelConfig) -> Family:
@@ -60,12 +58,15 @@ def read_config(raw: Mapping[str, Any], where: str) -> tuple[Family, ModelConfig
         UserError: an unknown architecture, or a setting under which it computes what our model cannot.
     """
     family = _family(raw, where)
+    raw = _filled(raw, family)
     try:
         options = _options(family, raw)
     except KeyError as error:
         raise UserError(f"{where}: {error.args[0]!r} is missing") from None
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise UserError(f"{where}: a value in it is of no use ({type(error).__name__}: {error})") from None
     for key, wanted in family.demands.items():
         if raw.get(key, wanted) != wanted:
             raise UserError(f"{where}: {key}={raw[key]}, and our model computes {family.model_type} only with {wanted}")
@@ -100,6 +101,12 @@ def _family(raw: Mapping[str, Any], where: str) -> Family:
     raise UserError(f"{where}: model_type={name!r} is none that our model computes: {known}")
 
 
+def _filled(raw: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    """With what transformers puts where nothing is said. Of a window, null says that there is none."""
+    said = {key for key, value in raw.items() if value is not None or key == "sliding_window"}
+    return {**raw, **{key: value for key, value in family.silent.items() if key not in said}}
+
+
 def _options(family: Family, raw: Mapping[str, Any]) -> dict[str, Any]:
     """Leaves of `ModelConfig`: what the architecture always is, and what the file says."""
     fixed = {name: family.takes.get(name, values) for name, values in PLAIN.items()}
@@ -115,7 +122,7 @@ def _options(family: Family, raw: Mapping[str, Any]) -> dict[str, Any]:
             raise KeyError(theirs)
     options["seq_length"] = min(options["seq_length"], _window(raw) or options["seq_length"])
     if options["positions"] != "learned":
-        options["rope_theta"] = _theta(raw, family.theta)
+        options["rope_theta"] = _theta(raw)
     return _ours(options)
 
 
@@ -152,16 +159,14 @@ def _window(raw: Mapping[str, Any]) -> int | None:
     return window
 
 
-def _theta(raw: Mapping[str, Any], default: float) -> float:
+def _theta(raw: Mapping[str, Any]) -> float:
     """Base of the rotary wavelengths, from the places where transformers has kept it.
 
     Raises:
         UserError: the wavelengths are stretched, or only a part of each head turns, or layers differ.
     """
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    kinds = set(raw.get("layer_types") or ()) & set(rope)
-    parts = [rope[kind] for kind in sorted(kinds)] or [rope]
-    thetas = {float(part.get("rope_theta") or raw.get("rope_theta") or default) for part in parts}
+    parts = _rotary_parts(raw)
+    thetas = {float(part.get("rope_theta") or raw.get("rope_theta") or 10_000.0) for part in parts}
     if len(thetas) > 1:
         raise UserError(f"rope_theta differs between layers ({sorted(thetas)}), and our model has one for all")
     for part in parts:
@@ -172,6 +177,23 @@ def _theta(raw: Mapping[str, Any], default: float) -> float:
                 f"rotary positions of type {kind!r}, turning {turned:g} of a head: our model turns all, unscaled"
             )
     return thetas.pop()
+
+
+def _rotary_parts(raw: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The rotary settings of each kind of layer that there is."""
+    rope, scaling = raw.get("rope_parameters") or {}, raw.get("rope_scaling") or {}
+    if "rope_local_base_freq" not in raw:
+        rope = scaling or rope
+        kinds = set(raw.get("layer_types") or ()) & set(rope)
+        return [rope[kind] for kind in sorted(kinds)] or [rope]
+    # Gemma 3 has two bases; where its layers are not named, every sixth one sees everything.
+    count, pattern = raw["num_hidden_layers"], raw["sliding_window_pattern"]
+    repeated = ["full_attention" if (layer + 1) % pattern == 0 else "sliding_attention" for layer in range(count)]
+    parts = {
+        "full_attention": {"rope_theta": raw["rope_theta"]} | (rope.get("full_attention") or {}) | scaling,
+        "sliding_attention": {"rope_theta": raw["rope_local_base_freq"]} | (rope.get("sliding_attention") or {}),
+    }
+    return [parts[kind] for kind in sorted(set(raw.get("layer_types") or repeated))]
 
 
 def _stamped(family: Family, raw: Mapping[str, Any], config: ModelConfig, where: str) -> ModelConfig | None:

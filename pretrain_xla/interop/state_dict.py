@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pretrain_xla.config import ModelConfig, build_config
@@ -27,6 +29,15 @@ from pretrain_xla.interop.weights import read_file
 STATE_KEYS = ("model", "model_state_dict", "state_dict", "model_state")
 SHAPE_KEYS = ("model_args", "model_config", "config", "args", "hparams")
 HEADS_KEYS = ("n_head", "num_heads", "num_attention_heads", "n_heads")
+
+
+INNER = re.compile(r"transformer\.h\.(\d+)\.(.+)\.\w+")
+MATRICES = (
+    "transformer.wte.weight",
+    "transformer.wpe.weight",
+    "transformer.h.0.attn.c_attn.weight",
+    "transformer.h.0.mlp.c_fc.weight",
+)
 
 
 def describe_file(path: str) -> Description:
@@ -78,11 +89,11 @@ def _spelled_as_gpt2(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _check_names(tensors: Mapping[str, Tensor], path: str) -> None:
     """Refuse what is not laid out as GPT-2, and say by what it shows."""
+    inside = {name: INNER.fullmatch(name) for name in tensors if name.startswith("transformer.h.")}
     foreign = [name for name in tensors if not name.startswith(("transformer.", "lm_head."))]
-    needed = ("transformer.wte.weight", "transformer.wpe.weight", "transformer.h.0.attn.c_attn.weight")
-    missing = [name for name in needed if name not in tensors]
-    inner = {name.split(".", 3)[3].rsplit(".", 1)[0] for name in tensors if name.startswith("transformer.h.")}
-    foreign += sorted(inner - set(GPT2_LAYOUT.inner.values()))
+    foreign += [name for name, match in inside.items() if match is None]
+    foreign += sorted({match[2] for match in inside.values() if match} - set(GPT2_LAYOUT.inner.values()))
+    missing = [name for name in MATRICES if name not in tensors]
     if missing or foreign:
         shown = foreign[0] if foreign else next(iter(tensors), "nothing")
         raise UserError(
@@ -91,6 +102,9 @@ def _check_names(tensors: Mapping[str, Tensor], path: str) -> None:
             f"{', and no ' + missing[0].removeprefix('transformer.') if missing else ''}): give it a config.json of an "
             "architecture that `python -m pretrain_xla export` writes, with its tensors named so"
         )
+    for name in MATRICES:
+        if tensors[name].dim() != 2:
+            raise UserError(f"{path}: {name.removeprefix('transformer.')} has {tensors[name].dim()} dimensions, not 2")
 
 
 def _is_transposed(tensors: Mapping[str, Tensor]) -> bool:
@@ -120,6 +134,6 @@ def _config(tensors: Mapping[str, Tensor], shape: Mapping[str, Any], path: str) 
         # Transposed is OpenAI's own code, or a conversion of it, whose GELU is the tanh form.
         "activation": "gelu" if transposed else "gelu_exact",
         "bias": any(name.endswith(".bias") for name in tensors),
-        "tie_weights": head is None or bool((head == tensors["transformer.wte.weight"]).all()),
+        "tie_weights": head is None or torch.equal(head, tensors["transformer.wte.weight"].to(head.dtype)),
     }
     return build_config({"model": options}, path).model, frozenset(guessed)

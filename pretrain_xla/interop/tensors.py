@@ -70,11 +70,14 @@ def to_ours(tensors: Mapping[str, Tensor], config: ModelConfig, layout: Layout, 
             raise UserError(f"{where}: tensor {theirs!r} is {_shape(tensor.shape)}, its config says {_shape(wanted)}")
         for name, part in zip(ours, tensor.split(sizes), strict=True):
             result[name] = fit_rows(name, part, config).float().contiguous()
-    if config.tie_weights:
-        rest.pop(f"{layout.outer['head']}.weight", None)
+    head = rest.pop(f"{layout.outer['head']}.weight", None) if config.tie_weights else None
+    if head is not None and not torch.equal(head.float(), result["embedding.weight"][: len(head)]):
+        raise UserError(f"{where}: has a head of its own, and its config says that the embedding is the head")
     for name, tensor in rest.items():
         if tensor.count_nonzero():
             why = f", whose {config.norm} has no bias" if "norm" in name and name.endswith(".bias") else ""
+            if name.endswith(".bias") and not config.bias:
+                why += "; was it exported without biases and trained elsewhere since, delete `pretrain_xla` in its config.json"
             raise UserError(f"{where}: tensor {name!r} has no place in the model that its config describes{why}")
     return result
 

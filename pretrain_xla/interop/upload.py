@@ -13,7 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from pretrain_xla.errors import UserError
-from pretrain_xla.interop.hub import push_checkpoint
+from pretrain_xla.interop.hub import push_checkpoint, steps
 from pretrain_xla.train.checkpoint import CheckpointStore
 from pretrain_xla.train.files import CONFIG_FILE, TOKENIZER_FOLDER
 
@@ -52,11 +52,15 @@ class Uploader:
             return {step for step in (self._waiting, self._running) if step is not None}
 
     def close(self) -> None:
-        """Finish what is under way and what waits; then nothing holds older checkpoints any more, and they go."""
+        """Finish what is under way and what waits; then nothing holds older checkpoints any more, and they go.
+
+        Of those that stay, what was left out while it trained is pushed now: the best one may be among them.
+        """
         self._thread.shutdown(wait=True)
         self._store.prune()
         if self._task is not None:
             self._task.result()  # what is not a fault of the network is a defect, and is raised
+            self._push_left_out()
 
     def _run(self) -> None:
         while True:
@@ -65,10 +69,25 @@ class Uploader:
                 step = self._running
             if step is None:
                 return
-            try:
-                push_checkpoint(self.repository, self._store, step, self._files())
-            except UserError as error:
-                self._say(f"the checkpoint of step {step} was not pushed: {error}")
+            self._push(step)
+
+    def _push(self, step: int) -> bool:
+        try:
+            push_checkpoint(self.repository, self._store, step, self._files())
+        except UserError as error:
+            self._say(f"the checkpoint of step {step} was not pushed: {error}")
+            return False
+        return True
+
+    def _push_left_out(self) -> None:
+        try:
+            missing = self._store.kept() - set(steps(self.repository))
+        except UserError as error:
+            self._say(str(error))
+            return
+        for step in sorted(missing):
+            if not self._push(step):
+                return  # the network is gone: the others would only wait for it as well
 
     def _files(self) -> dict[str, str]:
         names = [CONFIG_FILE]

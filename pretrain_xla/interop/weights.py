@@ -59,8 +59,11 @@ def read_folder(find: Callable[[str], str | None], where: str) -> dict[str, Tens
             continue
         if name in SINGLE:
             return read_file(path)
-        with open(path, encoding="utf-8") as file:
-            shards = sorted(set(json.load(file)["weight_map"].values()))
+        try:
+            with open(path, encoding="utf-8") as file:
+                shards = sorted({str(shard) for shard in json.load(file)["weight_map"].values()})
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path}: is no index of shards ({type(error).__name__}: {error})") from None
         tensors: dict[str, Tensor] = {}
         for shard in shards:
             found = find(shard)

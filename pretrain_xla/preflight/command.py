@@ -109,8 +109,7 @@ def _own_flags(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]
 
 
 def _config(arguments: Sequence[str]) -> RunConfig:
-    parsed = parse_flags(arguments, program=PROGRAM, description=DESCRIPTION)
-    return adopt_architecture(parsed.config, parsed.stated)[0]
+    return parse_flags(arguments, program=PROGRAM, description=DESCRIPTION, build=adopt_architecture).config
 
 
 def _compiler(own: argparse.Namespace, topology: Topology, total: int = 1) -> Compiler:

@@ -14,7 +14,7 @@ import os
 import threading
 import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -92,15 +92,18 @@ class CheckpointStore:
 
     def best(self) -> int | None:
         """Step of the checkpoint with the lowest validation loss; the newest of them on a tie."""
-        losses = {step: self.info(step).valid_loss for step in self.steps()}
-        known = [(loss, -step) for step, loss in losses.items() if loss is not None and math.isfinite(loss)]
-        return -min(known)[1] if known else None
+        return _best(self.losses())
 
-    def kept(self) -> set[int]:
-        """Steps of the newest `limit` checkpoints and of the best one."""
+    def losses(self) -> dict[int, float | None]:
+        """Step → last validation loss, of the complete checkpoints, ascending."""
+        return {step: self.info(step).valid_loss for step in self.steps()}
+
+    def kept(self, elsewhere: Mapping[int, float | None] | None = None) -> set[int]:
+        """Steps of the newest `limit` checkpoints and of the best one, here and `elsewhere` (as `losses`) together."""
         with self._removing:
-            best = self.best()
-            return {*self.steps()[-self._limit :], *([] if best is None else [best])}
+            losses = {**(elsewhere or {}), **self.losses()}
+        best = _best(losses)
+        return {*sorted(losses)[-self._limit :], *([] if best is None else [best])}
 
     def prune(self) -> None:
         """Remove the checkpoints that are neither kept nor in use."""
@@ -228,6 +231,11 @@ def open_checkpoint(path: str, which: str = "newest") -> tuple[CheckpointStore, 
         if found is not None:
             return store, found
     raise UserError(f"{path}: no complete checkpoint there; name a run folder, its checkpoints folder, or one step_…")
+
+
+def _best(losses: Mapping[int, float | None]) -> int | None:
+    known = [(loss, -step) for step, loss in losses.items() if loss is not None and math.isfinite(loss)]
+    return -min(known)[1] if known else None
 
 
 def _checksum(tensor: Tensor) -> int:

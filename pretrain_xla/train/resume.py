@@ -65,7 +65,7 @@ def find_start(config: RunConfig, data_fingerprint: str, say: Callable[[str], No
             "name another --checkpoints-dir, or remove that folder"
         )
     source, step = store, newest
-    if newest is None and not config.train.do_test and (pushed := _pushed(config)) is not None:
+    if not config.train.do_test and (pushed := _pushed(config, root, newest)) is not None:
         source, step = open_checkpoint(pushed)
     elif config.train.from_checkpoint is not None and (newest is None or config.train.do_test):
         return _from_model(config, store, data_fingerprint, say)
@@ -80,10 +80,17 @@ def find_start(config: RunConfig, data_fingerprint: str, say: Callable[[str], No
     return Start(store, step, info.valid_loss, source.load(step))
 
 
-def _pushed(config: RunConfig) -> str | None:
-    """The newest checkpoint of this run on the Hub, fetched; none: there is none."""
+def _pushed(config: RunConfig, root: str, newest: int | None) -> str | None:
+    """The newest checkpoint of this run on the Hub, fetched; none: there is none, or the run has its own here."""
     repository = config.checkpoint.hub_repo
     if repository is None or not (steps := hub.steps(repository)):
+        return None
+    if newest is not None:
+        if steps[-1] > newest:  # another run's, or this one's from another machine: pushing would remove what is there
+            raise UserError(
+                f"{repository} on the Hub holds checkpoints up to step {steps[-1]}, and {root} only up to {newest}: name "
+                "another --hub-repo, or another --checkpoints-dir to continue from the Hub"
+            )
         return None
     if not config.checkpoint.resume:
         raise UserError(

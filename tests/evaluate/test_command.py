@@ -10,9 +10,12 @@ from pathlib import Path
 import datasets
 import huggingface_hub
 import pytest
+import torch
 
 from pretrain_xla.cli import main
 from pretrain_xla.evaluate.lm_eval_command import lm_eval_command
+from pretrain_xla.interop.command import write_run
+from pretrain_xla.interop.load import LoadedModel, load_model
 
 from .conftest import ORIGINAL, Trio
 
@@ -58,6 +61,22 @@ def test_all_tasks_of_a_folder(trio: Trio, data: Path, capsys: pytest.CaptureFix
     assert " 1 │" in capsys.readouterr().out
 
 
+def test_a_broken_model_scores_nothing(trio: Trio, data: Path) -> None:
+    tensors = {name: torch.full_like(value, torch.nan) for name, value in trio.ours.state_dict().items()}
+    (data / "run").mkdir()
+    write_run(
+        LoadedModel(trio.ours.config, tensors, load_model(str(trio.run_dir)).tokenizer, "test"), str(data / "run")
+    )
+    (data / "a.txt").write_text("A man sits on a roof, and he starts pulling up old tiles. ")
+    words = ["piqa", "lambada", f"text={data}/a.txt", "--data-dir", str(data), "--output", str(data / "out.json")]
+    main(["evaluate", "--model", str(data / "run"), "--tasks", *words, *HERE])
+    found = json.loads((data / "out.json").read_text(), parse_constant=pytest.fail)["tasks"]
+    assert found["piqa"]["scores"] == {"acc": 0, "acc_norm": 0}
+    assert found["lambada"]["scores"] == {"perplexity": None, "acc": 0}
+    assert found["text"]["scores"]["loss"] is None
+    assert found["text"]["scores"]["top_5_accuracy"] == 0
+
+
 def test_llmcs_way_counts_by_tokens(trio: Trio, data: Path) -> None:
     output = data / "out.json"
     words = ["hellaswag_llmc", "--data-dir", str(data), "--output", str(output)]
@@ -91,6 +110,10 @@ def test_faults_end_in_one_line(trio: Trio, data: Path, capsys: pytest.CaptureFi
     assert "named twice" in refusal(capsys, *model, "piqa", f"piqa={data}/piqa.jsonl", "--data-dir", str(data))
     assert "--limit 0" in refusal(capsys, *model, "piqa", "--limit", "0")
     assert "--top-k 0" in refusal(capsys, *model, "piqa", "--top-k", "0")
+    (data / "file").write_text("in the way")
+    assert "cannot be written" in refusal(
+        capsys, "--model", "none", "--tasks", "piqa", "--output", f"{data}/file/x.json"
+    )
     assert "is a folder" in refusal(capsys, *model, "piqa", "--output", str(data))
     assert "it is not the model's" in refusal(
         capsys, *model, "piqa", "--data-dir", str(data), "--tokenizer", str(_larger_tokenizer(data))
@@ -126,6 +149,33 @@ def test_lm_evals_command_line(
     assert "pretrain_xla (" in printed
     assert "|local_piqa|" in printed
     assert "acc_norm" in printed
+
+
+@pytest.mark.parametrize(
+    ("words", "names_ours"),
+    [
+        ("run --tasks piqa", True),
+        ("--tasks piqa", True),
+        ("validate --tasks piqa", False),
+        ("ls tasks", False),
+        ("run --model hf", False),
+        ("run --config theirs.yaml", False),
+        ("--config=ours.yaml", True),
+        ("--config none.yaml", True),
+    ],
+)
+def test_our_model_is_named_where_none_is(
+    words: str, names_ours: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = pytest.importorskip("lm_eval.__main__", reason="lm-eval is not installed")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(sys, "argv", [*sys.argv])
+    monkeypatch.setattr(program, "cli_evaluate", lambda: None)
+    Path("theirs.yaml").write_text("model: hf\n")
+    Path("ours.yaml").write_text("tasks: [piqa]\n")
+    lm_eval_command(words.split())
+    assert sys.argv == ["lm_eval", *words.split(), *(["--model", "pretrain_xla"] if names_ours else [])]
 
 
 def _larger_tokenizer(folder: Path) -> Path:

@@ -181,6 +181,31 @@ def test_rows_of_pairs() -> None:
     assert separate[0].tokens.tolist() == joined[2].tokens.tolist()
 
 
+def test_an_empty_context_is_an_end_of_text() -> None:
+    tokenizer = BytesTokenizer()
+    (row,) = separate_rows([""], ["a"], tokenizer, 20)
+    assert (row.tokens.tolist(), row.start) == ([tokenizer.end_of_text, 97], 1)
+
+
+@pytest.mark.parametrize(
+    ("ask", "fields"),
+    [
+        (questions.hellaswag, {"query": 3, "choices": ["a", "b"], "gold": 0}),
+        (questions.hellaswag, {"query": "a", "choices": "runs", "gold": 0}),
+        (questions.hellaswag, {"ctx_a": "a", "ctx_b": None, "activity_label": "c", "endings": ["d"], "label": 0}),
+        (questions.hellaswag_llmc, {"ctx": "a", "endings": None, "label": 0}),
+        (questions.piqa, {"goal": "a", "sol1": 1, "sol2": "b", "label": 0}),
+        (questions.arc, {"question": "a", "choices": {"text": ["b"]}, "answerKey": "A"}),
+        (questions.arc, {"question": {"stem": "a", "choices": [{"text": "b"}]}, "answerKey": "A"}),
+        (questions.winogrande, {"sentence": 3, "option1": "a", "option2": "b", "answer": "1"}),
+        (questions.lambada, {"text": None}),
+    ],
+)
+def test_values_of_another_form_name_the_record(ask: Callable[[Record], Any], fields: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"^file:7: one of its values is of another form"):
+        ask(Record(fields, "file:7"))
+
+
 def test_what_is_too_long_loses_its_beginning() -> None:
     row = cut(range(10), 6, 7)
     assert (row.tokens.tolist(), row.start, row.lost) == (list(range(2, 10)), 4, 2)

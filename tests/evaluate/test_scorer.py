@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -69,6 +71,14 @@ def test_of_equal_logits_the_first_is_the_likelier(trio: Trio) -> None:
     logprob, *hits = trio.scorer(top_k=(2, 5))._sums(logits_RTV, targets_RT)[0].tolist()
     assert hits == [1, 2, 2]  # k = 1: the first only, as argmax; 2: both of the equals; 5: not the last of six
     assert logprob == pytest.approx(float((logits_RTV.log_softmax(-1)[0, [0, 1, 2], [0, 1, 4]]).sum()))
+
+
+def test_a_broken_model_hits_nothing(trio: Trio) -> None:
+    logits_RTV = torch.zeros(1, 4, 6)
+    logits_RTV[0, 1, 3] = torch.nan
+    logprob, *hits = trio.scorer(top_k=(6,))._sums(logits_RTV, torch.tensor([[0, 0, 0, -100]]))[0].tolist()
+    assert hits == [2, 2]
+    assert math.isnan(logprob)
 
 
 def test_lengths_are_a_handful() -> None:

@@ -99,6 +99,8 @@ def test_faults_end_in_one_line(run_dir: Path, tmp_path: Path, capsys: pytest.Ca
     assert "--top-p 2.0 is outside" in refusal([*model, "--top-p", "2"], capsys)
     assert "--top-k -2 is negative" in refusal([*model, "--top-k", "-2"], capsys)
     assert "--num-samples 0: ask for at least 1" in refusal([*model, "--num-samples", "0"], capsys)
+    for stop in ("9999999999", "-1"):
+        assert f"--stop-token {stop}: the model's tokens are 0 to " in refusal([*model, "--stop-token", stop], capsys)
     assert "--stop ''" in refusal([*model, "--prompt", "a", "--stop", ""], capsys)
     assert "--prompt-file" in refusal([*model, "--prompt-file", str(tmp_path / "none.txt")], capsys)
     assert "'klingon'" in refusal([*model, "--prompt", "a", "--tokenizer", "klingon"], capsys)

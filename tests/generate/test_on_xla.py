@@ -49,6 +49,7 @@ assert rows(256, Sampling(temperature=0)) == result["greedy"], "again, by the sa
 result["events"] = [str(event) for event in runtime.take_events()]
 result["uncached"] = rows(12, Sampling(temperature=0), cached=False)
 result["drawn"] = rows(20, Sampling(0.8, 40, 0.95, 0.01, 1.1))
+result["cold"] = rows(20, Sampling(1e-40, 40, 0.95, 0.01, 1.1))
 print(json.dumps(result))
 runtime.close()
 """
@@ -81,6 +82,6 @@ def test_tokens_and_graphs(kind: str, parallel: str, devices: str) -> None:
     assert ours["graphs"] == {"prefill": 1, "decode": 1, "other": 0}, "two graphs for 256 tokens"
     assert ours["events"] == []
     assert len({token for row in theirs["greedy"] for token in row}) > 20
-    for name in ("greedy", "uncached", "drawn"):
+    for name in ("greedy", "uncached", "drawn", "cold"):
         assert ours[name] == theirs[name], name
     assert ours["uncached"] == [row[:12] for row in ours["greedy"]]

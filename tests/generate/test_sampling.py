@@ -109,6 +109,11 @@ def test_the_scores_are_left_as_they_were() -> None:
     assert torch.equal(logits_V, LOGITS)
 
 
+def test_no_temperature_is_below_what_devices_tell_from_nothing() -> None:
+    temperatures = [float(Sampling(temperature=value).numbers()[0]) for value in (0.0, 1e-40, 0.5)]
+    assert temperatures == pytest.approx([0.0, 1e-30, 0.5])
+
+
 def test_a_very_low_temperature_is_greedy() -> None:
     assert set(draw(LOGITS, Sampling(temperature=1e-4), times=50)) == {1}
     assert set(draw(LOGITS, Sampling(temperature=1e-40), times=50)) == {1}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -29,6 +30,16 @@ def test_pieces_make_the_text_up_to_the_first_stop(text: str, stops: list[str]) 
     else:
         complete = min(end for end, _ in ends)
         assert stream.text == text[: min(begin for end, begin in ends if end == complete)]
+
+
+def test_a_prompt_is_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded: list[str] = []
+    tokenizer = BytesTokenizer()
+    encode = tokenizer.encode
+    monkeypatch.setattr(BytesTokenizer, "encode", lambda self, text: encoded.append(text) or encode(text))
+    stream = TextStream(tokenizer, "abc")
+    assert [stream.add(token) for token in b"def"] + [stream.finish()] == ["d", "e", "f", ""]
+    assert encoded == ["abc"]
 
 
 def test_bytes_that_never_become_a_character_are_shown_at_the_end() -> None:

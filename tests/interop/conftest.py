@@ -84,6 +84,15 @@ def assert_same_logits(ours: GPT, theirs: Any, length: int | None = None) -> Non
     torch.testing.assert_close(actual_BTV, expected_BTV[..., : ours.config.vocab_size], atol=1e-5, rtol=1e-5)
 
 
+def assert_same_greedy(ours: GPT, theirs: Any, prompt_1T: Tensor) -> None:
+    """Of the 30 tokens that they write greedily, with their cache, each is the likeliest one of ours."""
+    written_1T = theirs.generate(prompt_1T, max_new_tokens=30, do_sample=False, pad_token_id=0)
+    assert written_1T.shape[1] == prompt_1T.shape[1] + 30
+    with torch.no_grad():
+        chosen_1T = ours.eval()(written_1T[:, :-1]).argmax(-1)
+    assert torch.equal(chosen_1T[:, prompt_1T.shape[1] - 1 :], written_1T[:, prompt_1T.shape[1] :])
+
+
 def assert_same_tensors(actual: dict[str, Tensor], model: GPT) -> None:
     """Bit for bit, but for the rows of padding."""
     expected = dict(model.named_parameters())

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -227,9 +229,14 @@ def pushing(online: Hub, tmp_path: Path) -> tuple[Uploader, CheckpointStore, lis
     return Uploader("alice/run", str(tmp_path), store, said.append), store, said
 
 
-def save(store: CheckpointStore, step: int) -> None:
-    store.save({"model.weight": torch.full((1000,), float(step))}, CheckpointInfo(step, None, "", {}))
+def save(store: CheckpointStore, step: int, loss: float | None = None) -> None:
+    store.save({"model.weight": torch.full((1000,), float(step))}, CheckpointInfo(step, loss, "", {}))
     store.wait()
+
+
+def steps_on(hub: Hub) -> set[int]:
+    folders = {path.split("/")[1] for path in hub.files("alice/run") if path.startswith("checkpoints/")}
+    return {int(folder.removeprefix("step_")) for folder in folders}
 
 
 def test_training_never_waits_and_what_is_uploading_stays(
@@ -246,9 +253,48 @@ def test_training_never_waits_and_what_is_uploading_stays(
     store.close()
     assert said == []
     assert online.messages["alice/run"][1:] == ["Checkpoint of step 1", "Checkpoint of step 4"]
-    folders = {path.split("/")[1] for path in online.files("alice/run") if path.startswith("checkpoints/")}
-    assert folders == {"step_00000004"}
+    assert steps_on(online) == {4}
     assert store.steps() == [4], "nothing holds the others any more"
+
+
+def test_what_was_pushed_elsewhere_is_kept_by_the_same_rule(
+    online: Hub, pushing: tuple[Uploader, CheckpointStore, list[str]]
+) -> None:
+    uploader, store, said = pushing
+    markers = {step: CheckpointInfo(step, loss, "", {}) for step, loss in {6: 1.0, 9: 2.0, 10: 3.0}.items()}
+    path = "checkpoints/step_{:08d}/checkpoint.json"
+    online.put("alice/run", {path.format(step): json.dumps(asdict(info)).encode() for step, info in markers.items()})
+    save(store, 12, loss=1.5)
+    uploader.close()
+    store.close()
+    assert said == []
+    assert steps_on(online) == {6, 12}, "the best, which only the Hub has, and the newest"
+
+
+def test_the_best_one_is_pushed_though_it_was_left_out(
+    online: Hub, pushing: tuple[Uploader, CheckpointStore, list[str]]
+) -> None:
+    uploader, store, said = pushing
+    online.slow.clear()
+    for step, loss in {1: 3.0, 2: 1.0, 3: 2.0, 4: 2.0}.items():
+        save(store, step, loss)
+    online.slow.set()
+    uploader.close()
+    store.close()
+    assert said == []
+    assert steps_on(online) == set(store.steps()) == {2, 4}
+
+
+def test_a_run_that_the_hub_is_ahead_of_is_not_pushed_there(online: Hub, tmp_path: Path) -> None:
+    online.put("alice/run", {"checkpoints/step_00000008/checkpoint.json": b"{}"})
+    store = CheckpointStore(str(tmp_path / "c"), limit=1)
+    save(store, 7)
+    store.close()
+    config = build_config({"checkpoint": {"hub_repo": "alice/run", "checkpoints_dir": str(tmp_path / "c")}}, "test")
+    with pytest.raises(
+        UserError, match=r"holds checkpoints up to step 8, and .*/c only up to 7: name another --hub-repo"
+    ):
+        find_start(config, "data", print)
 
 
 def test_a_fault_of_the_network_is_said_and_tried_again(

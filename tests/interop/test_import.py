@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 import transformers
+import yaml
 
-from pretrain_xla.config import build_config
+from pretrain_xla import cli
 from pretrain_xla.errors import UserError
 from pretrain_xla.interop.adopt import adopt_architecture, fit_tensors
 from pretrain_xla.interop.load import load_model
-from pretrain_xla.model import GPT
+from pretrain_xla.interop.mapping import read_config
+from pretrain_xla.model import GPT, parameter_count
 
 from .conftest import assert_same_logits, noise, tokens
 
@@ -131,8 +133,8 @@ def test_padding_never_changes_a_loss(rows: int, tmp_path: Path) -> None:
 
 
 def adopt(path: Path, stated: dict[str, Any]) -> Any:
-    config = build_config({"model": stated, "train": {"from_checkpoint": str(path)}}, "test")
-    return adopt_architecture(config, frozenset(stated))
+    tree = {"model": stated, "train": {"from_checkpoint": str(path)}}
+    return adopt_architecture(tree, frozenset(stated), "test")
 
 
 def test_the_architecture_comes_from_the_checkpoint(tmp_path: Path) -> None:
@@ -142,6 +144,25 @@ def test_the_architecture_comes_from_the_checkpoint(tmp_path: Path) -> None:
     assert notes[0].startswith(f"the model is that of {tmp_path}")
     with pytest.raises(UserError, match=r"its num_layers is 2, this run's is 3; leave num_layers out"):
         adopt(tmp_path, {"num_layers": 3})
+
+
+def test_flags_are_judged_by_the_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Not by the defaults, under which 32 would be no width for 12 heads, and id 9999 a token."""
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(**GPT2 | {"n_embd": 32})).save_pretrained(tmp_path)
+    words = ["--from-checkpoint", str(tmp_path), "--print-config", "--train-dir", str(tmp_path)]
+    cli.main(["train", *words, "--d-model", "32", "--dropout", "0.1"])
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["model"] == load_model(str(tmp_path)).config.model_dump(mode="json") | {"dropout": 0.1}
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["train", *words, "--loss-ignore-tokens", "9999"])
+    assert "loss_ignore_tokens=9999 is no token of vocab_size=61" in capsys.readouterr().err
+
+
+def test_trace_shows_the_checkpoints_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make("gpt2").save_pretrained(tmp_path)
+    cli.main(["trace", "--from-checkpoint", str(tmp_path), "--json"])
+    tree = json.loads(capsys.readouterr().out)
+    assert (tree["seq_length"], tree["model"]["parameters"]) == (16, parameter_count(load_model(str(tmp_path)).config))
 
 
 def test_what_a_person_may_say_beside_it(tmp_path: Path) -> None:
@@ -187,6 +208,25 @@ def test_stretched_or_partial_rotary_positions_are_refused(tmp_path: Path) -> No
         (tmp_path / "config.json").write_text(json.dumps(tree | {"rope_parameters": rope}))
         with pytest.raises(UserError, match="our model turns all, unscaled"):
             load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"n_head": 0}, {"n_embd": "x"}, {"model_type": "smollm3", **SHAPE, "no_rope_layers": []}, {"n_layer": [2]}],
+)
+def test_values_of_no_use_are_one_line(change: dict[str, Any]) -> None:
+    tree = {"model_type": "gpt2", **GPT2, "tie_word_embeddings": True} | change
+    with pytest.raises(UserError, match=r"^test: ") as caught:
+        read_config(tree, "test")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": ["a"]}'])
+def test_a_damaged_index(text: str, tmp_path: Path) -> None:
+    make("gpt2").config.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(UserError, match=r"model.safetensors.index.json: is no index of shards"):
+        load(tmp_path)
 
 
 def test_damaged_files(tmp_path: Path) -> None:

@@ -89,6 +89,16 @@ def test_another_layout_is_refused_by_what_it_holds(tmp_path: Path) -> None:
         UserError, match=r"not those of a GPT-2 or nanoGPT \(it has 'blocks.0.mixer.weight', and no wte.weight"
     ):
         load_model(str(tmp_path / "other.pt"))
+    state = nano(build(tiny(tie_weights=True)))
+    for change, said in (
+        ({"transformer.h.foo": torch.zeros(2)}, "it has 'h.foo'"),
+        ({"transformer.h.0.attn.c_attn.weight": torch.zeros(2)}, r"h.0.attn.c_attn.weight has 1 dimensions, not 2"),
+        ({"transformer.h.0.mlp.c_fc.weight": None}, "and no h.0.mlp.c_fc.weight"),
+        ({"lm_head.weight": torch.zeros(7, 24)}, r"'lm_head.weight' is 7 x 24, its config says 61 x 24"),
+    ):
+        torch.save({n: t for n, t in (state | change).items() if t is not None}, tmp_path / "changed.pt")
+        with pytest.raises(UserError, match=said):
+            load_model(str(tmp_path / "changed.pt"))
     torch.save([1, 2], tmp_path / "list.pt")
     with pytest.raises(UserError, match="holds a list, not a state dict"):
         load_model(str(tmp_path / "list.pt"))
