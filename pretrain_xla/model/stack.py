@@ -64,6 +64,10 @@ def run_blocks(
     return x_BTD
 
 
+LARGE = 3 * 2**20
+"""Numbers of a matrix that take, in fp32, most of the 16 MiB which the TPU compiler gives one operation on the chip."""
+
+
 class _Program:
     """A loop over blocks, without its tensors. keep: keep what the blocks remember, or nothing but their inputs."""
 
@@ -89,6 +93,19 @@ class _Program:
         """One block's parameters, detached. Matrices in the compute type, so that their gradients are in it, too."""
         return [p.detach().to(self.dtype) if p.dim() > 1 else p.detach() for p in parameters]
 
+    def cast_for_first_run(self, parameters: Sequence[Tensor]) -> list[Tensor]:
+        """`cast`; in a loop, the product that reads a weight casts it on the way, which costs nothing, but for a large one.
+
+        With such a one, some products take more than twice as long, and which ones is a matter of chance: of weights of 6M
+        numbers the last of a block, or, when that was cast before, the two others. A cast takes a seventh of a product.
+        """
+        weights = self.cast(parameters)
+        large = [index for index, weight in enumerate(weights) if weight.dim() > 1 and weight.numel() >= LARGE]
+        if self.loop is not python_loop and large:
+            for index, weight in zip(large, self.fence([weights[index] for index in large]), strict=True):
+                weights[index] = weight
+        return weights
+
     def fenced(
         self, grad_BTD: Tensor, parameters: list[Tensor], kept: list[Tensor]
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
@@ -112,7 +129,7 @@ class _Stack(torch.autograd.Function):
         def body(carried: list[Tensor], slices: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
             x_BTD, *segments = carried
             with recording() as kept:
-                y_BTD = program.call(x_BTD, program.cast(slices), segments)
+                y_BTD = program.call(x_BTD, program.cast_for_first_run(slices), segments)
             return [y_BTD, *segments], [x_BTD, *(kept if program.keep else [])] if program.backward else []
 
         (y_BTD, *_), kept = program.loop(body, [x_BTD, *segments], backwards=stacked)
