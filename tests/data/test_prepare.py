@@ -396,6 +396,7 @@ def is_gone(group):
 
 def test_control_c_is_one_line_and_its_workers_are_gone(tmp_path):
     code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a job in the background starts deaf
         "import itertools, sys; from pretrain_xla.cli import guarded; from pretrain_xla.data import workers\n"
         "from pretrain_xla.data.prepare import prepare; from pretrain_xla.data.sources import source_of\n"
         "endless = source_of('test', '1', lambda: (f'document {number} ' * 900 for number in itertools.count()))\n"
