@@ -189,6 +189,7 @@ class Attention(nn.Module):
         rotary: RotaryTables | None,
         attend: Attend | None = None,
         segments_BT: Tensor | None = None,
+        rows_BT1: Tensor | None = None,
     ) -> Tensor:
         """Mix tokens, each with those before it and itself.
 
@@ -197,9 +198,10 @@ class Attention(nn.Module):
             rotary: tables for these T tokens; none: no rotary turn.
             attend: what to do with the heads instead of `attend` over these tokens (generation looks into its cache).
             segments_BT: number (int32) of each token's document; tokens attend within theirs. None: all is one document.
+            rows_BT1: the second of `RMSNorm.factors`, where the input is the first.
         """
-        query_BTF = remember(self.query(x_BTD))
-        key_BTS, value_BTS = remember(self.key(x_BTD)), remember(self.value(x_BTD))
+        query_BTF = remember(self.query(x_BTD, rows_BT1))
+        key_BTS, value_BTS = remember(self.key(x_BTD, rows_BT1)), remember(self.value(x_BTD, rows_BT1))
         heads_BTF = None if attend is not None else self._run_kernel(query_BTF, key_BTS, value_BTS, rotary, segments_BT)
         if heads_BTF is None:
             query_BHTE = self._split_heads(query_BTF, self.query_norm, rotary)

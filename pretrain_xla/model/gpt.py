@@ -21,18 +21,23 @@ from pretrain_xla.model.feed_forward import FeedForward
 from pretrain_xla.model.layers import Embedding, Linear
 from pretrain_xla.model.loops import python_loop
 from pretrain_xla.model.loss import PADDING_LOGIT, Head, cross_entropy, linear_cross_entropy
-from pretrain_xla.model.norms import make_norm
+from pretrain_xla.model.norms import RMSNorm, make_norm
 from pretrain_xla.model.positions import RotaryTables, rotary_tables
 from pretrain_xla.model.stack import run_blocks
 from pretrain_xla.model.stacked import StackedBlocks
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + feed_forward(norm(x)); with post_norm, each branch is normalised once more."""
+    """x + attention(norm(x)), then x + feed_forward(norm(x)); with post_norm, each branch is normalised once more.
 
-    def __init__(self, config: ModelConfig, compute_dtype: torch.dtype) -> None:
+    factored: divide queries, keys and values by the root mean square, and not what they are made of: the same up to rounding,
+        and a pass less over the residual stream where a compiler fuses. Not in fp16, which may not hold such products.
+    """
+
+    def __init__(self, config: ModelConfig, compute_dtype: torch.dtype, factored: bool = False) -> None:
         super().__init__()
         self.compute_dtype = compute_dtype
+        self.factored = factored and compute_dtype != torch.float16
         self.attention_norm = make_norm(config, compute_dtype)
         self.attention = Attention(config, compute_dtype)
         self.attention_post_norm = make_norm(config, compute_dtype) if config.post_norm else None
@@ -49,7 +54,12 @@ class Block(nn.Module):
         segments_BT: Tensor | None = None,
     ) -> Tensor:
         """One layer over the fp32 residual stream; the arguments are `Attention.forward`'s."""
-        attended_BTD = self.attention(self.attention_norm(x_BTD), rotary, attend, segments_BT)
+        norm, rows_BT1 = self.attention_norm, None
+        if self.factored and isinstance(norm, RMSNorm):
+            normed_BTD, rows_BT1 = norm.factors(x_BTD)
+        else:
+            normed_BTD = norm(x_BTD)
+        attended_BTD = self.attention(normed_BTD, rotary, attend, segments_BT, rows_BT1)
         x_BTD = x_BTD + self._finish(attended_BTD, self.attention_post_norm)
         fed_BTD = self.feed_forward(self.feed_forward_norm(x_BTD))
         return x_BTD + self._finish(fed_BTD, self.feed_forward_post_norm)
@@ -88,7 +98,7 @@ class GPT(nn.Module):
         learned = config.positions == "learned"
         self.position_embedding = Embedding(config.seq_length, config.d_model) if learned else None
         self.blocks: nn.ModuleList | StackedBlocks = nn.ModuleList(
-            Block(config, compute_dtype) for _ in range(config.num_layers)
+            Block(config, compute_dtype, self.execution.loop is not None) for _ in range(config.num_layers)
         )
         self.final_norm = make_norm(config, compute_dtype)
         self.head = None if config.tie_weights else Linear(config.d_model, config.padded_vocab_size, bias=False)

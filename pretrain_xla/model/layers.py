@@ -20,10 +20,17 @@ class Linear(nn.Linear):
         """Fill with NaN; `initialization.initialize` gives the first values."""
         _fill_with_nan(self)
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Map (..., in_features) to (..., out_features), computed in `input`'s type."""
+    def forward(self, input: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Map (..., in_features) to (..., out_features), computed in `input`'s type.
+
+        rows: factors (..., 1), fp32, of `input`'s rows, by which the products are multiplied instead.
+        """
+        weight = self.weight.to(input.dtype)
         bias = None if self.bias is None else self.bias.to(input.dtype)
-        return F.linear(input, self.weight.to(input.dtype), bias)
+        if rows is None:
+            return F.linear(input, weight, bias)
+        output = (F.linear(input, weight) * rows).to(input.dtype)
+        return output if bias is None else output + bias
 
 
 class Embedding(nn.Embedding):

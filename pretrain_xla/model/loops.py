@@ -20,7 +20,7 @@ Body = Callable[[list[Tensor], list[Tensor]], tuple[list[Tensor], list[Tensor]]]
 
 
 class Loop(Protocol):
-    """Runs a body over the leading dimension of `slices` and `backwards`, as `jax.lax.scan` does."""
+    """Runs a body over the leading dimension of its slices, as `jax.lax.scan` does."""
 
     def __call__(
         self,
@@ -28,6 +28,7 @@ class Loop(Protocol):
         carried: Sequence[Tensor],
         slices: Sequence[Tensor] = (),
         backwards: Sequence[Tensor] = (),
+        before: Sequence[Tensor] = (),
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Run the loop.
 
@@ -36,6 +37,7 @@ class Loop(Protocol):
             carried: first value of what goes from turn to turn; weights that the body uses belong here too.
             slices: tensors of equal leading length N; turn i sees element i of each.
             backwards: likewise, but turn i sees element N - 1 - i of each; the body finds them behind those of `slices`.
+            before: likewise, but each turn sees the element before that, N - 2 - i, and the last turn the last element.
 
         Returns:
             What was carried out of the last turn, and each result stacked over the N turns, in the order in which they ran.
@@ -43,22 +45,28 @@ class Loop(Protocol):
 
 
 def python_loop(
-    body: Body, carried: Sequence[Tensor], slices: Sequence[Tensor] = (), backwards: Sequence[Tensor] = ()
+    body: Body,
+    carried: Sequence[Tensor],
+    slices: Sequence[Tensor] = (),
+    backwards: Sequence[Tensor] = (),
+    before: Sequence[Tensor] = (),
 ) -> tuple[list[Tensor], list[Tensor]]:
     """`Loop` in plain Python."""
     state = list(carried)
     results: list[list[Tensor]] = []
-    count = turns(slices, backwards)
+    count = turns(slices, backwards, before)
     for index in range(count):
-        elements = [tensor[index] for tensor in slices] + [tensor[count - 1 - index] for tensor in backwards]
+        elements = [tensor[index] for tensor in slices]
+        elements += [tensor[count - 1 - index] for tensor in backwards]
+        elements += [tensor[count - 2 - index] for tensor in before]  # -1 is the last
         state, result = body(state, elements)
         results.append(result)
     return state, [torch.stack(column) for column in zip(*results, strict=True)]
 
 
-def turns(slices: Sequence[Tensor], backwards: Sequence[Tensor]) -> int:
+def turns(*stacked: Sequence[Tensor]) -> int:
     """How often a loop over these runs: N."""
-    return len((*slices, *backwards)[0])
+    return len(next(tensor for tensors in stacked for tensor in tensors))
 
 
 def no_fence(tensors: list[Tensor]) -> list[Tensor]:

@@ -27,10 +27,14 @@ from pretrain_xla.runtime.xla_parts import backward_here, belonging, everywhere
 
 
 def xla_loop(
-    body: Body, carried: Sequence[Tensor], slices: Sequence[Tensor] = (), backwards: Sequence[Tensor] = ()
+    body: Body,
+    carried: Sequence[Tensor],
+    slices: Sequence[Tensor] = (),
+    backwards: Sequence[Tensor] = (),
+    before: Sequence[Tensor] = (),
 ) -> tuple[list[Tensor], list[Tensor]]:
     """See `model.loops.Loop`. What comes out has no gradient history: a body that needs gradients takes them inside."""
-    count, sliced = turns(slices, backwards), [*slices, *backwards]
+    count, sliced = turns(slices, backwards, before), [*slices, *backwards, *before]
     with torch.no_grad():
         fake_carried = [xb.create_placeholder_tensor(tensor.shape, tensor.dtype) for tensor in carried]
         fake_slices = [xb.create_placeholder_tensor(tensor.shape[1:], tensor.dtype) for tensor in sliced]
@@ -64,8 +68,8 @@ def xla_loop(
     place = {number: index for index, number in enumerate(number_of) if number != -1}
     place |= {number: n_carried + n_slices + n_results + index for index, number in enumerate(invariants)}
     layout = _Layout(
-        count, n_carried, len(slices), len(backwards), n_results, tuple(place[number] for number in range(len(place))),
-        None if seed is None else place[seed],
+        count, n_carried, len(slices), len(backwards), len(before), n_results,
+        tuple(place[number] for number in range(len(place))), None if seed is None else place[seed],
     )  # fmt: skip
     # The body's hash as a graph, not that of its text: a weight that has been updated in place is transposed anew for each use,
     # and the text of the second step would be another one.
@@ -90,6 +94,7 @@ class _Layout:
     carried: int
     slices: int
     backwards: int
+    before: int
     results: int
     arguments: tuple[int, ...]
     seeds: int | None
@@ -109,11 +114,12 @@ def _build(body: Any, layout: _Layout, inputs: Sequence[Tensor]) -> Any:
     def one_turn(turn: xb.Op, *state: xb.Op) -> tuple[xb.Op, ...]:
         one = xb.Op.scalar(turn.builder(), 1, dtype=xb.Type.S32)
         last = xb.Op.scalar(turn.builder(), layout.turns - 1, dtype=xb.Type.S32)
-        first_result = layout.carried + layout.slices + layout.backwards
+        indices = [turn] * layout.slices + [last - turn] * layout.backwards
+        indices += [(turn < last).select(last - one - turn, last)] * layout.before
         values = list(state)
-        for position in range(layout.carried, first_result):
-            back = position >= layout.carried + layout.slices
-            values[position] = _fresh(element(state[position], last - turn if back else turn), turn)
+        for position, index in enumerate(indices, start=layout.carried):
+            values[position] = _fresh(element(state[position], index), turn)
+        first_result = layout.carried + len(indices)
         if layout.seeds is not None:
             values[layout.seeds] = element(state[layout.seeds], turn)
         result = xb.Op.call(body, [values[place] for place in layout.arguments])

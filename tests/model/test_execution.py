@@ -20,6 +20,7 @@ SIZES: dict[str, Any] = {
 MODELS: dict[str, dict[str, Any]] = {
     "gpt2": {"tie_weights": True},
     "modern": {"norm": "rmsnorm", "positions": "rotary", "gated": True, "activation": "silu", "qk_norm": True, "bias": False},
+    "biases": {"norm": "rmsnorm", "gated": True},
     "gemma": {
         "norm": "rmsnorm_zero_centered", "positions": "rotary", "gated": True, "bias": False, "num_kv_heads": 2,
         "post_norm": True, "attention": "reference", "attention_softcap": 5.0, "logit_softcap": 3.0,

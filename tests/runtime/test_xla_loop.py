@@ -30,9 +30,9 @@ def outer(loop, x_IJ, weights_NJJ, bias_J):
         def inner(carried, slices):
             return [carried[0] * 0.5 + slices[0].sum()], [slices[0] * 2]
         (total,), (doubled_IJ,) = loop(inner, [carried[1]], [gradient_IJ])
-        return [carried[0] + gradient_IJ, total], [doubled_IJ, value.detach()]
+        return [carried[0] + gradient_IJ, total], [doubled_IJ, value.detach() + slices[2].sum()]
     start = [x_IJ, torch.zeros((), device=x_IJ.device)]
-    carried, results = loop(body, start, [weights_NJJ], [0.5 * weights_NJJ])
+    carried, results = loop(body, start, [weights_NJJ], [0.5 * weights_NJJ], [weights_NJJ.square()])
     return [*carried, *results]
 
 expected = outer(python_loop, x_IJ, weights_NJJ, bias_J)
@@ -52,6 +52,14 @@ masks_NJ = masks_NJ.cpu()
 assert 40 < int((masks_NJ == 0).sum()) < 152, "half of it is dropped"
 assert not torch.equal(masks_NJ[0], masks_NJ[1]), "each turn draws for itself"
 assert not torch.equal(masks_NJ[1], masks_NJ[2])
+
+numbers_N = torch.arange(4.0)
+echo = lambda carried, slices: (carried, [torch.stack(slices)])
+for loop, x_N in ((python_loop, numbers_N), (xla_loop, numbers_N.to(device))):
+    _, (seen_N3,) = loop(echo, [x_N.sum()], [x_N], [x_N], [x_N])
+    assert seen_N3.tolist() == [[0, 3, 2], [1, 2, 1], [2, 1, 0], [3, 0, 3]], (loop, seen_N3)
+    _, (seen_N3,) = loop(echo, [x_N.sum()], [x_N[:1]], [x_N[:1]], [x_N[:1]])
+    assert seen_N3.tolist() == [[0, 0, 0]], (loop, seen_N3)
 
 first, second = xla_fence([noise(2).to(device), noise(3).to(device)])
 assert first.shape == (2,) and second.shape == (3,)
