@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import tempfile
 from collections.abc import Sequence
@@ -25,6 +23,7 @@ from pretrain_xla.model import GPT
 from pretrain_xla.runtime import Runtime, start
 from pretrain_xla.train.build import build_model
 from pretrain_xla.train.console import Console
+from pretrain_xla.train.metrics import to_json
 
 
 @dataclass(frozen=True)
@@ -204,13 +203,4 @@ def _check_writable(fs: Any, path: str, output: str) -> None:
 def _write(path: str, where: str, results: Sequence[Result], graphs: dict[str, int]) -> None:
     fs, root = filesystem(path)
     tree = {"model": where, "graphs": graphs, "tasks": {result.task: result.as_json() for result in results}}
-    write_atomically(fs, root, [(json.dumps(_plain(tree), indent=1, allow_nan=False) + "\n").encode()])
-
-
-def _plain(value: Any) -> Any:
-    """With null for what is no finite number: JSON has neither NaN nor Infinity."""
-    if isinstance(value, dict):
-        return {key: _plain(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    write_atomically(fs, root, [(to_json(tree, indent=1) + "\n").encode()])

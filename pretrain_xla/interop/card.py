@@ -25,10 +25,7 @@ A decoder-only transformer with {parameters:,} parameters, {provenance} with pre
 `transformers` does, so that it opens there with no custom code.
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("{title}")
-tokenizer = AutoTokenizer.from_pretrained("{title}")
+{usage}
 ```
 
 ## The model
@@ -45,11 +42,22 @@ It is a base model: it continues text, follows no instructions, and repeats what
 """
 
 
-def model_card(loaded: LoadedModel, family: Family, title: str) -> str:
+USAGE = """from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{title}")
+tokenizer = AutoTokenizer.from_pretrained("{title}")"""
+
+USAGE_WITHOUT_TOKENIZER = """from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("{title}")  # token ids in, logits out: it has no tokenizer"""
+
+
+def model_card(loaded: LoadedModel, family: Family, title: str, *, has_tokenizer: bool) -> str:
     """The text of `README.md`."""
     config, trained = loaded.config, loaded.info is not None and loaded.info.step > 0
     return CARD.format(
         title=title,
+        usage=(USAGE if has_tokenizer else USAGE_WITHOUT_TOKENIZER).format(title=title),
         parameters=parameter_count(config),
         provenance="trained" if trained else "converted",
         architecture=family.architecture,

@@ -57,7 +57,8 @@ def export_model(
         if tokenizer is not None:
             notes += write_tokenizer(tokenizer, folder, config.seq_length)
         with open(os.path.join(folder, "README.md"), "w", encoding="utf-8") as file:
-            file.write(model_card(loaded, family, title or os.path.basename(os.path.abspath(folder))))
+            title = title or os.path.basename(os.path.abspath(folder))
+            file.write(model_card(loaded, family, title, has_tokenizer=tokenizer is not None))
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error.strerror or error}): name another folder") from None
     return notes

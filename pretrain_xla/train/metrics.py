@@ -8,6 +8,7 @@ was cut off.
 from __future__ import annotations
 
 import json
+import math
 import os
 from typing import Any
 
@@ -17,15 +18,29 @@ from pretrain_xla.errors import UserError
 Row = dict[str, Any]
 
 
+def to_json(value: Any, indent: int | None = None) -> str:
+    """JSON, which has neither NaN nor Infinity: null for what is no finite number."""
+    return json.dumps(_without_nan(value), indent=indent, allow_nan=False)
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def read_metrics(path: str) -> list[Row]:
-    """Lines of a `metrics.jsonl`; one that was cut off in writing is left out."""
+    """Lines of a `metrics.jsonl`, NaN where they have null; one that was cut off in writing is left out."""
     rows = []
     with open(path, encoding="utf-8") as file:
         for line in file:
             try:
-                rows.append(json.loads(line))
+                row = json.loads(line)
             except ValueError:
                 continue
+            rows.append({name: math.nan if value is None else value for name, value in row.items()})
     return rows
 
 
@@ -40,7 +55,7 @@ class MetricLog:
             kept = [row for row in read_metrics(self.path) if row["step"] <= resumed_step]
         temporary = self.path + ".tmp"
         with open(temporary, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in kept)
+            file.writelines(to_json(row) + "\n" for row in kept)
         os.replace(temporary, self.path)
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (open for the whole run; see close)
         self._tensorboard: Any = None
@@ -53,7 +68,7 @@ class MetricLog:
     def write(self, rows: list[Row], *, kind: str) -> None:
         """Record rows of one kind (`train`, `validation` or `evaluation`); each has a `step`."""
         for row in rows:
-            self._file.write(json.dumps(row) + "\n")
+            self._file.write(to_json(row) + "\n")
             if self._tensorboard is not None:
                 for name, value in row.items():
                     if name != "step":

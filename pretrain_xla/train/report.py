@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import statistics
 from typing import Any
 
-from pretrain_xla.train.metrics import Row
+from pretrain_xla.train.metrics import Row, to_json
 
 
 def summarise(rows: list[Row]) -> dict[str, Any]:
@@ -18,7 +17,8 @@ def summarise(rows: list[Row]) -> dict[str, Any]:
     rates = [row["tokens_per_second"] for row in train if "tokens_per_second" in row]
     shares = [row["mfu"] for row in train if "mfu" in row]
     scores = [row for row in rows if any("/" in name for name in row)]
-    best = min(valid, key=lambda row: row["valid_loss"], default=None)
+    finite = [row for row in valid if math.isfinite(row["valid_loss"])]
+    best = min(finite, key=lambda row: row["valid_loss"], default=None)
     return {
         "first_train_loss": train[0]["loss"] if train else None,
         "last_train_loss": train[-1]["loss"] if train else None,
@@ -36,8 +36,7 @@ def write_summary(run_dir: str, summary: dict[str, Any]) -> None:
     """Write `summary.json`, whole or not at all."""
     path = os.path.join(run_dir, "summary.json")
     with open(path + ".tmp", "w", encoding="utf-8") as file:
-        json.dump(summary, file, indent=2)
-        file.write("\n")
+        file.write(to_json(summary, indent=2) + "\n")
     os.replace(path + ".tmp", path)
 
 

@@ -266,3 +266,9 @@ def test_an_edited_config_is_believed_over_our_own_copy_of_it(tmp_path: Path) ->
     tree["rms_norm_eps"] = 0.01
     (tmp_path / "config.json").write_text(json.dumps(tree))
     assert load_model(str(tmp_path)).config.norm_eps == 0.01
+
+
+def test_the_card_shows_a_tokenizer_only_where_there_is_one(tmp_path: Path) -> None:
+    folder = export(build(tiny(), 0), tmp_path / "out")
+    assert not (folder / "tokenizer.json").exists()
+    assert "AutoTokenizer" not in (folder / "README.md").read_text()

@@ -54,6 +54,7 @@ def test_the_same_continuation(run: Path, capsys: pytest.CaptureFixture[str]) ->
     out = run.parent / "out"
     export_command([str(run), str(out)])
     assert "parameters, fp32" in capsys.readouterr().out
+    assert "AutoTokenizer" in (out / "README.md").read_text()
     theirs, tokenizer = open_in_transformers(out), transformers.AutoTokenizer.from_pretrained(str(out))
     generator = Generator.load(str(run), tokenizer=None, runtime="torch", device="cpu")
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,17 @@ def test_a_row_is_a_line_and_on_disk_at_once(make_config: Make, path: Path) -> N
     ]
     log.close()
     assert read_metrics(str(path)) == [*rows(1, 2), {"step": 2, "valid_loss": 1.5}]
+
+
+def test_what_is_no_number_is_null_on_disk(make_config: Make, path: Path) -> None:
+    write(make_config(), 0, [{"step": 1, "loss": math.nan}, {"step": 2, "loss": math.inf}])
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    on_disk = [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
+    assert on_disk == [{"step": 1, "loss": None}, {"step": 2, "loss": None}]
+    assert [math.isnan(row["loss"]) for row in read_metrics(str(path))] == [True, True]
 
 
 def test_a_resumed_run_drops_what_it_will_do_again(make_config: Make, path: Path) -> None:

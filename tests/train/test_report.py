@@ -40,6 +40,11 @@ def test_a_summary_has_first_last_best_and_the_median_rate() -> None:
     }
 
 
+def test_the_best_is_a_number() -> None:
+    rows = [{"step": step, "valid_loss": loss} for step, loss in enumerate([math.nan, 5.0, 4.0, math.nan])]
+    assert (summarise(rows)["best_valid_loss"], summarise(rows)["best_valid_step"]) == (4.0, 2)
+
+
 def test_a_summary_of_nothing() -> None:
     assert set(summarise([]).values()) == {None}
 
