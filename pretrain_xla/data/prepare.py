@@ -12,13 +12,8 @@ import fcntl
 import hashlib
 import os
 import signal
-import sys
-import time
 from collections.abc import Iterator, Mapping
 from typing import Any
-
-from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from pretrain_xla.data.files import PARTIAL, filesystem, is_local, make_folder, remove, url
 from pretrain_xla.data.formats import is_shard
@@ -34,6 +29,7 @@ from pretrain_xla.data.manifest import (
     dataset_info,
     write_manifest,
 )
+from pretrain_xla.data.progress_line import ProgressLine
 from pretrain_xla.data.shards import ShardWriter, WrittenFormat, dtype_for, open_shard
 from pretrain_xla.data.sources import Source, open_source
 from pretrain_xla.data.split import split_document
@@ -44,7 +40,6 @@ from pretrain_xla.data.workers import encode_chunks
 from pretrain_xla.errors import Interrupted, UserError
 
 TOKENIZER_FOLDER = "tokenizer"  # of the dataset's own copy
-LINE_SECONDS = 60.0  # between lines of progress where there is no terminal
 
 
 def prepare(
@@ -332,7 +327,7 @@ def _make(
     named = {f"{root}/{split}/{shard.name}" for split in SPLITS for shard in writers[split].written.shards}
     remove(fs, [path for path in _shard_files(fs, root) if path not in named])
     chunks = encode_chunks(source.read(place), tokenizer, recipe.valid_fraction, recipe.seed, num_workers)
-    with contextlib.closing(chunks), _Counter(progress) as counter:
+    with contextlib.closing(chunks), ProgressLine(progress) as counter:
         for chunk in chunks:
             for split, encoded in chunk.splits.items():
                 writers[split].append(encoded.tokens, encoded.documents)
@@ -366,36 +361,3 @@ def _check_splits(fs: Any, root: str, splits: Mapping[str, SplitInfo], source: S
                 f"{source.name}: valid_fraction={recipe.valid_fraction} leaves nothing for {split} out of {total} "
                 f"documents: {'raise' if split == 'valid' else 'lower'} valid_fraction, or add documents"
             )
-
-
-class _Counter:
-    """A line of progress on standard error: one that moves on a terminal, elsewhere a new one every minute."""
-
-    def __init__(self, show: bool) -> None:
-        console = Console(stderr=True)
-        self._lines = show and not console.is_terminal
-        self._begin = self._last_line = time.monotonic()
-        self._documents = self._tokens = 0
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f}%"))
-        times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
-        hide = not (show and console.is_terminal)
-        self._progress = Progress(*columns, *times, console=console, transient=True, disable=hide)
-        self._task = self._progress.add_task("tokenising", total=None)
-
-    def advance(self, documents: int, tokens: int, share: float | None) -> None:
-        self._documents += documents
-        self._tokens += tokens
-        now = time.monotonic()
-        seconds = now - self._begin or 1e-9
-        text = f"{self._documents:,} documents, {self._tokens:,} tokens, {self._tokens / seconds / 1e6:.1f}M tokens/s"
-        self._progress.update(self._task, description=text, total=share and 1.0, completed=share)
-        if self._lines and now - self._last_line >= LINE_SECONDS:
-            self._last_line = now
-            print(text if share is None else f"{text}, {share:.1%}", file=sys.stderr, flush=True)
-
-    def __enter__(self) -> _Counter:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._progress.stop()

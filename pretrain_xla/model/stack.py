@@ -73,6 +73,7 @@ class _Program:
 
     def __init__(self, block: Any, rotary: RotaryTables | None, keep: bool, loop: Loop, fence: Fence) -> None:
         self.block, self.rotary, self.keep, self.loop, self.fence = block, rotary, keep, loop, fence
+        self.compiled = loop is not python_loop
         self.names = [name for name, _ in block.named_parameters()]
         self.dtype: torch.dtype = block.compute_dtype
         self.backward = torch.is_grad_enabled()
@@ -101,14 +102,14 @@ class _Program:
         """
         weights = self.cast(parameters)
         large = [index for index, weight in enumerate(weights) if weight.dim() > 1 and weight.numel() >= LARGE]
-        if self.loop is not python_loop and large:
+        if self.compiled and large:
             for index, weight in zip(large, self.fence([weights[index] for index in large]), strict=True):
                 weights[index] = weight
         return weights
 
     def fence_input(self, x_BTD: Tensor) -> Tensor:
         """In a loop: keeps the compiler from moving a part of the first norm into the turn before, as a pass of its own."""
-        return x_BTD if self.loop is python_loop else self.fence([x_BTD])[0]
+        return self.fence([x_BTD])[0] if self.compiled else x_BTD
 
     def fenced(
         self, grad_BTD: Tensor, parameters: list[Tensor], kept: list[Tensor]
@@ -119,7 +120,7 @@ class _Program:
         that reads them: it would double the time of some in the backward pass, where they are read across. A fence for each,
         so that a cast can wait for its product (0.2% of a step); the gradient passes them, too, by which it lies better (0.1%).
         """
-        if self.loop is not python_loop:
+        if self.compiled:
             fenced = []
             for parameter in parameters:
                 if parameter.dim() > 1:

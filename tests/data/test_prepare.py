@@ -430,7 +430,7 @@ def test_two_preparations_in_one_folder_are_refused(tmp_path):
 
 
 def test_progress_without_a_terminal_is_a_line_a_minute(tmp_path, monkeypatch, capsys, small_chunks):
-    monkeypatch.setattr("pretrain_xla.data.prepare.LINE_SECONDS", 0.0)
+    monkeypatch.setattr("pretrain_xla.data.progress_line.LINE_SECONDS", 0.0)
     (tmp_path / "a.txt").write_text("\n<|endoftext|>\n".join(DOCUMENTS))
     prepare(source(), str(tmp_path / "a"), "bytes", num_workers=1, progress=False)
     assert capsys.readouterr().err == ""
