@@ -37,8 +37,8 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, compute_dtype: torch.dtype, factored: bool = False) -> None:
         super().__init__()
         self.compute_dtype = compute_dtype
-        self.factored = factored and compute_dtype != torch.float16
         self.attention_norm = make_norm(config, compute_dtype)
+        self.factored = factored and isinstance(self.attention_norm, RMSNorm) and compute_dtype != torch.float16
         self.attention = Attention(config, compute_dtype)
         self.attention_post_norm = make_norm(config, compute_dtype) if config.post_norm else None
         self.feed_forward_norm = make_norm(config, compute_dtype)
@@ -52,13 +52,17 @@ class Block(nn.Module):
         rotary: RotaryTables | None,
         attend: Attend | None = None,
         segments_BT: Tensor | None = None,
+        source_BTD: Tensor | None = None,
     ) -> Tensor:
-        """One layer over the fp32 residual stream; the arguments are `Attention.forward`'s."""
-        norm, rows_BT1 = self.attention_norm, None
-        if self.factored and isinstance(norm, RMSNorm):
-            normed_BTD, rows_BT1 = norm.factors(x_BTD)
+        """One layer over the fp32 residual stream; the other arguments are `Attention.forward`'s.
+
+        source_BTD: what x_BTD is a copy of, if it is one; a factored block's first pass reads this.
+        """
+        norm: Any = self.attention_norm
+        if self.factored:
+            normed_BTD, rows_BT1 = norm.factors(x_BTD if source_BTD is None else source_BTD, x_BTD)
         else:
-            normed_BTD = norm(x_BTD)
+            normed_BTD, rows_BT1 = norm(x_BTD), None
         attended_BTD = self.attention(normed_BTD, rotary, attend, segments_BT, rows_BT1)
         x_BTD = x_BTD + self._finish(attended_BTD, self.attention_post_norm)
         fed_BTD = self.feed_forward(self.feed_forward_norm(x_BTD))

@@ -44,10 +44,14 @@ class RMSNorm(nn.Module):
         normed = x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + self.eps)
         return (normed * self.scale()).to(self.compute_dtype)
 
-    def factors(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def factors(self, x: Tensor, copy: Tensor) -> tuple[Tensor, Tensor]:
         """What `forward` gives, as two factors, of which the second may wait until after a linear map of the first.
 
         A compiler then gets the sums of squares and the first factor in one pass over x: the first needs no sum.
+
+        Args:
+            x: values (…, width).
+            copy: x again, or a copy, which the backward pass reads; all of the gradient flows into it.
 
         Returns:
             values: x times `scale`, in the compute type. Whatever is made of them must be linear in them and be multiplied by
@@ -55,7 +59,7 @@ class RMSNorm(nn.Module):
             rows: one over the root mean square of each row, fp32, (…, 1). No gradient flows into it: `values` gets that
                 of both.
         """
-        values, rows = _Factors.apply(x.float(), self.scale(), self.eps, self.compute_dtype)
+        values, rows = _Factors.apply(x.detach().float(), copy.float(), self.scale(), self.eps, self.compute_dtype)
         return values, rows
 
     def scale(self) -> Tensor:
@@ -71,9 +75,11 @@ class _Factors(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, x: Tensor, copy: Tensor, scale: Tensor, eps: float, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
         rows = torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps)
-        ctx.save_for_backward(x, scale, rows)
+        ctx.save_for_backward(copy, scale, rows)
         ctx.mark_non_differentiable(rows)
         return (x * scale).to(dtype), rows
 
@@ -84,7 +90,7 @@ class _Factors(torch.autograd.Function):
         grad_x = grad_values * scale
         through_rows = x * (rows.square() * (x * grad_x).mean(dim=-1, keepdim=True))
         grad_scale = (grad_values * x).flatten(0, -2).sum(0)
-        return grad_x - through_rows, grad_scale, None, None
+        return None, grad_x - through_rows, grad_scale, None, None
 
 
 def make_norm(config: ModelConfig, compute_dtype: torch.dtype) -> nn.Module:

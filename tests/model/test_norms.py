@@ -23,7 +23,7 @@ def test_factors(zero_centered: bool, bias: bool) -> None:
         parameter.data = noise(*parameter.shape).float()
     x_BTD = (3 * noise(2, 4, 6)).float().requires_grad_()
     whole = [linear(norm(x_BTD)) for linear in linears]
-    values_BTD, rows_BT1 = norm.factors(x_BTD)
+    values_BTD, rows_BT1 = norm.factors(x_BTD, x_BTD)
     late = [linear(values_BTD, rows_BT1) for linear in linears]
     leaves = [x_BTD, norm.weight, *(p for linear in linears for p in linear.parameters())]
     assert not rows_BT1.requires_grad
@@ -36,10 +36,25 @@ def test_factors(zero_centered: bool, bias: bool) -> None:
         torch.testing.assert_close(one, other)
 
 
+def test_factors_of_a_copy() -> None:
+    norm = RMSNorm(6, 1e-2, False, torch.float32)
+    norm.weight.data = noise(6).float()
+    weight = noise(5, 6).float()
+
+    def gradient(x: Tensor, copy: Tensor) -> Tensor:
+        values, rows = norm.factors(x, copy)
+        return torch.autograd.grad(torch.tanh(values @ weight.T * rows).sum(), copy)[0]
+
+    x_BD = noise(4, 6).float()
+    both, copy = x_BD.clone().requires_grad_(), x_BD.clone().requires_grad_()
+    assert torch.equal(gradient(x_BD, copy), gradient(both, both))
+
+
 def test_factors_in_the_compute_type() -> None:
     norm = RMSNorm(64, 1e-5, False, torch.bfloat16)
     torch.nn.init.ones_(norm.weight)
-    values, rows = norm.factors(1e4 * noise(3, 64).bfloat16())
+    x = 1e4 * noise(3, 64).bfloat16()
+    values, rows = norm.factors(x, x)
     assert values.dtype == torch.bfloat16
     assert rows.dtype == torch.float32
     torch.testing.assert_close((values * rows).square().mean(-1), torch.ones(3), rtol=1e-2, atol=0)
