@@ -13,6 +13,7 @@ import torch, torch_xla
 import torch_xla.debug.metrics as met
 from pretrain_xla.config import ModelConfig
 from pretrain_xla.model import GPT, initialize
+from pretrain_xla.model.layers import Linear
 
 SIZES = dict(vocab_size=61, vocab_multiple=16, seq_length=12, d_model=24, num_layers=1, num_heads=4, d_ff=40)
 GPT2 = {}
@@ -44,6 +45,12 @@ for _ in range(3):
 assert compiled[1] == compiled[2], compiled
 fallbacks = [name for name in met.counter_names() if name.startswith("aten::")]
 assert not fallbacks, fallbacks
+linear, x_BTF = Linear(24, 16, bias=True, lone=True).to(device), torch.randn(2, 40, 24).to(device).bfloat16()
+torch.nn.init.ones_(linear.weight), torch.nn.init.zeros_(linear.bias)
+output = linear(x_BTF)
+assert "AddBias" in str(output.grad_fn)
+output.backward(output.detach())
+torch.testing.assert_close(linear.bias.grad.cpu(), output.detach().cpu().float().sum((0, 1)).bfloat16().float())
 """
 
 
