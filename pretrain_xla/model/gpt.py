@@ -21,7 +21,7 @@ from pretrain_xla.model.feed_forward import FeedForward
 from pretrain_xla.model.layers import Embedding, Linear
 from pretrain_xla.model.loops import python_loop
 from pretrain_xla.model.loss import PADDING_LOGIT, Head, cross_entropy, linear_cross_entropy
-from pretrain_xla.model.norms import RMSNorm, make_norm
+from pretrain_xla.model.norms import LayerNorm, RMSNorm, make_norm
 from pretrain_xla.model.positions import RotaryTables, rotary_tables
 from pretrain_xla.model.stack import run_blocks
 from pretrain_xla.model.stacked import StackedBlocks
@@ -39,6 +39,7 @@ class Block(nn.Module):
         self.compute_dtype = compute_dtype
         self.attention_norm = make_norm(config, compute_dtype)
         self.factored = factored and isinstance(self.attention_norm, RMSNorm) and compute_dtype != torch.float16
+        self.takes_copy = self.factored or isinstance(self.attention_norm, LayerNorm)
         self.attention = Attention(config, compute_dtype)
         self.attention_post_norm = make_norm(config, compute_dtype) if config.post_norm else None
         self.feed_forward_norm = make_norm(config, compute_dtype)
@@ -56,13 +57,14 @@ class Block(nn.Module):
     ) -> Tensor:
         """One layer over the fp32 residual stream; the other arguments are `Attention.forward`'s.
 
-        source_BTD: what x_BTD is a copy of, if it is one; a factored block's first pass reads this.
+        source_BTD: what x_BTD is a copy of, if it is one; the first pass reads this. For a block that `takes_copy`.
         """
         norm: Any = self.attention_norm
+        rows_BT1 = None
         if self.factored:
             normed_BTD, rows_BT1 = norm.factors(x_BTD if source_BTD is None else source_BTD, x_BTD)
         else:
-            normed_BTD, rows_BT1 = norm(x_BTD), None
+            normed_BTD = norm(x_BTD) if source_BTD is None else norm(x_BTD, source_BTD)
         attended_BTD = self.attention(normed_BTD, rotary, attend, segments_BT, rows_BT1)
         x_BTD = x_BTD + self._finish(attended_BTD, self.attention_post_norm)
         fed_BTD = self.feed_forward(self.feed_forward_norm(x_BTD))

@@ -19,10 +19,36 @@ class LayerNorm(nn.Module):
         self.eps = eps
         self.compute_dtype = compute_dtype
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise the last dimension."""
-        normed = F.layer_norm(x.float(), self.weight.shape, self.weight, self.bias, self.eps)
+    def forward(self, x: Tensor, source: Tensor | None = None) -> Tensor:
+        """Normalise the last dimension. source: what x is a copy of, if it is one; mean and variance are read from there."""
+        if source is not None:
+            normed = _LayerNormOfCopy.apply(source.detach().float(), x.float(), self.weight, self.bias, self.eps)
+        else:
+            normed = F.layer_norm(x.float(), self.weight.shape, self.weight, self.bias, self.eps)
         return normed.to(self.compute_dtype)
+
+
+class _LayerNormOfCopy(torch.autograd.Function):
+    """Mean and variance from one tensor, in one pass over it; all else from a copy of it, to which the gradient belongs."""
+
+    @staticmethod
+    def forward(ctx: Any, source: Tensor, copy: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+        mean = source.mean(dim=-1, keepdim=True)
+        variance = (source.square().mean(dim=-1, keepdim=True) - mean.square()).clamp(min=0)
+        scale = torch.rsqrt(variance + eps)
+        ctx.save_for_backward(copy, weight, mean, scale)
+        ctx.has_bias = bias is not None
+        scaled = (copy - mean) * scale * weight
+        return scaled if bias is None else scaled + bias
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        copy, weight, mean, scale = ctx.saved_tensors
+        standard, grad = (copy - mean) * scale, grads[0] * weight
+        along = (grad * standard).mean(dim=-1, keepdim=True)
+        grad_copy = scale * (grad - grad.mean(dim=-1, keepdim=True) - standard * along)
+        grad_bias = grads[0].flatten(0, -2).sum(0) if ctx.has_bias else None
+        return None, grad_copy, (grads[0] * standard).flatten(0, -2).sum(0), grad_bias, None
 
 
 class RMSNorm(nn.Module):

@@ -117,17 +117,17 @@ class _Program:
         """In a loop: keeps the compiler from moving a part of the first norm into the turn before, as a pass of its own."""
         return self.fence([x_BTD])[0] if self.compiled else x_BTD
 
-    def copied(self, x_BTD: Tensor) -> Tensor:
-        """In a loop over factored blocks, a copy of a turn's input; the input itself elsewhere.
+    def copied(self, x_BTD: Tensor) -> tuple[Tensor, Tensor | None]:
+        """In a loop, a copy of a turn's input and the input, where the block takes both; the input and nothing elsewhere.
 
         The input lies in a stack in HBM, and a block's backward pass reads it four times. The first pass writes the copy on its
         way, and that stays on the chip where there is room for it: 1.6% of a step at 8 x 1,024 tokens of width 768, 2.5% at 16.
         It does so only if the copy is more than a slice, hence the factor: a one of which the compiler does not know that.
         """
-        if not (self.compiled and self.block.factored):
-            return x_BTD
+        if not (self.compiled and self.block.takes_copy):
+            return x_BTD, None
         one = self.fence([torch.ones((), device=x_BTD.device)])[0]
-        return self.fence([x_BTD * one])[0]
+        return self.fence([x_BTD * one])[0], x_BTD
 
     def fenced(
         self, grad_BTD: Tensor, parameters: list[Tensor], kept: list[Tensor]
@@ -183,8 +183,8 @@ class _Stack(torch.autograd.Function):
         def body(carried: list[Tensor], slices: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
             grad_BTD, *segments = carried
             grad_BTD, parameters, kept = program.fenced(grad_BTD, program.cast(slices[:count]), slices[count:])
-            *values, source_BTD = (tensor.detach() for tensor in kept)
-            x_BTD = program.copied(source_BTD)
+            *values, x_BTD = (tensor.detach() for tensor in kept)
+            x_BTD, source_BTD = program.copied(x_BTD)
             leaves = [x_BTD.requires_grad_(), *(parameter.detach().requires_grad_() for parameter in parameters)]
             with torch.enable_grad(), replaying(values) if program.keep else nullcontext():
                 y_BTD = program.call(x_BTD, leaves[1:], segments, source_BTD)

@@ -92,6 +92,19 @@ def test_xla(way: str, tmp_path: Path, reference: Path, flags: Callable[..., lis
     assert counts["recompilations"] == counts["host_fallbacks"] == counts["unplanned_host_transfers"] == 0
 
 
+def test_classic_scan(tmp_path: Path, flags: Callable[..., list[str]]) -> None:
+    """GPT-2 as it was: LayerNorm, biases, learned positions."""
+    one, loop = tmp_path / "eager", tmp_path / "loop"
+    done = run("run_pretrain.py", *flags(one))
+    assert done.status == 0, done.errors
+    done = run("run_pretrain_xla.py", *flags(loop, mesh_data=4, scan_layers=True), "--strict-graph", **FOUR)
+    assert done.status == 0, done.errors
+    assert_same(loop, one)
+    done = run("run_pretrain_xla.py", *flags(tmp_path / "bf16", mixed_precision="bf16", scan_layers=True), **XLA)
+    assert done.status == 0, done.errors
+    assert losses(tmp_path / "bf16") == pytest.approx(losses(one), rel=0.05)
+
+
 @pytest.mark.parametrize("accumulation", [2, 4])
 def test_torch_accumulation(
     accumulation: int, tmp_path: Path, reference: Path, flags: Callable[..., list[str]]

@@ -1,4 +1,4 @@
-"""RMSNorm in two factors: the same values and the same gradients as whole, after any linear map."""
+"""Norms by other means: the same values and the same gradients."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pretrain_xla.model.layers import Linear
-from pretrain_xla.model.norms import RMSNorm
+from pretrain_xla.model.norms import LayerNorm, RMSNorm
 
 
 def noise(*shape: int) -> Tensor:
@@ -48,6 +48,20 @@ def test_factors_of_a_copy() -> None:
     x_BD = noise(4, 6).float()
     both, copy = x_BD.clone().requires_grad_(), x_BD.clone().requires_grad_()
     assert torch.equal(gradient(x_BD, copy), gradient(both, both))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_layer_norm_of_a_copy(bias: bool) -> None:
+    norm = LayerNorm(6, 1e-2, bias, torch.float32)
+    for parameter in norm.parameters():
+        parameter.data = noise(*parameter.shape).float() + 1.0
+    source, weights = 3 * noise(2, 4, 6).float() + 2.0, noise(6).float()
+    results = []
+    for x, *others in ((source.clone(), source.clone().requires_grad_()), (source.clone(),)):
+        output = norm(x.requires_grad_(), *others)
+        results.append([output, *torch.autograd.grad((torch.tanh(output) * weights).sum(), [x, *norm.parameters()])])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_factors_in_the_compute_type() -> None:
