@@ -29,7 +29,10 @@ class LayerNorm(nn.Module):
 
 
 class _LayerNormOfCopy(torch.autograd.Function):
-    """Mean and variance from one tensor, in one pass over it; all else from a copy of it, to which the gradient belongs."""
+    """Mean and variance from one tensor, in one pass over it; all else from a copy of it, to which the gradient belongs.
+
+    The variance is E[x²] - E[x]², as XLA computes it for `F.layer_norm`, too.
+    """
 
     @staticmethod
     def forward(ctx: Any, source: Tensor, copy: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
