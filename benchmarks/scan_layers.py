@@ -82,6 +82,8 @@ def main() -> None:
     parser.add_argument("--width", type=int, help="another d_model, a multiple of 384")
     parser.add_argument("--check", type=int, help="compile that many layers one by one as well")
     flags = parser.parse_args()
+    if flags.width is not None and (flags.width <= 0 or flags.width % 384):
+        parser.error(f"--width {flags.width}: give a multiple of 384, as 1536")
     try:
         for name in flags.config:
             compare(name, flags)
