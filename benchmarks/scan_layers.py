@@ -12,29 +12,27 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from pretrain_xla.config import RunConfig, build_config  # noqa: E402
-from pretrain_xla.config_file import load_yaml  # noqa: E402
+from benchmarks.tpu_step import one_chip  # noqa: E402
+from pretrain_xla.config import RunConfig  # noqa: E402
 from pretrain_xla.errors import UserError  # noqa: E402
 from pretrain_xla.preflight.report import Report  # noqa: E402
 from pretrain_xla.preflight.topology import resolve_topology  # noqa: E402
-from pretrain_xla.preflight.trials import Compiler  # noqa: E402
+from pretrain_xla.preflight.trials import Compiler, changed  # noqa: E402
 
 FEW, SHALLOW, DEEP = 4, 12, 48
 
 
 def variant(name: str, layers: int, loop: bool, width: int | None) -> RunConfig:
     """One chip's share of a config's step. width: another one, in heads of 128 and with a feed-forward of 8/3 of it."""
-    tree = load_yaml(str(ROOT / "configs" / f"{name}.yaml"))
-    tree["model"] |= {"num_layers": layers}
+    changes: dict[str, Any] = {"rematerialization": "full", "scan_layers": loop}
     if width is not None:
-        tree["model"] |= {"d_model": width, "num_heads": width // 128, "head_dim": 128, "d_ff": 8 * width // 3}
-    tree["train"] |= {"train_batch_size": 8, "gradient_accum_step": 1}
-    tree["train"] |= {"rematerialization": "full", "scan_layers": loop}
-    return build_config(tree, name)
+        changes |= {"d_model": width, "num_heads": width // 128, "head_dim": 128, "d_ff": 8 * width // 3}
+    return changed(one_chip(name, layers), changes)
 
 
 def milliseconds(report: Report) -> float:

@@ -168,10 +168,10 @@ class Attention(nn.Module):
         super().__init__()
         query_width = config.num_heads * config.heads_dim
         key_width = config.kv_heads * config.heads_dim
-        # Their gradients come from attention.
-        self.query = Linear(config.d_model, query_width, config.bias, lone=True)
-        self.key = Linear(config.d_model, key_width, config.bias, lone=True)
-        self.value = Linear(config.d_model, key_width, config.bias, lone=True)
+        # The gradients of these three outputs come out of attention, not out of a matrix product.
+        self.query = Linear(config.d_model, query_width, config.bias, sum_by_product=True)
+        self.key = Linear(config.d_model, key_width, config.bias, sum_by_product=True)
+        self.value = Linear(config.d_model, key_width, config.bias, sum_by_product=True)
         self.output = Linear(query_width, config.d_model, config.bias)
         self.query_norm: RMSNorm | None = make_head_norm(config, compute_dtype) if config.qk_norm else None
         self.key_norm: RMSNorm | None = make_head_norm(config, compute_dtype) if config.qk_norm else None

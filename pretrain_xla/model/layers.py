@@ -15,13 +15,13 @@ from torch import Tensor, nn
 class Linear(nn.Linear):
     """x @ weight.T + bias, in the type of x.
 
-    lone: the output's gradient comes from no product in whose course XLA could sum it for the bias. The sum is then taken by a
-        product of its own; see `add_bias`.
+    sum_by_product: how the bias gets its gradient in bf16 on XLA: by `add_bias`. For an output whose gradient no matrix product
+        makes, in whose course XLA would sum it for nothing.
     """
 
-    def __init__(self, in_features: int, out_features: int, bias: bool, lone: bool = False) -> None:
+    def __init__(self, in_features: int, out_features: int, bias: bool, sum_by_product: bool = False) -> None:
         super().__init__(in_features, out_features, bias=bias, dtype=torch.float32)
-        self.lone = lone
+        self.sum_by_product = sum_by_product
 
     def reset_parameters(self) -> None:
         """Fill with NaN; `initialization.initialize` gives the first values."""
@@ -34,14 +34,14 @@ class Linear(nn.Linear):
         """
         weight = self.weight.to(input.dtype)
         bias = None if self.bias is None else self.bias.to(input.dtype)
-        lone = self.lone and input.dtype == torch.bfloat16 and input.device.type == "xla"
-        if rows is None and not lone:
+        by_product = self.sum_by_product and input.dtype == torch.bfloat16 and input.device.type == "xla"
+        if rows is None and not by_product:
             return F.linear(input, weight, bias)
         output = F.linear(input, weight)
         if rows is not None:
             output = (output * rows).to(input.dtype)
         if bias is not None:
-            output = add_bias(output, bias) if lone else output + bias
+            output = add_bias(output, bias) if by_product else output + bias
         return output
 
 

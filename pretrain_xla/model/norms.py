@@ -22,7 +22,7 @@ class LayerNorm(nn.Module):
     def forward(self, x: Tensor, source: Tensor | None = None) -> Tensor:
         """Normalise the last dimension. source: what x is a copy of, if it is one; mean and variance are read from there."""
         if source is not None:
-            normed = _LayerNormOfCopy.apply(source.detach().float(), x.float(), self.weight, self.bias, self.eps)
+            normed = _LayerNormOfCopy.apply(source.float(), x.float(), self.weight, self.bias, self.eps)
         else:
             normed = F.layer_norm(x.float(), self.weight.shape, self.weight, self.bias, self.eps)
         return normed.to(self.compute_dtype)
@@ -88,7 +88,7 @@ class RMSNorm(nn.Module):
             rows: one over the root mean square of each row, fp32, (…, 1). No gradient flows into it: `values` gets that
                 of both.
         """
-        values, rows = _Factors.apply(x.detach().float(), copy.float(), self.scale(), self.eps, self.compute_dtype)
+        values, rows = _Factors.apply(x.float(), copy.float(), self.scale(), self.eps, self.compute_dtype)
         return values, rows
 
     def scale(self) -> Tensor:

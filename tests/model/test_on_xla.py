@@ -45,7 +45,7 @@ for _ in range(3):
 assert compiled[1] == compiled[2], compiled
 fallbacks = [name for name in met.counter_names() if name.startswith("aten::")]
 assert not fallbacks, fallbacks
-linear, x_BTF = Linear(24, 16, bias=True, lone=True).to(device), torch.randn(2, 40, 24).to(device).bfloat16()
+linear, x_BTF = Linear(24, 16, bias=True, sum_by_product=True).to(device), torch.randn(2, 40, 24).to(device).bfloat16()
 torch.nn.init.ones_(linear.weight), torch.nn.init.zeros_(linear.bias)
 output = linear(x_BTF)
 assert "AddBias" in str(output.grad_fn)
