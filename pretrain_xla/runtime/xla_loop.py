@@ -12,7 +12,7 @@ turn gets a seed of its own.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -55,7 +55,7 @@ def xla_loop(
     for fake in (*fake_carried, *fake_slices):
         number_of.append(context.tensor_parameter_id(fake))
         invariants.pop(number_of[-1], None)
-    seed = _seed_parameter(context, outputs)
+    seed = seed_parameter(context, invariants)
     if seed is not None:
         invariants[seed] = torch.randint(0, 2**62, (count,), dtype=torch.int64, device=invariants[seed].device)
 
@@ -182,11 +182,17 @@ def _touch(tensor: Tensor) -> Tensor:
     return tensor * 1 if tensor.dtype.is_floating_point else tensor
 
 
-def _seed_parameter(context: torch_xla._XLAC.lowering.LoweringContext, outputs: list[Tensor]) -> int | None:
-    """Number of the body's parameter that is the seed of random numbers, if it draws any."""
-    numbers, values = torch_xla._XLAC._get_tensors_xla_device_data_node(outputs)
-    seed = torch_xla._XLAC._get_seed_info_id()
-    return context.tensor_parameter_id(values[numbers.index(seed)]) if seed in numbers else None
+def seed_parameter(context: torch_xla._XLAC.lowering.LoweringContext, invariants: Mapping[int, Tensor]) -> int | None:
+    """Number of the body's parameter that is the seed of random numbers, if it draws any.
+
+    It is what a number drawn now is computed from. By torch_xla's own id for it, it is found only without SPMD, and only once.
+    """
+    if not any(tensor.dim() == 0 and tensor.dtype == torch.int64 for tensor in invariants.values()):
+        return None
+    drawn = torch.rand((), device=torch_xla.device())
+    (seed,) = torch_xla._XLAC._get_tensors_xla_device_data_node([drawn])[1]
+    number = context.tensor_parameter_id(seed)
+    return None if number == -1 else number
 
 
 def element(tensors: xb.Op, index: xb.Op) -> xb.Op:

@@ -2,7 +2,7 @@
 
 `xla_loop` is part of a step and is traced with it, each time. Here the loop is the whole program, everything that it reads is
 handed to it, and a call costs the host one operation, whatever the size of the model. What it carries is updated in place: the
-buffers are donated, and a key/value cache is never copied.
+buffers are donated, and a key/value cache is never copied. Random numbers are handed to it, too: its body draws none.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch_xla.runtime as xr
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from pretrain_xla.runtime.xla_loop import element, with_element
+from pretrain_xla.runtime.xla_loop import element, seed_parameter, with_element
 
 
 class _MatrixFirst(TorchFunctionMode):
@@ -84,6 +84,7 @@ class RepeatedModule:
         numbers = [context.tensor_parameter_id(fake) for fake in fakes]
         for number in numbers:
             found.pop(number, None)
+        assert seed_parameter(context, found) is None, "every turn of every call would draw the same random numbers"
         invariants = [tensor.to(torch_xla.device()) for tensor in found.values()]
         place = {number: index for index, number in enumerate(numbers) if number != -1}
         place |= {number: len(fakes) + index for index, number in enumerate(found)}

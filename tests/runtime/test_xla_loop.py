@@ -9,9 +9,16 @@ from pathlib import Path
 import pytest
 
 PREAMBLE = """
-import torch, torch_xla
+import os, torch, torch_xla
+import numpy as np
+import torch_xla.core.xla_model as xm
 import torch_xla.debug.metrics as met
+import torch_xla.distributed.spmd as xs
+import torch_xla.runtime as xr
 from pretrain_xla.model.loops import python_loop
+DEVICES = int(os.environ["CPU_NUM_DEVICES"])
+if DEVICES > 1:
+    xr.use_spmd()
 from pretrain_xla.runtime.xla_loop import xla_fence, xla_loop
 device = torch_xla.device()
 generator = torch.Generator().manual_seed(0)
@@ -45,13 +52,28 @@ for _ in range(3):
         torch.testing.assert_close(one.cpu(), other)
 assert compiled[1] == compiled[2], compiled  # traced again, the loop is the same loop
 
-ones_J = torch.ones(64, device=device)
-body = lambda carried, slices: ([carried[0]], [torch.nn.functional.dropout(ones_J * slices[0], 0.5)])
-_, (masks_NJ,) = xla_loop(body, [ones_J], [torch.ones(3, 1).to(device)])
-masks_NJ = masks_NJ.cpu()
-assert 40 < int((masks_NJ == 0).sum()) < 152, "half of it is dropped"
-assert not torch.equal(masks_NJ[0], masks_NJ[1]), "each turn draws for itself"
-assert not torch.equal(masks_NJ[1], masks_NJ[2])
+ones_J, drop = torch.ones(64, device=device), lambda x: torch.nn.functional.dropout(x, 0.5)
+body = lambda carried, slices: (carried, [drop(ones_J * slices[0])])
+def outer(carried, slices):
+    first_J = drop(ones_J)
+    _, (inner_NJ,) = xla_loop(body, carried, [slices[0] + torch.zeros(3, 1, device=device)])
+    return carried, [torch.cat([first_J[None], inner_NJ, drop(ones_J)[None]])]
+
+def draw(seed):
+    xm.set_rng_state(seed, str(device))
+    _, (masks_NJ,) = xla_loop(body, [ones_J], [torch.ones(3, 1).to(device)])
+    _, (nested_MNJ,) = xla_loop(outer, [ones_J], [torch.ones(2, 1).to(device)])
+    rows_RJ = torch.ones(4, 64).to(device)
+    if DEVICES > 1:
+        xs.mark_sharding(rows_RJ, xs.Mesh(np.arange(DEVICES), (DEVICES,), ("rows",)), ("rows", None))
+    return torch.cat([masks_NJ, nested_MNJ.flatten(0, 1), drop(rows_RJ)]).cpu()
+
+masks_NJ, other_NJ = draw(7), draw(8)
+zeros_N = (masks_NJ == 0).sum(1)
+assert 12 < zeros_N.min() and zeros_N.max() < 52, f"half of it is dropped: {zeros_N}"
+distinct_NJ = torch.cat([masks_NJ, other_NJ]).unique(dim=0)
+assert len(distinct_NJ) == 2 * (3 + 2 * 5 + 4), "each turn, of each loop in a loop, and each row of a mesh draws for itself"
+assert torch.equal(draw(7), masks_NJ)
 
 numbers_N = torch.arange(4.0)
 echo = lambda carried, slices: (carried, [torch.stack(slices)])
@@ -104,14 +126,55 @@ for options, execution, documents in ((GPT2, Execution(loop=xla_loop), False), (
 assert len(xla_kernels._computations) == 4, "each kernel ran, forward and backward"
 """
 
+ACCUMULATION = """
+import statistics
+from pretrain_xla.config import build_config
+from pretrain_xla.model import initialize
+from pretrain_xla.runtime import start
+from pretrain_xla.train.build import build_model
+
+SIZES = dict(vocab_size=61, vocab_multiple=16, seq_length=12, d_model=16, num_layers=1, num_heads=2, d_ff=16, dropout=0.5)
+
+def spread(micro_batches):
+    train = {"train_batch_size": 4, "gradient_accum_step": micro_batches}
+    config = build_config({"model": SIZES, "train": train}, "test")
+    runtime = start(config)
+    model = build_model(config, runtime)
+    initialize(model, 0)
+    for parameter in model.parameters():
+        parameter.data.mul_(10)
+    runtime.place_model(model)
+    forward, parameters = runtime.forward(model), list(model.parameters())
+    row_S = torch.randint(0, 61, (13,), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    batch = runtime.place_batch(row_S.expand(4, micro_batches, 13).contiguous().numpy())
+    loss = lambda tokens_BS: forward(tokens_BS[:, :-1], tokens_BS[:, 1:])
+    step = runtime.compile(lambda tokens: runtime.gradients(loss, parameters, tokens)[0] * 1, "step", state=tuple)
+    losses = []
+    for seed in range(100):
+        runtime.seed(seed)
+        losses.append(runtime.fetch(step(batch)))
+    return statistics.stdev(loss.result().item() for loss in losses)
+
+ratio = spread(1) / spread(8)
+assert 2.2 < ratio < 3.6, f"the loss of 8 micro-batches spreads 1 / sqrt(8) as wide over seeds, not 1 / {ratio:.2f}"
+"""
+
 
 @pytest.mark.skipif(importlib.util.find_spec("torch_xla") is None, reason="needs torch_xla")
-@pytest.mark.parametrize("script", [LOOPS, KERNEL], ids=["loops", "kernel"])
-def test_on_xla(script: str) -> None:
+@pytest.mark.parametrize(
+    ("script", "devices"),
+    [(LOOPS, 1), (LOOPS, 4), (KERNEL, 1), (ACCUMULATION, 4)],
+    ids=["loops", "loops under SPMD", "kernel", "dropout of micro-batches"],
+)
+def test_on_xla(script: str, devices: int) -> None:
     root = Path(__file__).parents[2]
     quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     environment = os.environ | {"PJRT_DEVICE": "CPU", "PYTHONPATH": str(root), "XLA_FLAGS": quick}
     run = subprocess.run(
-        [sys.executable, "-c", PREAMBLE + script], env=environment, cwd=root, capture_output=True, text=True
+        [sys.executable, "-c", PREAMBLE + script],
+        env=environment | {"CPU_NUM_DEVICES": str(devices)},
+        cwd=root,
+        capture_output=True,
+        text=True,
     )
     assert run.returncode == 0, run.stderr[-3000:]
