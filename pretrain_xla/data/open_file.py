@@ -17,6 +17,7 @@ from http import HTTPStatus
 from typing import Any
 
 import pyarrow as pa
+import zstandard
 from fsspec.implementations.http import HTTPFileSystem
 
 from pretrain_xla.data.files import is_local, url
@@ -24,13 +25,13 @@ from pretrain_xla.data.remote import call, describe, patiently, read_range
 from pretrain_xla.errors import UserError
 
 BLOCK_BYTES = 2**22  # of a remote file, asked for at a time
-UNPACK_ERRORS = (EOFError, zlib.error, lzma.LZMAError)  # besides OSError: what a damaged packed file raises
+_USUAL_WINDOW = 2**27  # bytes of text that a .zst file may look back on; more is asked for with `zstd --long`
+UNPACK_ERRORS = (EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError)  # besides OSError: of a damaged packed file
 _UNPACKERS: dict[str, Callable[[Any], Any]] = {
     ".gz": lambda raw: gzip.GzipFile(fileobj=raw),
     ".bz2": bz2.BZ2File,
     ".xz": lzma.LZMAFile,
-    # Unlike the readers of `zstandard`, this one refuses a file that ends within a frame.
-    ".zst": lambda raw: pa.CompressedInputStream(raw, "zstd"),
+    ".zst": lambda raw: _zstd(raw),
 }
 
 
@@ -50,14 +51,60 @@ def open_file(fs: Any, path: str) -> Any:
 
 
 def unpacked(raw: Any, name: str) -> Any:
-    """What an open file holds, unpacked where its name says that it is packed."""
-    return next((unpack(raw) for suffix, unpack in _UNPACKERS.items() if name.endswith(suffix)), raw)
+    """What an open file holds, unpacked where its name says that it is packed, in capitals or not.
+
+    Reading it raises one of `UNPACK_ERRORS` or an OSError where the file is damaged, or ends too early.
+    """
+    return next((unpack(raw) for suffix, unpack in _UNPACKERS.items() if name.lower().endswith(suffix)), raw)
 
 
 def bare_name(path: str) -> str:
     """A file's name without its folder, and without the suffix that says how it is packed."""
     name = path.rpartition("/")[2]
-    return next((name.removesuffix(suffix) for suffix in _UNPACKERS if name.endswith(suffix)), name)
+    return next((name[: -len(suffix)] for suffix in _UNPACKERS if name.lower().endswith(suffix)), name)
+
+
+def _zstd(raw: Any) -> Any:
+    """Unlike the readers of `zstandard`, Arrow's refuses a file that ends within a frame; but it knows no long window."""
+    head = raw.peek(18)[:18] if hasattr(raw, "peek") else raw.read(18)
+    if not hasattr(raw, "peek"):
+        raw.seek(0)
+    try:
+        window = zstandard.get_frame_parameters(head).window_size
+    except zstandard.ZstdError:
+        window = 0  # it is no frame, which Arrow will say
+    if window <= _USUAL_WINDOW:
+        return pa.CompressedInputStream(raw, "zstd")
+    return io.BufferedReader(_LongWindow(raw), BLOCK_BYTES)
+
+
+class _LongWindow(io.RawIOBase):
+    """A .zst file that was packed with `zstd --long`, as the dumps of Reddit are; takes up to 2 GB of memory."""
+
+    def __init__(self, raw: Any) -> None:
+        self._raw, self._frame, self._waiting = raw, self._next_frame(), memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._waiting:
+            packed = self._frame.unused_data if self._frame.eof else self._raw.read(2**16)
+            if self._frame.eof:
+                packed = packed or self._raw.read(2**16)
+                if packed:
+                    self._frame = self._next_frame()
+            elif not packed:
+                raise EOFError("Truncated: it ends within a frame")
+            if not packed:
+                return 0
+            self._waiting = memoryview(self._frame.decompress(packed))
+        taken = min(len(buffer), len(self._waiting))
+        buffer[:taken], self._waiting = self._waiting[:taken], self._waiting[taken:]
+        return taken
+
+    def _next_frame(self) -> Any:
+        return zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
 
 
 def _gives_ranges(fs: HTTPFileSystem, path: str, size: int) -> bool:

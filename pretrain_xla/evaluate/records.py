@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from pretrain_xla.data.files import filesystem, url
+from pretrain_xla.data.open_file import UNPACK_ERRORS, open_file, unpacked
 from pretrain_xla.errors import UserError
 
 Fields = dict[str, Any]
@@ -128,11 +129,14 @@ def _open_all(source: str) -> Iterator[tuple[str, Iterator[str]]]:
 
 def _lines(fs: Any, path: str) -> Iterator[str]:
     try:
-        with fs.open(path, "rt", encoding="utf-8-sig", compression="infer", newline="\n") as stream:
+        with (
+            open_file(fs, path) as raw,
+            io.TextIOWrapper(unpacked(raw, path), encoding="utf-8-sig", newline="\n") as stream,
+        ):
             yield from stream
     except UnicodeDecodeError:
         raise UserError(f"{url(fs, path)}: not UTF-8 text") from None
-    except (OSError, EOFError, zlib.error) as error:
+    except (OSError, *UNPACK_ERRORS) as error:
         raise UserError(f"{url(fs, path)}: cannot be read: {error}") from None
 
 

@@ -60,6 +60,22 @@ def test_folder_is_read_in_order_of_names_and_leaves_out_what_is_not_text(tmp_pa
     assert "3 files that are not text or JSON lines" in caplog.text
 
 
+def test_zst_with_a_long_window(tmp_path):
+    """As `zstd --long=31` packs, and the dumps of Reddit are packed."""
+    long = zstandard.ZstdCompressionParameters.from_level(3, window_log=31)
+    packer = zstandard.ZstdCompressor(compression_params=long)
+    frames = []
+    for text in ("one", NOISE.decode()):
+        frame = packer.compressobj()
+        frames.append(frame.compress(jsonl(text).encode()) + frame.flush())
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(b"".join(frames))
+    assert list(read_documents(str(path))) == ["one", NOISE.decode()]
+    path.write_bytes(b"".join(frames)[:-9])
+    with pytest.raises(UserError, match=r"a\.jsonl\.zst: cannot be read: Truncated"):
+        list(read_documents(str(path)))
+
+
 def test_any_fsspec_url():
     with fsspec.open("memory://corpus/a.txt", "w") as file:
         file.write("from memory")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
+import lzma
+import random
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -10,6 +13,7 @@ from typing import Any
 import fsspec
 import numpy as np
 import pytest
+import zstandard
 
 from pretrain_xla.data.tokenizer import BytesTokenizer
 from pretrain_xla.errors import UserError
@@ -149,6 +153,20 @@ def test_records_that_are_none(tmp_path: Path) -> None:
     for name in ("none.jsonl", "none*.jsonl"):
         with pytest.raises(UserError, match="no such file"):
             list(read_records(str(tmp_path / name)))
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst", ".ZST"])
+def test_packed_text_that_ends_too_early_is_no_shorter_text(tmp_path: Path, suffix: str) -> None:
+    """A score of the part that is there would look like a score of the text."""
+    text = "".join(random.Random(0).choices("abcdefgh \n", k=100_000))
+    pack = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}.get(suffix, zstandard.compress)
+    packed, path = pack(text.encode()), tmp_path / f"a.txt{suffix}"
+    path.write_bytes(packed)
+    assert "".join(read_lines(str(path))) == text
+    for kept in (len(packed) // 2, len(packed) - 1):
+        path.write_bytes(packed[:kept])
+        with pytest.raises(UserError, match=r"a\.txt.*: cannot be read: "):
+            list(read_lines(str(path)))
 
 
 def test_finding_a_tasks_file(tmp_path: Path) -> None:
