@@ -1,5 +1,5 @@
-"""Text ↔ token ids: tiktoken's encodings, any Hugging Face `tokenizer.json`, SentencePiece models, plain bytes, and any of
-these with BitBPE, behind one small protocol.
+"""Text ↔ token ids: tiktoken's encodings, any Hugging Face `tokenizer.json`, GPT-2's pair of a vocabulary and merges,
+SentencePiece models, plain bytes, and any of these with BitBPE, behind one small protocol.
 
 In text, a special string such as `<|endoftext|>` is ordinary characters, always: whoever writes a document cannot
 forge the border of one. The end-of-text id is put between documents as an id, never through text.
@@ -8,7 +8,6 @@ forge the border of one. The end-of-text id is put between documents as an id, n
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -28,7 +27,9 @@ from pretrain_xla.data.tokenizer_kinds import (
     SentencePieceTokenizer,
     TiktokenTokenizer,
 )
+from pretrain_xla.data.vocab_merges import VOCABULARIES, as_tokenizer_json, is_vocabulary
 from pretrain_xla.errors import UserError
+from pretrain_xla.untrusted import parse_object
 
 __all__ = [
     "END_OF_TEXT",
@@ -46,6 +47,7 @@ __all__ = [
     "stored_tokenizer",
 ]
 
+OTHER_FILES = ("spiece.model", *VOCABULARIES)  # that others write, and we only read
 END_OF_TEXT_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "<|end|>")
 
 
@@ -116,8 +118,8 @@ def load_tokenizer(name: str) -> Tokenizer:
 
     Args:
         name: one of tiktoken's encodings (`gpt2`, `cl100k_base`, ...), `bytes`, or the path or URL of a
-            `tokenizer.json`, a SentencePiece `.model` or a `bitbpe.json`, or of a folder that holds one (`./gpt2` for a
-            folder with an encoding's name).
+            `tokenizer.json`, a SentencePiece `.model`, a `bitbpe.json` or a `vocab.json` with `merges.txt` beside it, or of
+            a folder that holds one (`./gpt2` for a folder with an encoding's name).
 
     Raises:
         UserError: unknown name, no end-of-text token, a damaged file, or an encoding that cannot be downloaded.
@@ -128,7 +130,7 @@ def load_tokenizer(name: str) -> Tokenizer:
     if name in known:
         return TiktokenTokenizer(_encoding(name))
     fs, root = filesystem(name)
-    for path in (root, *(f"{root}/{file}" for file in TOKENIZER_FILES)):
+    for path in (root, *(f"{root}/{file}" for file in (*TOKENIZER_FILES, *OTHER_FILES))):
         if fs.isfile(path):
             return _load_file(name, fs, path)
     wanted = " or ".join(TOKENIZER_FILES)
@@ -189,10 +191,11 @@ def _load_sentencepiece(name: str, fs: Any, path: str) -> SentencePieceTokenizer
 def _load_json(name: str, fs: Any, path: str) -> JsonTokenizer:
     folder = path.rpartition("/")[0]
     try:
-        tree = json.loads(fs.cat_file(path))
+        content = as_tokenizer_json(name, fs, path) if is_vocabulary(path) else fs.cat_file(path).decode("utf-8-sig")
         names = _end_of_text_names(fs, folder)
-        content = json.dumps(tree)
         tokenizer = tokenizers.Tokenizer.from_str(content)
+    except UserError:
+        raise
     except Exception as error:  # `tokenizers` raises plain Exception
         raise UserError(f"tokenizer {name!r}: {path} cannot be read: {' '.join(str(error).split())[:200]}") from None
     found = [text for text in names if tokenizer.token_to_id(text) is not None]
@@ -208,7 +211,7 @@ def _end_of_text_names(fs: Any, folder: str) -> list[str]:
     """Names to look for: first the one that the files beside the tokenizer state, if any does."""
     for file in (SPECIALS_FILE, "tokenizer_config.json"):
         if fs.isfile(f"{folder}/{file}"):
-            stated = json.loads(fs.cat_file(f"{folder}/{file}")).get("eos_token")
+            stated = parse_object(fs.cat_file(f"{folder}/{file}"), f"{folder}/{file}").get("eos_token")
             stated = stated.get("content") if isinstance(stated, dict) else stated
             if stated:
                 return [stated, *END_OF_TEXT_NAMES]

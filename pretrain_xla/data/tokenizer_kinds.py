@@ -161,7 +161,7 @@ class JsonTokenizer:
     def byte_ids(self) -> tuple[int, ...]:
         """See `Tokenizer.byte_ids`: `<0xE3>` of byte fallback, or the characters that stand for bytes in a byte-level BPE."""
         fallback = [f"<0x{byte:02X}>" for byte in range(256)]
-        for names in (fallback, _byte_level_names()):
+        for names in (fallback, byte_level_names()):
             ids = [token for name in names if (token := self.tokenizer.token_to_id(name)) is not None]
             if len(ids) == len(names):
                 return tuple(ids)
@@ -289,7 +289,7 @@ def _no_byte_tokens(name: str) -> UserError:
     )
 
 
-def _byte_level_names() -> list[str]:
+def byte_level_names() -> list[str]:
     """The character that stands for each byte in GPT-2's kind of BPE: itself where it prints, else the next one free."""
     prints = {*range(33, 127), *range(161, 173), *range(174, 256)}
     free = itertools.count(256)

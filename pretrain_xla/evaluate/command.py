@@ -82,6 +82,8 @@ def evaluate_command(arguments: Sequence[str]) -> None:
     runtime.place_model(model)
     try:
         console = Console(enabled=runtime.is_main)
+        if runtime.is_main:
+            loaded.print_notes()
         evaluation = Evaluation(
             model,
             runtime,

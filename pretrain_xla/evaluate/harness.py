@@ -57,6 +57,7 @@ class PretrainXlaLM(TemplateLM):
     ) -> None:
         super().__init__()
         loaded = load_model(str(pretrained), checkpoint)
+        loaded.print_notes()
         machine, model = build(
             loaded,
             runtime=runtime,

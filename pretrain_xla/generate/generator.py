@@ -44,6 +44,7 @@ class Generator:
             UserError: no such model, a damaged one, or no tokenizer that fits.
         """
         found = load_model(path, which)
+        found.print_notes()
         if tokenizer is None and found.tokenizer is None:
             raise UserError(f"{found.where} comes without a tokenizer: name one with --tokenizer")
         loaded = load_tokenizer(tokenizer or str(found.tokenizer))

@@ -43,10 +43,10 @@ def adopt_architecture(tree: Mapping[str, Any], stated: frozenset[str], where: s
     source = tree["train"]["from_checkpoint"]
     if source is None:
         return build_config(dict(tree), where), []
-    found = describe(source)
+    found = describe(source, stated={leaf: tree["model"][leaf] for leaf in stated & tree["model"].keys()})
     own = {key: value for key, value in tree["model"].items() if key in FREE_MODEL_KEYS | stated}
     model = {key: value for key, value in found.config.model_dump().items() if key not in FREE_MODEL_KEYS} | own
-    notes = [f"the model is that of {found.where}: {parameter_count(found.config):,} parameters"]
+    notes = [f"the model is that of {found.where}: {parameter_count(found.config):,} parameters", *found.notes]
     if model["vocab_size"] > found.config.vocab_size:
         # Its logits for real tokens may lie far below 0, where a row of zeros that counts as a token would drown them.
         notes.append(f"vocab_size {model['vocab_size']} -> {found.config.vocab_size}: the rest is padding")
@@ -64,7 +64,7 @@ def adopt_tokenizer(config: RunConfig, stated: frozenset[str]) -> tuple[RunConfi
     """
     if config.train.from_checkpoint is None or "tokenizer" in stated or dataset_info(config.data.train_dir) is not None:
         return config, []
-    found = describe(config.train.from_checkpoint)
+    found = describe(config.train.from_checkpoint, stated=config.model.model_dump())
     name, notes = usable_tokenizer(found)
     if name is None:
         return config, [*notes, f"neither {found.where} nor the shards name a tokenizer: gpt2 is taken for text"]

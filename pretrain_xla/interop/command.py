@@ -51,6 +51,7 @@ def export_command(arguments: Sequence[str]) -> None:
     if flags.push_to:
         hub.check_writable(flags.push_to)
     loaded = load_model(flags.model, flags.checkpoint)
+    loaded.print_notes()
     for note in export_model(loaded, flags.out, dtype=flags.dtype, title=flags.push_to):
         print(f"note: {note}")
     print(f"{loaded.where} -> {flags.out}: {choose(loaded.config).architecture}, {_size(loaded.config)}, {flags.dtype}")
@@ -81,7 +82,7 @@ def import_command(arguments: Sequence[str]) -> None:
     given = {leaf: getattr(flags, leaf) for leaf in (*IMPORT_LEAVES, "activation") if getattr(flags, leaf) is not None}
     tree = {"model": given, "train": {"from_checkpoint": flags.model}}
     config, notes = adopt_architecture(tree, frozenset(given), "command line")
-    found = describe(flags.model)
+    found = describe(flags.model, stated=given)
     tokenizer, left_out = usable_tokenizer(found)
     for note in (*notes, *left_out):
         print(f"note: {note}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,7 +18,8 @@ class LoadedModel:
 
     config: its architecture. tensors: every parameter of `GPT(config)` by our name, so that `load_state_dict(strict=True)`
     takes them; fp32. tokenizer: what `load_tokenizer` finds its tokenizer by, or none where it came without one. where: what
-    was read, for messages. info: what our checkpoint says of its training; none where it is not one of ours.
+    was read, for messages. info: what our checkpoint says of its training; none where it is not one of ours. notes: a line on
+    each thing that its files do not say and that was guessed.
     """
 
     config: ModelConfig
@@ -25,6 +27,12 @@ class LoadedModel:
     tokenizer: str | None
     where: str
     info: CheckpointInfo | None = None
+    notes: tuple[str, ...] = ()
+
+    def print_notes(self) -> None:
+        """Show the notes where they are in nobody's way."""
+        for note in self.notes:
+            print(f"note: {note}", file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True)
@@ -32,7 +40,7 @@ class Description:
     """A model that is found and not yet read.
 
     read: its tensors, as in `LoadedModel`. checkpoint: where it is one of ours, its store and step; what a run continues from.
-    guessed: options that its files do not say, and that a person may know better.
+    guessed: options that its files do not say, and that a person may know better. notes: see `LoadedModel`.
     """
 
     config: ModelConfig
@@ -41,6 +49,7 @@ class Description:
     read: Callable[[], dict[str, Tensor]]
     checkpoint: tuple[CheckpointStore, int] | None = None
     guessed: frozenset[str] = frozenset()
+    notes: tuple[str, ...] = ()
 
     def load(self) -> LoadedModel:
         """Read the tensors."""
@@ -48,4 +57,4 @@ class Description:
         if self.checkpoint is not None:
             store, step = self.checkpoint
             info = store.info(step)
-        return LoadedModel(self.config, self.read(), self.tokenizer, self.where, info)
+        return LoadedModel(self.config, self.read(), self.tokenizer, self.where, info, self.notes)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from huggingface_hub import save_torch_state_dict
 
-from pretrain_xla.data.tokenizer import Tokenizer, load_tokenizer
+from pretrain_xla.data.tokenizer import Tokenizer, known_tokenizers, load_tokenizer
 from pretrain_xla.errors import UserError
 from pretrain_xla.interop.card import model_card
 from pretrain_xla.interop.load import LoadedModel
@@ -65,10 +65,15 @@ def export_model(
 
 
 def _tokenizer(loaded: LoadedModel) -> tuple[Tokenizer | None, list[str]]:
-    """The model's tokenizer; none, with a note, where there is none or it is larger than the model, and so not the model's."""
+    """The model's tokenizer; none, with a note, where there is none, it cannot be loaded, or is larger than the model."""
     if loaded.tokenizer is None:
         return None, ["this model came without a tokenizer, so none is written"]
-    tokenizer = load_tokenizer(loaded.tokenizer)
+    try:
+        tokenizer = load_tokenizer(loaded.tokenizer)
+    except UserError as error:
+        if loaded.tokenizer in known_tokenizers():
+            raise  # it has only to be downloaded
+        return None, [f"its tokenizer is left out: {error}"]
     if tokenizer.vocab_size > loaded.config.vocab_size:
         return None, [
             f"tokenizer {tokenizer.name!r} has {tokenizer.vocab_size} tokens and the model {loaded.config.vocab_size}: it is "

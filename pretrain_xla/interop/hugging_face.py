@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from typing import Any
 
 from torch import Tensor
 
-from pretrain_xla.config import ModelConfig
 from pretrain_xla.errors import UserError
+from pretrain_xla.interop.beside import tokenizer_beside
 from pretrain_xla.interop.description import Description
 from pretrain_xla.interop.mapping import read_config
 from pretrain_xla.interop.tensors import to_ours
 from pretrain_xla.interop.weights import read_folder
-
-GPT2_VOCABULARY = 50257
+from pretrain_xla.untrusted import parse_object
 
 
 def describe_folder(
@@ -33,31 +30,16 @@ def describe_folder(
     """
     path = find("config.json")
     assert path is not None
-    family, config = read_config(_read_json(path), f"{where}/config.json")
+    try:
+        with open(path, "rb") as file:
+            tree = parse_object(file.read(), path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    family, config = read_config(tree, f"{where}/config.json")
 
     def read() -> dict[str, Tensor]:
         tensors = weights() if weights is not None else read_folder(find, where)
         return to_ours(tensors, config, family.layout, where)
 
-    return Description(config, _tokenizer(find, config), where, read)
-
-
-def _tokenizer(find: Callable[[str], str | None], config: ModelConfig) -> str | None:
-    """The folder's own tokenizer.json; GPT-2's where there is none and the vocabulary is as large as GPT-2's."""
-    own = find("tokenizer.json")
-    if own is not None:
-        for name in ("special_tokens_map.json", "tokenizer_config.json"):
-            find(name)  # of the Hub: fetched beside it, for the end-of-text that they name
-        return own
-    return "gpt2" if config.vocab_size == GPT2_VOCABULARY else None
-
-
-def _read_json(path: str) -> dict[str, Any]:
-    try:
-        with open(path, encoding="utf-8") as file:
-            tree = json.load(file)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"{path}: holds no mapping of settings")
-    return tree
+    tokenizer, notes = tokenizer_beside(find, config.vocab_size, where)
+    return Description(config, tokenizer, where, read, notes=notes)

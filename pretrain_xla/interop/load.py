@@ -7,6 +7,8 @@ command line can take the architecture from it; `load_model` reads it whole.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
@@ -25,7 +27,7 @@ __all__ = ["Description", "LoadedModel", "describe", "load_model"]
 WEIGHT_FILES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 
 
-def load_model(name_or_path: str, which: str = "newest") -> LoadedModel:
+def load_model(name_or_path: str, which: str = "newest", stated: Mapping[str, Any] | None = None) -> LoadedModel:
     """Read a model.
 
     Args:
@@ -33,14 +35,15 @@ def load_model(name_or_path: str, which: str = "newest") -> LoadedModel:
             folder, or a file of weights (`.safetensors` beside its config.json; `.pt`, also of nanoGPT and its like); a name
             on the Hugging Face Hub (`gpt2`, `gpt2-medium`, `gpt2-large`, `gpt2-xl`, any `owner/name`).
         which: `newest` or `best`, where there are several checkpoints.
+        stated: options of `ModelConfig` that a person gave; used for what an old file of weights does not say.
 
     Raises:
         UserError: nothing there, or something that is damaged or that our model cannot compute.
     """
-    return describe(name_or_path, which).load()
+    return describe(name_or_path, which, stated).load()
 
 
-def describe(name_or_path: str, which: str = "newest") -> Description:
+def describe(name_or_path: str, which: str = "newest", stated: Mapping[str, Any] | None = None) -> Description:
     """Find a model and say what it is; arguments and errors are those of `load_model`."""
     if "://" in name_or_path:
         return _checkpoint(name_or_path, which)
@@ -48,7 +51,7 @@ def describe(name_or_path: str, which: str = "newest") -> Description:
     if os.path.isfile(path):
         if not path.endswith(WEIGHT_FILES):
             raise UserError(f"{name_or_path}: is no file of weights ({', '.join(WEIGHT_FILES)})")
-        return describe_file(path)
+        return describe_file(path, stated or {})
     if os.path.isdir(path):
         return _folder(path, which)
     if name_or_path in PRETRAINED_MODELS:

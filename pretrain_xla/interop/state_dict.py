@@ -1,9 +1,9 @@
 """A single file of weights: safetensors beside its config.json, or an old PyTorch checkpoint that names its shape itself.
 
 Old checkpoints are those of nanoGPT and its many relatives, and of earlier trainers of GPT-2: a dictionary with the state
-dict under `model` or alone, and numbers of the architecture under `model_args` or `config`. Their modules are GPT-2's; what
-differs is spelled out here: prefixes of wrappers, `gamma` and `beta` for a norm's weight and bias, plain linear layers
-instead of GPT-2's transposed ones, and the exact GELU, which `torch.nn.GELU` computes.
+dict under `model` or alone, and numbers of the architecture under `model_args` or `config`, as a mapping or as an object. Their
+modules are GPT-2's; what differs is spelled out here: prefixes of wrappers, `gamma` and `beta` for a norm's weight and bias,
+and plain linear layers instead of GPT-2's transposed ones. Which GELU and how many heads is in `unsaid`.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from torch import Tensor
 
 from pretrain_xla.config import ModelConfig, build_config
 from pretrain_xla.errors import UserError
+from pretrain_xla.interop.beside import tokenizer_beside
 from pretrain_xla.interop.description import Description
-from pretrain_xla.interop.hugging_face import GPT2_VOCABULARY, describe_folder
+from pretrain_xla.interop.hugging_face import describe_folder
 from pretrain_xla.interop.layouts import GPT2_LAYOUT
 from pretrain_xla.interop.tensors import CONSTANTS, strip_prefixes, to_ours
-from pretrain_xla.interop.weights import read_file
+from pretrain_xla.interop.unsaid import activation_of, heads_of
+from pretrain_xla.interop.weights import Values, read_file
 
 STATE_KEYS = ("model", "model_state_dict", "state_dict", "model_state")
-SHAPE_KEYS = ("model_args", "model_config", "config", "args", "hparams")
-HEADS_KEYS = ("n_head", "num_heads", "num_attention_heads", "n_heads")
-
+SHAPE_KEYS = ("model_args", "model_config", "config", "args", "hparams", "hyper_parameters")
 
 INNER = re.compile(r"transformer\.h\.(\d+)\.(.+)\.\w+")
 MATRICES = (
@@ -40,11 +40,15 @@ MATRICES = (
 )
 
 
-def describe_file(path: str) -> Description:
+def describe_file(path: str, stated: Mapping[str, Any]) -> Description:
     """One file of weights.
 
+    Args:
+        path: the file.
+        stated: options that a person gave; used where the file does not say them.
+
     Raises:
-        UserError: it cannot be read, or is none of the kinds above.
+        UserError: it cannot be read, is none of the kinds above, or nobody says how many heads it has.
     """
     folder = os.path.dirname(path) or "."
 
@@ -55,13 +59,20 @@ def describe_file(path: str) -> Description:
     if find("config.json"):
         return describe_folder(find, path, lambda: _state(read_file(path)))
     saved = read_file(path)
-    tensors = _spelled_as_gpt2(_state(saved))
+    state = _state(saved)
+    tensors = _spelled_as_gpt2(state)
     _check_names(tensors, path)
-    config, guessed = _config(tensors, _shape(saved), path)
+    shape = _shape(saved)
+    heads, heads_note = heads_of(tensors, shape, stated, path)
+    masked = any(name.endswith(".attn.bias") for name in state)
+    activation, guess = activation_of(shape, stated, transposed=_is_transposed(tensors), masked=masked)
+    config = _config(tensors, heads, activation, path)
+    tokenizer, notes = tokenizer_beside(find, config.vocab_size, path)
+    notes += tuple(f"{path}: {note}" for note in (heads_note, guess) if note)
+    guessed = {name for name, note in (("num_heads", heads_note), ("activation", guess)) if note}
     layout = replace(GPT2_LAYOUT, transposed=_is_transposed(tensors))
-    tokenizer = "gpt2" if config.vocab_size == GPT2_VOCABULARY else None
     read = functools.partial(to_ours, tensors, config, layout, path)
-    return Description(config, tokenizer, path, read, guessed=guessed)
+    return Description(config, tokenizer, path, read, guessed=frozenset(guessed), notes=notes)
 
 
 def _state(saved: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -71,12 +82,19 @@ def _state(saved: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def _shape(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """Numbers of the architecture that were saved with it."""
+    """Numbers of the architecture that were saved with it, also one level down (`hyper_parameters` with a `config`)."""
     found: dict[str, Any] = {}
-    for key in SHAPE_KEYS:
-        if isinstance(saved.get(key), dict):
-            found = saved[key] | found
+    for outer in (_mapping(saved.get(key)) for key in SHAPE_KEYS):
+        found = outer | found
+        for key in SHAPE_KEYS:
+            found = _mapping(outer.get(key)) | found
     return found
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    """The named values of a mapping or an object."""
+    named = value.values if isinstance(value, Values) else value
+    return {str(key): inner for key, inner in named.items()} if isinstance(named, dict) else {}
 
 
 def _spelled_as_gpt2(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -113,13 +131,10 @@ def _is_transposed(tensors: Mapping[str, Tensor]) -> bool:
     return bool(columns == 3 * rows)
 
 
-def _config(tensors: Mapping[str, Tensor], shape: Mapping[str, Any], path: str) -> tuple[ModelConfig, frozenset[str]]:
-    """What the shapes of the tensors say; and of the rest, which options are a guess."""
+def _config(tensors: Mapping[str, Tensor], heads: int, activation: str, path: str) -> ModelConfig:
+    """What the shapes of the tensors say, and what they do not."""
     vocabulary, width = tensors["transformer.wte.weight"].shape
     layers = {int(name.split(".")[2]) for name in tensors if name.startswith("transformer.h.")}
-    heads = next((shape[key] for key in HEADS_KEYS if key in shape), None)
-    guessed = {"activation"} if heads is not None else {"activation", "num_heads"}
-    heads = heads or max(1, width // 64)  # as in every GPT-2
     head = tensors.get("lm_head.weight")
     up = tensors["transformer.h.0.mlp.c_fc.weight"]
     transposed = _is_transposed(tensors)
@@ -131,9 +146,8 @@ def _config(tensors: Mapping[str, Tensor], shape: Mapping[str, Any], path: str) 
         "num_layers": len(layers),
         "num_heads": heads,
         "d_ff": up.shape[1 if transposed else 0],
-        # Transposed is OpenAI's own code, or a conversion of it, whose GELU is the tanh form.
-        "activation": "gelu" if transposed else "gelu_exact",
+        "activation": activation,
         "bias": any(name.endswith(".bias") for name in tensors),
         "tie_weights": head is None or torch.equal(head, tensors["transformer.wte.weight"].to(head.dtype)),
     }
-    return build_config({"model": options}, path).model, frozenset(guessed)
+    return build_config({"model": options}, path).model

@@ -1,12 +1,15 @@
 """Reading files of weights: safetensors and PyTorch's own, whole or in shards, as a mapping of name → tensor.
 
-PyTorch files are read with `weights_only=True`: a downloaded file can bring tensors, never code.
+PyTorch files are pickles, and are read with `weights_only=True`: a downloaded file can bring tensors, never code. Trainers
+also put the class of their configuration in (`GPTConfig` of nanoGPT's relatives, argparse's `Namespace`). Such a name is read
+as `Values`, which holds what was saved and can do nothing; the class itself is never looked for.
 """
 
 from __future__ import annotations
 
-import json
 import pickle
+import re
+import zipfile
 from collections.abc import Callable
 from typing import Any
 
@@ -16,10 +19,31 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pretrain_xla.errors import UserError
+from pretrain_xla.untrusted import is_inside, parse_object
 
 SINGLE = ("model.safetensors", "pytorch_model.bin")
 INDEX = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 WEIGHTS = (SINGLE[0], INDEX[0], SINGLE[1], INDEX[1])
+# The last part of a class's name, in whatever module: what trainers call their settings.
+SETTINGS = re.compile(r"(\w+\.)+(\w*Config|ModelArgs|CfgNode|Namespace|SimpleNamespace)")
+
+
+class Values:
+    """What was saved of an object whose class is not looked up: its attributes by name, in `values`."""
+
+    def __new__(cls, *arguments: Any) -> Values:
+        """An empty one; positional arguments have no names, and are left out."""
+        made = object.__new__(cls)
+        made.values = {}
+        return made
+
+    def __init__(self, *arguments: Any) -> None:
+        self.values: dict[Any, Any]
+
+    def __setstate__(self, state: Any) -> None:
+        for part in state if isinstance(state, tuple) else (state,):
+            if isinstance(part, dict):
+                self.values.update(part)
 
 
 def read_file(path: str) -> dict[str, Any]:
@@ -29,15 +53,11 @@ def read_file(path: str) -> dict[str, Any]:
         UserError: it cannot be read, or would run code.
     """
     try:
-        if path.endswith(".safetensors"):
-            return dict(load_file(path))
-        tree = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError:
-        raise UserError(
-            f"{path}: holds more than tensors, and reading it would run code; save its state dict alone, with torch.save"
-        ) from None
-    except (OSError, SafetensorError, RuntimeError, EOFError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())[:160]})") from None
+        tree = dict(load_file(path)) if path.endswith(".safetensors") else _unpickle(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be read ({_brief(error)})") from None
+    if isinstance(tree, Values):
+        tree = tree.values
     if not isinstance(tree, dict):
         raise UserError(f"{path}: holds a {type(tree).__name__}, not a state dict")
     return tree
@@ -51,7 +71,7 @@ def read_folder(find: Callable[[str], str | None], where: str) -> dict[str, Tens
         where: the folder, for messages.
 
     Raises:
-        UserError: there are no weights, a shard is missing, or a file is damaged.
+        UserError: there are no weights, a shard is missing or lies outside the folder, or a file is damaged.
     """
     for name in WEIGHTS:
         path = find(name)
@@ -59,16 +79,80 @@ def read_folder(find: Callable[[str], str | None], where: str) -> dict[str, Tens
             continue
         if name in SINGLE:
             return read_file(path)
-        try:
-            with open(path, encoding="utf-8") as file:
-                shards = sorted({str(shard) for shard in json.load(file)["weight_map"].values()})
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path}: is no index of shards ({type(error).__name__}: {error})") from None
         tensors: dict[str, Tensor] = {}
-        for shard in shards:
+        for shard in _shards(path):
             found = find(shard)
             if found is None:
                 raise UserError(f"{where}: {shard} is missing, which {name} names")
             tensors |= read_file(found)
         return tensors
     raise UserError(f"{where}: no weights there ({', '.join(SINGLE)}, or their shards)")
+
+
+def _shards(path: str) -> list[str]:
+    """The files that an index names."""
+    try:
+        with open(path, "rb") as file:
+            names = parse_object(file.read(), path)["weight_map"].values()
+    except (OSError, KeyError, AttributeError, UserError) as error:
+        raise UserError(f"{path}: is no index of shards ({type(error).__name__}: {error})") from None
+    shards = sorted({str(name) for name in names})
+    for shard in shards:
+        if not is_inside(shard):
+            raise UserError(f"{path}: names {shard!r}, which is no file below its folder: do not trust it")
+    return shards
+
+
+def _unpickle(path: str) -> Any:
+    """A PyTorch file, mapped into memory where its format allows that (the one of 2020 and after does)."""
+    is_zip = zipfile.is_zipfile(path)
+    foreign = _check_zip(path) if is_zip else []
+    settings = [(Values, name) for name in foreign if SETTINGS.fullmatch(name)]
+    try:
+        with torch.serialization.safe_globals(settings):  # type: ignore[arg-type]
+            tree = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except pickle.UnpicklingError:
+        names = [name for name in foreign if not SETTINGS.fullmatch(name)]
+        raise UserError(
+            f"{path}: holds more than tensors{f' ({names[0]})' if names else ''}, and reading it would run code; save its "
+            "state dict alone, with torch.save"
+        ) from None
+    except Exception as error:  # a damaged pickle ends in whatever error its first wrong byte causes
+        raise UserError(f"{path}: cannot be read ({_brief(error)})") from None
+    _check_sizes(tree, path)
+    return tree
+
+
+def _check_zip(path: str) -> list[str]:
+    """The names of code in the file that are not PyTorch's own. Refuses what torch.save does not write: packed parts.
+
+    Packed, a part of some KB could become any amount of memory.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
+                raise UserError(f"{path}: its parts are packed, as torch.save never writes them: save it again")
+        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    except UserError:
+        raise
+    except Exception as error:  # the same
+        raise UserError(f"{path}: cannot be read ({_brief(error)})") from None
+
+
+def _check_sizes(tree: Any, path: str) -> None:
+    """Refuse a tensor that says it is larger than what was saved of it: written out, it could be of any size."""
+    waiting, seen = [tree], set()  # a pickle may hold itself
+    while waiting:
+        value = waiting.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, Tensor) and value.layout is torch.strided and not value.is_meta:
+            if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+                raise UserError(f"{path}: a tensor of {tuple(value.shape)} repeats what was saved of it: save it again")
+        elif isinstance(value, dict):
+            waiting += value.values()
+
+
+def _brief(error: BaseException) -> str:
+    return " ".join(str(error).split())[:160] or type(error).__name__

@@ -102,7 +102,7 @@ def _pushed(config: RunConfig, root: str, newest: int | None) -> str | None:
 def _from_model(config: RunConfig, store: CheckpointStore, data_fingerprint: str, say: Callable[[str], None]) -> Start:
     """Begin from `from_checkpoint`: with all of its state where it is a checkpoint of ours, else with its weights."""
     assert config.train.from_checkpoint is not None
-    found = describe(config.train.from_checkpoint)
+    found = describe(config.train.from_checkpoint, stated=config.model.model_dump())
     check_fits(found, config.model)
     say(f"continuing from {found.where}")
     if found.checkpoint is None:

@@ -25,7 +25,7 @@ BY_HAND = WEIGHTS / "gpt_by_hand"
 ATTO = WEIGHTS / "Llama3_1m_atto"
 
 
-def nano(model: GPT, *, gamma: bool = False, prefix: str = "") -> dict[str, Tensor]:
+def nano(model: GPT, *, gamma: bool = False, prefix: str = "", masked: bool = False) -> dict[str, Tensor]:
     """The state dict as nanoGPT names it: GPT-2's names, linear layers as they are, the head beside the embedding."""
     state = {"transformer.wpe.weight": model.position_embedding.weight}  # type: ignore[union-attr]
     state["transformer.wte.weight"] = state["lm_head.weight"] = model.embedding.weight[: model.config.vocab_size]
@@ -46,7 +46,8 @@ def nano(model: GPT, *, gamma: bool = False, prefix: str = "") -> dict[str, Tens
                 "ln_2": inner[f"feed_forward_norm.{leaf}"],
             }
             state |= {f"transformer.h.{index}.{name}.{leaf}": value for name, value in theirs.items()}
-        state[f"transformer.h.{index}.attn.bias"] = torch.ones(1, 1, 12, 12).tril()  # its mask, which it saved
+        if masked:  # with the masks, which code from before PyTorch 2 saved
+            state[f"transformer.h.{index}.attn.bias"] = torch.ones(1, 1, 12, 12).tril()
     if gamma:
         state = {n.replace("weight", "gamma") if ".ln_" in n else n: t for n, t in state.items()}
     return {prefix + name: value.detach().clone() for name, value in state.items()}
@@ -58,7 +59,7 @@ def test_nanogpt(prefix: str, bias: bool, tmp_path: Path) -> None:
     model = build(tiny(bias=bias, tie_weights=True, activation="gelu_exact"))
     saved = {
         "model": nano(model, gamma=not bias, prefix=prefix),
-        "model_args": {"n_layer": 2, "n_head": 4, "block_size": 12},
+        "model_args": {"n_layer": 2, "n_head": 4, "block_size": 12, "bias": bias},
         "optimizer": {"state": {}},
         "iter_num": 2000,
     }
@@ -96,7 +97,8 @@ def test_another_layout_is_refused_by_what_it_holds(tmp_path: Path) -> None:
         ({"transformer.h.0.mlp.c_fc.weight": None}, "and no h.0.mlp.c_fc.weight"),
         ({"lm_head.weight": torch.zeros(7, 24)}, r"'lm_head.weight' is 7 x 24, its config says 61 x 24"),
     ):
-        torch.save({n: t for n, t in (state | change).items() if t is not None}, tmp_path / "changed.pt")
+        changed = {n: t for n, t in (state | change).items() if t is not None}
+        torch.save({"model": changed, "config": {"n_head": 4}}, tmp_path / "changed.pt")
         with pytest.raises(UserError, match=said):
             load_model(str(tmp_path / "changed.pt"))
     torch.save([1, 2], tmp_path / "list.pt")

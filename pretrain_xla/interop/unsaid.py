@@ -1,0 +1,91 @@
+"""What an old checkpoint's tensors do not show: how many heads there are, and which GELU.
+
+Both change what the model computes and neither changes a shape, so that a wrong one runs, and is worse in silence. The number
+of heads is never guessed from the width: a model trained with 3 heads and run with 1 still writes, and is right half as often.
+The two GELUs differ by a thousandth; where a file does not say which, its relatives' habits do, and the guess is printed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from pretrain_xla.errors import UserError
+from pretrain_xla.interop.keys import MEANINGS
+
+HEADS_KEYS = ("n_head", "num_heads", "num_attention_heads", "n_heads", "num_head", "heads")
+# (layers, width) → heads of GPT-2 as published, in its four sizes.
+PUBLISHED = {(12, 768): 12, (24, 1024): 16, (36, 1280): 20, (48, 1600): 25}
+PUBLISHED_POSITIONS, PUBLISHED_IDS = 1024, range(50257, 50305)  # with its rows of padding in nanoGPT
+# "gelu" alone says nothing: trainers call both forms so.
+ACTIVATION_KEYS = ("activation_function", "activation", "hidden_act", "act")
+PLAIN_GELU = ("gelu", "GELU")
+
+
+def heads_of(
+    tensors: Mapping[str, Tensor], shape: Mapping[str, Any], stated: Mapping[str, Any], path: str
+) -> tuple[int, str | None]:
+    """The number of heads, and a line where it is taken for that of a published GPT-2.
+
+    Args:
+        tensors: by GPT-2's names.
+        shape: what was saved with them.
+        stated: options that a person gave.
+        path: the file, for messages.
+
+    Raises:
+        UserError: neither says it, and it is no GPT-2 as published.
+    """
+    said = next((shape[key] for key in HEADS_KEYS if isinstance(shape.get(key), int)), None)
+    if said is not None:
+        return int(said), None
+    if "num_heads" in stated:
+        return int(stated["num_heads"]), None
+    ids, width = tensors["transformer.wte.weight"].shape
+    layers = len({name.split(".")[2] for name in tensors if name.startswith("transformer.h.")})
+    published = PUBLISHED.get((layers, width))
+    if published and len(tensors["transformer.wpe.weight"]) == PUBLISHED_POSITIONS and ids in PUBLISHED_IDS:
+        return published, (
+            f"it does not say how many heads it has: {published} are taken, as GPT-2 of this size has (--num-heads says "
+            "otherwise)"
+        )
+    raise UserError(
+        f"{path}: it does not say how many heads it has, and its tensors do not show it: say it with --num-heads "
+        f"(a divisor of its width, {width}), for `python -m pretrain_xla import` as well"
+    )
+
+
+def activation_of(
+    shape: Mapping[str, Any], stated: Mapping[str, Any], *, transposed: bool, masked: bool
+) -> tuple[str, str | None]:
+    """Our name of the activation, and a line where it is a guess.
+
+    Args:
+        shape: what was saved with the tensors.
+        stated: options that a person gave.
+        transposed: whether matrices are stored as OpenAI's code has them.
+        masked: whether the masks of attention were saved, as code from before PyTorch 2 does.
+    """
+    said = next((shape[key] for key in ACTIVATION_KEYS if isinstance(shape.get(key), str)), None)
+    if said in MEANINGS and said not in PLAIN_GELU:
+        return MEANINGS[said], None
+    if said == "gelu" and "activation_function" in shape:  # transformers' name of the exact form
+        return MEANINGS[said], None
+    if "activation" in stated:
+        return str(stated["activation"]), None
+    if said is not None and said not in PLAIN_GELU:
+        raise UserError(f"activation {said!r} is none of ours: say which with --activation")
+    if transposed:
+        return "gelu", _guess("gelu", "its matrices are stored as OpenAI's code has them")
+    if masked:
+        return "gelu", _guess("gelu", "the masks of attention were saved with it, as by minGPT and early nanoGPT")
+    if "n_layer" in shape and "bias" not in shape:
+        return "gelu", _guess("gelu", "its settings are those of build-nanogpt, minGPT or early nanoGPT")
+    return "gelu_exact", _guess("gelu_exact", "as nanoGPT has it since June 2023")
+
+
+def _guess(taken: str, why: str) -> str:
+    form, other = ("tanh form", "gelu_exact") if taken == "gelu" else ("exact form", "gelu")
+    return f"it does not say which GELU it was trained with: the {form} is taken ({why}; --activation {other} says otherwise)"
