@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from pretrain_xla.errors import UserError
+from pretrain_xla.train.checkpoint_metadata import ForbiddenName, read_metadata, reader
 
 # Of torch's own making, on every save: one process writes here by design, and the storage class is not ours.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
@@ -135,19 +136,19 @@ class CheckpointStore:
         """
         folder, checksums = self.folder(step), self.info(step).checksums
         try:
-            metadata = _reader(folder).read_metadata()
-            tensors: dict[str, Any] = {
-                name: torch.empty(entry.size, dtype=entry.properties.dtype)
-                for name, entry in metadata.state_dict_metadata.items()
-                if isinstance(entry, TensorStorageMetadata)
-            }
-            dcp.load(tensors, storage_reader=_reader(folder), no_dist=True)
+            tensors = self._read(step)
+        except ForbiddenName as error:
+            raise UserError(
+                f"{folder} is not loaded: its .metadata asks for {error}, which is no part of a checkpoint and could run "
+                "code here; whoever made it may mean harm"
+            ) from None
         except (Exception, CheckpointException) as error:
             raise UserError(
                 f"{folder} is damaged ({_reason(error)}): remove that folder to continue from an older checkpoint"
             ) from error
         if checksums is not None:
-            changed = [name for name in checksums if name not in tensors or _checksum(tensors[name]) != checksums[name]]
+            names = sorted({*checksums, *tensors})
+            changed = [n for n in names if n not in tensors or _checksum(tensors[n]) != checksums.get(n)]
             if changed:
                 raise UserError(
                     f"{folder} is damaged (what is stored of {changed[0]} is not what was written): remove that folder to "
@@ -190,6 +191,22 @@ class CheckpointStore:
 
     def _marker(self, step: int) -> str:
         return f"{self._path}/{PREFIX}{step:08d}/{MARKER}"
+
+    def _read(self, step: int) -> dict[str, Tensor]:
+        path = f"{self._path}/{PREFIX}{step:08d}"
+        entries = self._files.ls(path, detail=True)
+        sizes = {
+            entry["name"].rsplit("/", 1)[-1]: entry["size"] or 0 for entry in entries if entry["type"] != "directory"
+        }
+        with self._files.open(f"{path}/.metadata", "rb") as file:
+            metadata = read_metadata(file, sizes)
+        tensors: dict[str, Any] = {
+            name: torch.empty(entry.size, dtype=entry.properties.dtype)
+            for name, entry in metadata.state_dict_metadata.items()
+            if isinstance(entry, TensorStorageMetadata)
+        }
+        dcp.load(tensors, storage_reader=reader(self.folder(step), metadata), no_dist=True)
+        return tensors
 
     def _write(self, tensors: dict[str, Tensor], info: CheckpointInfo) -> None:
         if info.step in self.steps():
@@ -256,11 +273,3 @@ def _writer(folder: str) -> Any:
     from torch.distributed.checkpoint._fsspec_filesystem import FsspecWriter
 
     return FsspecWriter(folder)
-
-
-def _reader(folder: str) -> Any:
-    if "://" not in folder:
-        return dcp.FileSystemReader(folder)
-    from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
-
-    return FsspecReader(folder)

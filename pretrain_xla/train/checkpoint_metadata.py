@@ -1,0 +1,212 @@
+"""Reading what `torch.distributed.checkpoint` stores, without trusting it.
+
+Its `.metadata` is a pickle, and a pickle may name any function to be called: whoever wrote the folder could run code here. So
+it is read with an unpickler that knows DCP's own records alone, and fills plain stand-ins for them, never torch's classes. What
+comes out is checked and only then made into a `Metadata`: files lie in the folder itself, and a tensor is no larger than what
+is stored of it. The tensors are read by DCP, which unpickles them with `weights_only=True`.
+"""
+
+from __future__ import annotations
+
+import math
+import pickle
+from collections.abc import Mapping
+from typing import IO, Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+_RECORDS = {
+    "torch.distributed.checkpoint.metadata": (
+        "Metadata",
+        "MetadataIndex",
+        "TensorStorageMetadata",
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "StorageMeta",
+        "TensorProperties",
+    ),
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+}
+# Called with plain values, and standing for themselves: nothing of torch is called while a pickle is read.
+_VALUES: dict[tuple[str, str], type] = {
+    ("torch", "Size"): tuple,
+    ("torch.serialization", "_get_layout"): str,
+    ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"): int,
+}
+_PATHS = {"pathlib", "pathlib._local"}  # of the folder as it was written: not used
+
+
+class ForbiddenName(Exception):
+    """A pickle names something that no checkpoint needs; the text is its name."""
+
+
+def read_metadata(file: IO[bytes], sizes: Mapping[str, int]) -> Metadata:
+    """What a `.metadata` says of the tensors; entries that are no tensors are left out.
+
+    Args:
+        file: the `.metadata`.
+        sizes: bytes of each file in its folder.
+
+    Raises:
+        ForbiddenName: it would call, or make, something that is no part of a checkpoint.
+        ValueError: it is no metadata, names a file elsewhere, or declares more than is stored.
+    """
+    root = _Unpickler(file).load()
+    tensors = {
+        _text(name): _tensor(entry)
+        for name, entry in _field(root, "Metadata", "state_dict_metadata", dict).items()
+        if not _is(entry, "BytesStorageMetadata")
+    }
+    storage = {_index(key): _place(value) for key, value in _field(root, "Metadata", "storage_data", dict).items()}
+    _check_stored(tensors, storage, sizes)
+    entries: dict[str, Any] = dict(tensors)
+    return Metadata(entries, {name: (name,) for name in tensors}, storage, StorageMeta())
+
+
+def reader(folder: str, metadata: Metadata) -> dcp.FileSystemReader:
+    """DCP's reader of a folder (a path or a URL), for metadata that was read by `read_metadata`."""
+    return _RemoteReader(folder, metadata) if "://" in folder else _LocalReader(folder, metadata)
+
+
+class _Read:
+    metadata: Metadata
+
+    def read_metadata(self, *_arguments: Any, **_keywords: Any) -> Metadata:
+        """What was read before, in place of DCP's own `pickle.load`."""
+        return self.metadata
+
+
+class _LocalReader(_Read, dcp.FileSystemReader):
+    def __init__(self, folder: str, metadata: Metadata) -> None:
+        super().__init__(folder)
+        self.metadata = metadata
+
+
+class _RemoteReader(_Read, FsspecReader):
+    def __init__(self, folder: str, metadata: Metadata) -> None:
+        super().__init__(folder)
+        self.metadata = metadata
+
+
+class _Record:
+    """An object of the pickle: what it was and what was in it."""
+
+    kind = ""
+
+    def __init__(self, *_arguments: object) -> None:
+        self.state: Any = {}
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+class _Unpickler(pickle.Unpickler):
+    """Knows the names that DCP writes. Each gets a class of this unpickler's own, so that a pickle can change no other."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        super().__init__(file)
+        self._classes: dict[str, type[_Record]] = {}
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _VALUES:
+            return _VALUES[module, name]
+        if module == "torch" and isinstance(dtype := torch.__dict__.get(name), torch.dtype):
+            return dtype
+        if name in _RECORDS.get(module, ()) or (module in _PATHS and name.endswith("Path")):
+            return self._classes.setdefault(name, type(name, (_Record,), {"kind": name}))
+        raise ForbiddenName(f"{module}.{name}")
+
+
+def _is(value: object, kind: str) -> bool:
+    return isinstance(value, _Record) and value.kind == kind
+
+
+def _field(record: object, kind: str, name: str, wanted: type) -> Any:
+    state = record.state if isinstance(record, _Record) and record.kind == kind else None
+    value = state.get(name) if isinstance(state, dict) else None
+    if not isinstance(value, wanted) or isinstance(value, bool):
+        raise ValueError(f"its .metadata has no {kind} with a {name}")
+    return value
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError("its .metadata names a tensor by something that is no text")
+    return value
+
+
+def _size(value: object) -> torch.Size:
+    if not isinstance(value, tuple) or not all(type(n) is int and 0 <= n < 2**63 for n in value):
+        raise ValueError("its .metadata has a size that is none")
+    return torch.Size(value)
+
+
+def _tensor(entry: object) -> TensorStorageMetadata:
+    kind = "TensorStorageMetadata"
+    properties = _field(entry, kind, "properties", _Record).state
+    dtype = properties[0] if isinstance(properties, tuple) and properties else None
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError("its .metadata has a tensor without a type")
+    chunks = [
+        ChunkStorageMetadata(*(_size(_field(chunk, "ChunkStorageMetadata", n, tuple)) for n in ("offsets", "sizes")))
+        for chunk in _field(entry, kind, "chunks", list)
+    ]
+    return TensorStorageMetadata(TensorProperties(dtype=dtype), _size(_field(entry, kind, "size", tuple)), chunks)
+
+
+def _index(key: object) -> MetadataIndex:
+    name = _field(key, "MetadataIndex", "fqn", str)
+    assert isinstance(key, _Record)
+    offset = key.state.get("offset")
+    return MetadataIndex(name, None if offset is None else _size(offset))
+
+
+def _place(value: object) -> _StorageInfo:
+    kind = "_StorageInfo"
+    path = _field(value, kind, "relative_path", str)
+    offset, length = (_field(value, kind, name, int) for name in ("offset", "length"))
+    assert isinstance(value, _Record)
+    if value.state.get("transform_descriptors"):
+        raise ValueError("its files are compressed, which ours are not")
+    if path in ("", ".", "..") or "/" in path or "\\" in path:
+        raise ValueError(f"its .metadata names a file elsewhere: {path!r}")
+    return _StorageInfo(path, offset, length)
+
+
+def _check_stored(
+    tensors: Mapping[str, TensorStorageMetadata],
+    storage: Mapping[MetadataIndex, _StorageInfo],
+    sizes: Mapping[str, int],
+) -> None:
+    """Refuse what is declared and not there, before memory is taken for it."""
+    declared = 0
+    for name, tensor in tensors.items():
+        width = tensor.properties.dtype.itemsize
+        covered = 0
+        for chunk in tensor.chunks:
+            place = storage.get(MetadataIndex(name, chunk.offsets))
+            bounds = zip(chunk.offsets, chunk.sizes, tensor.size, strict=True)
+            if place is None or not all(offset + length <= whole for offset, length, whole in bounds):
+                raise ValueError(f"{name} is not stored in whole")
+            if not 0 <= place.offset <= place.offset + place.length <= sizes.get(place.relative_path, -1):
+                raise ValueError(f"{place.relative_path} is cut off or not there")
+            elements = math.prod(chunk.sizes)
+            if elements * width > place.length:
+                raise ValueError(f"{name} is said to have {elements:,} elements, and {place.length:,} bytes are stored")
+            covered += elements
+        if covered != (elements := math.prod(tensor.size)):
+            raise ValueError(f"{name} is said to have {elements:,} elements, and {covered:,} are stored")
+        declared += elements * width
+    if declared > (stored := sum(sizes.get(name, 0) for name in {place.relative_path for place in storage.values()})):
+        raise ValueError(f"its tensors are said to have {declared:,} bytes, and {stored:,} are stored")
