@@ -196,7 +196,7 @@ class TrainConfig(Section):
     train_batch_size: Positive = 32
     """Sequences in a micro-batch, over all devices; a step sees this times gradient_accum_step."""
     eval_batch_size: Positive = 32
-    """Sequences in a validation batch, over all devices."""
+    """Sequences in a validation batch, over all devices; the last one is padded, which changes no number."""
     gradient_accum_step: Positive = 1
     """Micro-batches accumulated in one step."""
     mixed_precision: Literal["bf16", "fp16"] | None = None
@@ -204,7 +204,8 @@ class TrainConfig(Section):
     train_steps: Positive = 20000
     """Optimizer steps."""
     valid_steps: Positive = 100
-    """Validation batches, the same ones every time."""
+    """Validation batches: the first valid_steps x eval_batch_size sequences of valid_dir, or all where there are fewer, each
+    counted once; the same ones every time."""
     valid_interval: Positive = 1000
     """Steps between validations; there is always one before the first step and one after the last."""
     compile: bool = False

@@ -1,9 +1,9 @@
-"""Which sequences make up batch number `step`: a pure function of (dataset, seed, step).
+"""Which sequences make up a batch: a pure function of (dataset, seed, position, batch size).
 
-There is no state to save and none to lose: a run that resumes at step n asks for batch n, and a pod of another size
-asks for other rows of it. A shard of n tokens is cut into (n - 1) // T sequences that do not overlap: sequence j is
-its tokens j*T to j*T + T, the T inputs and, shifted by one, the T targets. In each epoch every sequence comes up
-exactly once.
+A position counts the sequences that lie behind, over all epochs; it is all that a run has to save. A run that resumes
+begins at the position where it ended, with batches of whatever size, and a pod of another size asks for other rows of the
+same batches. A shard of n tokens is cut into (n - 1) // T sequences that do not overlap: sequence j is its tokens j*T to
+j*T + T, the T inputs and, shifted by one, the T targets. In each epoch every sequence comes up exactly once.
 
 The order of an epoch: shards are shuffled, then taken `shuffle_window` at a time, and within such a window all
 sequences are shuffled together by a permutation that needs no memory. So at any time the reads fall in a few files
@@ -24,6 +24,9 @@ from pretrain_xla.errors import UserError
 
 _READERS = 8  # batches on their way at a time, where each is a round trip or more
 _SHARD_ORDER, _SEQUENCE_ORDER = 1, 2  # so that the two never share a key
+
+PADDING = -1
+"""All tokens of a row that is there for the shape alone."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,9 @@ class Batches:
         shuffle: False: shards by name, sequences from first to last, the same in every epoch.
         shuffle_window: shards that are shuffled together.
         drop_last: leave out, each epoch, the sequences that do not fill a batch; otherwise a batch runs on into the
-            next epoch.
+            next epoch. The position counts those that are left out, too.
+        once: the data end after one epoch: what the last batch lacks is rows of `PADDING`.
+        start: position at which batch 0 begins.
         steps: batches that will be asked for; none: no end. Nothing beyond them is fetched ahead.
         share: part of a batch's rows that this process asks for, times how often: with `steps`, what decides whether
             remote shards are fetched whole.
@@ -68,27 +73,30 @@ class Batches:
         shuffle: bool = True,
         shuffle_window: int = 8,
         drop_last: bool = False,
+        once: bool = False,
+        start: int = 0,
         steps: int | None = None,
         share: float = 1.0,
     ) -> None:
         self.dataset = dataset
         self.sequences_per_batch = sequences_per_batch
         self.seq_length = seq_length
+        self.once = once
+        self._start, self._drop_last = start, drop_last
         self._seed, self._shuffle, self._window = seed, shuffle, shuffle_window
-        self._sequences = np.array([(shard.tokens - 1) // seq_length for shard in dataset.shards], np.int64)
+        self._sequences = sequences_of(dataset, seq_length)
         self.sequences_per_epoch = int(self._sequences.sum())
         """Sequences in the dataset."""
-        whole = self.sequences_per_epoch // sequences_per_batch * sequences_per_batch
-        if drop_last and not whole:
+        if drop_last and self.sequences_per_epoch < sequences_per_batch:
             raise UserError(
                 f"{dataset.directory}: drop_last leaves nothing: a batch of {sequences_per_batch} sequences is larger "
                 f"than the {self.sequences_per_epoch} there are: turn drop_last off or make the batch smaller"
             )
-        self._used_per_epoch = whole if drop_last else self.sequences_per_epoch
         self._epoch = functools.lru_cache(maxsize=4)(self._plan)
-        self._end = None if steps is None else steps * sequences_per_batch
+        ends = [self.position(steps)] if steps is not None else []
+        self._end = min([*ends, self.sequences_per_epoch] if once else ends, default=None)
         self._announced: list[tuple[int, int]] = []
-        reached = 1.0 if shuffle or self._end is None else min(1.0, self._end / self.sequences_per_epoch)
+        reached = 1.0 if shuffle or self._end is None else min(1.0, (self._end - start) / self.sequences_per_epoch)
         dataset.supply.choose(share * reached, shuffle_window)
 
     @property
@@ -98,7 +106,7 @@ class Batches:
 
     def rows(self, step: int, rows: slice | np.ndarray = slice(None)) -> np.ndarray:
         """Rows of batch number `step`: int32 [rows, T + 1], of which `[:, :-1]` are the inputs and `[:, 1:]` the
-        targets.
+        targets; with `once`, of `PADDING` where the data have ended.
 
         Reads those rows only. Safe to call from several threads.
 
@@ -111,45 +119,72 @@ class Batches:
         """
         if step < 0:
             raise ValueError(f"step={step} is negative")
-        positions = step * self.sequences_per_batch + np.arange(self.sequences_per_batch)[rows]
-        self._announce(step)
+        begin = self.position(step + 1) - self.sequences_per_batch
+        positions = begin + np.arange(self.sequences_per_batch)[rows]
+        self._announce(begin)
+        there = positions < self.sequences_per_epoch
+        if not self.once or there.all():
+            return self._read(positions)
+        tokens = np.full((len(positions), self.seq_length + 1), PADDING, np.int32)
+        if there.any():
+            tokens[there] = self._read(positions[there])
+        return tokens
+
+    def _read(self, positions: np.ndarray) -> np.ndarray:
         shards, sequences = self._locate(positions)
         return self.dataset.read(shards, sequences * self.seq_length, self.seq_length + 1)
 
-    def _announce(self, step: int) -> None:
-        """Tell the supply which shards this batch is spread over, and which come after."""
-        begin = step * self.sequences_per_batch
-        first, last = self._window_at(begin), self._window_at(begin + self.sequences_per_batch - 1)
+    def position(self, steps: int) -> int:
+        """Where the run stands after so many batches: the start of one that goes on from there."""
+        return position_after(
+            steps, self.sequences_per_batch, self.sequences_per_epoch, start=self._start, drop_last=self._drop_last
+        )
+
+    def _used(self, epoch: int) -> int:
+        """Position up to which an epoch's sequences come up in batches."""
+        begin, end = epoch * self.sequences_per_epoch, (epoch + 1) * self.sequences_per_epoch
+        return end - (end - max(begin, self._start)) % self.sequences_per_batch if self._drop_last else end
+
+    def _announce(self, begin: int) -> None:
+        """Tell the supply which shards the batch that begins there is spread over, and which come after."""
+        end = begin + self.sequences_per_batch
+        if self.once:
+            end = min(end, self.sequences_per_epoch)
+        if begin >= end:
+            return
+        first, last = self._window_at(begin), self._window_at(end - 1)
         now = [first]
         while now[-1] != last:
             now.append(self._window_after(now[-1]))
         if now == self._announced:
             return
         after = self._window_after(last)
-        begins = after[0] * self._used_per_epoch + int(self._epoch(after[0]).window_starts[after[1]])
+        begins = after[0] * self.sequences_per_epoch + int(self._epoch(after[0]).window_starts[after[1]])
         soon = [after] if self._end is None or begins < self._end else []
         self.dataset.supply.plan(self._shards_of(now), self._shards_of(soon))
         self._announced = now
 
     def _window_at(self, position: int) -> tuple[int, int]:
-        """(epoch, window) of a position counted from the start of the run."""
-        epoch, within = divmod(position, self._used_per_epoch)
+        """(epoch, window) of a position."""
+        epoch, within = divmod(position, self.sequences_per_epoch)
         return epoch, int(np.searchsorted(self._epoch(epoch).window_starts, within, side="right")) - 1
 
     def _window_after(self, window: tuple[int, int]) -> tuple[int, int]:
         epoch, number = window
         starts = self._epoch(epoch).window_starts
+        if number + 2 == len(starts):
+            return epoch + 1, 0
         # With drop_last, the last windows may never be reached.
-        more = number + 2 < len(starts) and int(starts[number + 1]) < self._used_per_epoch
-        return (epoch, number + 1) if more else (epoch + 1, 0)
+        reached = epoch * self.sequences_per_epoch + int(starts[number + 1]) < self._used(epoch)
+        return (epoch, number + 1) if reached else (epoch + 1, 0)
 
     def _shards_of(self, windows: list[tuple[int, int]]) -> list[int]:
         parts = [self._epoch(epoch).order[number * self._window :][: self._window] for epoch, number in windows]
         return [shard for part in parts for shard in part.tolist()]
 
     def _locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(shard, number of the sequence in it) of positions counted from the start of the run."""
-        epochs, within = np.divmod(positions, self._used_per_epoch)
+        """(shard, number of the sequence in it) of positions."""
+        epochs, within = np.divmod(positions, self.sequences_per_epoch)
         shards, sequences = np.empty_like(positions), np.empty_like(positions)
         for number in np.unique(epochs):
             here, epoch = epochs == number, self._epoch(int(number))
@@ -181,3 +216,28 @@ class Batches:
         ends = np.cumsum(self._sequences[order])
         starts = np.concatenate([[0], ends[self._window - 1 : -1 : self._window], ends[-1:]])
         return _Epoch(order, ends, starts)
+
+
+def position_after(steps: int, batch: int, epoch: int, *, start: int = 0, drop_last: bool = False) -> int:
+    """Position at the end of the last of `steps` batches.
+
+    Args:
+        steps: batches.
+        batch: sequences in one.
+        epoch: sequences in the dataset; with drop_last no fewer than in a batch.
+        start: position at which the first one begins, or with drop_last the next epoch where it no longer fits.
+        drop_last: see `Batches`.
+    """
+    if not drop_last or not steps:
+        return start + steps * batch
+    # Whole batches from the start to the end of its epoch, then as many in each.
+    first, each = (epoch - start % epoch) // batch, epoch // batch
+    if steps <= first:
+        return start + steps * batch
+    epochs, last = divmod(steps - first - 1, each)
+    return (start // epoch + 1 + epochs) * epoch + (last + 1) * batch
+
+
+def sequences_of(dataset: TokenDataset, seq_length: int) -> np.ndarray:
+    """Sequences in each shard of a dataset: int64 [S]."""
+    return np.array([(shard.tokens - 1) // seq_length for shard in dataset.shards], np.int64)

@@ -45,11 +45,12 @@ class Examples:
     """What a model learns from rows of T + 1 tokens: from each of the first T the next one.
 
     end_of_text: id that ends a document, where documents are kept apart; none: a row is one text. ignored: ids that do not
-    count where they are the target.
+    count where they are the target. padded: there may be rows of a negative id, which are no text and count for nothing.
     """
 
     end_of_text: int | None = None
     ignored: tuple[int, ...] = ()
+    padded: bool = False
 
     def loss(self, forward: Callable[..., Tensor], tokens_BS: Tensor) -> Tensor:
         """Summed loss of the targets that count, over the number of all targets (0-d, fp32, nats).
@@ -62,8 +63,10 @@ class Examples:
             tokens_BS: int32, S = T + 1.
         """
         tokens_BT, targets_BT = tokens_BS[:, :-1], tokens_BS[:, 1:]
+        if self.padded:
+            tokens_BT = tokens_BT.clamp(min=0)
         segments_BT = None if self.end_of_text is None else number_documents(tokens_BT, self.end_of_text)
-        if not self.ignored:
+        if not self.ignored and not self.padded:
             return forward(tokens_BT, targets_BT, segments_BT)
         left_out_BT = self._left_out(targets_BT)
         loss = forward(tokens_BT, torch.where(left_out_BT, IGNORED, targets_BT), segments_BT)
@@ -71,7 +74,8 @@ class Examples:
 
     def counted(self, tokens: Tensor) -> Tensor | None:
         """Share (0-d, fp32) of the targets in rows of tokens (…, S) that count; none: all of them."""
-        return (~self._left_out(tokens[..., 1:])).float().mean() if self.ignored else None
+        return (~self._left_out(tokens[..., 1:])).float().mean() if self.ignored or self.padded else None
 
     def _left_out(self, targets: Tensor) -> Tensor:
-        return functools.reduce(operator.or_, (targets == token for token in self.ignored))
+        padding = [targets < 0] if self.padded else []
+        return functools.reduce(operator.or_, [*padding, *(targets == token for token in self.ignored)])

@@ -72,7 +72,7 @@ class Trainer:
             seed=0,
             shuffle=False,
             shuffle_window=1,
-            drop_last=False,
+            once=True,
             steps=train.valid_steps,
             share=self._share(train.eval_batch_size) * (2 + train.train_steps // train.valid_interval),
         )

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pretrain_xla.data.batches import Batches
+from pretrain_xla.data.batches import PADDING, Batches
 from pretrain_xla.data.dataset import TokenDataset, open_dataset
 from pretrain_xla.data.permutation import key_of, permute
 from pretrain_xla.data.shards import Shard
@@ -105,6 +105,64 @@ def test_batch_does_not_depend_on_what_was_asked_before(case):
     for step in (7, 0, 11, 3):
         np.testing.assert_array_equal(batches.rows(step), forward[step])
         np.testing.assert_array_equal(make(**case).rows(step), forward[step])
+
+
+# A run of several lives, each with another batch size: (sequences in a batch, batches).
+lives = st.lists(st.tuples(st.integers(1, 40), st.integers(0, 6)), min_size=2, max_size=6)
+
+
+@given(cases, lives)
+@settings(max_examples=100)
+def test_a_run_whose_batch_size_changes_neither_repeats_nor_skips_a_sequence(case, lives):
+    case.pop("sequences_per_batch")
+    rows, start = [], 0
+    for size, steps in lives:
+        batches = make(**case, sequences_per_batch=size, start=start, steps=steps)
+        rows += [batches.rows(step) for step in range(steps)]
+        start = batches.position(steps)
+    assert start == sum(size * steps for size, steps in lives)
+    if start:
+        np.testing.assert_array_equal(np.concatenate(rows), make(**case, sequences_per_batch=start).rows(0))
+
+
+@given(cases, lives)
+@settings(max_examples=100)
+def test_with_drop_last_a_changed_batch_size_skips_only_what_fills_no_batch(case, lives):
+    case.pop("sequences_per_batch")
+    epoch = len(sequences(case["lengths"], case["seq_length"]))
+    order = make(**case, sequences_per_batch=epoch * (1 + sum(steps for _, steps in lives))).rows(0)
+    start, passed = 0, 0
+    for size, steps in lives:
+        size = min(size, epoch)
+        batches = make(**case, sequences_per_batch=size, start=start, steps=steps, drop_last=True)
+        for step in range(steps):
+            if passed % epoch + size > epoch:
+                passed += epoch - passed % epoch
+            np.testing.assert_array_equal(batches.rows(step), order[passed : passed + size])
+            passed += size
+            assert batches.position(step + 1) == passed
+        start = batches.position(steps)
+
+
+@given(cases, st.integers(0, 500), st.integers(0, 8), st.booleans())
+@settings(max_examples=60)
+def test_a_restart_at_any_step_changes_no_batch(case, start, steps, drop_last):
+    case["sequences_per_batch"] = min(case["sequences_per_batch"], len(sequences(case["lengths"], case["seq_length"])))
+    whole = make(**case, start=start, drop_last=drop_last)
+    resumed = make(**case, start=whole.position(steps), drop_last=drop_last)
+    for step in range(6):
+        np.testing.assert_array_equal(resumed.rows(step), whole.rows(steps + step))
+
+
+@given(cases, st.integers(0, 3))
+@settings(max_examples=60)
+def test_data_that_are_read_once_end_in_padding(case, more):
+    count = len(sequences(case["lengths"], case["seq_length"]))
+    batches, size = make(**case, once=True, steps=99), case["sequences_per_batch"]
+    rows = np.concatenate([batches.rows(step) for step in range(-(-count // size) + more)])
+    assert len(rows) % size == 0
+    assert (rows[count:] == PADDING).all()
+    np.testing.assert_array_equal(rows[:count], make(**case | {"sequences_per_batch": count}).rows(0))
 
 
 @pytest.mark.parametrize("shards", [1, 6])

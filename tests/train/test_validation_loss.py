@@ -14,7 +14,7 @@ from pretrain_xla.config import RunConfig
 from pretrain_xla.data.batches import Batches
 from pretrain_xla.data.dataset import open_dataset
 from pretrain_xla.errors import UserError
-from pretrain_xla.evaluate import ValidationLoss
+from pretrain_xla.evaluate import ValidationLoss, loss
 from pretrain_xla.model import GPT, initialize
 from pretrain_xla.model.documents import Examples, number_documents
 from pretrain_xla.runtime.torch_runtime import TorchRuntime
@@ -34,14 +34,15 @@ def model(make_config: Make) -> GPT:
 
 
 def validation(
-    model: GPT, runtime: TorchRuntime, tokens: Path, steps: int, examples: Examples | None = None
+    model: GPT, runtime: TorchRuntime, tokens: Path, steps: int, examples: Examples | None = None, rows: int = ROWS
 ) -> ValidationLoss:
     batches = Batches(
         open_dataset(str(tokens / "valid"), LENGTH, TINY["vocab_size"]),
-        sequences_per_batch=ROWS,
+        sequences_per_batch=rows,
         seq_length=LENGTH,
         seed=0,
         shuffle=False,
+        once=True,
     )
     return ValidationLoss(model, runtime.forward(model), batches, runtime, steps, prefetch=2, examples=examples)
 
@@ -72,6 +73,34 @@ def test_it_has_the_runs_documents_and_leaves_out_what_does_not_count(
         logits = model(rows, None, number_documents(rows, 3))
     # The mean over all batches at once: they have different shares of what counts.
     assert measured == pytest.approx(float(F.cross_entropy(logits.flatten(0, 1), targets)), rel=1e-5)
+
+
+@pytest.mark.parametrize("examples", [Examples(), Examples(3, (3, 4, 5)), Examples(ignored=(0,))], ids=str)
+def test_each_sequence_counts_once_whatever_the_size_of_a_batch(
+    examples: Examples, model: GPT, runtime: TorchRuntime, tokens: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shard = torch.from_numpy(np.load(tokens / "valid" / "000.npy").astype(np.int64))
+    count = (len(shard) - 1) // LENGTH
+    rows, targets = shard[: count * LENGTH].reshape(-1, LENGTH), shard[1 : count * LENGTH + 1].clone()
+    for token in examples.ignored:
+        targets[targets == token] = -100
+    model.eval()
+    with torch.no_grad():
+        logits = model(rows, None, None if examples.end_of_text is None else number_documents(rows, 3))
+    expected = float(F.cross_entropy(logits.flatten(0, 1), targets))
+    for size in (1, 2, 5, 7, count - 1, count, count + 1, 3 * count):
+        assert validation(model, runtime, tokens, 99, examples, size)() == pytest.approx(expected, rel=2e-6), size
+    monkeypatch.setattr(loss, "READING", 3)  # the sums come in parts
+    assert validation(model, runtime, tokens, 99, examples, 1)() == pytest.approx(expected, rel=2e-6)
+
+
+def test_the_sums_of_many_batches_lose_nothing(model: GPT, runtime: TorchRuntime, tokens: Path) -> None:
+    """Where every batch has the same loss, so has the whole; a running sum in fp32 drifts off."""
+    np.save(tokens / "valid" / "000.npy", np.tile(np.arange(LENGTH), 1001).astype(np.uint16))
+    one = validation(model, runtime, tokens, 1, rows=1)()
+    running = np.cumsum(np.full(1000, one, np.float32), dtype=np.float32)[-1] / 1000
+    assert running != pytest.approx(one, rel=1e-7)
+    assert validation(model, runtime, tokens, 1000, rows=1)() == pytest.approx(one, rel=1e-12)
 
 
 def test_a_validation_in_which_nothing_counts_says_so(model: GPT, runtime: TorchRuntime, tokens: Path) -> None:
