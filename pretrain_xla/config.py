@@ -281,6 +281,11 @@ class ParallelConfig(Section):
     ddp_backend: Literal["nccl", "gloo"] | None = None
     """torch under torchrun: collectives; none: nccl on CUDA, gloo on CPU."""
 
+    @property
+    def is_multiprocess(self) -> bool:
+        """Whether the xla runtime runs one process for each device."""
+        return self.mp_start_method is not None or self.ddp
+
 
 class CheckpointConfig(Section):
     """What survives the run."""

@@ -18,7 +18,7 @@ from pretrain_xla.config import RunConfig
 from pretrain_xla.errors import UserError
 from pretrain_xla.preflight.outcome import Outcome
 from pretrain_xla.preflight.topology import Topology
-from pretrain_xla.runtime.xla_environment import compiler_options
+from pretrain_xla.runtime.xla_environment import CHANGES_RESULTS, compiler_options
 
 ENVIRONMENT = {
     "PJRT_DEVICE": "CPU",
@@ -37,7 +37,17 @@ ENVIRONMENT = {
 }
 """What torch_xla and libtpu must find when they are loaded."""
 
-STALE = ("CLOUD_TPU_TASK_ID", "TPU_PROCESS_ADDRESSES", "TPU_VISIBLE_CHIPS", "LIBTPU_INIT_ARGS", "XLA_FLAGS")
+STALE = (
+    *(
+        "CLOUD_TPU_TASK_ID",
+        "TPU_PROCESS_ADDRESSES",
+        "TPU_VISIBLE_CHIPS",
+        "LIBTPU_INIT_ARGS",
+        "XLA_FLAGS",
+        "XLA_USE_SPMD",
+    ),
+    *CHANGES_RESULTS,
+)
 """What describes another run, and would change the answer."""
 
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import re
 
 from pretrain_xla.errors import UserError
 from pretrain_xla.runtime.chips import CHIPS, Chip, generation
+from pretrain_xla.runtime.tpu_chip import accelerator_type, pci_chips
 
 SHAPES_2D = {
     1: (1, 1), 4: (2, 2), 8: (2, 4), 16: (4, 4), 32: (4, 8), 64: (8, 8), 128: (8, 16), 256: (16, 16), 512: (16, 32),
@@ -111,7 +111,17 @@ def chosen_topology(name: str | None) -> Topology:
     Raises:
         UserError: none was named, and this is no TPU machine.
     """
-    name = name or os.environ.get("TPU_ACCELERATOR_TYPE")
+    name = name or accelerator_type()
     if not name:
-        raise UserError(f"name the TPU to compile for with --topology: {EXAMPLES}")
+        raise UserError(f"name the TPU to compile for with --topology: {EXAMPLES}{_what_is_here()}")
     return resolve_topology(name)
+
+
+def _what_is_here() -> str:
+    """The chips of this machine, where nobody says how large their slice is."""
+    chips = pci_chips()
+    if not chips:
+        return ""
+    return (
+        f" (this machine has {len(chips)} {chips[0] or 'v2 or v3'} chips, and does not say what slice they are part of)"
+    )

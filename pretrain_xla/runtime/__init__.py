@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterable
+from types import ModuleType
 
 from pretrain_xla.config import RunConfig
 from pretrain_xla.errors import UserError
 from pretrain_xla.runtime.base import Runtime
+from pretrain_xla.runtime.tpu_chip import DESCRIBE, check_description, pci_chips
+from pretrain_xla.runtime.xla_environment import clear_environment
 
 # Before torch_xla is imported: its C++ part announces on every compilation that GSPMD will give way to Shardy one day.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-__all__ = ["Runtime", "start"]
+__all__ = ["Runtime", "load_xla", "say", "start"]
 
 
 def start(config: RunConfig) -> Runtime:
-    """Take hold of the devices that the config asks for.
+    """Take hold of the devices that the config asks for, and say on stderr what the person should know of them.
 
     Raises:
         UserError: torch_xla is not installed, the devices are not there, or the mesh does not fit them.
@@ -24,12 +29,39 @@ def start(config: RunConfig) -> Runtime:
         from pretrain_xla.runtime.torch_runtime import TorchRuntime
 
         return TorchRuntime(config)
+    xla, notes = load_xla(config)
+    runtime: Runtime = xla.XlaRuntime(config)
+    if runtime.is_main:
+        say(notes)
+        say(runtime.warnings, "warning")
+    return runtime
+
+
+def load_xla(config: RunConfig) -> tuple[ModuleType, list[str]]:
+    """The module of the xla runtime, and a line on each environment variable that is not followed.
+
+    Raises:
+        UserError: torch_xla is not installed, or does not find out what TPU this is.
+    """
+    notes = clear_environment(multiprocess=config.parallel.is_multiprocess)
+    if "torch_xla" not in sys.modules and (warning := check_description()):
+        say([warning], "warning")
     try:
-        from pretrain_xla.runtime.xla import XlaRuntime
+        from pretrain_xla.runtime import xla
     except ModuleNotFoundError as error:
         if error.name and error.name.split(".")[0] == "torch_xla":
             raise UserError(
                 "runtime=xla needs torch_xla: pip install -r requirements-xla_tpu.txt, or use --runtime torch"
             ) from None
         raise
-    return XlaRuntime(config)
+    except OSError as error:  # what torch_xla raises when it asks the metadata server as it is imported
+        if not pci_chips():
+            raise
+        raise UserError(f"PyTorch/XLA does not find out what TPU this is ({error}); {DESCRIBE}") from None
+    return xla, notes
+
+
+def say(lines: Iterable[str], kind: str = "note") -> None:
+    """Lines for the person, on stderr: what a model writes goes to stdout."""
+    for line in lines:
+        print(f"{kind}: {line}", file=sys.stderr, flush=True)

@@ -74,9 +74,15 @@ class Runtime(Protocol):
     """Devices of the whole run."""
     peak_flops: float | None
     """bf16 peak of one device in flop/s, where it is known."""
+    attention: str
+    """For a person: by what attention of whole sequences is computed, and where it is not a kernel, why."""
+    warnings: Sequence[str]
+    """What the person should know of the machine, a line each; `start` says them."""
     compute_dtype: torch.dtype
     process_index: int
     process_count: int
+    host_count: int
+    """Machines of the whole run."""
     is_main: bool
     """Whether this process writes the files and speaks to the person."""
     mesh: dict[str, int]

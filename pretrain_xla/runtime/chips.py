@@ -17,6 +17,7 @@ matmul_fraction and stream_fraction say how far the estimates are from the state
 from __future__ import annotations
 
 import dataclasses
+import re
 
 TERA = 1e12
 GIGA = 1e9
@@ -109,7 +110,21 @@ CHIPS: dict[str, Chip] = {
 # fmt: on
 
 
-def generation(family: str) -> str:
-    """Our name of a generation for any of its names: `v5litepod`, `v5lite`, `v5`, `V6E` …; unknown names stay as they are."""
-    family = family.lower()
-    return {"v5litepod": "v5e", "v5lite": "v5e", "v5": "v5p"}.get(family, family)
+_NAME = re.compile(
+    r"(?:tpu[-_ ]*v?|v)(?P<number>[0-9]+)[-_ ]?(?P<kind>lite|[a-z])?(?:[-_ ]?(?:pod|slice|podslice|device))?(?:[-:].*)?"
+)
+
+
+def generation(name: str) -> str:
+    """Our name of a generation for any of its names; unknown names stay as they are, in small letters.
+
+    Known are Google Cloud's accelerator types (`v5litepod-8`, `v5e-8`, `V6E`), GKE's (`tpu-v5-lite-podslice`), what the devices
+    call themselves (`TPU v5 lite`, `TPU v5e`, `TPU v5`, `TPU7x`), and libtpu's topologies (`v5e:2x4`).
+    """
+    match = _NAME.fullmatch(name.strip().lower())
+    if match is None:
+        return name.strip().lower()
+    kind = match["kind"] or ""
+    if match["number"] in ("5", "6"):
+        kind = {"lite": "e", "": "p" if match["number"] == "5" else ""}.get(kind, kind)
+    return f"v{match['number']}{kind}"

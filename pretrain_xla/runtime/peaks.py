@@ -23,9 +23,9 @@ GPU_PEAKS = {
 }
 
 
-def tpu_peak(accelerator_type: str) -> float | None:
-    """Peak of one device of a TPU named as Google Cloud does (`v3-8`, `v5litepod-16`, `v5p-128`, `v6e-8`)."""
-    chip = CHIPS.get(generation(accelerator_type.split("-")[0]))
+def tpu_peak(name: str) -> float | None:
+    """Peak of one device of a TPU, by any name that `generation` knows."""
+    chip = CHIPS.get(generation(name))
     return chip.peak_flops if chip else None
 
 

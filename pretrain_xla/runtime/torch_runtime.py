@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pretrain_xla.config import RunConfig
+from pretrain_xla.config import ModelConfig, RunConfig
 from pretrain_xla.errors import UserError
 from pretrain_xla.model.loops import Fence, Loop, no_fence
 from pretrain_xla.runtime.base import GraphCounts, GraphEvent, Repeat
@@ -53,7 +53,10 @@ class TorchRuntime:
         self.fence: Fence = no_fence
         self.static_shapes = False
         self._replica: DistributedDataParallel | None = None
+        self.warnings: Sequence[str] = ()
+        self.attention = _attention(config.model)
         self.process_count = int(os.environ.get("WORLD_SIZE", "1"))
+        self.host_count = max(self.process_count // int(os.environ.get("LOCAL_WORLD_SIZE", self.process_count)), 1)
         self.process_index = int(os.environ.get("RANK", "0"))
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         if kind == "cuda" and local_rank >= torch.cuda.device_count():
@@ -279,6 +282,15 @@ class TorchRuntime:
         self._fetcher.shutdown(wait=True)
         if self.distributed:
             dist.destroy_process_group()
+
+
+def _attention(model: ModelConfig) -> str:
+    """By what attention is computed here, for a person."""
+    if model.attention == "reference":
+        return "plain: --attention reference"
+    if model.attention_softcap is not None:
+        return "plain: PyTorch's fused kernels cannot cap scores"
+    return "PyTorch's fused kernels"
 
 
 def _graphs_built() -> int:

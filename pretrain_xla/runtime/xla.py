@@ -28,14 +28,15 @@ from torch import Tensor, nn
 from pretrain_xla.config import RunConfig
 from pretrain_xla.errors import UserError
 from pretrain_xla.model.attention import Attention
+from pretrain_xla.model.flash_limits import WITHOUT_KERNELS, why_plain
 from pretrain_xla.model.loops import Fence, Loop
 from pretrain_xla.runtime import xla_graphs
 from pretrain_xla.runtime.base import GraphCounts, GraphEvent
-from pretrain_xla.runtime.chips import generation
 from pretrain_xla.runtime.peaks import tpu_peak
 from pretrain_xla.runtime.sharding import ACTIVATIONS, BATCH, check_model_fits, lookup, parameter_axes, resolve_mesh
+from pretrain_xla.runtime.tpu_chip import find_chip
 from pretrain_xla.runtime.xla_compiled import CompiledFunction
-from pretrain_xla.runtime.xla_environment import prepare_environment
+from pretrain_xla.runtime.xla_environment import no_such_device, prepare_environment
 from pretrain_xla.runtime.xla_gradients import accumulate
 from pretrain_xla.runtime.xla_loop import xla_fence, xla_loop
 from pretrain_xla.runtime.xla_parts import on_parts, part, pinned, whole
@@ -56,26 +57,26 @@ class XlaRuntime:
         self.fence: Fence = xla_fence
         self.static_shapes = True
         parallel = config.parallel
-        self.is_spmd = not is_multiprocess(config)
+        self.is_spmd = not parallel.is_multiprocess
         if self.is_spmd and not xr.is_spmd():
             # Before anything touches a device: torch_xla crashes otherwise.
             xr.use_spmd()
         try:
             self.device = torch_xla.device()
+            xr.global_runtime_device_count()  # under SPMD the device is virtual, and only this opens the real ones
         except RuntimeError as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(
-                f"PJRT_DEVICE={os.environ['PJRT_DEVICE']}: no such device ({reason}); set PJRT_DEVICE=CPU to run here"
-            ) from None
+            raise no_such_device(error) from None
         precision = {"highest": "highest", "high": "high", "medium": "default"}[config.train.matmul_precision]
         # It warns of a second call even at the first one.
         logging.getLogger("torch_xla.backends").setLevel(logging.ERROR)
         torch_xla.backends.set_mat_mul_precision(precision)
         kind = xr.device_type() or "CPU"
-        accelerator = os.environ.get("TPU_ACCELERATOR_TYPE", "") if kind == "TPU" else ""
-        self.device_name = f"TPU {accelerator}".strip() if kind == "TPU" else f"{kind} (XLA)"
-        self.peak_flops = tpu_peak(accelerator) if accelerator else None
-        self._chip = generation(accelerator.split("-")[0]) if accelerator else None
+        # A virtual device has no kind.
+        found = find_chip(None if self.is_spmd else xm.xla_device_kind(self.device)) if kind == "TPU" else None
+        self.device_name = f"{kind} (XLA)" if found is None else found.name
+        self._chip = found.chip if found else None
+        self.peak_flops = tpu_peak(self._chip) if self._chip else None
+        self.warnings: Sequence[str] = found.warnings if found else ()
         self.compute_dtype = torch.bfloat16 if config.train.mixed_precision == "bf16" else torch.float32
         if self.is_spmd:
             self.process_index, self.process_count = xr.process_index(), xr.process_count()
@@ -93,6 +94,7 @@ class XlaRuntime:
             self.device_count = self.process_count
             data, fsdp, tensor = self.process_count, 1, 1
         self.is_main = self.process_index == 0
+        self.host_count = max(xr.process_count() // xr.local_process_count(), 1)
         if parallel.compile_cache is not None and kind == "TPU":
             xr.initialize_cache(os.path.join(parallel.compile_cache, f"process_{self.process_index}"), readonly=False)
         self.mesh = {"data": data, "fsdp": fsdp, "tensor": tensor}
@@ -102,6 +104,9 @@ class XlaRuntime:
             self._mesh = xs.Mesh(np.arange(self.device_count), (data, fsdp, tensor), tuple(self.mesh))
         # Dropout draws one mask for the whole batch, which devices on their own could not.
         self._replicates = self.is_spmd and self.device_count == data > 1 and config.model.dropout == 0
+        plain = why_plain(config.model, self._chip, tensor)
+        self.attention = f"plain: {plain}" if plain else f"the kernel for {self._chip}"
+        self._uses_kernels = config.model.attention != "reference"
         self._weights: dict[str, Tensor] | None = None
         self._alone = False
         self._kernel: FlashAttention | None = None
@@ -141,11 +146,13 @@ class XlaRuntime:
         torch_xla.sync()
 
     def install_kernels(self, model: nn.Module, chip: str) -> None:
-        """Let attention use its TPU kernel, on a generation of TPUs that has one.
+        """Let attention use its TPU kernel, on a generation of TPUs that has one, unless the config asks for plain attention.
 
         Raises:
             UserError: jax, which lowers the kernels, is not installed.
         """
+        if chip in WITHOUT_KERNELS or not self._uses_kernels:
+            return
         try:
             from pretrain_xla.runtime.xla_kernels import FlashAttention
         except ModuleNotFoundError as error:
@@ -365,27 +372,3 @@ class XlaRuntime:
     def close(self) -> None:
         """See `base.Runtime.close`."""
         self._fetcher.shutdown(wait=True)
-
-
-def is_multiprocess(config: RunConfig) -> bool:
-    """Whether the config asks for one process a device."""
-    return config.parallel.mp_start_method is not None or config.parallel.ddp
-
-
-def launch(config: RunConfig, main: Callable[[int], None]) -> None:
-    """Run `main(index)` once for each device of this host (PJRT multiprocessing).
-
-    Raises:
-        UserError: on a CPU with more than one device, where replicas compile different collectives and deadlock.
-    """
-    prepare_environment(config.parallel)
-    count = int(os.environ.get("CPU_NUM_DEVICES", "1"))
-    if os.environ["PJRT_DEVICE"] == "CPU" and count > 1:
-        raise UserError(
-            f"multiprocessing with {count} CPU devices deadlocks in XLA: leave out --mp-start-method and --ddp to use "
-            "SPMD, which runs on virtual CPU devices, or set CPU_NUM_DEVICES=1"
-        )
-    if os.environ["PJRT_DEVICE"] == "CPU":
-        main(0)  # one replica: the same code path without a process around it
-        return
-    torch_xla.launch(main, start_method=config.parallel.mp_start_method or "spawn")

@@ -22,7 +22,8 @@ from torch import Tensor
 from pretrain_xla.model.attention import HeadsSpec
 from pretrain_xla.model.flash_backward import backward
 from pretrain_xla.model.flash_forward import forward
-from pretrain_xla.model.flash_kernels import Heads, mosaic_version, supports
+from pretrain_xla.model.flash_kernels import mosaic_version
+from pretrain_xla.model.flash_limits import Heads, supports
 from pretrain_xla.model.flash_prepare import Preparation
 from pretrain_xla.model.remember import remembered
 from pretrain_xla.runtime.sharding import BATCH, Axis

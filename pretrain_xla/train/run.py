@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import functools
 import os
+import tempfile
 
 from pretrain_xla.config import RunConfig
 from pretrain_xla.errors import UserError, guarded
 from pretrain_xla.interop import hub
-from pretrain_xla.runtime import start
+from pretrain_xla.runtime import load_xla, say, start
 from pretrain_xla.train.files import write_run_files
 
 
 def start_run(config: RunConfig) -> None:
     """Run a config in this process, or once for each device where it asks for multiprocessing."""
-    if config.parallel.runtime == "xla":
-        try:
-            from pretrain_xla.runtime import xla
-        except ModuleNotFoundError:
-            pass  # `runtime.start` says what to install
-        else:
-            if xla.is_multiprocess(config):
-                xla.launch(config, functools.partial(_run_replica, config))
-                return
+    if config.parallel.runtime == "xla" and config.parallel.is_multiprocess:
+        _, notes = load_xla(config)
+        say(notes)
+        from pretrain_xla.runtime.xla_launch import launch
+
+        launch(config, functools.partial(_run_replica, config))
+        return
     _run_replica(config)
 
 
@@ -66,11 +65,10 @@ def check_writable(config: RunConfig) -> None:
     for key, folder in (("run_dir", config.run_dir), ("checkpoints_dir", config.checkpoints_dir)):
         if "://" in folder:
             continue  # a bucket is tried by its own client when the run looks for checkpoints
-        probe = os.path.join(folder, ".writable")
         try:
             os.makedirs(folder, exist_ok=True)
-            with open(probe, "w", encoding="utf-8"):
+            # A file of its own for each process: they all try at the same time.
+            with tempfile.TemporaryFile(dir=folder):
                 pass
-            os.remove(probe)
         except OSError as error:
             raise UserError(f"{key}={folder} cannot be written ({error.strerror}): name another folder") from None

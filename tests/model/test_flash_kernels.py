@@ -13,7 +13,7 @@ jax = pytest.importorskip("jax")
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
-from pretrain_xla.model import flash_kernels  # noqa: E402
+from pretrain_xla.model import flash_limits  # noqa: E402
 from pretrain_xla.model.flash_backward import backward  # noqa: E402
 from pretrain_xla.model.flash_forward import forward  # noqa: E402
 from pretrain_xla.model.flash_kernels import Heads, cost, supports  # noqa: E402
@@ -144,7 +144,7 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_is_attention_and_its_gradient(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flash_kernels, "MAX_SPAN", 256)
+    monkeypatch.setattr(flash_limits, "MAX_SPAN", 256)
     h, T, segmented = CASES[case]
     segments = documents(T) if segmented else None
     given = arrays(h, T)
@@ -153,7 +153,7 @@ def test_is_attention_and_its_gradient(case: str, monkeypatch: pytest.MonkeyPatc
 
 
 def test_skips_spans_with_no_document_in_common(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flash_kernels, "MAX_SPAN", 128)
+    monkeypatch.setattr(flash_limits, "MAX_SPAN", 128)
     h, T = heads(num_heads=1, num_kv_heads=1, head_dim=128), 256
     segments = jnp.asarray(np.arange(T)[None] >= np.array([[128], [250]]))
     given = arrays(h, T)
@@ -180,7 +180,7 @@ PREPARED_CASES = {
 
 @pytest.mark.parametrize("case", PREPARED_CASES)
 def test_prepares_queries_and_keys(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flash_kernels, "MAX_SPAN", 256)
+    monkeypatch.setattr(flash_limits, "MAX_SPAN", 256)
     h, T, names = PREPARED_CASES[case]
     given, prepared = arrays(h, T), preparation(T, h.head_dim, *names)
     actual, wanted = both_ways(h, None, *given, **prepared), reference_both_ways(h, None, *given, **prepared)

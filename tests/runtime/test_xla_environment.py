@@ -13,7 +13,13 @@ import pytest
 
 from pretrain_xla.config import ParallelConfig
 from pretrain_xla.errors import UserError
-from pretrain_xla.runtime.xla_environment import OVERLAP, compiler_options, prepare_environment
+from pretrain_xla.runtime.xla_environment import (
+    CHANGES_RESULTS,
+    OVERLAP,
+    clear_environment,
+    compiler_options,
+    prepare_environment,
+)
 
 ROOT = Path(__file__).parents[2]
 POD = {"TPU_PROCESS_ADDRESSES": "local", "CLOUD_TPU_TASK_ID": "3"}
@@ -59,6 +65,36 @@ def test_cuda_without_its_plugin_says_what_to_install() -> None:
         prepare_environment(ParallelConfig())
 
 
+@pytest.mark.parametrize("name", CHANGES_RESULTS)
+def test_a_variable_that_changes_results_is_forgotten_with_a_line(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.environ[name] = "1"
+    (line,) = [note for note in clear_environment(multiprocess=False) if note.startswith("XLA_") and name in note]
+    assert line == f"{name}=1 is set, and not followed: {CHANGES_RESULTS[name]}"
+    assert name not in os.environ
+    if "16" in name:
+        assert "use --mixed-precision bf16" in line
+    os.environ[name] = "0"
+    assert clear_environment(multiprocess=False) == [], "it was off"
+
+
+def test_spmd_by_a_variable_does_not_overrule_one_process_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "torch_xla", raising=False)
+    os.environ["XLA_USE_SPMD"] = "1"
+    assert clear_environment(multiprocess=False) == []
+    assert os.environ["XLA_USE_SPMD"] == "1", "what a run does anyway"
+    (line,) = clear_environment(multiprocess=True)
+    assert line.startswith("XLA_USE_SPMD is set, and not followed")
+    assert "XLA_USE_SPMD" not in os.environ
+
+
+def test_options_of_the_compilers_stay_and_are_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "torch_xla", raising=False)
+    os.environ["XLA_FLAGS"] = "--xla_cpu_enable_fast_math=true"
+    (line,) = clear_environment(multiprocess=False)
+    assert line.startswith("XLA_FLAGS=--xla_cpu_enable_fast_math=true changes how this run is compiled")
+    assert os.environ["XLA_FLAGS"] == "--xla_cpu_enable_fast_math=true"
+
+
 def test_the_tpus_compiler_is_told_before_it_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     tpu = types.SimpleNamespace(num_available_chips=lambda: 8)
     monkeypatch.setitem(sys.modules, "torch_xla._internal", types.SimpleNamespace(tpu=tpu))
@@ -91,14 +127,70 @@ else:
         prepare_environment(ParallelConfig())
     except UserError as error:
         print(error)
+# The last is what PyTorch/XLA would make bf16 of.
+import torch
+from pretrain_xla.config import RunConfig
+from pretrain_xla.runtime import start
+os.environ["PJRT_DEVICE"] = "CPU"
+runtime = start(RunConfig())
+print("kept:", torch.tensor(1 + 2**-12).to(runtime.device).cpu().item() == 1 + 2**-12, runtime.attention)
 """
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torch_xla") is None, reason="needs torch_xla")
-def test_without_a_tpu_the_cpu_is_taken_and_a_tpu_refused() -> None:
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+def test_without_a_tpu_the_cpu_is_taken_and_a_tpu_refused_and_fp32_stays() -> None:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_USE_BF16": "1", "XLA_DOWNCAST_BF16": "1"}
     done = subprocess.run([sys.executable, "-c", CHIPS], env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     if "there is a TPU here" in done.stdout:
         pytest.skip("there is a TPU here")
     assert "PJRT_DEVICE=TPU, but this machine has no TPU: set PJRT_DEVICE=CPU" in done.stdout
+    assert "kept: True plain: the kernels are for TPUs" in done.stdout, done.stdout
+    assert "note: XLA_USE_BF16=1 is set, and not followed" in done.stderr
+    assert "note: XLA_DOWNCAST_BF16=1 is set, and not followed" in done.stderr
+
+
+# A package where JAX's plugin would be, with a library that is no plugin: as far as one comes without a GPU.
+CUDA = """
+import os
+from pretrain_xla.config import build_config
+from pretrain_xla.errors import UserError
+from pretrain_xla.runtime import load_xla, start
+
+def say(call, *arguments):
+    try:
+        call(*arguments)
+    except UserError as error:
+        print(error)
+
+def nothing(index):
+    raise AssertionError("never comes so far")
+
+if __name__ == "__main__":
+    config = build_config({"parallel": {"mp_start_method": "spawn"}}, "here")
+    load_xla(config)
+    from pretrain_xla.runtime.xla_launch import launch
+    say(launch, config, nothing)
+    os.environ["GPU_NUM_DEVICES"] = "1"
+    say(launch, config, nothing)
+    say(start, build_config({}, "here"))
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torch_xla") is None, reason="needs torch_xla")
+def test_a_cuda_plugin_is_known_to_every_process_and_without_a_gpu_there_is_a_line(tmp_path: Path) -> None:
+    plugin = tmp_path / "jax_plugins" / "xla_cuda12"
+    plugin.mkdir(parents=True)
+    (plugin / "__init__.py").touch()
+    library = plugin / "xla_cuda_plugin.so"
+    subprocess.run(["gcc", "-shared", "-x", "c", "-", "-o", library], input=b"int nothing;", check=True)
+    (tmp_path / "script.py").write_text(CUDA)
+    path = f"{ROOT}{os.pathsep}{tmp_path}"
+    environment = os.environ | {"PYTHONPATH": path, "PJRT_DEVICE": "CUDA", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, str(tmp_path / "script.py")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    without, spawned, spmd = done.stdout.splitlines()
+    assert without.startswith("PJRT_DEVICE=CUDA, but this machine shows no NVIDIA GPU: set PJRT_DEVICE=CPU to run here")
+    expected = f"PJRT_DEVICE=CUDA: no such device (GetPjrtApi not found in {library}); set PJRT_DEVICE=CPU to run here"
+    assert spawned == spmd == expected

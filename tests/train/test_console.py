@@ -10,7 +10,7 @@ import pytest
 from pretrain_xla.config import RunConfig
 from pretrain_xla.model import parameter_count
 from pretrain_xla.runtime.torch_runtime import TorchRuntime
-from pretrain_xla.train.console import Console
+from pretrain_xla.train.console import Console, what_hosts_share
 
 Make = Callable[..., RunConfig]
 SUMMARY: dict[str, Any] = {
@@ -64,6 +64,7 @@ def test_lines_stay_whole_in_a_log(
     assert header.startswith(f"{parameter_count(config.model) / 1e6:.2f}M parameters on 1 x CPU (torch, data 1, fp32)")
     assert "steps 5 to 2, 32 tokens each" in header
     assert header.endswith(f"files in {config.run_dir}")
+    assert "attention: PyTorch's fused kernels" in lines
     assert "step     20  validation loss 5.5000  perplexity 244.69" in lines
     assert "step      6/20  loss 5.2500  norm 0.50  rate 3.00e-04  3,500 tokens/s" in lines
     assert "step      8/20  loss 5.0000  norm 0.50  rate 3.00e-04" in lines
@@ -95,3 +96,33 @@ def test_processes_that_are_not_main_say_nothing(
     assert not console.is_terminal
     printed = capsys.readouterr()
     assert (printed.out, printed.err) == ("", "")
+
+
+def test_several_hosts_are_told_which_local_folders_they_must_share(make_config: Make) -> None:
+    config = make_config()
+    assert what_hosts_share(config, 1) is None
+    line = what_hosts_share(config, 4) or ""
+    assert line.startswith("this run has 4 hosts, and each must see the same files in")
+    for key, folder in (("checkpoints_dir", config.checkpoints_dir), ("train_dir", config.data.train_dir)):
+        assert f"{key}={folder}" in line
+    assert line.endswith("one that does not see the newest checkpoint begins at another step than the others")
+    buckets = {"train_dir": "gs://bucket/train", "valid_dir": "hf://datasets/owner/name/valid"}
+    line = what_hosts_share(make_config(data=buckets), 4) or ""
+    assert "checkpoints_dir" in line
+    assert "train_dir" not in line
+    everything = make_config(data=buckets, checkpoint={"checkpoints_dir": "gs://bucket/run"})
+    assert what_hosts_share(everything, 4) is None
+
+
+@pytest.mark.parametrize(
+    ("ranks", "hosts"),
+    [({}, 1), ({"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "8"}, 1), ({"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "2"}, 4)],
+)
+def test_hosts_under_torchrun(
+    ranks: dict[str, str], hosts: int, make_config: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in ranks.items():
+        monkeypatch.setenv(name, value)
+    assert TorchRuntime(make_config()).host_count == hosts

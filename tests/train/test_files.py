@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import uuid
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -67,3 +69,11 @@ def test_a_tokenizer_of_ones_own_is_kept_with_the_run(named_by: str, make_config
     copy = load_tokenizer(kept)
     assert copy.encode("some more text") == trained.encode("some more text")
     assert (copy.vocab_size, copy.end_of_text) == (trained.vocab_size, trained.end_of_text)
+
+
+def test_many_processes_may_try_the_same_folder_at_once(make_config: Make) -> None:
+    config = make_config()
+    with ThreadPoolExecutor(8) as pool:
+        for attempt in [pool.submit(check_writable, config) for _ in range(800)]:
+            attempt.result()
+    assert os.listdir(config.run_dir or "") == ["checkpoints"], "and nothing of it stays"

@@ -1,0 +1,133 @@
+"""Which TPU is in this machine, found without touching it: PyTorch/XLA's devices do not say so under SPMD.
+
+The PCI bus tells the generation; every Google Cloud VM, Kaggle and Colab show it. v2 and v3 look alike there. Then, and where
+the size of the slice is asked for, the accelerator type decides (`v5litepod-16`): the variable TPU_ACCELERATOR_TYPE, which GKE,
+Kaggle and Colab set, or the metadata server of a Google Cloud VM, where nobody sets it. A laptop's network is left alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import http.client
+import os
+import urllib.request
+from pathlib import Path
+
+import yaml
+
+from pretrain_xla.errors import UserError
+from pretrain_xla.runtime.chips import CHIPS, generation
+
+PCI_DEVICES = Path("/sys/bus/pci/devices")
+GOOGLE = "0x1ae0"
+PCI_NAMES = {"0x0027": "", "0x005e": "v4", "0x0062": "v5p", "0x0063": "v5e", "0x006f": "v6e", "0x0076": "v7x"}
+"""Device id → generation (JAX's `hardware_utils`); empty: v2 or v3."""
+
+METADATA_HOST = "169.254.169.254"
+"""By its address, so that no name server is waited for. GCE_METADATA_HOST names another, as for Google's own libraries."""
+
+METADATA_SECONDS = 3.0
+"""A metadata server answers in milliseconds; where there is none, nobody may refuse the connection."""
+
+
+DESCRIBE = (
+    "without one, set TPU_SKIP_MDS_QUERY=1 TPU_ACCELERATOR_TYPE=v5litepod-8 (or what it is) TPU_WORKER_ID=0 "
+    "TPU_WORKER_HOSTNAMES=localhost"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class FoundChip:
+    """chip: generation, if it is one of `CHIPS`. name: for a person. warnings: what the person should know, a line each."""
+
+    chip: str | None
+    name: str
+    warnings: tuple[str, ...] = ()
+
+
+def pci_chips() -> list[str]:
+    """Generation of each TPU chip on this machine's PCI bus, empty where it is v2 or v3."""
+    found = []
+    for folder in sorted(PCI_DEVICES.glob("*")):
+        try:
+            vendor, device = ((folder / leaf).read_text().strip() for leaf in ("vendor", "device"))
+        except OSError:  # a device that has just gone
+            continue
+        if vendor == GOOGLE and device in PCI_NAMES:
+            found.append(PCI_NAMES[device])
+    return found
+
+
+def accelerator_type() -> str | None:
+    """The accelerator type of the slice that this machine is part of, as `v5litepod-16`; none: no TPU, or nobody says so."""
+    named = os.environ.get("TPU_ACCELERATOR_TYPE")
+    if named or os.environ.get("TPU_SKIP_MDS_QUERY") or not pci_chips():
+        return named or None
+    return _type_in(_metadata("tpu-env")) or _metadata("accelerator-type")
+
+
+def find_chip(device_kind: str | None = None) -> FoundChip:
+    """The TPU of this machine, which has one.
+
+    Args:
+        device_kind: what PyTorch/XLA's device calls itself (`TPU v5 lite`), where it can be asked.
+    """
+    on_bus = next(iter(pci_chips()), None)
+    told = os.environ.get("TPU_ACCELERATOR_TYPE") if on_bus else accelerator_type()
+    warnings = []
+    if on_bus and told and generation(told) != on_bus:
+        warnings.append(f"TPU_ACCELERATOR_TYPE={told}, but the chips of this machine are {on_bus}, which counts")
+        told = None
+    name = on_bus or told or device_kind or ""
+    chip = generation(name)
+    if chip in CHIPS:
+        return FoundChip(chip, f"TPU {chip}" + (f" ({told})" if told else ""), tuple(warnings))
+    called = f"calls itself {name}, which is not in the table of chips" if name else "does not say what it is"
+    mend = "" if name else " (set TPU_ACCELERATOR_TYPE, as v5litepod-8)"
+    warnings.append(f"the TPU {called}{mend}: plain attention will run, and no utilisation is shown")
+    return FoundChip(None, f"TPU {name}".strip(), tuple(warnings))
+
+
+def check_description() -> str | None:
+    """A warning where torch_xla, once it is imported on a TPU machine, will wait for a description that does not come.
+
+    Raises:
+        UserError: it will find none at all.
+    """
+    if not pci_chips():
+        return None
+    if os.environ.get("TPU_SKIP_MDS_QUERY"):
+        if not os.environ.get("TPU_ACCELERATOR_TYPE"):
+            raise UserError(
+                "TPU_SKIP_MDS_QUERY is set, so this TPU must be described: set TPU_ACCELERATOR_TYPE, as v5litepod-8"
+            )
+        return None
+    if _metadata("tpu-env") is None:
+        return f"this TPU's metadata server does not answer, and PyTorch/XLA will wait for it, perhaps for minutes: {DESCRIBE}"
+    return None
+
+
+def _type_in(tpu_env: str | None) -> str | None:
+    """ACCELERATOR_TYPE of the attribute `tpu-env`, which is YAML."""
+    try:
+        tree = yaml.safe_load(tpu_env or "")
+    except yaml.YAMLError:
+        return None
+    named = tree.get("ACCELERATOR_TYPE") if isinstance(tree, dict) else None
+    return str(named) if named else None
+
+
+def _metadata(key: str) -> str | None:
+    """An attribute of this VM; none: no such attribute, or no metadata server of Google's."""
+    host = os.environ.get("GCE_METADATA_HOST", METADATA_HOST)
+    url = f"http://{host}/computeMetadata/v1/instance/attributes/{key}"
+    request = urllib.request.Request(url, headers={"Metadata-Flavor": "Google"})
+    # Not by a proxy: the address means this machine.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(request, timeout=METADATA_SECONDS) as answer:
+            if answer.headers.get("Metadata-Flavor") != "Google":
+                return None
+            return str(answer.read(1_000_000).decode()).strip() or None
+    except (OSError, ValueError, http.client.HTTPException):
+        return None

@@ -1,0 +1,307 @@
+"""Which TPU this machine has: a PCI bus of files, and a server here that answers as Google's metadata server does."""
+
+from __future__ import annotations
+
+import http.server
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from pretrain_xla.errors import UserError
+from pretrain_xla.preflight.topology import chosen_topology
+from pretrain_xla.runtime import tpu_chip
+from pretrain_xla.runtime.chips import CHIPS, generation
+from pretrain_xla.runtime.tpu_chip import accelerator_type, check_description, find_chip, pci_chips
+
+ROOT = Path(__file__).parents[2]
+VARIABLES = ("TPU_ACCELERATOR_TYPE", "TPU_SKIP_MDS_QUERY", "GCE_METADATA_HOST")
+DEVICE_IDS = {
+    "network card": "0x0042",
+    "v3": "0x0027",
+    "v4": "0x005e",
+    "v5p": "0x0062",
+    "v5e": "0x0063",
+    "v6e": "0x006f",
+    "v7x": "0x0076",
+}
+TPU_ENV = """\
+ACCELERATOR_TYPE: '{type}'
+CHIPS_PER_HOST_BOUNDS: '2,4,1'
+HOST_BOUNDS: '1,1,1'
+TPU_CHIPS_PER_PROCESS_BOUNDS: '2,4,1'
+TPU_PROCESS_BOUNDS: '1,1,1'
+WORKER_ID: '0'
+ZONE: 'us-west4-a'
+"""
+Bus = Callable[..., None]
+
+
+@pytest.fixture(autouse=True)
+def bus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Bus:
+    """A PCI bus, in an environment that says nothing of TPUs; the test plugs in chips of a generation."""
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    folder = tmp_path / "pci"
+    monkeypatch.setattr(tpu_chip, "PCI_DEVICES", folder)
+
+    def plug_in(chip: str, count: int = 8) -> None:
+        for index in range(count):
+            card = folder / f"{chip}.{index}"
+            card.mkdir(parents=True)
+            (card / "vendor").write_text("0x1ae0\n")
+            (card / "device").write_text(DEVICE_IDS[chip] + "\n")
+
+    plug_in("network card", 1)
+    (folder / "just unplugged").mkdir()
+    return plug_in
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Google's metadata server: attributes by name, for those who send its header."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Metadata)
+        self.attributes: dict[str, str] = {}
+        self.asked: list[str] = []
+        self.flavor = "Google"
+
+
+class Metadata(http.server.BaseHTTPRequestHandler):
+    """One answer of it."""
+
+    def do_GET(self) -> None:
+        server = self.server
+        assert isinstance(server, Server)
+        path = self.path.removeprefix("http://metadata.google.internal")  # as a proxy is asked
+        name = path.removeprefix("/computeMetadata/v1/instance/attributes/")
+        server.asked.append(name)
+        text = server.attributes.get(name)
+        status = 403 if self.headers.get("Metadata-Flavor") != "Google" else 200 if text is not None else 404
+        self.send_response(status)
+        self.send_header("Metadata-Flavor", server.flavor)
+        self.end_headers()
+        if status == 200:
+            self.wfile.write(text.encode())
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def metadata(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    with Server() as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        monkeypatch.setenv("GCE_METADATA_HOST", f"127.0.0.1:{server.server_port}")
+        monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # a proxy is no way to it
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize(
+    ("name", "chip"),
+    [
+        ("v2-8", "v2"),
+        ("v3-8", "v3"),
+        ("TPU v3", "v3"),
+        ("v4-32", "v4"),
+        ("TPU v4", "v4"),
+        ("tpu-v4-podslice", "v4"),
+        ("v5litepod-8", "v5e"),
+        ("v5litepod", "v5e"),
+        ("v5lite-8", "v5e"),
+        ("v5e-1", "v5e"),
+        ("TPU v5 lite", "v5e"),
+        ("TPU v5 Lite", "v5e"),
+        ("TPU v5lite", "v5e"),
+        ("TPU v5e", "v5e"),
+        ("V5LITE_POD", "v5e"),
+        ("tpu-v5-lite-podslice", "v5e"),
+        ("v5e:2x4", "v5e"),
+        ("v5p-128", "v5p"),
+        ("TPU v5", "v5p"),
+        ("TPU v5p", "v5p"),
+        ("tpu-v5p-slice", "v5p"),
+        ("v6e-8", "v6e"),
+        ("TPU v6 lite", "v6e"),
+        ("TPU v6e", "v6e"),
+        ("tpu-v6e-slice", "v6e"),
+        ("V6E", "v6e"),
+    ],
+)
+def test_every_spelling_of_a_generation(name: str, chip: str) -> None:
+    assert generation(name) == chip
+    assert chip in CHIPS
+
+
+@pytest.mark.parametrize("name", ["TPU v4 lite", "TPU7x", "tpu7x-8", "v6", "v5x", "v51e", "cpu", "5", ""])
+def test_others_are_not_taken_for_one_that_is_known(name: str) -> None:
+    assert generation(name) not in CHIPS
+
+
+@pytest.mark.parametrize("chip", ["v4", "v5p", "v5e", "v6e"])
+def test_the_bus_knows_the_chip_where_no_variable_is_set(chip: str, bus: Bus) -> None:
+    bus(chip, 4)
+    assert pci_chips() == [chip] * 4
+    found = find_chip()
+    assert (found.chip, found.name, found.warnings) == (chip, f"TPU {chip}", ())
+
+
+@pytest.mark.parametrize("told", ["v5litepod-16", "v5lite-8", "v5e-8"])
+def test_the_variable_gives_the_name(told: str, bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
+    bus("v5e")
+    monkeypatch.setenv("TPU_ACCELERATOR_TYPE", told)
+    found = find_chip()
+    assert (found.chip, found.name, found.warnings) == ("v5e", f"TPU v5e ({told})", ())
+
+
+def test_a_variable_of_another_machine_does_not_count(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
+    bus("v6e")
+    monkeypatch.setenv("TPU_ACCELERATOR_TYPE", "v5litepod-8")
+    found = find_chip()
+    assert found.chip == "v6e"
+    assert found.warnings == ("TPU_ACCELERATOR_TYPE=v5litepod-8, but the chips of this machine are v6e, which counts",)
+
+
+@pytest.mark.parametrize("told", ["v2-8", "v3-32"])
+def test_v2_and_v3_are_told_apart_by_the_metadata_server(told: str, bus: Bus, metadata: Server) -> None:
+    bus("v3", 4)
+    metadata.attributes["tpu-env"] = TPU_ENV.format(type=told)
+    found = find_chip()
+    assert (found.chip, found.name, found.warnings) == (told[:2], f"TPU {told[:2]} ({told})", ())
+
+
+def test_an_unknown_chip_is_said_in_a_line(bus: Bus, metadata: Server) -> None:
+    bus("v7x")
+    found = find_chip()
+    assert (found.chip, found.name) == (None, "TPU v7x")
+    (line,) = found.warnings
+    assert line.startswith("the TPU calls itself v7x, which is not in the table of chips: plain attention will run")
+
+
+def test_a_chip_that_nobody_names_is_asked_for(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
+    bus("v3", 4)
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    (line,) = find_chip().warnings
+    assert "set TPU_ACCELERATOR_TYPE, as v5litepod-8" in line
+    assert find_chip("TPU v3").chip == "v3", "by what the device calls itself, where it can be asked"
+
+
+@pytest.mark.parametrize(
+    ("attributes", "expected"),
+    [
+        ({"tpu-env": TPU_ENV.format(type="v5litepod-16")}, "v5litepod-16"),
+        ({"accelerator-type": "v6e-8\n"}, "v6e-8"),
+        ({"tpu-env": "TYPE: V6E\n", "accelerator-type": "v6e-8"}, "v6e-8"),
+        ({"tpu-env": "{[", "accelerator-type": "v4-32"}, "v4-32"),
+        ({"tpu-env": "just text"}, None),
+        ({}, None),
+    ],
+)
+def test_what_the_metadata_server_says(
+    attributes: dict[str, str], expected: str | None, bus: Bus, metadata: Server
+) -> None:
+    assert accelerator_type() is None, "no TPU on the bus"
+    assert metadata.asked == [], "and nobody was asked"
+    bus("v5e")
+    metadata.attributes = attributes
+    assert accelerator_type() == expected
+
+
+def test_only_googles_server_counts(bus: Bus, metadata: Server) -> None:
+    bus("v5e")
+    metadata.attributes, metadata.flavor = {"accelerator-type": "v5litepod-8"}, "other"
+    assert accelerator_type() is None
+
+
+def test_a_variable_or_a_ban_keeps_it_from_being_asked(
+    bus: Bus, metadata: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bus("v5e")
+    metadata.attributes["accelerator-type"] = "v5litepod-256"
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    assert accelerator_type() is None
+    monkeypatch.setenv("TPU_ACCELERATOR_TYPE", "v5e-8")
+    assert accelerator_type() == "v5e-8"
+    monkeypatch.delenv("TPU_SKIP_MDS_QUERY")
+    assert accelerator_type() == "v5e-8"
+    assert metadata.asked == []
+
+
+def test_a_server_that_never_answers_is_not_waited_for(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
+    bus("v5e")
+    monkeypatch.setattr(tpu_chip, "METADATA_SECONDS", 0.1)
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        monkeypatch.setenv("GCE_METADATA_HOST", f"127.0.0.1:{silent.getsockname()[1]}")
+        began = time.monotonic()
+        assert accelerator_type() is None
+        assert "TPU_SKIP_MDS_QUERY=1" in (check_description() or "")
+        assert time.monotonic() - began < 2
+
+
+def test_a_tpu_that_must_be_described_and_is_not_is_refused(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    assert check_description() is None, "no TPU here"
+    bus("v5e")
+    with pytest.raises(UserError, match="set TPU_ACCELERATOR_TYPE, as v5litepod-8"):
+        check_description()
+    monkeypatch.setenv("TPU_ACCELERATOR_TYPE", "v5litepod-8")
+    assert check_description() is None
+
+
+def test_preflight_compiles_for_this_machines_slice(bus: Bus, metadata: Server) -> None:
+    with pytest.raises(UserError, match=r"name the TPU to compile for with --topology: [^(]*\(or v5e-16\)[^(]*$"):
+        chosen_topology(None)
+    bus("v5e", 4)
+    with pytest.raises(UserError, match="this machine has 4 v5e chips, and does not say what slice they are part of"):
+        chosen_topology(None)
+    metadata.attributes["tpu-env"] = TPU_ENV.format(type="v5litepod-16")
+    assert chosen_topology(None).libtpu_name == "v5e:4x4"
+    assert chosen_topology("v3-8").libtpu_name == "v3:2x2"
+
+
+# torch_xla itself as it is imported on a TPU VM: its `glob` of the PCI bus finds ours, and it asks by way of a proxy of ours.
+IMPORT = """
+import glob, sys
+from pathlib import Path
+from pretrain_xla.runtime import tpu_chip
+bus, plain = sys.argv[1], glob.glob
+tpu_chip.PCI_DEVICES = Path(bus)
+glob.glob = lambda pattern, *a, **k: plain(pattern.replace("/sys/bus/pci/devices", bus), *a, **k)
+from pretrain_xla.config import RunConfig
+from pretrain_xla.errors import UserError
+from pretrain_xla.runtime import load_xla
+try:
+    load_xla(RunConfig())
+except UserError as error:
+    print("refused:", error)
+else:
+    from torch_xla._internal import tpu
+    print(tpu.num_available_chips(), tpu.get_tpu_env()["ACCELERATOR_TYPE"], tpu_chip.find_chip().name)
+"""
+
+
+def test_torch_xla_and_we_find_the_same(bus: Bus, metadata: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    bus("v5e")
+    metadata.attributes["tpu-env"] = TPU_ENV.format(type="v5litepod-8")
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PJRT_DEVICE": "CPU"}
+    environment |= {"http_proxy": f"http://127.0.0.1:{metadata.server_port}", "no_proxy": ""}
+    command = [sys.executable, "-c", IMPORT, str(tpu_chip.PCI_DEVICES)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout.split("\n")[0] == "8 v5litepod-8 TPU v5e", done.stderr
+    assert "warning" not in done.stderr
+    metadata.attributes.clear()
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout.startswith("refused: PyTorch/XLA does not find out what TPU this is"), done.stderr
+    assert "TPU_SKIP_MDS_QUERY=1 TPU_ACCELERATOR_TYPE=v5litepod-8" in done.stdout
+    assert done.stderr.startswith("warning: this TPU's metadata server does not answer")
