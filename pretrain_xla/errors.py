@@ -7,9 +7,21 @@ command line prints its text as one line and exits with status 2; anything else 
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
+
+# Packages that a command may need and an environment may lack → how to get them.
+_PACKAGES = {
+    **dict.fromkeys(("torch_xla", "libtpu", "jax", "jaxlib"), "pip install -r requirements-xla_tpu.txt"),
+    **dict.fromkeys(("lm_eval", "wandb"), ""),
+    **dict.fromkeys(
+        """torch numpy datasets tiktoken tokenizers sentencepiece pyarrow zstandard tensorboard fsspec gcsfs s3fs aiohttp
+        pydantic tyro yaml safetensors huggingface_hub rich matplotlib""".split(),
+        "pip install -r requirements.txt",
+    ),
+}
 
 
 class UserError(Exception):
@@ -24,8 +36,20 @@ class Interrupted(Exception):
         self.signal = signal
 
 
+def missing_package(error: ImportError) -> str | None:
+    """What to install, in a line; none: it is no package that we ask for."""
+    package = (error.name or "").split(".")[0]
+    if package not in _PACKAGES:
+        return None
+    how = _PACKAGES[package] or f"pip install {package.replace('_', '-')}"
+    return f"the package {package} is not installed: {how}"
+
+
 def guarded(function: Callable[..., None]) -> Callable[..., None]:
-    """Turn `UserError` into one line on stderr and exit status 2, and a stop by signal into 128 + signal."""
+    """Turn `UserError` into one line on stderr and exit status 2, and a stop by signal into 128 + signal.
+
+    A package that is not installed is a line, too; and what reads our output may stop before its end (`| head`).
+    """
 
     @functools.wraps(function)
     def run(*arguments: Any, **keywords: Any) -> None:
@@ -34,6 +58,15 @@ def guarded(function: Callable[..., None]) -> Callable[..., None]:
         except UserError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
             raise SystemExit(2) from None
+        except ModuleNotFoundError as error:
+            if (line := missing_package(error)) is None:
+                raise
+            print(f"error: {line}", file=sys.stderr, flush=True)
+            raise SystemExit(2) from None
+        except BrokenPipeError:
+            # Python flushes stdout once more at its end, into the closed pipe: into nothing instead.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise SystemExit(1) from None
         except Interrupted as error:
             print(str(error), file=sys.stderr, flush=True)
             raise SystemExit(128 + error.signal) from None

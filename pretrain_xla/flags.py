@@ -8,7 +8,6 @@ and in one line.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import operator
 import types
 import typing
@@ -18,9 +17,25 @@ from typing import Annotated, Any
 import tyro
 from pydantic import BaseModel
 
+from pretrain_xla.command_line import flags_of, one_line, unknown_flag
 from pretrain_xla.config import LEAVES, RunConfig, build_config
 from pretrain_xla.config_file import load_yaml
 from pretrain_xla.errors import UserError
+
+# Leaves of config.py that `--help` shows; `--help-all` shows every one.
+USUAL = frozenset(
+    """
+    vocab_size seq_length d_model num_layers num_heads d_ff dropout activation tie_weights
+    train_dir valid_dir
+    optim_type learning_rate betas weight_decay max_grad_norm decay_method warmup_steps min_lr decay_steps
+    seed train_batch_size eval_batch_size gradient_accum_step mixed_precision train_steps valid_steps valid_interval compile
+    do_test from_checkpoint rematerialization scan_layers strict_graph
+    mesh_data mesh_fsdp mesh_tensor topology
+    checkpoints_dir save_interval saved_checkpoint_limit resume hub_repo
+    run_dir log_interval wandb_logging wandb_project wandb_name
+    eval_tasks eval_interval
+    """.split()
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,8 +76,10 @@ def parse_flags(
 
     Raises:
         UserError: unknown flag, unreadable file, unknown key, bad value or impossible combination.
-        SystemExit: `--help` (0), or a value that is not of its flag's type (2, printed by tyro).
+        SystemExit: `--help` or `--help-all`, with 0.
     """
+    every = "--help-all" in arguments
+    arguments = ["--help" if argument == "--help-all" else argument for argument in arguments]
     file = _value_of("--config", arguments)
     tree = load_yaml(file) if file is not None else {}
     where = f"--config {file}" if file is not None else "command line"
@@ -71,17 +88,20 @@ def parse_flags(
         if leaf not in given:
             tree.setdefault(LEAVES[leaf], {})[leaf] = value
     _check_leaves(tree, where)
-    mirror = _mirror(tree)
-    parsed, unknown = tyro.cli(
-        mirror,
-        prog=program,
-        description=description,
-        args=list(arguments),
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.HelptextFromCommentsOff),
-        return_unknown_args=True,
-    )
+    if not every:
+        description += " These are the usual flags; --help-all shows all of them."
+    with one_line(program):
+        parsed, unknown = tyro.cli(
+            _mirror(tree, every=every or "--help" not in arguments),
+            prog=program,
+            description=description,
+            args=list(arguments),
+            config=(tyro.conf.OmitArgPrefixes, tyro.conf.HelptextFromCommentsOff),
+            return_unknown_args=True,
+        )
     if unknown:
-        raise UserError(_unknown_flag(unknown[0]))
+        known = [flag for leaf in (*LEAVES, "config", "print_config", "help", "help_all") for flag in flags_of(leaf)]
+        raise UserError(unknown_flag(unknown[0], known, "train"))
     sections = {
         name: {f.name: getattr(getattr(parsed, name), f.name) for f in dataclasses.fields(getattr(parsed, name))}
         for name in RunConfig.model_fields
@@ -92,13 +112,8 @@ def parse_flags(
     return Parsed(config, given, stated, parsed.print_config, notes)
 
 
-def _flags(leaf: str) -> tuple[str, ...]:
-    dashed = leaf.replace("_", "-")
-    return (f"--{dashed}", f"--no-{dashed}", f"--{leaf}", f"--no-{leaf}")
-
-
 def _is_named(leaf: str, arguments: Sequence[str]) -> bool:
-    return any(argument.split("=", 1)[0] in _flags(leaf) for argument in arguments)
+    return any(argument.split("=", 1)[0] in flags_of(leaf) for argument in arguments)
 
 
 def _value_of(flag: str, arguments: Sequence[str]) -> str | None:
@@ -112,12 +127,6 @@ def _value_of(flag: str, arguments: Sequence[str]) -> str | None:
                 raise UserError(f"{flag} needs the name of a file")
             value = arguments[index + 1]
     return value
-
-
-def _unknown_flag(flag: str) -> str:
-    known = [_flags(leaf)[0] for leaf in LEAVES] + ["--config", "--print-config", "--help"]
-    near = difflib.get_close_matches(flag.split("=")[0], known, n=1)
-    return f"unknown argument {flag!r}" + (f"; did you mean {near[0]}?" if near else "; --help lists all of them")
 
 
 def _check_leaves(tree: dict[str, Any], where: str) -> None:
@@ -157,8 +166,11 @@ def _plain(annotation: Any) -> Any:
     return annotation
 
 
-def _mirror(tree: dict[str, Any]) -> type[Any]:
-    """A dataclass of dataclasses with the tree's leaves, its help texts, and the file's values as defaults."""
+def _mirror(tree: dict[str, Any], *, every: bool) -> type[Any]:
+    """A dataclass of dataclasses with the tree's leaves, its help texts, and the file's values as defaults.
+
+    every: show each leaf in the help text; otherwise the usual ones.
+    """
     sections: list[Any] = []
     for name, field in RunConfig.model_fields.items():
         leaves: list[Any] = []
@@ -169,6 +181,8 @@ def _mirror(tree: dict[str, Any]) -> type[Any]:
             annotated: Any = operator.getitem(
                 Annotated, (_plain(info.annotation), tyro.conf.arg(help=info.description))
             )
+            if not every and leaf not in USUAL:
+                annotated = operator.getitem(Annotated, (annotated, tyro.conf.Suppress))
             leaves.append((leaf, annotated, dataclasses.field(default=default)))
         section = dataclasses.make_dataclass(name.capitalize(), leaves, frozen=True)
         section.__doc__ = (field.annotation.__doc__ or "").splitlines()[0] if field.annotation else ""

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
 from rich.console import Console
 
+from pretrain_xla.command_line import parse
 from pretrain_xla.config import RunConfig, build_config
 from pretrain_xla.config_file import load_yaml
 from pretrain_xla.data.command import show_dataset
@@ -44,7 +44,7 @@ def quickstart_command(arguments: Sequence[str]) -> None:
     Raises:
         UserError: the corpus cannot be read or is too small, or a folder cannot be written.
     """
-    flags = tyro.cli(QuickstartFlags, prog="python -m pretrain_xla quickstart", args=list(arguments))
+    flags = parse(QuickstartFlags, arguments, program="python -m pretrain_xla quickstart", command="quickstart")
     os.environ.setdefault("PJRT_DEVICE", "CPU")
     name = "quickstart" if flags.corpus is None else _name_of(flags.corpus)
     config = _config(name, flags.train_steps)

@@ -11,6 +11,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from pretrain_xla.command_line import parse
 from pretrain_xla.data.manifest import DatasetInfo
 from pretrain_xla.data.prepare import prepare
 from pretrain_xla.data.shards import WrittenFormat
@@ -80,7 +81,7 @@ def prepare_command(arguments: Sequence[str]) -> None:
     Raises:
         UserError: see `prepare`.
     """
-    flags = tyro.cli(PrepareFlags, prog="python -m pretrain_xla prepare", args=list(arguments))
+    flags = parse(PrepareFlags, arguments, program="python -m pretrain_xla prepare", command="prepare")
     *sources, output_dir = flags.paths or [""]
     if not sources:
         raise UserError("prepare: give at least one source, and then the folder to write to")
@@ -129,7 +130,7 @@ def prepare_fineweb_command(arguments: Sequence[str]) -> None:
     Raises:
         UserError: see `prepare`.
     """
-    flags = tyro.cli(FinewebFlags, prog="prepare_fineweb.py", args=list(arguments))
+    flags = parse(FinewebFlags, arguments, program="prepare_fineweb.py", command="prepare")
     dataset = "HuggingFaceFW/fineweb-edu" if flags.fineweb_edu else "HuggingFaceFW/fineweb"
     info = prepare(
         open_source(f"hf:{dataset}:sample-10BT", streaming=flags.streaming, cache_dir=flags.cache_dir),
@@ -183,7 +184,8 @@ def train_tokenizer_command(arguments: Sequence[str]) -> None:
     Raises:
         UserError: see `train_tokenizer`.
     """
-    flags = tyro.cli(TrainTokenizerFlags, prog="python -m pretrain_xla train-tokenizer", args=list(arguments))
+    program = "python -m pretrain_xla train-tokenizer"
+    flags = parse(TrainTokenizerFlags, arguments, program=program, command="train-tokenizer")
     if flags.min_frequency is not None and flags.kind != "bpe":
         raise UserError(f"--min-frequency {flags.min_frequency}: --kind {flags.kind} has no such limit: leave it out")
     tokenizer = train_tokenizer(

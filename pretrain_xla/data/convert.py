@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import tyro
 from rich.console import Console
 from rich.table import Table
 
+from pretrain_xla.command_line import parse
 from pretrain_xla.data.bitbpe import BitBPETokenizer
 from pretrain_xla.data.tokenizer import load_tokenizer
 from pretrain_xla.errors import UserError
@@ -45,7 +45,7 @@ def convert_command(arguments: Sequence[str]) -> None:
     Raises:
         UserError: no such tokenizer, one without byte tokens, or a folder that cannot be written.
     """
-    flags = tyro.cli(ConvertFlags, prog="convert_bpe_to_bitbpe.py", args=list(arguments))
+    flags = parse(ConvertFlags, arguments, program="convert_bpe_to_bitbpe.py", command="convert")
     converted = BitBPETokenizer("", load_tokenizer(flags.input_path), flags.num_prefix_tokens)
     converted.save(flags.output_path)
     loaded = load_tokenizer(flags.output_path)

@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
+from pretrain_xla.command_line import parse
 from pretrain_xla.config import DataConfig
 from pretrain_xla.data.files import filesystem, url
 from pretrain_xla.data.inspect import Inspection, inspect
@@ -29,7 +30,7 @@ _BAR = 40
 class InspectFlags:
     """Look into token shards of any known format: counts, histograms, first documents, and checks."""
 
-    path: Annotated[str, tyro.conf.Positional]
+    path: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PATH")]
     """A dataset's folder, for all of its splits; or a folder of shards, a file, or a pattern with *. Local, or a URL."""
     tokenizer: str | None = None
     """Tokenizer of the ids; none: the manifest's, or gpt2."""
@@ -51,7 +52,7 @@ def inspect_command(arguments: Sequence[str]) -> int:
     Raises:
         UserError: see `inspect`; or the plot cannot be written.
     """
-    flags = tyro.cli(InspectFlags, prog="python -m pretrain_xla inspect", args=list(arguments))
+    flags = parse(InspectFlags, arguments, program="python -m pretrain_xla inspect", command="inspect")
     if flags.plot:
         check_plot(flags.plot)
     splits = _splits(flags.path)

@@ -6,12 +6,12 @@ import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-import tyro
 from rich.console import Console as RichConsole
 from rich.table import Table
 
+from pretrain_xla.command_line import parse
 from pretrain_xla.config import build_config
 from pretrain_xla.data.files import filesystem, is_local, write_atomically
 from pretrain_xla.data.tokenizer import Tokenizer, load_tokenizer
@@ -69,7 +69,7 @@ def evaluate_command(arguments: Sequence[str]) -> None:
     Raises:
         UserError: no model, no such task or file, or a setting out of range.
     """
-    flags = tyro.cli(Annotated[EvaluateFlags, tyro.conf.arg(name="")], prog="evaluate.py", args=list(arguments))
+    flags = parse(EvaluateFlags, arguments, program="evaluate.py", command="evaluate")
     _check(flags)
     loaded = load_model(flags.model, flags.checkpoint)
     runtime, model = build(

@@ -7,10 +7,11 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Literal
 
 import tyro
 
+from pretrain_xla.command_line import parse
 from pretrain_xla.errors import UserError
 from pretrain_xla.generate.continuation import Request
 from pretrain_xla.generate.generator import Generator
@@ -74,7 +75,7 @@ def generate_command(arguments: Sequence[str]) -> None:
     Raises:
         UserError: no checkpoint, no tokenizer, an unreadable file, or a setting out of range.
     """
-    flags = tyro.cli(Annotated[GenerateFlags, tyro.conf.arg(name="")], prog="generate.py", args=list(arguments))
+    flags = parse(GenerateFlags, arguments, program="generate.py", command="generate")
     for name, value in (("max-new-tokens", flags.max_new_tokens), ("num-samples", flags.num_samples)):
         if value < 1:
             raise UserError(f"--{name} {value}: ask for at least 1")

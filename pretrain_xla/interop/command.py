@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Sequence
 
+from pretrain_xla.command_line import Parser
 from pretrain_xla.config import ModelConfig, RunConfig, build_config
 from pretrain_xla.config_file import to_yaml
 from pretrain_xla.data.tokenizer import StoredTokenizer, known_tokenizers, load_tokenizer
@@ -37,7 +37,7 @@ def export_command(arguments: Sequence[str]) -> None:
     Raises:
         UserError: there is no such model, no architecture computes it, or it cannot be written or pushed.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         "python -m pretrain_xla export",
         description="Write a model so that AutoModelForCausalLM.from_pretrained(OUT) opens it, with no custom code.",
         allow_abbrev=False,
@@ -65,7 +65,7 @@ def import_command(arguments: Sequence[str]) -> None:
     Raises:
         UserError: there is no such model, our model cannot compute it, or OUT cannot be written.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         "python -m pretrain_xla import",
         description="Make a run folder of a model from elsewhere, to evaluate it, train it further or let it write.",
         allow_abbrev=False,

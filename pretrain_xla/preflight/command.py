@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pretrain_xla.command_line import Parser
 from pretrain_xla.config import RunConfig
 from pretrain_xla.config_file import to_yaml
 from pretrain_xla.errors import UserError
@@ -75,7 +76,7 @@ def compilable(config: RunConfig, topology: Topology) -> RunConfig:
 
 
 def _own_flags(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(PROGRAM, description=DESCRIPTION, allow_abbrev=False)
+    parser = Parser(PROGRAM, description=DESCRIPTION, allow_abbrev=False)
     parser.add_argument(
         "--price-per-chip-hour", type=float, metavar="DOLLARS", help="what a chip costs: adds the run's cost"
     )

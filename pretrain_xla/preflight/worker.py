@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from pretrain_xla.errors import UserError
+from pretrain_xla.errors import UserError, missing_package
 
 
 def work(folder: Path) -> None:
@@ -22,6 +22,10 @@ def work(folder: Path) -> None:
         result = _compile(folder, request)
     except UserError as error:
         result = {"error": str(error)}
+    except ModuleNotFoundError as error:
+        if (line := missing_package(error)) is None:
+            raise
+        result = {"error": line}
     temporary = folder / "outcome.tmp"
     temporary.write_text(json.dumps(result), encoding="utf-8")
     temporary.rename(folder / "outcome.json")
