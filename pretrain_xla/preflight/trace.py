@@ -119,7 +119,7 @@ def _many_devices() -> Iterator[None]:
 
 def _trace(config: RunConfig, chip: str) -> TracedStep:
     runtime = AbstractRuntime(config, chip)
-    rows = runtime.rows(config.train.train_batch_size)
+    runtime.rows(config.train.train_batch_size)  # which refuses a batch that does not divide
     with torch.device("meta"):
         model = build_model(config, runtime)
         arrange(model)
@@ -134,7 +134,7 @@ def _trace(config: RunConfig, chip: str) -> TracedStep:
 
     optimizer = build_optimizer(config, model, place)
     step = TrainStep(model, optimizer, runtime, config, build_examples(config, None))
-    batch = (rows.stop - rows.start, config.train.gradient_accum_step, config.model.seq_length + 1)
+    batch = (config.train.train_batch_size, config.train.gradient_accum_step, config.model.seq_length + 1)
     tokens = runtime.placeholder("tokens", "batch", batch, torch.int32, (BATCH, None, None))
     history = (config.logging.log_interval, len(METRICS))
     new_history = step(tokens, runtime.placeholder("metrics", "other", history, torch.float32, (None, None)))

@@ -94,8 +94,8 @@ class Runtime(Protocol):
     fence: Fence
     """Keeps the compiler from merging a second computation with the first."""
 
-    def rows(self, batch_size: int) -> slice:
-        """The rows of a global batch that this process reads.
+    def rows(self, batch_size: int) -> np.ndarray:
+        """Numbers of the rows of a global batch that this process reads, in the order in which `place_batch` takes them.
 
         Raises:
             UserError: `batch_size` does not divide over the devices that split the batch.

@@ -23,6 +23,7 @@ from pretrain_xla.errors import UserError
 from pretrain_xla.model.loops import Fence, Loop, no_fence
 from pretrain_xla.runtime.base import GraphCounts, GraphEvent, Repeat
 from pretrain_xla.runtime.peaks import gpu_peak
+from pretrain_xla.runtime.rows import rows_of
 
 # torch 2.9 says so of its own defaults, whoever reads them.
 warnings.filterwarnings("ignore", message="Please use the new API settings to control TF32")
@@ -85,15 +86,14 @@ class TorchRuntime:
         self._counts = GraphCounts()
         self._events: list[GraphEvent] = []
 
-    def rows(self, batch_size: int) -> slice:
+    def rows(self, batch_size: int) -> np.ndarray:
         """See `base.Runtime.rows`."""
         if batch_size % self.process_count:
             raise UserError(
                 f"a batch of {batch_size} sequences does not divide over {self.process_count} processes: "
                 "change --train-batch-size / --eval-batch-size"
             )
-        share = batch_size // self.process_count
-        return slice(self.process_index * share, (self.process_index + 1) * share)
+        return rows_of([self.process_index], self.process_count, batch_size)
 
     def place_model(self, model: nn.Module) -> None:
         """See `base.Runtime.place_model`."""

@@ -33,6 +33,7 @@ from pretrain_xla.model.loops import Fence, Loop
 from pretrain_xla.runtime import xla_graphs
 from pretrain_xla.runtime.base import GraphCounts, GraphEvent
 from pretrain_xla.runtime.peaks import tpu_peak
+from pretrain_xla.runtime.rows import device_numbers, rows_of
 from pretrain_xla.runtime.sharding import ACTIVATIONS, BATCH, check_model_fits, lookup, parameter_axes, resolve_mesh
 from pretrain_xla.runtime.tpu_chip import find_chip
 from pretrain_xla.runtime.xla_compiled import CompiledFunction
@@ -113,13 +114,15 @@ class XlaRuntime:
         self._kernel_mesh = self._mesh if self.device_count > 1 else None
         # A host may feed only its own rows when its devices hold whole rows, that is without a tensor axis.
         self._feeds_own_rows = not self.is_spmd or tensor == 1
+        # In the order in which torch_xla gives them their parts of what this process feeds.
+        self._devices = device_numbers(torch_xla.real_devices()) if self.is_spmd else [self.process_index]
         self._strict = config.train.strict_graph
         self._counts = GraphCounts()
         self._events: list[GraphEvent] = []
         self._transfers = xla_graphs.HostTransferWatch(self._events.append)
         self._fetcher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="fetch")
 
-    def rows(self, batch_size: int) -> slice:
+    def rows(self, batch_size: int) -> np.ndarray:
         """See `base.Runtime.rows`."""
         shards = self.mesh["data"] * self.mesh["fsdp"]
         if batch_size % shards:
@@ -128,9 +131,8 @@ class XlaRuntime:
                 "change --train-batch-size / --eval-batch-size, or the mesh"
             )
         if not self._feeds_own_rows:
-            return slice(0, batch_size)
-        share = batch_size // self.process_count
-        return slice(self.process_index * share, (self.process_index + 1) * share)
+            return np.arange(batch_size)
+        return rows_of(self._devices, self.device_count, batch_size)
 
     def place_model(self, model: nn.Module) -> None:
         """See `base.Runtime.place_model`."""
@@ -211,8 +213,7 @@ class XlaRuntime:
         host = torch.from_numpy(tokens)
         if self._mesh is None:
             return host.to(self.device)
-        minibatch = self.process_count > 1 and self._feeds_own_rows
-        spec = xs.ShardingSpec(self._mesh, (BATCH, None, None), minibatch=minibatch)
+        spec = xs.ShardingSpec(self._mesh, (BATCH, None, None), minibatch=self._feeds_own_rows)
         return self._send(host, spec)
 
     def _send(self, host: Tensor, spec: xs.ShardingSpec | None = None) -> Tensor:

@@ -190,14 +190,14 @@ class Trainer:
     def _read(self, step: int) -> np.ndarray:
         """This process's rows of a step's batch `[rows, micro-batches, T + 1]`."""
         train = self.config.train
-        rows = np.arange(train.train_batch_size)[self._rows]
+        rows = self._rows
         wanted = (rows[:, None] + np.arange(train.gradient_accum_step)[None] * train.train_batch_size).reshape(-1)
         tokens = self.batches.rows(step, wanted)
         return tokens.reshape(len(rows), train.gradient_accum_step, -1)
 
     def _share(self, batch_size: int) -> float:
         """Part of a batch's rows that this process reads."""
-        return len(np.arange(batch_size)[self.runtime.rows(batch_size)]) / batch_size
+        return len(self.runtime.rows(batch_size)) / batch_size
 
     def _request_metrics(self, done: int) -> None:
         count = done - self._read_until

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ from pretrain_xla.errors import UserError
 from pretrain_xla.preflight.client import ENVIRONMENT
 from pretrain_xla.preflight.topology import SHAPES_2D, SHAPES_3D, chosen_topology, resolve_topology
 from pretrain_xla.runtime.chips import CHIPS
+from pretrain_xla.runtime.rows import rows_of
 
 
 @pytest.mark.parametrize(
@@ -105,27 +107,30 @@ def test_table_of_chips_is_in_devices() -> None:
         assert 0.5 < chip.stream_fraction < 1
 
 
-def test_libtpu_accepts_every_slice() -> None:
+PROGRAM = """
+import json, sys
+from jax.experimental import topologies
+from pretrain_xla.preflight.topology import resolve_topology
+found = {}
+for name in json.loads(sys.argv[1]):
+    slice = resolve_topology(name)
+    devices = topologies.get_topology_desc(slice.libtpu_name, "tpu", **slice.libtpu_options).devices
+    found[name] = [(device.id, device.process_index) for device in devices]
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def slices() -> dict[str, list[tuple[int, int]]]:
+    """What libtpu says of every slice that is not too large: its devices in its order, the number and the host of each."""
     names = [
         f"{chip.name}:{'x'.join(map(str, shape))}"
         for chip in CHIPS.values()
         for count, shape in (SHAPES_3D if chip.links == 6 else SHAPES_2D).items()
         if count * chip.devices_per_chip <= 256
     ]
-    program = (
-        "import json, sys\n"
-        "from jax.experimental import topologies\n"
-        "from pretrain_xla.preflight.topology import resolve_topology\n"
-        "found = {}\n"
-        "for name in json.loads(sys.argv[1]):\n"
-        "    t = resolve_topology(name)\n"
-        "    found[name] = len(topologies.get_topology_desc(t.libtpu_name, 'tpu', **t.libtpu_options).devices)\n"
-        "print(json.dumps(found))\n"
-    )
-    import os
-
     done = subprocess.run(
-        [sys.executable, "-c", program, json.dumps(names)],
+        [sys.executable, "-c", PROGRAM, json.dumps(names)],
         env=dict(os.environ) | ENVIRONMENT,
         capture_output=True,
         text=True,
@@ -133,4 +138,33 @@ def test_libtpu_accepts_every_slice() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr == "", "libtpu is silent about the TPU that is not there"
-    assert json.loads(done.stdout) == {name: resolve_topology(name).devices for name in names}
+    found: dict[str, list[tuple[int, int]]] = json.loads(done.stdout)
+    assert list(found) == names
+    return found
+
+
+def test_libtpu_accepts_every_slice(slices: dict[str, list[tuple[int, int]]]) -> None:
+    for name, devices in slices.items():
+        assert len(devices) == resolve_topology(name).devices
+        # So a device's place in the mesh, of which PyTorch/XLA makes its id, is its id, and a run is what preflight compiles.
+        assert sorted(number for number, _ in devices) == list(range(len(devices)))
+
+
+@pytest.mark.parametrize("name", ["v5e-16", "v5e-64", "v6e-16", "v3-32", "v4-16", "v5p-16", "v5e-256"])
+def test_the_row_that_a_host_feeds_is_the_row_that_it_reads_back(
+    name: str, slices: dict[str, list[tuple[int, int]]]
+) -> None:
+    devices, share = slices[resolve_topology(name).libtpu_name], 3
+    count, parts = len(devices), {}
+    for host in {host for _, host in devices}:
+        numbers = [number for number, its_host in devices if its_host == host]
+        assert len(numbers) < count
+        rows = rows_of(numbers, count, count * share)
+        # torch_xla gives the rows that a host feeds to its own devices, in their order …
+        parts |= dict(zip(numbers, rows.reshape(-1, share).tolist(), strict=True))
+    # … and what the mesh takes for the batch are the parts in the order of the devices' numbers.
+    assert [row for number in range(count) for row in parts[number]] == list(range(count * share))
+
+
+def test_hosts_of_some_slices_have_scattered_devices(slices: dict[str, list[tuple[int, int]]]) -> None:
+    assert [number for number, host in slices["v5e:4x4"] if host == 0] == [0, 1, 4, 5]
