@@ -4,6 +4,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 CORPUS ?=
+WANTED := Python 3.11 to 3.13 is needed: name yours with make PYTHON=python3.12, or let uv bring one with pip install uv, uv python install 3.11, make PYTHON=~/.local/bin/python3.11
 
 .DEFAULT_GOAL := help
 .PHONY: help setup train test lint clean
@@ -14,7 +15,9 @@ help: ## list the targets
 setup: $(VENV)/.ready ## make .venv with everything (torch, torch_xla, test tools); about 5 minutes
 
 $(VENV)/.ready: requirements.txt requirements-xla_tpu.txt requirements-dev.txt pyproject.toml
-	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) is not there: install Python 3.11, or name yours: make PYTHON=python3" >&2; exit 2; }
+	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) is not there; $(WANTED)" >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
+		{ echo "error: $$($(PYTHON) --version) does not fit; $(WANTED)" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-xla_tpu.txt -r requirements-dev.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .

@@ -4,4 +4,16 @@
 `pretrain_xla.cli` for how one is started.
 """
 
+import sys
+
 __version__ = "0.1.0"
+
+if sys.version_info < (3, 11):  # noqa: UP036 - what refuses an old Python has to run on it
+    # Here, because what is imported next cannot be installed there. TPU VM images ship 3.10.
+    print(
+        f"error: this is Python {sys.version_info[0]}.{sys.version_info[1]}, and pretrain_xla needs 3.11 to 3.13: "
+        "pip install uv && uv venv --python 3.11 && . .venv/bin/activate && "
+        "uv pip install --torch-backend=cpu -r requirements-xla_tpu.txt",
+        file=sys.stderr,
+    )
+    raise SystemExit(2)

@@ -10,12 +10,13 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pretrain_xla import __version__
-from pretrain_xla.config import RunConfig, build_config
-from pretrain_xla.config_file import to_yaml
 from pretrain_xla.errors import UserError, guarded
+
+if TYPE_CHECKING:  # what a command needs is imported where it begins, so that a missing package is a line
+    from pretrain_xla.config import RunConfig
 
 COMMANDS = """usage: python -m pretrain_xla COMMAND [--help]
 
@@ -104,6 +105,7 @@ def run_pretrain(runtime: str) -> None:
 
 def pretrain(arguments: Sequence[str], *, program: str, fixed: dict[str, Any] | None = None) -> None:
     """Parse the flags of a run and start it."""
+    from pretrain_xla.config_file import to_yaml
     from pretrain_xla.flags import parse_flags
 
     description = "Pretrain a GPT-2-scale model."
@@ -129,6 +131,8 @@ def pretrain(arguments: Sequence[str], *, program: str, fixed: dict[str, Any] | 
 
 def _adopt(tree: dict[str, Any], stated: frozenset[str], where: str) -> tuple[RunConfig, list[str]]:
     """The config of a run, with what it takes from the model that it begins from."""
+    from pretrain_xla.config import build_config
+
     if tree["train"]["from_checkpoint"] is None:
         return build_config(tree, where), []
     from pretrain_xla.interop.adopt import adopt_architecture, adopt_tokenizer

@@ -68,7 +68,7 @@ def quickstart_command(arguments: Sequence[str]) -> None:
         f"look      {config.run_dir}/loss.png, {config.run_dir}/summary.json; tensorboard --logdir {config.run_dir}",
         f"write     python generate.py --model {config.run_dir}",
         "own text  make train CORPUS=path/to/text",
-        "for real  python -m pretrain_xla prepare TEXT data/fineweb_edu",
+        "for real  python -m pretrain_xla prepare TEXT fineweb_edu",
         "          PJRT_DEVICE=TPU python run_pretrain_xla.py --config configs/modern_124m.yaml    (on a TPU VM)",
     ):
         console.print(line, markup=False, soft_wrap=True)

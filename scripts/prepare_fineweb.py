@@ -1,7 +1,7 @@
 """FineWeb's (or FineWeb-Edu's) sample of ten billion tokens as token shards, in train/ and valid/.
 
-python scripts/prepare_fineweb.py --fineweb-edu --streaming --num-workers 8 --output-dir fineweb_edu
-python run_pretrain_xla.py --train-dir fineweb_edu/train --valid-dir fineweb_edu/valid
+python scripts/prepare_fineweb.py --fineweb-edu --streaming --num-workers 8
+python run_pretrain_xla.py --config configs/modern_124m.yaml    # reads fineweb_edu/train and fineweb_edu/valid
 """
 
 import sys

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,10 +12,12 @@ from pathlib import Path
 import pytest
 
 from pretrain_xla import __version__, cli
+from pretrain_xla.config import DataConfig
 from pretrain_xla.errors import Interrupted, UserError
 from pretrain_xla.flags import parse_flags
 
 Run = Callable[..., tuple[int, str, str]]
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
@@ -151,3 +155,34 @@ def test_only_what_was_given_is_spoken_of() -> None:
     lines = notes(*"--wandb-name x --wandb-project y --compile --seed 3".split())
     assert len(lines) == 2
     assert "--wandb-name, --wandb-project" in lines[1]
+
+
+def _make(python: str, tmp_path: Path) -> str:
+    done = subprocess.run(
+        ["make", "setup", f"PYTHON={python}", f"VENV={tmp_path / 'venv'}"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert not (tmp_path / "venv").exists()
+    return done.stderr.splitlines()[0]
+
+
+def test_a_python_that_does_not_fit_is_refused_with_a_way_to_one(tmp_path: Path) -> None:
+    old = tmp_path / "python3.10"
+    old.write_text('#!/bin/sh\ncase "$1" in --version) echo "Python 3.10.12";; *) exit 1;; esac\n')
+    old.chmod(0o755)
+    assert _make(str(old), tmp_path).startswith("error: Python 3.10.12 does not fit; Python 3.11 to 3.13 is needed")
+    assert "uv python install 3.11" in _make("python-of-nobody", tmp_path)
+    script = "import sys; sys.version_info = (3, 10, 12, 'final', 0); import pretrain_xla"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "uv venv --python 3.11" in done.stderr
+
+
+def test_configs_docs_and_defaults_name_one_folder_for_fineweb_edu() -> None:
+    named: set[str] = set()
+    for path in [*ROOT.glob("configs/*.yaml"), *ROOT.glob("docs/*.md"), *ROOT.glob("scripts/*.py"), ROOT / "README.md"]:
+        if path.name != "LOG.md":
+            named |= set(re.findall(r"[\w./-]*fineweb_edu\w*(?=[/ `\n]|$)", path.read_text(encoding="utf-8")))
+    assert named <= {"fineweb_edu", "scripts/prepare_fineweb.py"}, named
+    assert DataConfig().train_dir == "fineweb_edu/train"

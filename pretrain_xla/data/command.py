@@ -63,8 +63,9 @@ class PrepareFlags(ReadingFlags):
     """Instead of --tokenizer: train a BPE of so many ids on the text first."""
     shard_size: int = 100_000_000
     """Tokens in a shard."""
-    valid_fraction: float = 0.05
-    """Share of the documents held out for validation; for a large corpus much less will do."""
+    valid_fraction: float | None = None
+    """Share of the documents held out for validation; none: 0.05, and of a dataset of the Hub 0.01 (of ten billion tokens more
+    than any validation reads)."""
     format: WrittenFormat = "npy"
     """Of the shards: .npy; .bin as llm.c reads it; Parquet with a column input_ids."""
     seed: int = 0
@@ -91,13 +92,18 @@ def prepare_command(arguments: Sequence[str]) -> None:
         flags.tokenizer,
         train_vocab_size=flags.train_vocab_size,
         shard_size=flags.shard_size,
-        valid_fraction=flags.valid_fraction,
+        valid_fraction=flags.valid_fraction if flags.valid_fraction is not None else default_fraction(sources),
         seed=flags.seed,
         num_workers=flags.num_workers,
         overwrite=flags.overwrite,
         format=flags.format,
     )
     show_dataset(info)
+
+
+def default_fraction(sources: Sequence[str]) -> float:
+    """Share of the documents to hold out where nobody says it: datasets of the Hub are large."""
+    return 0.01 if any(source.startswith("hf:") for source in sources) else 0.05
 
 
 @dataclass(frozen=True)
@@ -114,8 +120,8 @@ class FinewebFlags:
     """tiktoken name, tokenizer.json, SentencePiece .model, bitbpe.json, a folder with one, or `bytes`."""
     shard_size: int = 100_000_000
     """Tokens in a shard."""
-    output_dir: str = "./fineweb_edu_10BT"
-    """Folder to write to."""
+    output_dir: str | None = None
+    """Folder to write to; none: fineweb_edu, where training looks by default, or fineweb."""
     num_workers: int = 1
     """Processes that tokenise. The shards do not depend on it."""
     cache_dir: str | None = None
@@ -132,12 +138,13 @@ def prepare_fineweb_command(arguments: Sequence[str]) -> None:
     """
     flags = parse(FinewebFlags, arguments, program="prepare_fineweb.py", command="prepare")
     dataset = "HuggingFaceFW/fineweb-edu" if flags.fineweb_edu else "HuggingFaceFW/fineweb"
+    output_dir = flags.output_dir or ("fineweb_edu" if flags.fineweb_edu else "fineweb")
     info = prepare(
         open_source(f"hf:{dataset}:sample-10BT", streaming=flags.streaming, cache_dir=flags.cache_dir),
-        flags.output_dir,
+        output_dir,
         flags.tokenizer,
         shard_size=flags.shard_size,
-        valid_fraction=0.01,
+        valid_fraction=default_fraction(["hf:"]),
         seed=flags.seed,
         num_workers=flags.num_workers,
         overwrite=flags.overwrite,

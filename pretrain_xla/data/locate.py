@@ -7,6 +7,7 @@ folder can be given for both; where they do not, all are taken.
 
 from __future__ import annotations
 
+import difflib
 import posixpath
 import re
 from collections.abc import Mapping
@@ -62,12 +63,24 @@ def _listing(fs: Any, root: str, asked: str) -> dict[str, Mapping[str, Any] | No
             own = call(fs, "info", root) if is_shard(root) else None
             entries = [own] if own and own["type"] == "file" else call(fs, "ls", root, detail=True)
     except (FileNotFoundError, NotADirectoryError):
-        raise UserError(
-            f"{asked}: no such folder of token shards: `python -m pretrain_xla prepare` makes one"
-        ) from None
+        near = _near(fs, root, asked)
+        mend = f"; did you mean {near}?" if near else ": `python -m pretrain_xla prepare` makes one"
+        raise UserError(f"{asked}: no such folder of token shards{mend}") from None
     except OSError as error:
         raise UserError(f"{asked}: cannot be read: {error.strerror or error}") from None
     return {entry["name"].rstrip("/"): None if is_local(fs) else entry for entry in entries}
+
+
+def _near(fs: Any, root: str, asked: str) -> str | None:
+    """The folder beside a missing one that was probably meant: the same split by another name, or a likely spelling."""
+    parent, name = posixpath.split(root.rstrip("/"))
+    try:
+        beside = [posixpath.basename(entry.rstrip("/")) for entry in call(fs, "ls", parent or ".", detail=False)]
+    except (OSError, ValueError):  # the parent is not there either, or has no listing
+        return None
+    split = next((words for words in _WORDS.values() if name.lower() in words), set())
+    found = [one for one in beside if one.lower() in split] or difflib.get_close_matches(name, beside, n=1)
+    return f"{posixpath.dirname(asked.rstrip('/')) or '.'}/{found[0]}" if found else None
 
 
 def _of_split(paths: list[str], split: Split | None, asked: str) -> list[str]:

@@ -200,3 +200,17 @@ def test_damaged_manifest_is_one_line(prepared):
 def test_interrupted_dataset_is_not_trained_on(prepared):
     (prepared / "dataset.json").rename(prepared / "dataset.json.partial")
     refused("its preparation was interrupted", str(prepared / "train"), 16, 257)
+
+
+@pytest.mark.parametrize(
+    ("asked", "meant"), [("test", "valid"), ("val", "valid"), ("training", "train"), ("trian", "train")]
+)
+def test_a_missing_split_is_answered_with_the_one_that_is_there(tmp_path, asked, meant):
+    for split in ("train", "valid"):
+        (tmp_path / "set" / split).mkdir(parents=True)
+        np.save(tmp_path / "set" / split / "0.npy", np.arange(100, dtype=np.uint16))
+    with pytest.raises(UserError) as caught:
+        open_dataset(f"{tmp_path}/set/{asked}/", 10, 200)
+    assert f"did you mean {tmp_path}/set/{meant}?" in str(caught.value)
+    with pytest.raises(UserError, match="prepare` makes one"):
+        open_dataset(f"{tmp_path}/nowhere/{asked}", 10, 200)
