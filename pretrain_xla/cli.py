@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from pretrain_xla import __version__
 from pretrain_xla.errors import UserError, guarded
+from pretrain_xla.redact import redacted
 
 if TYPE_CHECKING:  # what a command needs is imported where it begins, so that a missing package is a line
     from pretrain_xla.config import RunConfig
@@ -117,7 +118,7 @@ def pretrain(arguments: Sequence[str], *, program: str, fixed: dict[str, Any] | 
     notes = effectless(config, parsed.given) + parsed.notes
     if os.environ.get("RANK", "0") == "0":
         for line in notes:
-            print(f"note: {line}", flush=True)
+            print(f"note: {redacted(line)}", flush=True)
     if config.train.preflight_only:
         from pretrain_xla.preflight.command import preflight
 

@@ -9,15 +9,19 @@ from __future__ import annotations
 
 import difflib
 import os
+import reprlib
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pretrain_xla.errors import UserError
 
+MOST_WEIGHTS = 10**13
 PRETRAINED_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 
 Positive = Annotated[int, Field(gt=0)]
+Size = Annotated[int, Field(gt=0, lt=2**31)]
+Layers = Annotated[int, Field(gt=0, le=1024)]
 NonNegative = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
@@ -32,23 +36,23 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """The transformer. The defaults are GPT-2 124M; `configs/` has the modern ones."""
 
-    vocab_size: Positive = 50257
+    vocab_size: Size = 50257
     """Number of token ids. The embedding is padded to `vocab_multiple`; padding never changes the loss."""
-    vocab_multiple: Positive = 128
+    vocab_multiple: Size = 128
     """Pad the embedding's rows to a multiple of this (128: the width of the TPU's matrix unit)."""
-    seq_length: Positive = 512
+    seq_length: Size = 512
     """Tokens in a training sequence, and the number of learned positions."""
-    d_model: Positive = 768
+    d_model: Size = 768
     """Width of the residual stream."""
-    num_layers: Positive = 12
-    """Number of transformer blocks."""
-    num_heads: Positive = 12
+    num_layers: Layers = 12
+    """Number of transformer blocks, up to 1024."""
+    num_heads: Size = 12
     """Number of query heads."""
-    num_kv_heads: Positive | None = None
+    num_kv_heads: Size | None = None
     """Number of key/value heads (grouped-query attention); none: as many as query heads."""
-    head_dim: Positive | None = None
+    head_dim: Size | None = None
     """Width of a head; none: d_model / num_heads."""
-    d_ff: Positive = 3072
+    d_ff: Size = 3072
     """Width of the feed-forward layer (of each of its two branches when gated)."""
     activation: Literal["gelu", "gelu_exact", "relu", "relu2", "silu"] = "gelu"
     """Feed-forward nonlinearity; gelu is the tanh form, as in GPT-2, and gelu_exact the one with erf, as in nanoGPT."""
@@ -116,7 +120,19 @@ class ModelConfig(Section):
             )
         if self.positions == "rotary" and self.heads_dim % 2:
             raise ValueError(f"head_dim={self.heads_dim} is odd, and rotary positions turn pairs: make it even")
+        if self._weights > MOST_WEIGHTS:
+            raise ValueError(
+                f"num_layers={self.num_layers}, d_model={self.d_model}, d_ff={self.d_ff} and vocab_size={self.vocab_size} make "
+                f"about {self._weights:.0e} parameters, which no machine holds: look for a slip of the keys in one of them"
+            )
         return self
+
+    @property
+    def _weights(self) -> int:
+        """Parameters in matrices and tables."""
+        heads = 2 * self.heads_dim * (self.num_heads + self.kv_heads)
+        rows = self.padded_vocab_size + (self.seq_length if self.positions == "learned" else 0)
+        return self.d_model * (rows + self.num_layers * (heads + (3 if self.gated else 2) * self.d_ff))
 
 
 class DataConfig(Section):
@@ -429,7 +445,18 @@ def _one_line(error: ValidationError, where: str) -> str:
     message = fault["msg"].removeprefix("Value error, ")
     if fault["type"] == "value_error":
         return f"{where}: {message}"
-    return f"{where}: {key}={fault['input']!r}: {message}"
+    return f"{where}: {key}={_shown(fault['input'])}: {message}"
+
+
+def _shown(value: Any) -> str:
+    """A value as a person wrote it, cut where it is long: a YAML file of ten lines can hold a list of a billion."""
+    shortener = reprlib.Repr()
+    shortener.maxstring = shortener.maxother = 200
+    shortener.maxlevel = 2
+    try:
+        return shortener.repr(value)
+    except ValueError:
+        return "(a number of thousands of digits)"
 
 
 def build_config(tree: dict[str, Any], where: str) -> RunConfig:

@@ -9,6 +9,7 @@ import yaml
 
 from pretrain_xla.config import LEAVES, RunConfig
 from pretrain_xla.errors import UserError
+from pretrain_xla.redact import redacted_tree
 
 
 class _Loader(yaml.SafeLoader):
@@ -24,6 +25,8 @@ class _Loader(yaml.SafeLoader):
         """
         seen: set[str] = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue  # a list as a key: refused below
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} comes twice", key.start_mark)
             seen.add(key.value)
@@ -55,6 +58,10 @@ def load_yaml(path: str) -> dict[str, Any]:
         raise UserError(f"--config {path}: cannot be read: {error}") from None
     except yaml.YAMLError as error:
         raise UserError(f"--config {path}: not valid YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise UserError(f"--config {path}: nested too deep to be read") from None
+    except ValueError as error:  # a date that no calendar has, a number of thousands of digits
+        raise UserError(f"--config {path}: a value in it is of no use: {str(error).partition(';')[0]}") from None
     if tree is None:
         return {}
     if not isinstance(tree, dict) or not all(isinstance(value, dict | None) for value in tree.values()):
@@ -67,5 +74,5 @@ def load_yaml(path: str) -> dict[str, Any]:
 
 
 def to_yaml(config: RunConfig) -> str:
-    """The whole resolved tree as YAML; reading it back gives an equal config."""
-    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)
+    """The whole resolved tree as YAML; reading it back gives an equal config, but for passwords and tokens of URLs."""
+    return yaml.dump(redacted_tree(config.model_dump(mode="json")), Dumper=_Dumper, sort_keys=False)

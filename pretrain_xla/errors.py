@@ -12,6 +12,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from pretrain_xla.redact import redacted
+
 # Packages that a command may need and an environment may lack → how to get them.
 _PACKAGES = {
     **dict.fromkeys(("torch_xla", "libtpu", "jax", "jaxlib"), "pip install -r requirements-xla_tpu.txt"),
@@ -25,7 +27,13 @@ _PACKAGES = {
 
 
 class UserError(Exception):
-    """A fault in what was asked for: the text says what is wrong, where, and how to mend it, in one line."""
+    """A fault in what was asked for: the text says what is wrong, where, and how to mend it, in one line.
+
+    Passwords and tokens of URLs in it are hidden: the line ends up in logs.
+    """
+
+    def __init__(self, text: str) -> None:
+        super().__init__(redacted(text))
 
 
 class Interrupted(Exception):

@@ -21,6 +21,7 @@ from pretrain_xla.command_line import flags_of, one_line, unknown_flag
 from pretrain_xla.config import LEAVES, RunConfig, build_config
 from pretrain_xla.config_file import load_yaml
 from pretrain_xla.errors import UserError
+from pretrain_xla.redact import is_redacted
 
 # Leaves of config.py that `--help` shows; `--help-all` shows every one.
 USUAL = frozenset(
@@ -107,6 +108,7 @@ def parse_flags(
         for name in RunConfig.model_fields
     }
     both = f"{where} and flags" if file is not None and given else where
+    _check_not_redacted(sections, both)
     stated = given | {leaf for section in tree.values() for leaf in section}
     config, notes = build(sections, stated, both)
     return Parsed(config, given, stated, parsed.print_config, notes)
@@ -141,6 +143,18 @@ def _check_leaves(tree: dict[str, Any], where: str) -> None:
                     raise
     if unknown := [section for section in tree if section not in RunConfig.model_fields]:
         build_config({unknown[0]: {}}, where)
+
+
+def _check_not_redacted(sections: dict[str, dict[str, Any]], where: str) -> None:
+    """Refuse a URL whose secrets were left out when a config was saved: the server would only say that it is forbidden."""
+    for values in sections.values():
+        for leaf, value in values.items():
+            for text in value if isinstance(value, tuple) else (value,):
+                if isinstance(text, str) and is_redacted(text):
+                    raise UserError(
+                        f"{where}: {leaf}={text}: its password or token was left out when this was saved: give it again with "
+                        f"--{leaf.replace('_', '-')}, or take the credentials out of it and put them where its library looks"
+                    )
 
 
 def _fields(section: str) -> dict[str, Any]:

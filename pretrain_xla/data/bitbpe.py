@@ -27,9 +27,10 @@ from functools import cached_property
 import numpy as np
 
 from pretrain_xla.data.files import filesystem, remove, write_atomically
-from pretrain_xla.data.tokenizer import StoredTokenizer, Tokenizer, load_tokenizer
+from pretrain_xla.data.tokenizer import StoredTokenizer, Tokenizer, known_tokenizers, load_tokenizer
 from pretrain_xla.data.tokenizer_kinds import BITBPE_FILE, check_alone
 from pretrain_xla.errors import UserError
+from pretrain_xla.untrusted import is_inside, parse_object
 
 NUM_PREFIX_TOKENS = (4, 8, 16, 32, 64)
 """Lead bytes E0–EF give only four prefixes, 0x38–0x3B, which these keep apart; 64 has room for any."""
@@ -179,11 +180,13 @@ def load_bitbpe(name: str, fs: object, path: str) -> BitBPETokenizer:
     Raises:
         UserError: a damaged file, or one whose base is missing.
     """
+    tree = parse_object(fs.cat_file(path), path)  # type: ignore[attr-defined]
     try:
-        tree = json.loads(fs.cat_file(path))  # type: ignore[attr-defined]
         base, num_prefix_tokens = str(tree["base"]), int(tree["num_prefix_tokens"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"tokenizer {name!r}: {path} is damaged ({error!r}): convert it again") from None
-    stored = "." in base  # a file's name, beside this one; tiktoken's names have no dot
+    stored = base not in known_tokenizers()  # a file's name, beside this one
+    if stored and ("/" in base or not is_inside(base)):
+        raise UserError(f"tokenizer {name!r}: {path} names {base!r}, which is no file beside it: do not trust it")
     folder = name.removesuffix(BITBPE_FILE).rstrip("/") or "."
     return BitBPETokenizer(name, load_tokenizer(f"{folder}/{base}" if stored else base), num_prefix_tokens)

@@ -18,6 +18,7 @@ from pretrain_xla.data.shards import WrittenFormat
 from pretrain_xla.data.sources import Source, join_sources, open_source
 from pretrain_xla.data.train_tokenizer import Kind, train_tokenizer
 from pretrain_xla.errors import UserError
+from pretrain_xla.redact import redacted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,6 +156,7 @@ def prepare_fineweb_command(arguments: Sequence[str]) -> None:
 def show_dataset(info: DatasetInfo) -> None:
     """A small table of a dataset, and how to train on it."""
     root = os.path.relpath(info.root) if "://" not in info.root else info.root
+    root = redacted(root)
     print(f"{root}: {info.vocab_size:,} token ids by {info.tokenizer}, stored as {info.dtype}")
     table = Table()
     for heading in ("split", "documents", "tokens", "shards"):
@@ -204,4 +206,4 @@ def train_tokenizer_command(arguments: Sequence[str]) -> None:
         min_frequency=2 if flags.min_frequency is None else flags.min_frequency,
         max_lines=flags.max_lines,
     )
-    print(f"{tokenizer.name}: {tokenizer.vocab_size:,} ids")
+    print(f"{redacted(tokenizer.name)}: {tokenizer.vocab_size:,} ids")

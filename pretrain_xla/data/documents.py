@@ -19,9 +19,10 @@ from typing import IO, Any, Literal, NamedTuple
 
 from pretrain_xla.data.columns import COLUMN_SUFFIXES, read_column
 from pretrain_xla.data.files import VERSION_KEYS, filesystem, url
-from pretrain_xla.data.open_file import UNPACK_ERRORS, bare_name, open_file, unpacked
+from pretrain_xla.data.open_file import LONGEST_DOCUMENT, UNPACK_ERRORS, bare_name, lines_of, open_file, unpacked
 from pretrain_xla.data.remote import call
 from pretrain_xla.errors import UserError
+from pretrain_xla.redact import redacted
 
 SEPARATOR = "<|endoftext|>"
 _LONGEST_FIRST_LINE = 2**24  # characters that are looked at to tell what a .json file is
@@ -153,7 +154,10 @@ def _read(fs: Any, files: list[str], path: str, column: str, place: tuple[int, i
         if len(files) == 1:
             raise UserError(f"{skipped[0]}: {_mend(skipped[0])}")
         logger.warning(
-            "%s: %d files that are not text or JSON lines were left out (%s ...)", path, len(skipped), skipped[0]
+            "%s: %d files that are not text or JSON lines were left out (%s ...)",
+            redacted(path),
+            len(skipped),
+            redacted(skipped[0]),
         )
     if empty:
         raise UserError(f"{path}: there is no text in it")
@@ -184,7 +188,7 @@ def _file_texts(fs: Any, file: str, kind: Kind, where: str, size: int, column: s
             yield from read_column(raw, where, column)
             return
         with io.TextIOWrapper(unpacked(raw, file), encoding="utf-8-sig") as stream:
-            for text in _records(stream, where, column) if kind == "lines" else _texts(stream):
+            for text in _records(stream, where, column) if kind == "lines" else _texts(stream, where):
                 yield text, min(1.0, raw.tell() / (size or 1))
 
 
@@ -207,19 +211,23 @@ def _is_text(fs: Any, file: str) -> bool:
     return b"\0" not in head
 
 
-def _texts(stream: IO[str]) -> Iterator[str]:
-    lines: list[str] = []
-    for line in stream:
+def _texts(stream: IO[str], where: str) -> Iterator[str]:
+    text, length = io.StringIO(), 0
+    for line in lines_of(stream, where):
         if line.strip() == SEPARATOR:
-            yield "".join(lines)
-            lines = []
-        else:
-            lines.append(line)
-    yield "".join(lines)
+            yield text.getvalue()
+            text, length = io.StringIO(), 0
+            continue
+        length += text.write(line)
+        if length > LONGEST_DOCUMENT:
+            raise UserError(
+                f"{where}: a document of more than {LONGEST_DOCUMENT:,} characters: divide it by lines that say {SEPARATOR}"
+            )
+    yield text.getvalue()
 
 
 def _records(stream: IO[str], where: str, key: str) -> Iterator[str]:
-    for number, line in enumerate(stream, start=1):
+    for number, line in enumerate(lines_of(stream, where), start=1):
         if line.isspace():
             continue
         try:

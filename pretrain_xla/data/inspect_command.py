@@ -22,6 +22,7 @@ from pretrain_xla.data.files import filesystem, url
 from pretrain_xla.data.inspect import Inspection, inspect
 from pretrain_xla.data.manifest import dataset_info
 from pretrain_xla.errors import UserError
+from pretrain_xla.redact import redacted, redacted_tree
 
 _BAR = 40
 
@@ -66,7 +67,7 @@ def inspect_command(arguments: Sequence[str]) -> int:
             plot(found[split], plotted)
     if flags.json:
         trees = {split: each.as_dict() for split, each in found.items()}
-        print(json.dumps(trees.get("", trees), indent=2, ensure_ascii=False))
+        print(json.dumps(redacted_tree(trees.get("", trees)), indent=2, ensure_ascii=False))
     else:
         for split, each in found.items():
             if split:
@@ -117,7 +118,7 @@ def show(found: Inspection, plotted: str | None) -> None:
     console.print(table)
     used = int((found.counts > 0).sum())
     of = f" of {found.vocab_size:,} of {found.tokenizer}" if found.vocab_size else ""
-    print(f"{found.tokens:,} tokens in {len(found.shards):,} shards; {used:,} different ids{of}")
+    print(redacted(f"{found.tokens:,} tokens in {len(found.shards):,} shards; {used:,} different ids{of}"))
     lengths = found.document_lengths
     if len(lengths):
         low, middle, high = np.percentile(lengths, (10, 50, 90))
@@ -134,7 +135,7 @@ def show(found: Inspection, plotted: str | None) -> None:
         console.print(escape(text[:1000]), highlight=False)
     console.rule("checks", align="left")
     for fault in found.faults:
-        print(f"fault: {fault}")
+        print(f"fault: {redacted(fault)}")
     if not found.faults:
         print("none failed: headers and lengths, ids, checksums where there are any, end-of-text")
     if plotted:
@@ -192,7 +193,7 @@ def plot(found: Inspection, path: str) -> None:
     )
     for axis in (documents, ids):
         axis.grid(alpha=0.3)
-    figure.suptitle(os.path.relpath(found.path) if "://" not in found.path else found.path)
+    figure.suptitle(os.path.relpath(found.path) if "://" not in found.path else redacted(found.path))
     try:
         figure.savefig(path, dpi=120)
     except OSError as error:

@@ -16,7 +16,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pretrain_xla.data.files import is_local, remove, write_atomically
-from pretrain_xla.data.manifest import UNFINISHED, Recipe, SplitInfo
+from pretrain_xla.data.manifest import UNFINISHED, FileName, Recipe, SplitInfo
 from pretrain_xla.data.shards import ShardWriter, open_shard, write_shard
 from pretrain_xla.errors import UserError
 
@@ -29,7 +29,7 @@ class SplitProgress(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     written: SplitInfo
-    parts: tuple[str, ...]
+    parts: tuple[FileName, ...]
     """Files in `unfinished/` that hold, in this order, the tokens after the last shard."""
     waiting: int
     """Tokens in the parts."""
@@ -43,7 +43,7 @@ class Progress(BaseModel):
     recipe: Recipe
     place: Any = None
     """Where in the source to go on."""
-    splits: dict[str, SplitProgress] = {}
+    splits: dict[FileName, SplitProgress] = {}
     """Empty until there is a shard."""
 
 

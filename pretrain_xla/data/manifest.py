@@ -7,17 +7,35 @@ was left by an interrupted run, and is never trained on by accident.
 from __future__ import annotations
 
 import posixpath
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from pretrain_xla.data.files import PARTIAL, filesystem, url, write_atomically
 from pretrain_xla.data.remote import RefusedError, call
 from pretrain_xla.errors import UserError
+from pretrain_xla.untrusted import is_inside
 
 MANIFEST = "dataset.json"
 UNFINISHED = MANIFEST + PARTIAL
 SPLITS = ("train", "valid")
+
+
+def _inside(name: str) -> str:
+    if not is_inside(name):
+        raise ValueError(f"{name!r} leads out of the dataset's folder")
+    return name
+
+
+def _one_name(name: str) -> str:
+    if "/" in _inside(name):
+        raise ValueError(f"{name!r} is no name of a file or folder")
+    return name
+
+
+Inside = Annotated[str, AfterValidator(_inside)]
+"""A path below the dataset's folder."""
+FileName = Annotated[str, AfterValidator(_one_name)]
 
 
 class _Record(BaseModel):
@@ -27,7 +45,7 @@ class _Record(BaseModel):
 class ShardInfo(_Record):
     """One shard."""
 
-    name: str
+    name: FileName
     """File name, in the folder of its split."""
     tokens: int
     max_id: int
@@ -67,12 +85,12 @@ class DatasetInfo(_Record):
     """A whole dataset."""
 
     version: Literal[1] = 1
-    tokenizer: str
+    tokenizer: Inside
     """A name that `load_tokenizer` knows, or a file relative to the dataset's folder. Read `tokenizer_name` instead."""
     vocab_size: int
     end_of_text: int
     dtype: Literal["uint16", "uint32"]
-    splits: dict[str, SplitInfo]
+    splits: dict[FileName, SplitInfo]
     recipe: Recipe
     root: str = "."
     """The dataset's folder, wherever it stands now; not stored."""
@@ -130,4 +148,5 @@ def _read(fs: Any, root: str) -> DatasetInfo | None:
     except ValidationError as error:
         fault = error.errors()[0]
         key = ".".join(map(str, fault["loc"]))
-        raise UserError(f"{url(fs, path)}: damaged ({key} {fault['msg']}): prepare the dataset again") from None
+        why = fault["msg"].removeprefix("Value error, ")
+        raise UserError(f"{url(fs, path)}: damaged ({key}: {why}): prepare the dataset again") from None

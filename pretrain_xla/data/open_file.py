@@ -12,9 +12,9 @@ import gzip
 import io
 import lzma
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from http import HTTPStatus
-from typing import Any
+from typing import IO, Any
 
 import pyarrow as pa
 import zstandard
@@ -25,6 +25,11 @@ from pretrain_xla.data.remote import call, describe, patiently, read_range
 from pretrain_xla.errors import UserError
 
 BLOCK_BYTES = 2**22  # of a remote file, asked for at a time
+LONGEST_LINE = 2**28
+"""Characters of a line, and so of a record in JSON lines: 131 KB of a packed file can hold ten billion."""
+LONGEST_DOCUMENT = 2**30
+"""Characters of a document in a text file, which stands in memory whole; the largest one-file corpora have 10**9."""
+_PACKED_AT_A_TIME = 2**12  # bytes of a .zst file with a long window: 128 MB of text at most
 _USUAL_WINDOW = 2**27  # bytes of text that a .zst file may look back on; more is asked for with `zstd --long`
 UNPACK_ERRORS = (EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError)  # besides OSError: of a damaged packed file
 _UNPACKERS: dict[str, Callable[[Any], Any]] = {
@@ -58,6 +63,20 @@ def unpacked(raw: Any, name: str) -> Any:
     return next((unpack(raw) for suffix, unpack in _UNPACKERS.items() if name.lower().endswith(suffix)), raw)
 
 
+def lines_of(stream: IO[str], where: str) -> Iterator[str]:
+    """The lines of a text with their ends.
+
+    Raises:
+        UserError: one has `LONGEST_LINE` characters or more.
+    """
+    while line := stream.readline(LONGEST_LINE):
+        if len(line) >= LONGEST_LINE:
+            raise UserError(
+                f"{where}: a line of more than {LONGEST_LINE:,} characters: divide it, or take the file out"
+            )
+        yield line
+
+
 def bare_name(path: str) -> str:
     """A file's name without its folder, and without the suffix that says how it is packed."""
     name = path.rpartition("/")[2]
@@ -89,9 +108,9 @@ class _LongWindow(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         while not self._waiting:
-            packed = self._frame.unused_data if self._frame.eof else self._raw.read(2**16)
+            packed = self._frame.unused_data if self._frame.eof else self._raw.read(_PACKED_AT_A_TIME)
             if self._frame.eof:
-                packed = packed or self._raw.read(2**16)
+                packed = packed or self._raw.read(_PACKED_AT_A_TIME)
                 if packed:
                     self._frame = self._next_frame()
             elif not packed:

@@ -38,6 +38,7 @@ from pretrain_xla.data.tokenizer_kinds import SPECIALS_FILE, TOKENIZER_FILES
 from pretrain_xla.data.train_tokenizer import check_vocab_size, train_tokenizer
 from pretrain_xla.data.workers import encode_chunks
 from pretrain_xla.errors import Interrupted, UserError
+from pretrain_xla.redact import redacted
 
 TOKENIZER_FOLDER = "tokenizer"  # of the dataset's own copy
 
@@ -86,7 +87,7 @@ def prepare(
     opened = open_source(source) if isinstance(source, str) else source
     fs, root = filesystem(output_dir)
     recipe = Recipe(
-        source=opened.name,
+        source=redacted(opened.name),
         source_version=opened.version,
         tokenizer=_identity(tokenizer or "gpt2") if train_vocab_size is None else f"bpe of {train_vocab_size} ids",
         shard_size=shard_size,

@@ -20,6 +20,7 @@ from pretrain_xla.evaluate.evaluation import Evaluation, Result
 from pretrain_xla.evaluate.tasks import TASKS, Settings
 from pretrain_xla.interop.load import LoadedModel, load_model
 from pretrain_xla.model import GPT
+from pretrain_xla.redact import redacted, redacted_tree
 from pretrain_xla.runtime import Runtime, start
 from pretrain_xla.train.build import build_model
 from pretrain_xla.train.console import Console
@@ -157,7 +158,7 @@ def tokenizer_of(loaded: LoadedModel, named: str | None) -> Tokenizer:
 def show_results(results: Sequence[Result], title: str) -> None:
     """A table: one line for each score."""
     console = RichConsole(highlight=False)
-    console.print(title, markup=False, soft_wrap=True)
+    console.print(redacted(title), markup=False, soft_wrap=True)
     table = Table()
     for heading in ("task", "score", "value", "±", "items"):
         table.add_column(heading, justify="left" if heading in ("task", "score") else "right", no_wrap=True)
@@ -170,7 +171,7 @@ def show_results(results: Sequence[Result], title: str) -> None:
     for result in results:
         cut = f"; {result.cut} rows lost their beginning: the model is shorter" if result.cut else ""
         line = f"{result.task}: {result.definition}; from {result.source}{cut}"
-        console.print(line, markup=False, soft_wrap=True)
+        console.print(redacted(line), markup=False, soft_wrap=True)
 
 
 def _check(flags: EvaluateFlags) -> None:
@@ -205,4 +206,4 @@ def _check_writable(fs: Any, path: str, output: str) -> None:
 def _write(path: str, where: str, results: Sequence[Result], graphs: dict[str, int]) -> None:
     fs, root = filesystem(path)
     tree = {"model": where, "graphs": graphs, "tasks": {result.task: result.as_json() for result in results}}
-    write_atomically(fs, root, [(to_json(tree, indent=1) + "\n").encode()])
+    write_atomically(fs, root, [(to_json(redacted_tree(tree), indent=1) + "\n").encode()])

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from pretrain_xla.data.files import filesystem, url
-from pretrain_xla.data.open_file import UNPACK_ERRORS, open_file, unpacked
+from pretrain_xla.data.open_file import LONGEST_DOCUMENT, UNPACK_ERRORS, lines_of, open_file, unpacked
 from pretrain_xla.errors import UserError
+from pretrain_xla.untrusted import parse_json
 
 Fields = dict[str, Any]
 
@@ -73,10 +73,7 @@ def read_records(source: str) -> Iterator[Record]:
             if line.isspace():
                 continue
             where = f"{path}:{number}"
-            try:
-                fields = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{where}: not JSON: {error.msg} (column {error.colno})") from None
+            fields = parse_json(line, where)
             if not isinstance(fields, dict):
                 raise UserError(f"{where}: not a JSON object, but {type(fields).__name__}")
             if labels is not None:
@@ -92,8 +89,13 @@ def read_lines(source: str) -> Iterator[str]:
     Raises:
         UserError: nothing there, or not text.
     """
-    for _, lines in _open_all(source):
-        yield from lines
+    length = 0
+    for path, lines in _open_all(source):
+        for line in lines:
+            length += len(line)
+            if length > LONGEST_DOCUMENT:
+                raise UserError(f"{path}: more than {LONGEST_DOCUMENT:,} characters to score: take a part of it")
+            yield line
 
 
 def read_hub(dataset: HubDataset, task: str) -> Iterator[Record]:
@@ -133,7 +135,7 @@ def _lines(fs: Any, path: str) -> Iterator[str]:
             open_file(fs, path) as raw,
             io.TextIOWrapper(unpacked(raw, path), encoding="utf-8-sig", newline="\n") as stream,
         ):
-            yield from stream
+            yield from lines_of(stream, url(fs, path))
     except UnicodeDecodeError:
         raise UserError(f"{url(fs, path)}: not UTF-8 text") from None
     except (OSError, *UNPACK_ERRORS) as error:

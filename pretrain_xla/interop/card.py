@@ -11,6 +11,7 @@ from pretrain_xla.errors import UserError
 from pretrain_xla.interop.families import Family
 from pretrain_xla.interop.load import LoadedModel
 from pretrain_xla.model import parameter_count
+from pretrain_xla.redact import redacted
 
 CARD = """---
 library_name: transformers
@@ -53,9 +54,9 @@ model = AutoModelForCausalLM.from_pretrained("{title}")  # token ids in, logits 
 
 
 def model_card(loaded: LoadedModel, family: Family, title: str, *, has_tokenizer: bool) -> str:
-    """The text of `README.md`."""
+    """The text of `README.md`: it is pushed, so that no password or token of a URL may be in it."""
     config, trained = loaded.config, loaded.info is not None and loaded.info.step > 0
-    return CARD.format(
+    card = CARD.format(
         title=title,
         usage=(USAGE if has_tokenizer else USAGE_WITHOUT_TOKENIZER).format(title=title),
         parameters=parameter_count(config),
@@ -64,6 +65,7 @@ def model_card(loaded: LoadedModel, family: Family, title: str, *, has_tokenizer
         model_rows="\n".join(f"| {name} | {value} |" for name, value in _rows(config)),
         training=_training(loaded),
     )
+    return redacted(card)
 
 
 def _rows(config: ModelConfig) -> list[tuple[str, Any]]:

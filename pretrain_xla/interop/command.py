@@ -16,6 +16,7 @@ from pretrain_xla.interop.export import DTYPES, export_model, make_empty_folder
 from pretrain_xla.interop.load import LoadedModel, describe, load_model
 from pretrain_xla.interop.mapping import choose
 from pretrain_xla.model import parameter_count
+from pretrain_xla.redact import redacted, redacted_tree
 from pretrain_xla.train.checkpoint import CheckpointInfo, CheckpointStore
 from pretrain_xla.train.files import CONFIG_FILE, TOKENIZER_FOLDER
 
@@ -53,10 +54,12 @@ def export_command(arguments: Sequence[str]) -> None:
     loaded = load_model(flags.model, flags.checkpoint)
     loaded.print_notes()
     for note in export_model(loaded, flags.out, dtype=flags.dtype, title=flags.push_to):
-        print(f"note: {note}")
-    print(f"{loaded.where} -> {flags.out}: {choose(loaded.config).architecture}, {_size(loaded.config)}, {flags.dtype}")
+        print(f"note: {redacted(note)}")
+    what = f"{choose(loaded.config).architecture}, {_size(loaded.config)}, {flags.dtype}"
+    print(f"{redacted(loaded.where)} -> {flags.out}: {what}")
     if flags.push_to:
-        print(f"pushed to {hub.push_folder(flags.push_to, flags.out, f'Export of {os.path.basename(loaded.where)}')}")
+        message = f"Export of {os.path.basename(redacted(loaded.where))}"
+        print(f"pushed to {hub.push_folder(flags.push_to, flags.out, message)}")
 
 
 def import_command(arguments: Sequence[str]) -> None:
@@ -85,10 +88,12 @@ def import_command(arguments: Sequence[str]) -> None:
     found = describe(flags.model, stated=given)
     tokenizer, left_out = usable_tokenizer(found)
     for note in (*notes, *left_out):
-        print(f"note: {note}")
+        print(f"note: {redacted(note)}")
     make_empty_folder(flags.out)
     write_run(LoadedModel(config.model, fit_tensors(found.read(), config.model), tokenizer, found.where), flags.out)
-    print(f"{found.where} -> {flags.out}: {_size(config.model)}; evaluate, train or generate from that folder")
+    print(
+        f"{redacted(found.where)} -> {flags.out}: {_size(config.model)}; evaluate, train or generate from that folder"
+    )
 
 
 def write_run(loaded: LoadedModel, folder: str) -> None:
@@ -113,7 +118,7 @@ def write_run(loaded: LoadedModel, folder: str) -> None:
     store = CheckpointStore(config.checkpoints_dir, limit=1)
     tensors = {f"model.{name}": tensor for name, tensor in loaded.tensors.items()}
     try:
-        store.save(tensors, CheckpointInfo(0, None, "", config.model_dump(mode="json")))
+        store.save(tensors, CheckpointInfo(0, None, "", redacted_tree(config.model_dump(mode="json"))))
     finally:
         store.close()
 

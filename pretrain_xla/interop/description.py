@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from pretrain_xla.config import ModelConfig
+from pretrain_xla.redact import redacted
 from pretrain_xla.train.checkpoint import CheckpointInfo, CheckpointStore
 
 
@@ -32,7 +33,7 @@ class LoadedModel:
     def print_notes(self) -> None:
         """Show the notes where they are in nobody's way."""
         for note in self.notes:
-            print(f"note: {note}", file=sys.stderr, flush=True)
+            print(f"note: {redacted(note)}", file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True)

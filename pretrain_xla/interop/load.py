@@ -16,9 +16,11 @@ from pretrain_xla.config import PRETRAINED_MODELS, build_config
 from pretrain_xla.data.manifest import dataset_info
 from pretrain_xla.errors import UserError
 from pretrain_xla.interop import hub
+from pretrain_xla.interop.beside import GPT2_VOCABULARY
 from pretrain_xla.interop.description import Description, LoadedModel
 from pretrain_xla.interop.hugging_face import describe_folder
 from pretrain_xla.interop.state_dict import describe_file
+from pretrain_xla.redact import is_redacted
 from pretrain_xla.train.checkpoint import CheckpointInfo, open_checkpoint
 from pretrain_xla.train.files import find_tokenizer
 
@@ -87,18 +89,26 @@ def _checkpoint(path: str, which: str) -> Description:
         prefix = "model."
         return {n.removeprefix(prefix): t for n, t in store.load(step).items() if n.startswith(prefix)}
 
-    return Description(config, _tokenizer_of(store.root, info), folder, read, (store, step))
+    tokenizer, notes = _tokenizer_of(store.root, info, config.vocab_size)
+    return Description(config, tokenizer, folder, read, (store, step), notes=tuple(f"{folder}: {n}" for n in notes))
 
 
-def _tokenizer_of(checkpoints_dir: str, info: CheckpointInfo) -> str | None:
-    """Name of the tokenizer that a run was trained with: its own copy, or what its data's manifest says.
+def _tokenizer_of(checkpoints_dir: str, info: CheckpointInfo, vocab_size: int) -> tuple[str | None, list[str]]:
+    """Name of the tokenizer that a run was trained with, its own copy or what its data's manifest says; and a line on a guess.
 
-    None: it was imported and has seen no data, so what came without a tokenizer is still without one.
+    None: it was imported and has seen no data, so what came without a tokenizer is still without one; or nobody can know.
     """
     if own := find_tokenizer(checkpoints_dir):
-        return own
+        return own, []
     data = info.config["data"]
     if data["tokenizer"] or not info.data:
-        return data["tokenizer"]
-    manifest = dataset_info(data["train_dir"])
-    return manifest.tokenizer_name if manifest else "gpt2"
+        return data["tokenizer"], []
+    where = data["train_dir"]
+    manifest = None if is_redacted(where) else dataset_info(where)
+    if manifest is not None:
+        return manifest.tokenizer_name, []
+    if vocab_size < GPT2_VOCABULARY or is_redacted(where):
+        return None, []
+    return "gpt2", [
+        f"there is no dataset.json in or above {where}: GPT-2's tokenizer is taken (--tokenizer says otherwise)"
+    ]

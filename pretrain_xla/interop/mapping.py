@@ -187,8 +187,8 @@ def _rotary_parts(raw: Mapping[str, Any]) -> list[Mapping[str, Any]]:
         kinds = set(raw.get("layer_types") or ()) & set(rope)
         return [rope[kind] for kind in sorted(kinds)] or [rope]
     # Gemma 3 has two bases; where its layers are not named, every sixth one sees everything.
-    count, pattern = raw["num_hidden_layers"], raw["sliding_window_pattern"]
-    repeated = ["full_attention" if (layer + 1) % pattern == 0 else "sliding_attention" for layer in range(count)]
+    count, pattern = int(raw["num_hidden_layers"]), int(raw["sliding_window_pattern"])
+    repeated = ["full_attention"] * (count >= pattern) + ["sliding_attention"] * (pattern > 1)
     parts = {
         "full_attention": {"rope_theta": raw["rope_theta"]} | (rope.get("full_attention") or {}) | scaling,
         "sliding_attention": {"rope_theta": raw["rope_local_base_freq"]} | (rope.get("sliding_attention") or {}),

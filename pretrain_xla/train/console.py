@@ -13,6 +13,7 @@ from rich.table import Table
 
 from pretrain_xla.config import RunConfig
 from pretrain_xla.model import parameter_count
+from pretrain_xla.redact import redacted
 from pretrain_xla.runtime import Runtime
 from pretrain_xla.train.metrics import Row
 
@@ -27,15 +28,15 @@ class Console:
 
     def print(self, text: str) -> None:
         """A line."""
-        self._console.print(text, markup=False)
+        self._console.print(redacted(text), markup=False)
 
     def note(self, text: str) -> None:
         """A line that the person should know of."""
-        self._console.print(f"note: {text}", markup=False, style="cyan")
+        self._console.print(f"note: {redacted(text)}", markup=False, style="cyan")
 
     def warn(self, text: str) -> None:
         """A line that the person should act on."""
-        self._console.print(f"warning: {text}", markup=False, style="yellow")
+        self._console.print(f"warning: {redacted(text)}", markup=False, style="yellow")
 
     def header(self, config: RunConfig, runtime: Runtime, first: int) -> None:
         """What is about to run, and where."""

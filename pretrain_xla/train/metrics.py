@@ -14,6 +14,7 @@ from typing import Any
 
 from pretrain_xla.config import RunConfig
 from pretrain_xla.errors import UserError
+from pretrain_xla.redact import redacted_tree
 
 Row = dict[str, Any]
 
@@ -106,7 +107,7 @@ def _start_wandb(config: RunConfig) -> Any:
     return wandb.init(
         project=logging.wandb_project,
         name=logging.wandb_name,
-        config=config.model_dump(mode="json"),
+        config=redacted_tree(config.model_dump(mode="json")),
         notes=logging.wandb_notes,
         tags=list(logging.wandb_tags),
         id=logging.wandb_resume_id,

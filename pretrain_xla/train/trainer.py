@@ -27,6 +27,7 @@ from pretrain_xla.evaluate import Evaluation, Settings, ValidationLoss
 from pretrain_xla.interop.upload import Uploader
 from pretrain_xla.model import flops_per_token, initialize, parameter_count
 from pretrain_xla.model.stacked import of_each_layer
+from pretrain_xla.redact import redacted_tree
 from pretrain_xla.runtime import Runtime
 from pretrain_xla.train.build import arrange, build_examples, build_model, build_optimizer
 from pretrain_xla.train.checkpoint import CheckpointInfo
@@ -291,7 +292,8 @@ class Trainer:
             tensors |= {f"loss_scale.{name}": value for name, value in self.step.loss_scale.state.items()}
         host = self.runtime.gather(tensors)
         if self.runtime.is_main:
-            info = CheckpointInfo(done, self._valid_loss, self.data_fingerprint, self.config.model_dump(mode="json"))
+            config = redacted_tree(self.config.model_dump(mode="json"))
+            info = CheckpointInfo(done, self._valid_loss, self.data_fingerprint, config)
             self.start.store.save(of_each_layer(host), info)
 
     def _push_to_hub(self, stack: ExitStack) -> None:

@@ -191,6 +191,7 @@ class WebServer(Server):
     def __init__(self, folder: Path, ranges: bool = True) -> None:
         super().__init__(_File)
         self.folder, self.ranges = folder, ranges
+        self.authorizations: set[str | None] = set()
 
 
 class _File(BaseHTTPRequestHandler):
@@ -199,6 +200,7 @@ class _File(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         owner = self.server.owner
+        owner.authorizations.add(self.headers.get("Authorization"))
         path = owner.folder / self.path.strip("/")
         if path.is_dir():
             names = sorted(entry.name + "/" * entry.is_dir() for entry in path.iterdir())

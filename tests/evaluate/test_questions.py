@@ -139,7 +139,7 @@ def test_records_from_everywhere(write: Write, tmp_path: Path) -> None:
 
 def test_records_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"n": 1}\n{"n":\n')
-    with pytest.raises(UserError, match=r"a\.jsonl:2: not JSON"):
+    with pytest.raises(UserError, match=r"a\.jsonl:2: cannot be read: not JSON"):
         list(read_records(str(tmp_path / "a.jsonl")))
     (tmp_path / "b.jsonl").write_text("[1]\n")
     with pytest.raises(UserError, match=r"b\.jsonl:1: not a JSON object"):

@@ -1,0 +1,231 @@
+"""Files of others that are made to do harm: names that lead out, depths and sizes without end. One line each, at once."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import json
+import lzma
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import zstandard
+
+from pretrain_xla.config import build_config
+from pretrain_xla.config_file import load_yaml
+from pretrain_xla.data import documents, open_file
+from pretrain_xla.data.dataset import open_dataset, verify_checksums
+from pretrain_xla.data.documents import read_documents
+from pretrain_xla.data.files import filesystem
+from pretrain_xla.data.journal import read_progress
+from pretrain_xla.data.manifest import dataset_info
+from pretrain_xla.data.tokenizer import load_tokenizer
+from pretrain_xla.errors import UserError
+from pretrain_xla.evaluate import records
+from pretrain_xla.interop.load import load_model
+from pretrain_xla.interop.mapping import read_config
+from pretrain_xla.untrusted import is_inside, parse_json
+
+DEEP = "[" * 100_000
+DIGITS = "9" * 9999
+GPT2 = {"model_type": "gpt2", "n_positions": 8, "n_embd": 8, "n_layer": 1, "n_head": 2, "vocab_size": 8}
+
+
+def refused(action: Callable[[], Any], said: str, seconds: float = 4.0) -> None:
+    """It ends in one line that says so, soon."""
+    begun = time.monotonic()
+    with pytest.raises(UserError, match=said) as error:
+        action()
+    assert time.monotonic() - begun < seconds
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 1000
+
+
+LEAD_OUT = ["../x", "a/../../x", "/etc/x", "C:\\x", "..\\x", "a//b", "https://h/x", "~/x", "memory::x", "a\0", ""]
+
+
+@pytest.mark.parametrize("name", LEAD_OUT)
+def test_names_that_lead_out(name: str) -> None:
+    assert not is_inside(name)
+
+
+@pytest.mark.parametrize("name", ["x.safetensors", "a/b.json", "model-00001-of-00002.safetensors", "..x", "gpt2"])
+def test_names_that_stay(name: str) -> None:
+    assert is_inside(name)
+
+
+@pytest.mark.parametrize("name", ["../outside.safetensors", "{outside}"])
+def test_an_index_of_shards_leads_nowhere_else(name: str, tmp_path: Path) -> None:
+    folder, outside = tmp_path / "model", tmp_path / "outside.safetensors"
+    folder.mkdir()
+    outside.write_bytes(b"")
+    (folder / "config.json").write_text(json.dumps(GPT2))
+    for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
+        names = {"transformer.wte.weight": name.format(outside=outside)}
+        (folder / index).write_text(json.dumps({"weight_map": names}))
+        refused(lambda: load_model(str(folder)), "which is no file below its folder")
+        (folder / index).unlink()
+
+
+def manifest(folder: Path, **changes: Any) -> Path:
+    """A dataset of one shard."""
+    (folder / "train").mkdir(parents=True)
+    np.save(folder / "train" / "0.npy", np.arange(64, dtype=np.uint16))
+    shard = {"name": "0.npy", "tokens": 64, "max_id": 63, "sha256": "0"} | changes.pop("shard", {})
+    split = {"documents": 1, "tokens": 64, "shards": [shard]}
+    recipe = {"source": "x", "source_version": "x", "tokenizer": "x", "shard_size": 64, "valid_fraction": 0.5}
+    tree = {"tokenizer": "bytes", "vocab_size": 257, "end_of_text": 256, "dtype": "uint16", "recipe": recipe}
+    tree |= {"splits": {changes.pop("split", "train"): split}} | changes
+    (folder / "dataset.json").write_text(json.dumps(tree))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"shard": {"name": "../../secret.npy"}},
+        {"shard": {"name": "/etc/passwd"}},
+        {"split": "../elsewhere"},
+        {"tokenizer": "../../other/tokenizer.json"},
+        {"tokenizer": "/other/tokenizer.json"},
+    ],
+)
+def test_a_manifest_leads_nowhere_else(changes: dict[str, Any], tmp_path: Path) -> None:
+    assert dataset_info(str(manifest(tmp_path / "good"))) is not None
+    folder = manifest(tmp_path / "bad", **changes)
+    for action in (
+        lambda: dataset_info(str(folder)),
+        lambda: verify_checksums(str(folder)),
+        lambda: open_dataset(str(folder / "train"), 8, 257),
+    ):
+        refused(action, r"dataset.json: damaged \(.*(leads out of the dataset's folder|no name of a file)")
+    tree = json.loads((folder / "dataset.json").read_text())
+    waiting = {"written": next(iter(tree["splits"].values())), "parts": ["../../x.npy"], "waiting": 1}
+    (folder / "dataset.json.partial").write_text(json.dumps({"recipe": tree["recipe"], "splits": {"train": waiting}}))
+    assert read_progress(*filesystem(str(folder))) is None
+
+
+@pytest.mark.parametrize("base", ["../tokenizer.json", "/etc/x.json", "a/b.json", "https://h/t.json", "memory::x"])
+def test_a_bitbpe_file_leads_nowhere_else(base: str, tmp_path: Path) -> None:
+    (tmp_path / "bitbpe.json").write_text(json.dumps({"base": base, "num_prefix_tokens": 64}))
+    refused(lambda: load_tokenizer(str(tmp_path)), "which is no file beside it")
+
+
+def test_depth_and_digits_are_one_line_wherever_json_is_read(tmp_path: Path) -> None:
+    for text in (DEEP, '{"a":' * 100_000, f'{{"a": {DIGITS}}}', "{"):
+        refused(lambda text=text: parse_json(text, "x.json"), "x.json: cannot be read")
+        for file, action in (
+            ("config.json", lambda: load_model(str(tmp_path))),
+            ("tokenizer.json", lambda: load_tokenizer(str(tmp_path / "tokenizer.json"))),
+            ("bitbpe.json", lambda: load_tokenizer(str(tmp_path / "bitbpe.json"))),
+            ("dataset.json", lambda: dataset_info(str(tmp_path))),
+            ("a.jsonl", lambda: list(records.read_records(str(tmp_path / "a.jsonl")))),
+            ("b.jsonl", lambda: list(read_documents(str(tmp_path / "b.jsonl")))),
+        ):
+            (tmp_path / file).write_text(text)
+            refused(action, "cannot be read|damaged|not JSON")
+            (tmp_path / file).unlink()
+    (tmp_path / "config.json").write_text(json.dumps(GPT2))
+    (tmp_path / "model.safetensors.index.json").write_text(DEEP)
+    refused(lambda: load_model(str(tmp_path)), "is no index of shards")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (f"model: {DEEP}", "nested too deep|not valid YAML"),
+        ("model: {d_model: 2001-99-99}", "a value in it is of no use"),
+        (f"model: {{d_model: {DIGITS}}}", "a value in it is of no use"),
+        ("model: {[1, 2]: 3}", "not valid YAML"),
+        ("model: !!python/object/apply:os.system [touch made]", "not valid YAML"),
+        (f"model: {{d_model: 0x{'f' * 9999}}}", "model.d_model="),
+        ("data: {cache_dir: &a [*a]}", "not valid YAML|data.cache_dir"),
+    ],
+)
+def test_yaml_that_is_made_to_break_its_reader(
+    text: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "c.yaml").write_text(text)
+    refused(lambda: build_config(load_yaml("c.yaml"), "c.yaml"), said)
+    assert not (tmp_path / "made").exists()
+
+
+def test_a_list_of_billions_by_aliases_is_shown_cut(tmp_path: Path) -> None:
+    lists = ", ".join(
+        f"&{new} [{', '.join([f'*{old}'] * 9)}]" for old, new in zip("abcdefghijk", "bcdefghijkl", strict=True)
+    )
+    (tmp_path / "c.yaml").write_text(f"data: {{train_dir: [&a [x], {lists}]}}")
+    refused(lambda: build_config(load_yaml(str(tmp_path / "c.yaml")), "x"), "data.train_dir=")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "said"),
+    [
+        ({"num_layers": 10**7}, "model.num_layers=10000000"),
+        ({"num_layers": 1000, "d_model": 2**20, "num_heads": 8}, "which no machine holds"),
+        ({"vocab_size": 10**12}, "model.vocab_size"),
+        ({"d_model": 10**30, "num_heads": 1}, "model.d_model"),
+    ],
+)
+def test_sizes_without_end(sizes: dict[str, int], said: str) -> None:
+    refused(lambda: build_config({"model": sizes}, "x"), said)
+
+
+def test_a_config_json_of_ten_million_layers_is_one_line() -> None:
+    refused(lambda: read_config(GPT2 | {"n_layer": 10**7}, "config.json"), "num_layers=10000000")
+    gemma = {"model_type": "gemma3_text", "vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "head_dim": 4}
+    gemma |= {
+        "num_hidden_layers": 10**15,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 8,
+    }
+    gemma |= {"rope_local_base_freq": 1e4, "query_pre_attn_scalar": 4}
+    for pattern in (6, 1, 10**16):
+        refused(lambda p=pattern: read_config(gemma | {"sliding_window_pattern": p}, "config.json"), "config.json: ")
+
+
+PACKERS: dict[str, Callable[[bytes], bytes]] = {
+    "gz": gzip.compress,
+    "bz2": bz2.compress,
+    "xz": lzma.compress,
+    "zst": zstandard.compress,
+}
+
+
+@pytest.mark.parametrize("suffix", PACKERS)
+def test_little_that_unpacks_to_much_is_read_no_further_than_the_limit(
+    suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(open_file, "LONGEST_LINE", 2**16)
+    monkeypatch.setattr(documents, "LONGEST_DOCUMENT", 2**17)
+    monkeypatch.setattr(records, "LONGEST_DOCUMENT", 2**17)
+    size = 2**20
+    for name, text, action, said in (
+        ("a.jsonl", b"x" * size, lambda path: list(read_documents(path)), "a line of more than 65,536 characters"),
+        ("b.txt", b"x" * size, lambda path: list(read_documents(path)), "a line of more than 65,536 characters"),
+        ("c.txt", b"x\n" * (size // 2), lambda path: list(read_documents(path)), "a document of more than 131,072"),
+        ("d.jsonl", b"x" * size, lambda path: list(records.read_records(path)), "a line of more than"),
+        ("e.txt", b"x\n" * (size // 2), lambda path: [None for _ in records.read_lines(path)], "more than 131,072"),
+    ):
+        path = tmp_path / f"{name}.{suffix}"
+        path.write_bytes(PACKERS[suffix](text))
+        refused(lambda action=action, path=path: action(str(path)), said)
+
+
+def test_a_long_window_is_unpacked_a_piece_at_a_time() -> None:
+    settings = zstandard.ZstdCompressionParameters(window_log=28, enable_ldm=True)
+    packed = io.BytesIO()
+    with zstandard.ZstdCompressor(compression_params=settings).stream_writer(packed, closefd=False) as writer:
+        for _ in range(16):
+            writer.write(b"x" * 2**24)
+    assert len(packed.getvalue()) < 2**16
+    stream = open_file.unpacked(io.BytesIO(packed.getvalue()), "a.zst")
+    assert stream.read(10) == b"x" * 10
+    assert len(stream.raw._waiting) < 2**28 - 2**24  # of all that those few KB hold
