@@ -153,7 +153,10 @@ def effectless(config: RunConfig, given: frozenset[str]) -> list[str]:
         "mp_start_method": (xla, "it belongs to the xla runtime; torchrun starts the processes here"),
         "ddp": (xla, "torchrun decides on data parallelism here"),
         "mesh_data": (xla, "torchrun decides on data parallelism here"),
-        "strict_graph": (xla or config.train.compile, "nothing is compiled without --compile"),
+        "strict_graph": (
+            xla or config.train.compile or config.parallel.device != "cpu",
+            "nothing is compiled without --compile, and nothing waits for a CPU",
+        ),
         "use_syncfree_optim": (False, "the optimizer never synchronises with the host"),
         "cooldown_steps": (config.optim.decay_method == "wsd", "only --decay-method wsd cools down"),
         "min_lr": (config.optim.decay_method not in ("noam", "constant"), "this --decay-method has no floor"),

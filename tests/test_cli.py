@@ -125,8 +125,11 @@ EFFECTLESS: list[tuple[str, str, str, str]] = [
     ("--mp-start-method spawn --runtime torch", "--mp-start-method", "torchrun", "--mp-start-method spawn"),
     ("--ddp --runtime torch", "--ddp", "torchrun", "--ddp"),
     ("--mesh-data 2 --runtime torch", "--mesh-data", "torchrun", "--mesh-data 2"),
-    ("--strict-graph --runtime torch", "--strict-graph", "--compile", "--strict-graph"),
-    ("--strict-graph --runtime torch", "--strict-graph", "--compile", "--strict-graph --runtime torch --compile"),
+    ("--strict-graph --runtime torch --device cpu", "--strict-graph", "--compile", "--strict-graph --runtime torch"),
+    (
+        *("--strict-graph --runtime torch --device cpu", "--strict-graph", "--compile"),
+        "--strict-graph --runtime torch --device cpu --compile",
+    ),
     ("--use-syncfree-optim", "--use-syncfree-optim", "never synchronises", "--seed 1"),
     ("--cooldown-steps 5", "--cooldown-steps", "wsd", "--cooldown-steps 5 --decay-method wsd"),
     ("--min-lr 0 --decay-method noam", "--min-lr", "floor", "--min-lr 0"),

@@ -37,7 +37,7 @@ class GraphEvent:
 
 @dataclass
 class GraphCounts:
-    """What the compiler has done so far. graphs: name of a compiled function → graphs built for it."""
+    """What the compiler has done so far. graphs: name of a compiled function → graphs built for it, or read from a cache."""
 
     graphs: dict[str, int] = field(default_factory=dict)
     compile_seconds: float = 0.0

@@ -24,9 +24,13 @@ from pretrain_xla.model.loops import Fence, Loop, no_fence
 from pretrain_xla.runtime.base import GraphCounts, GraphEvent, Repeat
 from pretrain_xla.runtime.peaks import gpu_peak
 from pretrain_xla.runtime.rows import rows_of
+from pretrain_xla.runtime.torch_waits import watch_waits
 
 # torch 2.9 says so of its own defaults, whoever reads them.
 warnings.filterwarnings("ignore", message="Please use the new API settings to control TF32")
+
+WARM_UP = 3
+"""Calls of a function before its waits count: the first compiles, and in the second DDP lays out its buckets."""
 
 DTYPES = {None: torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -85,6 +89,7 @@ class TorchRuntime:
         self._fetcher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="fetch")
         self._counts = GraphCounts()
         self._events: list[GraphEvent] = []
+        self._warming_up = False
 
     def rows(self, batch_size: int) -> np.ndarray:
         """See `base.Runtime.rows`."""
@@ -123,16 +128,20 @@ class TorchRuntime:
         self, function: Callable[..., Tensor], name: str, state: Callable[[], Iterable[Tensor]]
     ) -> Callable[..., Tensor]:
         """The function itself: here `forward` and `fuse` compile its parts. Graphs that torch.compile adds are counted."""
-        if not self._compiles:
+        if not self._compiles and self.device.type != "cuda":
             return function
+        calls = 0
 
         def run(*arguments: Tensor) -> Tensor:
+            nonlocal calls
             before, start = _graphs_built(), time.perf_counter()
+            calls, self._warming_up = calls + 1, calls < WARM_UP
             result = function(*arguments)
-            added = _graphs_built() - before
+            self._warming_up = False
+            added = _graphs_built() - before if self._compiles else 0
             if added:
                 self._counts.compile_seconds += time.perf_counter() - start
-                if name in self._counts.graphs:
+                if calls > 1:
                     what = f"torch.compile built {added} more graph(s); TORCH_LOGS=recompiles says why"
                     self._events.append(GraphEvent("recompilation", name, what))
                 self._counts.graphs[name] = self._counts.graphs.get(name, 0) + added
@@ -230,15 +239,20 @@ class TorchRuntime:
 
     @contextlib.contextmanager
     def watch(self) -> Iterator[None]:
-        """On CUDA, PyTorch's own synchronisation check warns with a trace; on a CPU nothing can be transferred."""
+        """See `base.Runtime.watch`; by PyTorch's own check of waits for CUDA. On a CPU nothing can be transferred."""
         if self.device.type != "cuda":
             yield
             return
         torch.cuda.set_sync_debug_mode("warn")
         try:
-            yield
+            with watch_waits(self._record_wait):
+                yield
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+    def _record_wait(self, line: str) -> None:
+        if not self._warming_up:
+            self._events.append(GraphEvent("host transfer", line, "a call that waits for the device"))
 
     @contextlib.contextmanager
     def planned(self) -> Iterator[None]:

@@ -29,6 +29,7 @@ class CompiledFunction:
         self._first_graph: list[str] = []
         # On a recompilation, trace once more to find the line. That spends the state, so only a strict run does it.
         self._explain = explain
+        self._settled = False
 
     def __call__(self, *arguments: Tensor) -> Tensor:
         """Trace, run, and record what should not have happened."""
@@ -46,9 +47,11 @@ class CompiledFunction:
                 self._record(GraphEvent("host fallback", lines.get(name, f"the {self._name} step"), what))
         # A fallback or a transfer in the middle cuts the graph in two: the cause is reported, not the new graphs.
         if added and not fell:
-            if self._counts.graphs.get(self._name):
+            # The first call may have added none: its graph was there. Then the next new one is no first graph either.
+            if self._settled:
                 self._record(GraphEvent("recompilation", *self._explanation(arguments)))
             self._counts.graphs[self._name] = self._counts.graphs.get(self._name, 0) + added
+        self._settled = self._settled or not fell
         return result
 
     def _fallback_lines(self, arguments: tuple[Tensor, ...]) -> dict[str, str]:

@@ -10,7 +10,6 @@ recompiled, its graph is traced once more with source lines on and compared with
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,6 +20,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from pretrain_xla.runtime.base import GraphEvent
+from pretrain_xla.runtime.source_line import source_line
 
 # Calls that read a tensor's values on the host: each waits for the device.
 _READS = frozenset(
@@ -30,17 +30,6 @@ _READS = frozenset(
         *("__array__", "__repr__", "__format__", "__contains__"),
     }
 )
-_HIDDEN = ("/torch/", "/torch_xla/", "/runtime/xla_graphs.py", "/contextlib.py")
-
-
-def source_line(depth: int = 1) -> str:
-    """`file:line in function` of the nearest caller outside torch and this module."""
-    frame: Any = sys._getframe(depth)
-    while frame is not None and any(part in frame.f_code.co_filename for part in _HIDDEN):
-        frame = frame.f_back
-    if frame is None:
-        return "unknown"
-    return f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}"
 
 
 def _reads_device(name: str, arguments: Sequence[Any], keywords: dict[str, Any] | None) -> bool:
@@ -85,8 +74,8 @@ class FallbackFinder(TorchFunctionMode):
 
 
 def compilations() -> int:
-    """Graphs compiled (not found in the cache) since the process began."""
-    return int(metrics.counter_value("UncachedCompile") or 0)
+    """Graphs that are new to this process since it began: compiled, or read from the folder of compiled programs."""
+    return sum(int(metrics.counter_value(name) or 0) for name in ("UncachedCompile", "PersistentCacheHit"))
 
 
 def compile_seconds() -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,6 +17,8 @@ from pretrain_xla.config import build_config
 from pretrain_xla.errors import UserError
 from pretrain_xla.runtime import start
 from pretrain_xla.runtime.torch_runtime import TorchRuntime
+from pretrain_xla.runtime.torch_waits import watch_waits
+from pretrain_xla.train.guard import GraphGuard
 
 Make = Callable[..., TorchRuntime]
 
@@ -167,3 +171,41 @@ def test_in_a_process_group(make: Make, monkeypatch: pytest.MonkeyPatch) -> None
         runtime.close()
     assert not dist.is_initialized()
     runtime.distributed = False
+
+
+def test_a_first_graph_that_was_there_does_not_hide_the_next(make: Make) -> None:
+    runtime = make(train={"compile": True})
+    double = torch.compile(lambda x: x * 2, backend="eager", dynamic=False)
+    double(torch.ones(2))
+    run = runtime.compile(double, "train", tuple)
+    run(torch.ones(2))
+    assert runtime.take_events() == []
+    guard = GraphGuard(runtime, strict=True, say=print)
+    run(torch.ones(3))
+    with pytest.raises(UserError, match=r"step 2: recompilation at train: torch.compile built 1 more graph"):
+        guard.check(2)
+
+
+def test_a_wait_for_the_gpu_ends_a_strict_run_and_names_the_line(make: Make, recwarn: pytest.WarningsRecorder) -> None:
+    runtime = make()
+
+    def waits() -> None:  # as PyTorch's C++ does for each call, in the line that made it
+        text = (
+            "called a synchronizing CUDA operation (Triggered internally at /pytorch/c10/cuda/CUDAFunctions.cpp:197.)"
+        )
+        warnings.warn(text, UserWarning, stacklevel=1)
+
+    with watch_waits(runtime._record_wait):
+        runtime._warming_up = True
+        waits()
+        runtime._warming_up = False
+        for _ in range(2):
+            waits()
+        warnings.warn("another", UserWarning, stacklevel=1)
+    assert [str(warning.message) for warning in recwarn] == ["another"]
+    assert len(runtime._events) == 2, "each one, but none of the warm-up"
+    guard = GraphGuard(runtime, strict=True, say=print)
+    with pytest.raises(
+        UserError, match=rf"step 7: host transfer at {re.escape(__file__)}:\d+ in waits: a call that waits"
+    ):
+        guard.check(7)

@@ -133,18 +133,38 @@ from pretrain_xla.config import RunConfig
 from pretrain_xla.runtime import start
 os.environ["PJRT_DEVICE"] = "CPU"
 runtime = start(RunConfig())
+# The runtime of a TPU VM, as far as it comes here: the PCI bus says v5e, and the rest is a CPU.
+import sys
+from pathlib import Path
+from pretrain_xla.runtime import tpu_chip, xla
+plain, xla.xr.device_type = xla.xr.device_type, lambda: "TPU"
+for chip in ("v5e", "v3"):
+    tpu_chip.PCI_DEVICES = Path(sys.argv[1]) / chip
+    machine = xla.XlaRuntime(RunConfig())
+    print(f"{chip}: {machine.device_name}, {machine.peak_flops}, {machine.attention}, {machine.warnings}")
+xla.xr.device_type = plain
 print("kept:", torch.tensor(1 + 2**-12).to(runtime.device).cpu().item() == 1 + 2**-12, runtime.attention)
 """
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torch_xla") is None, reason="needs torch_xla")
-def test_without_a_tpu_the_cpu_is_taken_and_a_tpu_refused_and_fp32_stays() -> None:
+def test_without_a_tpu_the_cpu_is_taken_and_a_tpu_refused_and_fp32_stays(tmp_path: Path) -> None:
+    for chip, device in (("v5e", "0x0063"), ("v3", "0x0027")):
+        card = tmp_path / chip / "0000:00:05.0"
+        card.mkdir(parents=True)
+        (card / "vendor").write_text("0x1ae0\n")
+        (card / "device").write_text(device + "\n")
     environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_USE_BF16": "1", "XLA_DOWNCAST_BF16": "1"}
-    done = subprocess.run([sys.executable, "-c", CHIPS], env=environment, capture_output=True, text=True, timeout=120)
+    environment |= {"GCE_METADATA_HOST": "127.0.0.1:9"}  # nobody
+    done = subprocess.run(
+        [sys.executable, "-c", CHIPS, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     if "there is a TPU here" in done.stdout:
         pytest.skip("there is a TPU here")
     assert "PJRT_DEVICE=TPU, but this machine has no TPU: set PJRT_DEVICE=CPU" in done.stdout
+    assert "v5e: TPU v5e, 197000000000000.0, the kernel for v5e, ()" in done.stdout, done.stdout
+    assert "v3: TPU, None, plain: the kernels are for TPUs (v4, v5e, v5p, v6e), ('the TPU does not say" in done.stdout
     assert "kept: True plain: the kernels are for TPUs" in done.stdout, done.stdout
     assert "note: XLA_USE_BF16=1 is set, and not followed" in done.stderr
     assert "note: XLA_DOWNCAST_BF16=1 is set, and not followed" in done.stderr

@@ -105,6 +105,8 @@ SCRIPT = """
 import json, sys
 import torch, torch_xla
 from pretrain_xla.runtime import xla_graphs as graphs
+from pretrain_xla.runtime.base import GraphCounts
+from pretrain_xla.runtime.xla_compiled import CompiledFunction
 
 given = json.load(sys.stdin)
 before = given["before"].splitlines()
@@ -161,6 +163,26 @@ value.item()
 result["before"] = before_events
 result["events"] = [(event.kind, event.where, event.what) for event in events]
 result["fallbacks"] = graphs.fallbacks()
+
+# A function whose first graph was there already, as when a compile cache holds it.
+found = []
+counts = GraphCounts()
+def twice(x):
+    return (x * 2).tan().sum()
+def compiled(name):
+    return CompiledFunction(twice, name, tuple, counts, found.append, explain=False)
+compiled("before")(x)
+hit = compiled("hit")
+hit(x)
+hit(x)
+result["hit"] = [event.kind for event in found]
+hit(wide)
+result["then"] = [event.kind for event in found]
+result["graphs"] = counts.graphs
+# The counter of programs that were read from a folder, which XLA's CPU client cannot do.
+plain = graphs.metrics.counter_value
+graphs.metrics.counter_value = lambda name: {"UncachedCompile": 3, "PersistentCacheHit": 2}.get(name)
+result["read from a folder"] = graphs.compilations()
 print(json.dumps(result))
 """
 
@@ -219,3 +241,13 @@ def test_the_watch_sees_reads_of_the_device_and_nothing_else(found: dict[str, An
         last = len(lines) - lines[::-1].index(text)
         assert where == f"<string>:{last} in <module>"
     assert len(found["events"]) == len(names)
+
+
+def test_a_first_graph_that_was_there_does_not_hide_the_next(found: dict[str, Any]) -> None:
+    assert found["hit"] == []
+    assert found["then"] == ["recompilation"]
+    assert found["graphs"] == {"before": 1, "hit": 1}
+
+
+def test_a_program_from_the_compile_cache_counts_as_a_graph(found: dict[str, Any]) -> None:
+    assert found["read from a folder"] == 5
