@@ -12,6 +12,7 @@ from pretrain_xla.interop.families import Family
 from pretrain_xla.interop.load import LoadedModel
 from pretrain_xla.model import parameter_count
 from pretrain_xla.redact import redacted
+from pretrain_xla.train.report import perplexity, shown
 
 CARD = """---
 library_name: transformers
@@ -95,7 +96,7 @@ def _training(loaded: LoadedModel) -> str:
     lines.append(f"- Tokenizer: {_tokenizer_words(loaded.tokenizer)}")
     loss = loaded.info.valid_loss
     if loss is not None and math.isfinite(loss):
-        lines.append(f"- Validation loss {loss:.4f} nats per token (perplexity {math.exp(min(loss, 700)):.2f})")
+        lines.append(f"- Validation loss {loss:.4f} nats per token (perplexity {shown(perplexity(loss), 2)})")
     return "\n".join(lines)
 
 

@@ -19,6 +19,7 @@ from pretrain_xla.model import parameter_count
 from pretrain_xla.redact import redacted, redacted_tree
 from pretrain_xla.train.checkpoint import CheckpointInfo, CheckpointStore
 from pretrain_xla.train.files import CONFIG_FILE, TOKENIZER_FOLDER
+from pretrain_xla.train.finite import check_finite
 
 MODEL_HELP = (
     "run folder, checkpoints folder or one checkpoint (also a URL); Hugging Face folder; .safetensors or .pt file; name on "
@@ -89,8 +90,10 @@ def import_command(arguments: Sequence[str]) -> None:
     tokenizer, left_out = usable_tokenizer(found)
     for note in (*notes, *left_out):
         print(f"note: {redacted(note)}")
+    weights = found.read()
+    check_finite(weights, found.where)
     make_empty_folder(flags.out)
-    write_run(LoadedModel(config.model, fit_tensors(found.read(), config.model), tokenizer, found.where), flags.out)
+    write_run(LoadedModel(config.model, fit_tensors(weights, config.model), tokenizer, found.where), flags.out)
     print(
         f"{redacted(found.where)} -> {flags.out}: {_size(config.model)}; evaluate, train or generate from that folder"
     )

@@ -11,6 +11,7 @@ from torch import Tensor
 from pretrain_xla.config import ModelConfig
 from pretrain_xla.redact import redacted
 from pretrain_xla.train.checkpoint import CheckpointInfo, CheckpointStore
+from pretrain_xla.train.finite import check_finite
 
 
 @dataclass(frozen=True)
@@ -53,9 +54,15 @@ class Description:
     notes: tuple[str, ...] = ()
 
     def load(self) -> LoadedModel:
-        """Read the tensors."""
+        """Read the tensors.
+
+        Raises:
+            UserError: they cannot be read, or one holds NaN or infinity.
+        """
         info = None
         if self.checkpoint is not None:
             store, step = self.checkpoint
             info = store.info(step)
-        return LoadedModel(self.config, self.read(), self.tokenizer, self.where, info, self.notes)
+        tensors = self.read()
+        check_finite(tensors, self.where)
+        return LoadedModel(self.config, tensors, self.tokenizer, self.where, info, self.notes)

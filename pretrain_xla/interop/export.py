@@ -16,6 +16,7 @@ from pretrain_xla.interop.load import LoadedModel
 from pretrain_xla.interop.mapping import choose, write_config
 from pretrain_xla.interop.tensors import to_theirs
 from pretrain_xla.interop.tokenizer_files import write_tokenizer
+from pretrain_xla.train.finite import check_finite
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -36,10 +37,11 @@ def export_model(
         Notes for the person, such as a tokenizer that was left out.
 
     Raises:
-        UserError: no architecture computes this model, or the folder cannot be written.
+        UserError: no architecture computes this model, its weights hold NaN or infinity, or the folder cannot be written.
     """
     config = loaded.config
     family = choose(config)
+    check_finite(loaded.tensors, loaded.where)
     make_empty_folder(folder)
     tokenizer, notes = _tokenizer(loaded)
     end = tokenizer.end_of_text if tokenizer is not None else None

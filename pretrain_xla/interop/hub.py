@@ -82,8 +82,12 @@ def download_checkpoint(repository: str, which: str = "newest") -> str:
     found = steps(repository)
     if not found:
         raise UserError(f"{repository} on the Hugging Face Hub: neither a config.json there nor a complete checkpoint")
-    best = _markers(repository, found).best() if which == "best" else None
-    folder = f"{CHECKPOINTS}/{folder_name(found[-1] if best is None else best)}"
+    markers = _markers(repository, found)
+    newest = markers.newest()
+    best = markers.best() if which == "best" else None
+    if newest is None:  # only damaged ones: opening it says so
+        newest = found[-1]
+    folder = f"{CHECKPOINTS}/{folder_name(newest if best is None else best)}"
     root = huggingface_hub.snapshot_download(repository, allow_patterns=[*RUN_FILES, f"{folder}/*"])
     return f"{root}/{folder}"
 
@@ -161,7 +165,7 @@ def push_checkpoint(repository: str, store: CheckpointStore, step: int, files: M
     operations += [huggingface_hub.CommitOperationAdd(inside, path) for inside, path in files.items()]
     there = steps(repository)
     losses = _markers(repository, there).losses() if there else {}
-    for old in set(there) - store.kept(losses) - {step}:
+    for old in set(losses) - store.kept(losses) - {step}:  # what cannot be understood there is left alone
         inside = f"{CHECKPOINTS}/{folder_name(old)}/"
         operations.append(huggingface_hub.CommitOperationDelete(inside, is_folder=True))
     huggingface_hub.HfApi().create_commit(repository, operations, commit_message=f"Checkpoint of step {step}")

@@ -40,7 +40,7 @@ def load_model(name_or_path: str, which: str = "newest", stated: Mapping[str, An
         stated: options of `ModelConfig` that a person gave; used for what an old file of weights does not say.
 
     Raises:
-        UserError: nothing there, or something that is damaged or that our model cannot compute.
+        UserError: nothing there, or something that is damaged, holds NaN or infinity, or that our model cannot compute.
     """
     return describe(name_or_path, which, stated).load()
 
@@ -81,7 +81,8 @@ def _hub(repository: str, which: str) -> Description:
 
 
 def _checkpoint(path: str, which: str) -> Description:
-    store, step = open_checkpoint(path, which)
+    notes: list[str] = []
+    store, step = open_checkpoint(path, which, notes.append)
     folder, info = store.folder(step), store.info(step)
     config = build_config({"model": info.config["model"]}, folder).model
 
@@ -89,8 +90,9 @@ def _checkpoint(path: str, which: str) -> Description:
         prefix = "model."
         return {n.removeprefix(prefix): t for n, t in store.load(step).items() if n.startswith(prefix)}
 
-    tokenizer, notes = _tokenizer_of(store.root, info, config.vocab_size)
-    return Description(config, tokenizer, folder, read, (store, step), notes=tuple(f"{folder}: {n}" for n in notes))
+    tokenizer, guesses = _tokenizer_of(store.root, info, config.vocab_size)
+    notes += [f"{folder}: {guess}" for guess in guesses]
+    return Description(config, tokenizer, folder, read, (store, step), notes=tuple(notes))
 
 
 def _tokenizer_of(checkpoints_dir: str, info: CheckpointInfo, vocab_size: int) -> tuple[str | None, list[str]]:

@@ -8,18 +8,15 @@ Writing happens in a thread, from host copies; the cost to the run is the copy, 
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import threading
 import warnings
 import zlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-import fsspec
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
@@ -27,77 +24,79 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from pretrain_xla.errors import UserError
+from pretrain_xla.train.checkpoint_folders import PREFIX, CheckpointFolders, step_of
 from pretrain_xla.train.checkpoint_metadata import ForbiddenName, read_metadata, reader
+from pretrain_xla.train.finite import not_finite
+from pretrain_xla.train.marker import MARKER, CheckpointInfo, DamagedMarker, NewerMarker, read_marker, write_marker
+
+__all__ = ["MARKER", "PREFIX", "CheckpointInfo", "CheckpointStore", "open_checkpoint"]
 
 # Of torch's own making, on every save: one process writes here by design, and the storage class is not ours.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 warnings.filterwarnings("ignore", message="TypedStorage is deprecated")
-
-MARKER = "checkpoint.json"
-PREFIX = "step_"
-
-
-@dataclass(frozen=True)
-class CheckpointInfo:
-    """What `checkpoint.json` says. step: updates made. valid_loss: the last one measured. data: fingerprint of the shards.
-    checksums: of each tensor; none in checkpoints from before there were any.
-    """
-
-    step: int
-    valid_loss: float | None
-    data: str
-    config: dict[str, Any]
-    version: int = 1
-    checksums: dict[str, int] | None = None
 
 
 class CheckpointStore:
     """The checkpoints of one run, newest last; keeps the newest `limit` and the one with the best validation loss.
 
     written: called by the writing thread with the step of each complete checkpoint. in_use: steps that must not be removed now;
-    they go with a later one, or by `prune`.
+    they go with a later one, or by `prune`. damaged: step → what is wrong with its marker, of those that were met: they are no
+    checkpoints, and are left as they are.
     """
 
     def __init__(self, root: str, limit: int) -> None:
-        self.root = root.rstrip("/")
+        self._folders = CheckpointFolders(root)
+        self.root = self._folders.root
         self._limit = limit
-        try:
-            self._files, self._path = fsspec.core.url_to_fs(self.root)
-        except (ImportError, ValueError) as error:
-            raise UserError(f"checkpoints_dir={root}: {error}") from None
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._removing = threading.RLock()  # an upload's thread asks what is kept, the writing thread removes the rest
         self._pending: Future[None] | None = None
+        self._infos: dict[int, CheckpointInfo] = {}  # a marker never changes, so each is read once
+        self._writing: int | None = None
+        self.damaged: dict[int, str] = {}
         self.written: Callable[[int], None] = lambda step: None
         self.in_use: Callable[[], set[int]] = set
 
     def folder(self, step: int) -> str:
         """Folder of the checkpoint of a step."""
-        return f"{self.root}/{PREFIX}{step:08d}"
+        return self._folders.url(step)
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, ascending."""
-        try:
-            found = self._files.ls(self._path, detail=False) if self._files.exists(self._path) else []
-        except OSError as error:  # a bucket that is not there, or not ours
-            raise UserError(f"checkpoints_dir={self.root} cannot be listed: {error}") from None
-        names = [entry.rstrip("/").rsplit("/", 1)[-1] for entry in found]
-        steps = sorted(
-            int(n.removeprefix(PREFIX)) for n in names if n.startswith(PREFIX) and n[len(PREFIX) :].isdigit()
-        )
-        return [step for step in steps if self._files.exists(self._marker(step))]
+        return [step for step in self._folders.marked() if self._is_whole(step)]
+
+    def _is_whole(self, step: int) -> bool:
+        if step not in self._infos:
+            try:
+                self._infos[step] = read_marker(self._folders.files, self._folders.marker(step), step)
+            except DamagedMarker as error:
+                self.damaged[step] = str(error)
+            except FileNotFoundError:  # removed meanwhile
+                return False
+            except (OSError, NewerMarker) as error:  # not to be taken for damage: a run would go on from an older one
+                raise UserError(f"{self.folder(step)}/{MARKER} cannot be read ({error})") from None
+        return step in self._infos
+
+    def passed_over(self, chosen: int | None) -> list[str]:
+        """A line on each damaged checkpoint that is newer than the one that was chosen."""
+        return [
+            f"{self.folder(step)}/{MARKER} cannot be read ({why}), so that checkpoint is passed over"
+            + ("" if chosen is None else f" for that of step {chosen}")
+            for step, why in sorted(self.damaged.items())
+            if chosen is None or step > chosen
+        ]
 
     def newest(self) -> int | None:
         """Step of the newest complete checkpoint."""
         return max(self.steps(), default=None)
 
     def best(self) -> int | None:
-        """Step of the checkpoint with the lowest validation loss; the newest of them on a tie."""
+        """Step of the checkpoint with the lowest validation loss; the first of them on a tie: no later one is better."""
         return _best(self.losses())
 
     def losses(self) -> dict[int, float | None]:
-        """Step → last validation loss, of the complete checkpoints, ascending."""
-        return {step: self.info(step).valid_loss for step in self.steps()}
+        """Step → validation loss of these weights, or none, of the complete checkpoints, ascending."""
+        return {step: self._infos[step].valid_loss for step in self.steps()}
 
     def kept(self, elsewhere: Mapping[int, float | None] | None = None) -> set[int]:
         """Steps of the newest `limit` checkpoints and of the best one, here and `elsewhere` (as `losses`) together."""
@@ -107,26 +106,26 @@ class CheckpointStore:
         return {*sorted(losses)[-self._limit :], *([] if best is None else [best])}
 
     def prune(self) -> None:
-        """Remove the checkpoints that are neither kept nor in use."""
+        """Remove the checkpoints that are neither kept nor in use, and what broken off writes and removals left behind."""
         with self._removing:
-            keep = self.kept() | self.in_use()
-            for step in self.steps():
-                if step not in keep:
-                    # The marker goes first, so that a half-removed folder is never taken for a checkpoint.
-                    self._files.rm(self._marker(step))
-                    self._files.rm(f"{self._path}/{PREFIX}{step:08d}", recursive=True)
+            whole, keep = self.steps(), self.kept() | self.in_use()
+            left = [step for step in self._folders.all() if step not in whole and step != self._writing]
+            gone = [step for step in whole if step not in keep]
+            for step in (*gone, *filter(self._folders.is_remainder, left)):
+                self._infos.pop(step, None)
+                self._folders.remove(step)
 
     def info(self, step: int) -> CheckpointInfo:
         """What the marker of a step says.
 
         Raises:
-            UserError: the marker cannot be read.
+            UserError: there is none, or it cannot be read.
         """
-        try:
-            with self._files.open(self._marker(step), "r") as file:
-                return CheckpointInfo(**json.load(file))
-        except (OSError, ValueError, TypeError) as error:
-            raise UserError(f"{self.folder(step)}/{MARKER} cannot be read ({error}): remove that folder") from None
+        self._infos.pop(step, None)
+        if not self._is_whole(step):
+            why = self.damaged.get(step, "no such file")
+            raise UserError(f"{self.folder(step)}/{MARKER} cannot be read ({why}): remove that folder")
+        return self._infos[step]
 
     def load(self, step: int) -> dict[str, Tensor]:
         """All tensors of a checkpoint, whole, on the host.
@@ -176,6 +175,8 @@ class CheckpointStore:
         pending, self._pending = self._pending, None
         try:
             pending.result()
+        except UserError:
+            raise
         except (Exception, CheckpointException) as error:
             raise UserError(
                 f"{self.root}: a checkpoint could not be written ({_reason(error)}); earlier ones are whole: "
@@ -189,16 +190,13 @@ class CheckpointStore:
         finally:
             self._writer.shutdown(wait=True)
 
-    def _marker(self, step: int) -> str:
-        return f"{self._path}/{PREFIX}{step:08d}/{MARKER}"
-
     def _read(self, step: int) -> dict[str, Tensor]:
-        path = f"{self._path}/{PREFIX}{step:08d}"
-        entries = self._files.ls(path, detail=True)
+        files, path = self._folders.files, self._folders.path(step)
+        entries = files.ls(path, detail=True)
         sizes = {
             entry["name"].rsplit("/", 1)[-1]: entry["size"] or 0 for entry in entries if entry["type"] != "directory"
         }
-        with self._files.open(f"{path}/.metadata", "rb") as file:
+        with files.open(f"{path}/.metadata", "rb") as file:
             metadata = read_metadata(file, sizes)
         tensors: dict[str, Any] = {
             name: torch.empty(entry.size, dtype=entry.properties.dtype)
@@ -211,48 +209,73 @@ class CheckpointStore:
     def _write(self, tensors: dict[str, Tensor], info: CheckpointInfo) -> None:
         if info.step in self.steps():
             return  # asked to stop just after a save: what is there is this state, and rewriting would put it at risk
-        folder = self.folder(info.step)
-        path = f"{self._path}/{PREFIX}{info.step:08d}"
-        if self._files.exists(path):
-            self._files.rm(path, recursive=True)  # what an interrupted write left behind
-        self._files.makedirs(path, exist_ok=True)
-        info = replace(info, checksums={name: _checksum(tensor) for name, tensor in tensors.items()})
-        dcp.save(tensors, storage_writer=_writer(folder), no_dist=True)
-        with self._files.open(self._marker(info.step), "w") as file:
-            json.dump(asdict(info), file)
+        if (fault := not_finite(tensors)) is not None:
+            newest = self.newest()
+            raise UserError(
+                f"the state after step {info.step} is not saved: {fault}; lower --learning-rate, raise --warmup-steps or set "
+                f"--max-grad-norm 1.0; "
+                + ("there is no earlier checkpoint" if newest is None else f"the newest one is that of step {newest}")
+            )
+        files, folders = self._folders.files, self._folders
+        self._writing = info.step
+        try:
+            folders.remove(info.step)  # what an interrupted write left behind
+            files.makedirs(folders.path(info.step), exist_ok=True)
+            info = replace(info, checksums={name: _checksum(tensor) for name, tensor in tensors.items()})
+            dcp.save(tensors, storage_writer=_writer(folders.url(info.step)), no_dist=True)
+            write_marker(files, folders.marker(info.step), info)
+            self.damaged.pop(info.step, None)
+        finally:
+            self._writing = None
         self.prune()
         self.written(info.step)
 
 
-def open_checkpoint(path: str, which: str = "newest") -> tuple[CheckpointStore, int]:
+def open_checkpoint(
+    path: str, which: str = "newest", say: Callable[[str], None] = lambda line: None
+) -> tuple[CheckpointStore, int]:
     """The store and step that a person means by a run folder, a folder of checkpoints, or one checkpoint.
 
     Args:
         path: any of the three.
         which: `newest` or `best`, when there are several.
+        say: takes a line on each that is passed over, and where the best is asked for and was never measured.
 
     Raises:
         UserError: there is no complete checkpoint there.
     """
     path = path.rstrip("/")
-    name = os.path.basename(path)
-    if name.startswith(PREFIX) and name[len(PREFIX) :].isdigit():
-        store, step = CheckpointStore(os.path.dirname(path) or ".", limit=1), int(name[len(PREFIX) :])
+    if (step := step_of(os.path.basename(path))) is not None:
+        store = CheckpointStore(os.path.dirname(path) or ".", limit=1)
         if step in store.steps():
             return store, step
+        if step in store.damaged:
+            store.info(step)
+    damaged: list[str] = []
     for root in (path, f"{path}/checkpoints"):
         store = CheckpointStore(root, limit=1)
-        found = store.best() if which == "best" else store.newest()
-        if found is None and which == "best":
-            found = store.newest()
-        if found is not None:
-            return store, found
+        found = store.newest()
+        lines = store.passed_over(found)
+        if found is None:
+            damaged += lines
+            continue
+        if which == "best" and (best := store.best()) is not None:
+            found = best
+        elif which == "best":
+            lines.append(
+                f"{root}: the validation loss of no checkpoint was measured: the newest, of step {found}, is taken"
+            )
+        for line in lines:
+            say(line)
+        return store, found
+    if damaged:
+        raise UserError(f"{damaged[-1]}, and there is no other: remove that folder")
     raise UserError(f"{path}: no complete checkpoint there; name a run folder, its checkpoints folder, or one step_…")
 
 
 def _best(losses: Mapping[int, float | None]) -> int | None:
-    known = [(loss, -step) for step, loss in losses.items() if loss is not None and math.isfinite(loss)]
-    return -min(known)[1] if known else None
+    known = [(loss, step) for step, loss in losses.items() if loss is not None]
+    return min(known)[1] if known else None
 
 
 def _checksum(tensor: Tensor) -> int:

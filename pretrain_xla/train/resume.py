@@ -15,29 +15,53 @@ from pretrain_xla.interop.adopt import FREE_MODEL_KEYS, check_fits, fit_tensors
 from pretrain_xla.interop.load import describe
 from pretrain_xla.model.stacked import of_all_layers
 from pretrain_xla.train.checkpoint import CheckpointInfo, CheckpointStore, open_checkpoint
+from pretrain_xla.train.finite import check_finite, check_names
 from pretrain_xla.train.loss_scale import LossScale
 
 
 @dataclass
 class Start:
-    """The state that a run begins from. step: updates already made. tensors: name → host tensor, empty for a new run."""
+    """The state that a run begins from. step: updates already made. tensors: name → host tensor, empty for a new run. where:
+    what was read. own: it goes on with this run, not with another's checkpoint. tests: only the weights count.
+    """
 
     store: CheckpointStore
     step: int = 0
-    valid_loss: float | None = None
     tensors: dict[str, Tensor] = field(default_factory=dict)
+    where: str = ""
+    own: bool = False
+    tests: bool = False
 
     def load_model(self, model: nn.Module) -> None:
-        """Put the checkpoint's parameters into a model on the host."""
+        """Put the checkpoint's parameters into a model on the host.
+
+        Raises:
+            UserError: one is not there, or of another shape.
+        """
         state = {n.removeprefix("model."): t for n, t in self.tensors.items() if n.startswith("model.")}
+        check_names(state, model.state_dict(), self.where)
         model.load_state_dict(state, strict=True)
 
     def optimizer_tensor(self, name: str, parameter: Tensor) -> Tensor:
-        """The saved tensor of the optimizer by that name; for a new run, zeros of the parameter's shape (a 0-d step)."""
+        """The saved tensor of the optimizer by that name. Where there cannot be one (a new run, weights from elsewhere, a mere
+        test): zeros of the parameter's shape (a 0-d step).
+
+        Raises:
+            UserError: it is not there although others are or updates were made, or it is of another shape.
+        """
         saved = of_all_layers(f"optimizer.{name}", self.tensors)
-        if saved is not None:
-            return saved
-        return torch.zeros((), dtype=torch.int32) if name == "step" else torch.zeros(parameter.shape)
+        shape = () if name == "step" else tuple(parameter.shape)
+        if self.tests or (
+            saved is None and self.step == 0 and not any(n.startswith("optimizer.") for n in self.tensors)
+        ):
+            return torch.zeros(shape, dtype=torch.int32 if name == "step" else torch.float32)
+        if saved is None or tuple(saved.shape) != shape:
+            wrong = f"lacks optimizer.{name}" if saved is None else f"holds optimizer.{name} in another shape"
+            raise UserError(
+                f"{self.where} {wrong}, without which update {self.step + 1} would be another: remove that folder to continue "
+                "from an older checkpoint"
+            )
+        return saved
 
     def load_loss_scale(self, loss_scale: LossScale | None) -> None:
         """Continue with the saved loss scale, where there is one."""
@@ -59,6 +83,10 @@ def find_start(config: RunConfig, data_fingerprint: str, say: Callable[[str], No
     root = config.checkpoints_dir
     store = CheckpointStore(root, config.checkpoint.saved_checkpoint_limit)
     newest = store.newest()
+    for line in store.passed_over(newest):
+        if newest is None:
+            raise UserError(f"{line}, and there is no other: remove that folder to begin anew")
+        say(line)
     if newest is not None and not config.checkpoint.resume and not config.train.do_test:
         raise UserError(
             f"--no-resume, but {root} holds checkpoints up to step {newest}: "
@@ -77,7 +105,9 @@ def find_start(config: RunConfig, data_fingerprint: str, say: Callable[[str], No
     check_same_model(info, config.model, source.folder(step))
     _point_out_other_data(info, source.folder(step), data_fingerprint, config, say)
     say(f"continuing from {source.folder(step)}")
-    return Start(store, step, info.valid_loss, source.load(step))
+    tensors = source.load(step)
+    check_finite(tensors, source.folder(step))
+    return Start(store, step, tensors, source.folder(step), own=True, tests=config.train.do_test)
 
 
 def _pushed(config: RunConfig, root: str, newest: int | None) -> str | None:
@@ -106,11 +136,16 @@ def _from_model(config: RunConfig, store: CheckpointStore, data_fingerprint: str
     check_fits(found, config.model)
     say(f"continuing from {found.where}")
     if found.checkpoint is None:
-        return Start(store, tensors={f"model.{n}": t for n, t in fit_tensors(found.read(), config.model).items()})
+        weights = found.read()
+        check_finite(weights, found.where)
+        tensors = {f"model.{name}": tensor for name, tensor in fit_tensors(weights, config.model).items()}
+        return Start(store, tensors=tensors, where=found.where)
     source, step = found.checkpoint
     info = source.info(step)
     _point_out_other_data(info, source.folder(step), data_fingerprint, config, say)
-    return Start(store, step, info.valid_loss, fit_tensors(source.load(step), config.model))
+    tensors = source.load(step)
+    check_finite(tensors, found.where)
+    return Start(store, step, fit_tensors(tensors, config.model), found.where, tests=config.train.do_test)
 
 
 def _point_out_other_data(

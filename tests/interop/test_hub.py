@@ -18,7 +18,7 @@ from pretrain_xla import cli
 from pretrain_xla.config import build_config
 from pretrain_xla.errors import UserError
 from pretrain_xla.interop.command import export_command, import_command
-from pretrain_xla.interop.hub import check_writable
+from pretrain_xla.interop.hub import check_writable, download_checkpoint
 from pretrain_xla.interop.load import load_model
 from pretrain_xla.interop.upload import Uploader
 from pretrain_xla.train.checkpoint import CheckpointInfo, CheckpointStore
@@ -269,6 +269,24 @@ def test_what_was_pushed_elsewhere_is_kept_by_the_same_rule(
     store.close()
     assert said == []
     assert steps_on(online) == {6, 12}, "the best, which only the Hub has, and the newest"
+
+
+def test_a_damaged_marker_on_the_hub_harms_no_other(
+    online: Hub, pushing: tuple[Uploader, CheckpointStore, list[str]]
+) -> None:
+    uploader, store, said = pushing
+    for step in (7, 8):
+        save(store, step, loss=1.0)
+    uploader.close()
+    online.put("alice/run", online.files("alice/run") | {"checkpoints/step_00000010/checkpoint.json": b'{"step'})
+    again = Uploader("alice/run", uploader._run_dir, store, said.append)
+    assert download_checkpoint("alice/run").endswith("step_00000008")
+    assert download_checkpoint("alice/run", "best").endswith("step_00000007"), "of equals the first"
+    save(store, 9)
+    again.close()
+    store.close()
+    assert said == []
+    assert steps_on(online) == {7, 9, 10}, "what cannot be understood is left alone"
 
 
 def test_the_best_one_is_pushed_though_it_was_left_out(

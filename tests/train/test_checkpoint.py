@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import resource
+import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -32,7 +33,7 @@ def state(seed: int = 0) -> dict[str, Tensor]:
         "model.embedding.weight": torch.randn(7, 5, generator=generator),
         "model.bf16": torch.randn(9, generator=generator).bfloat16(),
         "optimizer.step": torch.tensor(seed + 3, dtype=torch.int32),
-        "optimizer.first_moment.odd": torch.tensor([float("inf"), -0.0, 1e-45, torch.finfo(torch.float32).max]),
+        "optimizer.first_moment.odd": torch.tensor([-0.0, 1e-45, torch.finfo(torch.float32).max]),
         "big": torch.tensor([2**62 + 1, -1]),
         "mask": torch.tensor([True, False]),
         "empty": torch.zeros(0, 3),
@@ -126,7 +127,7 @@ def test_the_newest_and_the_best_are_kept(store: CheckpointStore, root: str) -> 
     assert names == ["step_00000002", "step_00000004", "step_00000005"], "nothing of the others is left"
     save(store, 0.5, 0.5, first=6)
     assert store.steps() == [6, 7]
-    assert store.best() == 7, "of equals the newest"
+    assert store.best() == 6, "of equals the first: the other is no better"
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -136,8 +137,8 @@ def test_pruning_keeps_the_newest_and_the_best_of_all(losses: list[float | None]
     for step, loss in enumerate(losses, start=1):
         store.save({"x": torch.tensor(step)}, info(step, loss))
     store.close()
-    measured = [(loss, -step) for step, loss in enumerate(losses, start=1) if loss is not None]
-    best = {-min(measured)[1]} if measured else set()
+    measured = [(loss, step) for step, loss in enumerate(losses, start=1) if loss is not None]
+    best = {min(measured)[1]} if measured else set()
     assert set(store.steps()) == set(range(1, len(losses) + 1)[-limit:]) | best
 
 
@@ -161,7 +162,11 @@ def test_every_way_to_name_a_checkpoint(store: CheckpointStore, root: str) -> No
 
 def test_without_a_measured_loss_the_best_is_the_newest(store: CheckpointStore, root: str) -> None:
     save(store, None, None)
-    assert open_checkpoint(root, "best")[1] == 2
+    said: list[str] = []
+    assert open_checkpoint(root, "best", said.append)[1] == 2
+    assert said == [f"{root}: the validation loss of no checkpoint was measured: the newest, of step 2, is taken"]
+    assert open_checkpoint(root, "newest", said.append)[1] == 2
+    assert len(said) == 1
 
 
 def test_a_step_folder_by_its_bare_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,6 +187,22 @@ def test_where_there_is_none(tmp_path: Path, root: str) -> None:
 def test_a_url_of_no_known_kind() -> None:
     with pytest.raises(UserError, match="checkpoints_dir=qq://bucket/c: Protocol not known: qq"):
         CheckpointStore("qq://bucket/c", limit=1)
+
+
+def test_a_loss_from_another_step_is_no_measure(tmp_path: Path) -> None:
+    """Version 1 carried the last loss along: it counts where a validation was due at that step, by the run's own settings."""
+    config = CONFIG | {"train": {"valid_interval": 4, "train_steps": 7}}
+    store = CheckpointStore(str(tmp_path), limit=9)
+    for step, loss in {4: 3.0, 5: 3.0, 6: 1.0, 7: 2.0}.items():
+        store.save(state(step), replace(info(step, loss), config=config, version=1))
+    store.close()
+    assert CheckpointStore(str(tmp_path), limit=1).losses() == {4: 3.0, 5: None, 6: None, 7: 2.0}
+    assert open_checkpoint(str(tmp_path), "best")[1] == 7
+
+
+def test_what_was_measured_is_not_pruned_for_what_was_not(store: CheckpointStore) -> None:
+    save(store, 3.0, None, None, None)
+    assert (store.best(), store.steps()) == (1, [1, 3, 4])
 
 
 def truncate(path: Path, to: int) -> None:
@@ -243,6 +264,112 @@ def test_a_damaged_marker(content: bytes, tmp_path: Path) -> None:
         store.info(1)
     assert str(caught.value).startswith(f"{tmp_path}/step_00000001/{MARKER} cannot be read")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[" * 100_000, b'{"step": 2}', b'{"step": 1, "data": 2}'])
+def test_a_damaged_marker_harms_no_other(content: bytes, root: str) -> None:
+    save(CheckpointStore(root, limit=9), 3.0, 2.0, 1.0)
+    files, path = fsspec.core.url_to_fs(root)
+    for step in (1, 3):
+        files.pipe_file(f"{path}/step_{step:08d}/{MARKER}", content)
+    said: list[str] = []
+    store, step = open_checkpoint(root, "newest", said.append)
+    assert step == 2
+    assert len(said) == 1
+    assert said[0].startswith(f"{root}/step_00000003/{MARKER} cannot be read (")
+    assert said[0].endswith("so that checkpoint is passed over for that of step 2")
+    with pytest.raises(UserError, match=f"step_00000003/{MARKER} cannot be read"):
+        open_checkpoint(f"{root}/step_00000003")
+    store = CheckpointStore(root, limit=1)
+    save(store, 2.5, 2.25, first=3)  # over the newer of them, and past the older
+    store.close()
+    assert store.steps() == [2, 4]
+    assert files.exists(f"{path}/step_00000001/.metadata"), "what is in it may be whole, and a person may want it"
+    for step in (2, 4):
+        files.pipe_file(f"{path}/step_{step:08d}/{MARKER}", content)
+    with pytest.raises(UserError, match="and there is no other"):
+        open_checkpoint(root)
+
+
+def test_a_later_versions_checkpoint_is_not_passed_over(tmp_path: Path) -> None:
+    store = CheckpointStore(str(tmp_path), limit=9)
+    save(store, 3.0, 2.0)
+    marker = tmp_path / "step_00000002" / MARKER
+    marker.write_text(json.dumps(json.loads(marker.read_text()) | {"surprise": 1}))
+    with pytest.raises(UserError, match="a later version of pretrain_xla wrote it: surprise is not known here"):
+        open_checkpoint(str(tmp_path))
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing after it is done."""
+
+
+def test_a_marker_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed before each thing that is made last: the marker, and its content on the disk before it has its name."""
+    done: list[str] = []
+    fsync, replaced = os.fsync, shutil.move
+
+    def sync(descriptor: int) -> None:
+        done.append(os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    def move(source: str, target: str) -> Any:
+        done.append(f"named {os.path.basename(target)}")
+        return replaced(source, target)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(shutil, "move", move)
+    store = CheckpointStore(str(tmp_path), limit=1)
+    save(store, 1.0)
+    folder = "step_00000001"
+    assert done[-5:] == [folder, f"{MARKER}.partial", f"named {MARKER}", folder, tmp_path.name]
+
+    def killed(source: str, target: str) -> Any:
+        raise Killed
+
+    monkeypatch.setattr(shutil, "move", killed)
+    store.save(state(2), info(2))
+    with pytest.raises(Killed):
+        store.wait()
+    assert (store.steps(), open_checkpoint(str(tmp_path))[1]) == ([1], 1)
+    monkeypatch.undo()
+    save(store, None, first=3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000001", "step_00000003"], "and cleaned up"
+
+
+def test_what_is_not_ours_stays(tmp_path: Path) -> None:
+    """Half a checkpoint goes; with a stranger's file in it, it stays; of a link, only the link goes."""
+    root, elsewhere = tmp_path / "checkpoints", tmp_path / "elsewhere"
+    store = CheckpointStore(str(elsewhere), limit=9)
+    save(store, None, None)
+    for step in (1, 2, 5):
+        (root / f"step_{step:08d}").parent.mkdir(exist_ok=True)
+        (root / f"step_{step:08d}").symlink_to(elsewhere / f"step_{step:08d}")  # the last one to nowhere
+    for step, name in ((3, "__0_0.distcp"), (4, "notes.txt")):
+        (root / f"step_{step:08d}").mkdir()
+        (root / f"step_{step:08d}" / name).write_text("x")
+    mine = CheckpointStore(str(root), limit=1)
+    assert mine.newest() == 2
+    save(mine, None, first=5)
+    assert sorted(path.name for path in root.iterdir()) == ["step_00000004", "step_00000005"]
+    assert not (root / "step_00000005").is_symlink()
+    assert store.steps() == [1, 2]
+    assert same(store.load(1), state(1)), "what the link pointed to is whole"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_what_is_no_number_is_not_saved(value: float, kind: torch.dtype, store: CheckpointStore) -> None:
+    save(store, 2.0)
+    ruined = state(2) | {"optimizer.second_moment.x": torch.tensor([[1.0, value]], dtype=kind)}
+    store.save(ruined, info(2, 1.0))
+    with pytest.raises(UserError) as caught:
+        store.wait()
+    assert str(caught.value).startswith(
+        "the state after step 2 is not saved: optimizer.second_moment.x holds NaN or infinity in 1 of 2 places; lower"
+    )
+    assert str(caught.value).endswith("the newest one is that of step 1")
+    assert (store.steps(), store.best()) == ([1], 1)
 
 
 def assert_write_failed(error: UserError, root: Path) -> None:
@@ -319,4 +446,4 @@ def test_the_marker_says_what_the_checkpoint_is(tmp_path: Path) -> None:
     save(CheckpointStore(str(tmp_path), limit=1), 2.5)
     marker = json.loads((tmp_path / "step_00000001" / MARKER).read_text())
     assert marker.pop("checksums").keys() == state().keys()
-    assert marker == {"step": 1, "valid_loss": 2.5, "data": "fingerprint", "config": CONFIG, "version": 1}
+    assert marker == {"step": 1, "valid_loss": 2.5, "data": "fingerprint", "config": CONFIG, "version": 2}

@@ -13,7 +13,7 @@ from torch import Tensor
 from pretrain_xla.config import ModelConfig, RunConfig
 from pretrain_xla.errors import UserError
 from pretrain_xla.model import GPT, initialize
-from pretrain_xla.train.checkpoint import CheckpointInfo, CheckpointStore
+from pretrain_xla.train.checkpoint import MARKER, CheckpointInfo, CheckpointStore
 from pretrain_xla.train.loss_scale import LossScale
 from pretrain_xla.train.resume import Start, check_same_model, find_start
 
@@ -37,7 +37,7 @@ def leave(config: RunConfig, *steps: int, root: str | None = None) -> dict[str, 
 def test_a_new_run_starts_from_nothing(make_config: Make, tmp_path: Path) -> None:
     said: list[str] = []
     start = find_start(make_config(), "data", said.append)
-    assert (start.step, start.valid_loss, start.tensors, said) == (0, None, {}, [])
+    assert (start.step, start.tensors, start.own, said) == (0, {}, False, [])
     assert start.store.root == str(tmp_path / "run" / "checkpoints")
     weight = torch.ones(3, 2)
     assert torch.equal(start.optimizer_tensor("first_moment.x", weight), torch.zeros(3, 2))
@@ -50,7 +50,7 @@ def test_a_run_continues_from_its_newest(make_config: Make) -> None:
     said: list[str] = []
     tensors = leave(config, 3, 5)
     start = find_start(config, "data", said.append)
-    assert (start.step, start.valid_loss) == (5, 5.0)
+    assert (start.step, start.own) == (5, True)
     assert said == [f"continuing from {start.store.folder(5)}"]
     model = GPT(config.model)
     start.load_model(model)
@@ -59,6 +59,55 @@ def test_a_run_continues_from_its_newest(make_config: Make) -> None:
     assert int(start.optimizer_tensor("step", torch.ones(2))) == 5
     start.release()
     assert start.tensors == {}
+
+
+def test_a_run_continues_from_the_newest_that_is_whole(make_config: Make) -> None:
+    config = make_config()
+    leave(config, 3, 5)
+    marker = Path(config.checkpoints_dir) / "step_00000005" / MARKER
+    marker.write_bytes(b"")  # as a kill left it where it was written in place
+    said: list[str] = []
+    start = find_start(config, "data", said.append)
+    assert start.step == 3
+    assert said[0].startswith(f"{marker} cannot be read")
+    assert said[1:] == [f"continuing from {start.store.folder(3)}"]
+    (Path(config.checkpoints_dir) / "step_00000003" / MARKER).write_bytes(b"")
+    with pytest.raises(UserError, match="and there is no other: remove that folder to begin anew"):
+        find_start(config, "data", print)
+
+
+def leave_tensors(config: RunConfig, tensors: dict[str, Tensor], step: int) -> Start:
+    store = CheckpointStore(config.checkpoints_dir, limit=9)
+    store.save(tensors, CheckpointInfo(step, None, "data", config.model_dump(mode="json")))
+    store.close()
+    return find_start(config, "data", print)
+
+
+def test_a_tensor_that_is_missing_is_no_zeros(make_config: Make) -> None:
+    config = make_config()
+    weight = torch.ones(3, 2)
+    model = {"model.x": weight}
+    moment, step = {"optimizer.first_moment.x": weight}, {"optimizer.step": torch.tensor(4, dtype=torch.int32)}
+    start = leave_tensors(config, {**model, **moment, **step}, 4)
+    assert torch.equal(start.optimizer_tensor("first_moment.x", weight), weight)
+    with pytest.raises(
+        UserError, match=r"step_00000004 lacks optimizer.second_moment.x, without which update 5 would be another"
+    ):
+        start.optimizer_tensor("second_moment.x", weight)
+    with pytest.raises(UserError, match=r"holds optimizer.first_moment.x in another shape"):
+        start.optimizer_tensor("first_moment.x", torch.ones(2, 3))
+    with pytest.raises(UserError, match=r"step_00000005 lacks optimizer.step"):
+        leave_tensors(config, model, 5).optimizer_tensor("step", weight)
+    with pytest.raises(UserError, match=r"step_00000005 lacks [a-z.0-9_]+: name another"):
+        find_start(config, "data", print).load_model(GPT(config.model))
+    evaluated = find_start(make_config(train={"do_test": True}), "data", print)
+    assert not evaluated.optimizer_tensor("first_moment.x", weight).any(), "a test needs none"
+
+
+def test_weights_from_elsewhere_have_no_optimizer(make_config: Make) -> None:
+    config = make_config()
+    weight = torch.ones(3, 2)
+    assert not leave_tensors(config, {"model.x": weight}, 0).optimizer_tensor("first_moment.x", weight).any()
 
 
 def test_other_data_is_pointed_out(make_config: Make) -> None:
