@@ -22,7 +22,6 @@ from pretrain_xla.data import documents, open_file
 from pretrain_xla.data.dataset import open_dataset, verify_checksums
 from pretrain_xla.data.documents import read_documents
 from pretrain_xla.data.files import filesystem
-from pretrain_xla.data.formats import layout
 from pretrain_xla.data.journal import read_progress
 from pretrain_xla.data.manifest import dataset_info
 from pretrain_xla.data.tokenizer import load_tokenizer
@@ -230,11 +229,3 @@ def test_a_long_window_is_unpacked_a_piece_at_a_time() -> None:
     stream = open_file.unpacked(io.BytesIO(packed.getvalue()), "a.zst")
     assert stream.read(10) == b"x" * 10
     assert len(stream.raw._waiting) < 2**28 - 2**24  # of all that those few KB hold
-
-
-@pytest.mark.parametrize(
-    "text", ["-" * 3000 + "1", "(" * 3000, "[" * 3000, "{'descr':'<u2','fortran_order':False,'shape':(-5,)}"]
-)
-def test_the_header_of_an_npy_file_is_pythons_and_read_as_such(text: str) -> None:
-    raw = b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode()
-    refused(lambda: layout("x.npy", len(raw), raw), "x.npy: ")

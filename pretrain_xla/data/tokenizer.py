@@ -16,7 +16,6 @@ import tiktoken
 import tokenizers
 
 from pretrain_xla.data.files import filesystem
-from pretrain_xla.data.patterns import check_patterns
 from pretrain_xla.data.tokenizer_kinds import (
     BITBPE_FILE,
     END_OF_TEXT,
@@ -30,7 +29,7 @@ from pretrain_xla.data.tokenizer_kinds import (
 )
 from pretrain_xla.data.vocab_merges import VOCABULARIES, as_tokenizer_json, is_vocabulary
 from pretrain_xla.errors import UserError
-from pretrain_xla.untrusted import parse_json, parse_object
+from pretrain_xla.untrusted import parse_object
 
 __all__ = [
     "END_OF_TEXT",
@@ -194,7 +193,6 @@ def _load_json(name: str, fs: Any, path: str) -> JsonTokenizer:
     try:
         content = as_tokenizer_json(name, fs, path) if is_vocabulary(path) else fs.cat_file(path).decode("utf-8-sig")
         names = _end_of_text_names(fs, folder)
-        check_patterns(name, parse_json(content, path))
         tokenizer = tokenizers.Tokenizer.from_str(content)
     except UserError:
         raise

@@ -169,33 +169,17 @@ class JsonTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """See `Tokenizer.encode`."""
-        with self._refusing():
-            return self.tokenizer.encode(well_formed(text), add_special_tokens=False).ids
+        return self.tokenizer.encode(well_formed(text), add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """See `Tokenizer.encode_batch`."""
         clean = [well_formed(text) for text in texts]
-        with self._refusing():
-            return [encoding.ids for encoding in self.tokenizer.encode_batch_fast(clean, add_special_tokens=False)]
+        return [encoding.ids for encoding in self.tokenizer.encode_batch_fast(clean, add_special_tokens=False)]
 
     def decode(self, ids: Iterable[int]) -> str:
         """See `Tokenizer.decode`; what a run of ids that do not exist becomes is the library's choice (nothing)."""
         known = [token for token in map(int, ids) if 0 <= token < self.vocab_size]
-        with self._refusing():
-            return self.tokenizer.decode(known, skip_special_tokens=False)
-
-    @contextlib.contextmanager
-    def _refusing(self) -> Iterator[None]:
-        """A regular expression that the library gives up on ends in a panic of Rust, which is no `Exception`."""
-        try:
-            yield
-        except BaseException as error:
-            if type(error).__name__ != "PanicException":
-                raise
-            raise UserError(
-                f"tokenizer {self.name!r}: cannot go on ({' '.join(str(error).split())[:120]}): one of its regular expressions "
-                "does not fit this text; take the text out, or another tokenizer"
-            ) from None
+        return self.tokenizer.decode(known, skip_special_tokens=False)
 
     @property
     def file_name(self) -> str:

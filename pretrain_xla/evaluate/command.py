@@ -25,6 +25,7 @@ from pretrain_xla.runtime import Runtime, start
 from pretrain_xla.train.build import build_model
 from pretrain_xla.train.console import Console
 from pretrain_xla.train.metrics import to_json
+from pretrain_xla.train.report import shown
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,7 @@ def show_results(results: Sequence[Result], title: str) -> None:
         for index, (name, value) in enumerate(result.scores.items()):
             error = f"{result.errors[name]:.4f}" if name in result.errors else ""
             task, items = (result.task, f"{result.items:,}") if index == 0 else ("", "")
-            table.add_row(task, name, f"{value:,}" if isinstance(value, int) else f"{value:.4f}", error, items)
+            table.add_row(task, name, f"{value:,}" if isinstance(value, int) else shown(value), error, items)
     console.print(table)
     for result in results:
         cut = f"; {result.cut} rows lost their beginning: the model is shorter" if result.cut else ""

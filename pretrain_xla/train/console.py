@@ -16,6 +16,7 @@ from pretrain_xla.model import parameter_count
 from pretrain_xla.redact import redacted
 from pretrain_xla.runtime import Runtime
 from pretrain_xla.train.metrics import Row
+from pretrain_xla.train.report import shown
 
 
 class Console:
@@ -54,7 +55,7 @@ class Console:
     def validation(self, row: Row) -> None:
         """A validation result."""
         self._console.print(
-            f"step {row['step']:>6}  validation loss {row['valid_loss']:.4f}  perplexity {row['valid_perplexity']:.2f}",
+            f"step {row['step']:>6}  validation loss {row['valid_loss']:.4f}  perplexity {shown(row['valid_perplexity'], 2)}",
             markup=False,
             style="bold",
         )
@@ -66,7 +67,7 @@ class Console:
             task, _, score = name.partition("/")
             if score:
                 tasks.setdefault(task, []).append(
-                    f"{score} {value:,.4f}" if isinstance(value, float) else f"{score} {value:,}"
+                    f"{score} {shown(value)}" if isinstance(value, float) else f"{score} {value:,}"
                 )
         for task, scores in tasks.items():
             self._console.print(f"step {row['step']:>6}  {task}  {'  '.join(scores)}", markup=False, style="bold")

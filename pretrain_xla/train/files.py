@@ -2,15 +2,41 @@
 
 from __future__ import annotations
 
+import fnmatch
 import os
 
 from pretrain_xla.config import DataConfig, RunConfig
 from pretrain_xla.config_file import to_yaml
 from pretrain_xla.data.manifest import dataset_info
 from pretrain_xla.data.tokenizer import StoredTokenizer, known_tokenizers, load_tokenizer, stored_tokenizer
+from pretrain_xla.train.metrics import metrics_path, read_metrics
 
 CONFIG_FILE = "config.yaml"
 TOKENIZER_FOLDER = "tokenizer"
+# What a run records, by patterns: it cannot be had again without training again.
+RECORDS = ("metrics.jsonl", "samples.txt", "summary.json", "loss.png", "events.out.tfevents.*", CONFIG_FILE)
+
+
+def set_aside(run_dir: str) -> str | None:
+    """Move what an earlier run recorded in this folder into a folder of its own, for a run that begins anew here.
+
+    Its checkpoints were removed, or are elsewhere, or it died before the first; nobody but a person can say whether its curve
+    is still wanted. Validation before the first step alone is no record.
+
+    Returns:
+        The folder `earlier_1` …, which TensorBoard shows as a run of its own; none: there was nothing.
+    """
+    path = metrics_path(run_dir)
+    if not os.path.exists(path) or not any(row["step"] > 0 for row in read_metrics(path)):
+        return None
+    number = 1
+    while os.path.exists(aside := os.path.join(run_dir, f"earlier_{number}")):
+        number += 1
+    os.mkdir(aside)
+    for name in sorted(os.listdir(run_dir)):
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in RECORDS):
+            os.rename(os.path.join(run_dir, name), os.path.join(aside, name))
+    return aside
 
 
 def write_run_files(config: RunConfig) -> None:

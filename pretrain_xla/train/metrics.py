@@ -41,15 +41,22 @@ def read_metrics(path: str) -> list[Row]:
                 row = json.loads(line)
             except ValueError:
                 continue
+            if not isinstance(row, dict) or "step" not in row:
+                continue  # a line that was cut off can be a number as well
             rows.append({name: math.nan if value is None else value for name, value in row.items()})
     return rows
+
+
+def metrics_path(run_dir: str) -> str:
+    """Where a run's rows are."""
+    return os.path.join(run_dir, "metrics.jsonl")
 
 
 class MetricLog:
     """Appends rows to `metrics.jsonl` and passes them to TensorBoard and Weights & Biases. Only the main process has one."""
 
     def __init__(self, config: RunConfig, resumed_step: int) -> None:
-        self.path = os.path.join(config.run_dir, "metrics.jsonl")
+        self.path = metrics_path(config.run_dir)
         self._config = config
         kept: list[Row] = []
         if resumed_step and os.path.exists(self.path):
@@ -57,6 +64,8 @@ class MetricLog:
         temporary = self.path + ".tmp"
         with open(temporary, "w", encoding="utf-8") as file:
             file.writelines(to_json(row) + "\n" for row in kept)
+            file.flush()
+            os.fsync(file.fileno())  # else a machine that goes down may be left with neither the old file nor the new
         os.replace(temporary, self.path)
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (open for the whole run; see close)
         self._tensorboard: Any = None

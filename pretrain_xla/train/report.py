@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import statistics
@@ -37,7 +38,19 @@ def write_summary(run_dir: str, summary: dict[str, Any]) -> None:
     path = os.path.join(run_dir, "summary.json")
     with open(path + ".tmp", "w", encoding="utf-8") as file:
         file.write(to_json(summary, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(path + ".tmp", path)
+
+
+def summarised_steps(run_dir: str) -> int | None:
+    """The steps that the `summary.json` there tells of; none: there is none that can be read."""
+    try:
+        with open(os.path.join(run_dir, "summary.json"), encoding="utf-8") as file:
+            steps = json.load(file).get("steps")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return steps if isinstance(steps, int) else None
 
 
 def plot_loss(run_dir: str, rows: list[Row], title: str) -> None:
@@ -89,5 +102,10 @@ def _smoothed(values: list[float]) -> list[float]:
 
 
 def perplexity(loss: float) -> float:
-    """exp(loss), or infinity where that does not fit a float."""
-    return math.exp(loss) if loss < 700 else math.inf
+    """exp(loss), or infinity where that does not fit a float; NaN of NaN."""
+    return math.inf if loss >= 700 else math.exp(loss)
+
+
+def shown(value: float, digits: int = 4) -> str:
+    """A score as people read it: with so many digits, and in powers of ten from a million on."""
+    return f"{value:.{digits}f}" if abs(value) < 1e6 else f"{value:.3e}"

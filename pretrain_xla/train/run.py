@@ -10,7 +10,7 @@ from pretrain_xla.config import RunConfig
 from pretrain_xla.errors import UserError, guarded
 from pretrain_xla.interop import hub
 from pretrain_xla.runtime import load_xla, say, start
-from pretrain_xla.train.files import write_run_files
+from pretrain_xla.train.files import set_aside, write_run_files
 
 
 def start_run(config: RunConfig) -> None:
@@ -50,7 +50,10 @@ def run(config: RunConfig) -> None:
             trainer.evaluate()
             return
         if runtime.is_main:
-            write_run_files(config)
+            if not trainer.start.own and (aside := set_aside(config.run_dir)) is not None:
+                trainer.console.note(f"{config.run_dir} held the records of an earlier run; they are in {aside} now")
+            if trainer.start.step < config.train.train_steps:  # else nothing is done, and the old one stays true
+                write_run_files(config)
         trainer.fit()
     finally:
         runtime.close()

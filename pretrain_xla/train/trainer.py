@@ -7,10 +7,10 @@ a time by another, at least one reading behind; checkpoints are copied to the ho
 from __future__ import annotations
 
 import math
+import os
 import time
-from collections import deque
-from concurrent.futures import Future
 from contextlib import ExitStack
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from pretrain_xla.data.tokenizer import load_tokenizer
 from pretrain_xla.errors import UserError
 from pretrain_xla.evaluate import Evaluation, Settings, ValidationLoss
 from pretrain_xla.interop.upload import Uploader
-from pretrain_xla.model import flops_per_token, initialize, parameter_count
+from pretrain_xla.model import initialize, parameter_count
 from pretrain_xla.model.stacked import of_each_layer
 from pretrain_xla.redact import redacted_tree
 from pretrain_xla.runtime import Runtime
@@ -34,8 +34,9 @@ from pretrain_xla.train.checkpoint import CheckpointInfo
 from pretrain_xla.train.console import Console
 from pretrain_xla.train.files import tokenizer_of
 from pretrain_xla.train.guard import GraphGuard
-from pretrain_xla.train.metrics import MetricLog, Row, read_metrics
-from pretrain_xla.train.report import perplexity, plot_loss, summarise, write_summary
+from pretrain_xla.train.metrics import MetricLog, Row, metrics_path, read_metrics
+from pretrain_xla.train.readings import Readings, check_rows
+from pretrain_xla.train.report import perplexity, plot_loss, shown, summarise, summarised_steps, write_summary
 from pretrain_xla.train.resume import Start, find_start
 from pretrain_xla.train.samples import Samples
 from pretrain_xla.train.signals import StopSignal
@@ -115,24 +116,30 @@ class Trainer:
             loss = self.validation(advance)
         self.console.print("** Testing results **")
         self.console.print(f"Loss: {loss:.6f}")
-        self.console.print(f"Perplexity: {perplexity(loss):.4f}")
+        self.console.print(f"Perplexity: {shown(perplexity(loss))}")
+        if not math.isfinite(loss):
+            raise UserError(f"the loss is {loss}: the weights, or the precision they are computed in, are no good")
         return loss
 
     def fit(self) -> None:
         """Train to `train_steps`, from wherever the run stands."""
         train = self.config.train
         first, last = self.start.step, train.train_steps
+        self._began = time.perf_counter()
+        if first >= last:
+            self._already_done(first, last)
+            return
         self.log = MetricLog(self.config, first) if self.runtime.is_main else None
         self._history = self.runtime.place_like(torch.zeros(self.config.logging.log_interval, len(METRICS)), None)
-        self._pending: deque[_Reading] = deque()
-        self._read_until = first
-        self._valid_loss = self.start.valid_loss
-        self._began = time.perf_counter()
+        self._done = first
+        self._measured: tuple[int, float | None] = (first, None)  # the step of the last validation, and its loss
+        tokens_per_step = self.config.tokens_per_step
+        self.readings = Readings(
+            self.config, self.runtime, first, self._record, tokens=lambda step: step * tokens_per_step
+        )
         self.console.header(self.config, self.runtime, first)
         with ExitStack() as stack:
             stack.callback(self._close_files)
-            if first >= last:
-                self.console.note(f"this run has already made its {last} steps; raise --train-steps to go on")
             self._push_to_hub(stack)
             stop = stack.enter_context(StopSignal(enabled=self.runtime.process_count == 1))
             self._bar = stack.enter_context(self.console.training(first, last))
@@ -141,7 +148,8 @@ class Trainer:
             depth, threads = self.config.data.prefetch_batches, self.batches.threads
             ahead = pipeline(self._read, self.runtime.place_batch, first, last, depth, threads)
             batches = stack.enter_context(ahead)
-            self._input, self._clock = batches, _Clock()
+            stack.push(self._record_rest)
+            self.readings.input_seconds = lambda: batches.seconds_waited
             stack.enter_context(self.runtime.watch())
             for done, tokens in enumerate(batches, start=first + 1):
                 self._one_step(done, tokens)
@@ -157,6 +165,7 @@ class Trainer:
         if self.config.model.dropout > 0:
             self.runtime.seed(_step_seed(train.seed, done))
         self._history = self._train_step(tokens, self._history)
+        self._done = done
         validates = self._due(train.valid_interval, done)
         evaluates = self.evaluation is not None and self._due(self.config.evaluation.eval_interval, done)
         saves = self._due(self.config.checkpoint.save_interval, done)
@@ -165,10 +174,10 @@ class Trainer:
         if done == self.start.step + 1:
             with self.runtime.planned():
                 self.runtime.wait()  # so that compiling is not counted as training
-            self._clock.restart(done)
-        if done - self._read_until == self.config.logging.log_interval or pauses:
-            self._request_metrics(done)
-            self._collect_metrics(leave=0 if pauses else 1)
+            self.readings.clock.restart(done)
+        if done - self.readings.read_until == self.config.logging.log_interval or pauses:
+            self.readings.request(self._history, done)
+            self.readings.collect(leave=0 if pauses else 1)
         if validates:
             with self.runtime.planned():
                 self._validate(done)
@@ -180,7 +189,7 @@ class Trainer:
             with self.runtime.planned():
                 self._sample(done)
         if pauses:
-            self._clock.restart(done)
+            self.readings.clock.restart(done)
         self.guard.check(done)
         self._bar.advance(done)
 
@@ -200,56 +209,28 @@ class Trainer:
         """Part of a batch's rows that this process reads."""
         return len(self.runtime.rows(batch_size)) / batch_size
 
-    def _request_metrics(self, done: int) -> None:
-        count = done - self._read_until
-        if count:
-            self._pending.append(_Reading(self.runtime.fetch(self._history), self._read_until, count))
-            self._read_until = done
+    def _record(self, rows: list[Row]) -> None:
+        if self.log is not None:
+            self.log.write(rows, kind="train")
+        self._bar.show(rows[-1])
 
-    def _collect_metrics(self, leave: int) -> None:
-        """Write the readings that have arrived; wait for all but the newest `leave` of them."""
-        while len(self._pending) > leave:
-            reading = self._pending.popleft()
-            with self.runtime.planned():
-                values_NM = reading.future.result()[-reading.count :].tolist()
-            rows = [
-                {"step": reading.before + 1 + index, **dict(zip(METRICS, values, strict=True))}
-                for index, values in enumerate(values_NM)
-            ]
-            self._add_rates(rows, reading.arrived)
-            for row in rows:
-                if not math.isfinite(row["loss"]):
-                    raise UserError(
-                        f"step {row['step']}: the loss is {row['loss']}: lower --learning-rate, raise --warmup-steps or set "
-                        "--max-grad-norm 1.0; if it comes back at once, remove the newest step_ folder of "
-                        f"{self.config.checkpoints_dir}, which may hold the ruined weights"
-                    )
-            if self.log is not None:
-                self.log.write(rows, kind="train")
-            self._bar.show(rows[-1])
+    def _record_rest(self, kind: type[BaseException] | None, _error: object, _trace: object) -> None:
+        """On the way out by an error of the run's own, record the steps since the last reading; they may tell its cause.
 
-    def _add_rates(self, rows: list[Row], arrived: float) -> None:
-        """To the last row of a reading, what is measured over the whole of it."""
-        row = rows[-1]
-        row["perplexity"] = perplexity(row["loss"])
-        row["tokens"] = row["step"] * self.config.tokens_per_step
-        seconds, steps = self._clock.since(row["step"], arrived)
-        if steps:
-            rate = steps * self.config.tokens_per_step / seconds
-            row["tokens_per_second"] = round(rate, 1)
-            if self.runtime.peak_flops is not None:
-                flops = rate * flops_per_token(self.config.model)
-                row["mfu"] = flops / (self.runtime.peak_flops * self.runtime.device_count)
-        row["memory_gb"] = round(self.runtime.memory_bytes() / 1e9, 3)
-        row["input_seconds"] = round(self._input.seconds_waited, 3)
-        row["compile_seconds"] = round(self.runtime.graph_counts().compile_seconds, 3)
+        Not where there are several processes: the others might not come along, and reading would wait for them.
+        """
+        if kind is not None and issubclass(kind, UserError) and self.runtime.process_count == 1:
+            self.readings.request(self._history, self._done)
+            self.readings.record_all()
 
     def _validate(self, done: int) -> None:
-        self._valid_loss = self.validation()
-        row = {"step": done, "valid_loss": self._valid_loss, "valid_perplexity": perplexity(self._valid_loss)}
+        loss = self.validation()
+        self._measured = (done, loss)
+        row = {"step": done, "valid_loss": loss, "valid_perplexity": perplexity(loss)}
         if self.log is not None:
             self.log.write([row], kind="validation")
         self.console.validation(row)
+        check_rows([row], self.config.checkpoints_dir)
 
     def _evaluate(self, done: int) -> None:
         """Score the tasks of the config; a score is called `task/score` in the metrics."""
@@ -284,8 +265,8 @@ class Trainer:
 
     def _save(self, done: int) -> None:
         """Write the state after update `done`; metrics up to there are on disk before it counts."""
-        self._request_metrics(done)
-        self._collect_metrics(leave=0)
+        self.readings.request(self._history, done)
+        self.readings.collect()
         tensors: dict[str, Tensor] = {f"model.{name}": value for name, value in self.model.named_parameters()}
         tensors |= {f"optimizer.{name}": value for name, value in self.optimizer.state.items()}
         if self.step.loss_scale is not None:
@@ -293,7 +274,9 @@ class Trainer:
         host = self.runtime.gather(tensors)
         if self.runtime.is_main:
             config = redacted_tree(self.config.model_dump(mode="json"))
-            info = CheckpointInfo(done, self._valid_loss, self.data_fingerprint, config)
+            measured, loss = self._measured
+            loss = loss if measured == done else None  # of other weights it says nothing
+            info = CheckpointInfo(done, loss, self.data_fingerprint, config)
             self.start.store.save(of_each_layer(host), info)
 
     def _push_to_hub(self, stack: ExitStack) -> None:
@@ -311,17 +294,29 @@ class Trainer:
             if self.log is not None:
                 self.log.close()
 
+    def _already_done(self, first: int, last: int) -> None:
+        """A run that was finished before is left as it is, but for a summary that it was killed before it could write."""
+        made = f"its {last} steps" if first == last else f"{first} steps, and --train-steps is {last}"
+        self.console.note(f"this run has already made {made}; raise --train-steps to go on")
+        self.start.store.close()
+        if self.runtime.is_main and summarised_steps(self.config.run_dir) != first:
+            self._summarise(first)
+        self.runtime.barrier()
+
     def _finish(self) -> None:
         """`summary.json`, `loss.png`, and the closing words."""
         self.runtime.barrier()
-        if self.log is None:
-            return
-        rows = read_metrics(self.log.path)
-        model = self.config.model
+        if self.runtime.is_main:
+            self.console.summary(self._summarise(self.config.train.train_steps), self.config.run_dir)
+
+    def _summarise(self, steps: int) -> dict[str, Any]:
+        """Write `summary.json` and `loss.png` of a run that has made so many steps."""
+        path = metrics_path(self.config.run_dir)
+        rows = read_metrics(path) if os.path.exists(path) else []
         summary = {
-            "steps": self.config.train.train_steps,
-            "tokens": self.config.train.train_steps * self.config.tokens_per_step,
-            "parameters": parameter_count(model),
+            "steps": steps,
+            "tokens": steps * self.config.tokens_per_step,
+            "parameters": parameter_count(self.config.model),
             **summarise(rows),
             "seconds": round(time.perf_counter() - self._began, 1),
             "resumed_from_step": self.start.step or None,
@@ -333,38 +328,7 @@ class Trainer:
         }
         write_summary(self.config.run_dir, summary)
         plot_loss(self.config.run_dir, rows, f"{summary['parameters'] / 1e6:.1f}M parameters, {self.config.run_dir}")
-        self.console.summary(summary, self.config.run_dir)
-
-
-class _Reading:
-    """Metrics on their way to the host: `count` steps after step `before`. The device was done when they `arrived`."""
-
-    def __init__(self, future: Future[Tensor], before: int, count: int) -> None:
-        self.future, self.before, self.count = future, before, count
-        self.arrived = math.inf
-        future.add_done_callback(self._stamp)
-
-    def _stamp(self, _future: Future[Tensor]) -> None:
-        self.arrived = time.perf_counter()
-
-
-class _Clock:
-    """Time between readings, without what was spent on validation and checkpoints."""
-
-    def __init__(self) -> None:
-        self.restart(0)
-
-    def restart(self, step: int) -> None:
-        """Begin again after `step`."""
-        self._time, self._step = time.perf_counter(), step
-
-    def since(self, step: int, now: float) -> tuple[float, int]:
-        """Seconds and steps from the last call to `now`, and begin again there."""
-        # A future wakes its waiter before it calls back, so a stamp may not be there yet.
-        now = min(now, time.perf_counter())
-        result = (max(now - self._time, 1e-9), step - self._step)
-        self._time, self._step = now, step
-        return result
+        return summary
 
 
 def _open(config: RunConfig, directory: str, split: Split) -> TokenDataset:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pretrain_xla.train.report import perplexity, plot_loss, summarise, write_summary
+from pretrain_xla.train.report import perplexity, plot_loss, shown, summarise, write_summary
 
 PIL_IMAGE = pytest.importorskip("PIL.Image")
 
@@ -108,3 +108,16 @@ def test_perplexity() -> None:
     assert perplexity(0.0) == 1.0
     assert perplexity(math.log(50257)) == pytest.approx(50257)
     assert perplexity(1e4) == math.inf
+    assert math.isnan(perplexity(math.nan))
+
+
+def test_a_score_is_short_whatever_it_is() -> None:
+    assert [shown(value) for value in (0.5, 999_999.0, 7.8e214, -2e9, math.inf, math.nan)] == [
+        "0.5000",
+        "999999.0000",
+        "7.800e+214",
+        "-2.000e+09",
+        "inf",
+        "nan",
+    ]
+    assert shown(244.691, 2) == "244.69"
