@@ -28,7 +28,11 @@ class ReadingFlags:
     weights: str | None = None
     """Share of the characters that comes from each source, such as 7:3, until one source ends; none: all of each."""
     text_column: str = "text"
-    """Key or column that holds the text, in .jsonl, .parquet, .arrow and datasets."""
+    """Key or column that holds the text, in JSON, CSV, Parquet, Arrow and datasets; a.b for b within a."""
+    document_per_line: bool = False
+    """Of text files: each line is a document."""
+    skip_bad_documents: bool = False
+    """Of files: skip and count documents that cannot be read (no JSON, no text under the key, not UTF-8), instead of ending."""
     streaming: bool = False
     """Read hf: datasets over the network as it goes, instead of downloading them first."""
     cache_dir: str | None = None
@@ -39,7 +43,14 @@ class ReadingFlags:
     def open(self, names: Sequence[str]) -> Source:
         """All of the sources as one."""
         opened = [
-            open_source(name, text_column=self.text_column, streaming=self.streaming, cache_dir=self.cache_dir)
+            open_source(
+                name,
+                text_column=self.text_column,
+                streaming=self.streaming,
+                cache_dir=self.cache_dir,
+                document_per_line=self.document_per_line,
+                skip_bad_documents=self.skip_bad_documents,
+            )
             for name in names
         ]
         try:
@@ -56,8 +67,9 @@ class PrepareFlags(ReadingFlags):
     paths: Annotated[
         tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE [SOURCE ...] OUTPUT-DIR")
     ] = ()
-    """Text, .jsonl, .parquet or .arrow: a file, a folder, a pattern with *, a URL of one; hf:DATASET[:CONFIG[:SPLIT]] for a
-    dataset on the Hugging Face Hub; or `quickstart`, the documentation inside Python. Last, the folder to write to."""
+    """Text, JSON, CSV, Parquet or Arrow, packed or in a .tar or .zip: a file, a folder, a pattern with *, a URL of one;
+    hf:DATASET[:CONFIG[:SPLIT]] for a dataset on the Hugging Face Hub; or `quickstart`, the documentation inside Python.
+    Last, the folder to write to."""
     tokenizer: str | None = None
     """tiktoken name, tokenizer.json, SentencePiece .model, bitbpe.json, a folder with one, or `bytes`; none: gpt2."""
     train_vocab_size: int | None = None
@@ -164,6 +176,8 @@ def show_dataset(info: DatasetInfo) -> None:
     for name, split in info.splits.items():
         table.add_row(name, f"{split.documents:,}", f"{split.tokens:,}", f"{len(split.shards):,}")
     Console().print(table)
+    if info.skipped_documents:
+        print(f"{info.skipped_documents:,} documents could not be read, and were skipped")
     print(f"train on it: --train-dir {root}/train --valid-dir {root}/valid --vocab-size {info.vocab_size}")
 
 
@@ -172,7 +186,7 @@ class TrainTokenizerFlags(ReadingFlags):
     """Train a tokenizer; the folder it writes is then a --tokenizer everywhere."""
 
     source: tuple[str, ...]
-    """One or more: text, .jsonl, .parquet, .arrow (file, folder, pattern or URL), hf:DATASET[:CONFIG[:SPLIT]], `quickstart`."""
+    """One or more: text, JSON, CSV, Parquet, Arrow (file, folder, pattern, URL), hf:DATASET[:CONFIG[:SPLIT]], `quickstart`."""
     output_dir: str
     """Folder to write tokenizer.json or tokenizer.model to."""
     kind: Kind = "bpe"

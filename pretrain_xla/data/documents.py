@@ -1,34 +1,35 @@
-"""Documents out of files: text, JSON lines, Parquet, Arrow, whole folders or patterns of them, on a disk or at any fsspec URL.
+"""Documents out of files: text, records, archives, whole folders or patterns of them, on a disk or at any fsspec URL.
 
-A text file is one document, or several where lines that say `<|endoftext|>` divide it. `.jsonl`, `.ndjson`, `.parquet` and
-`.arrow` files have one document for each record, under a key or in a column (`text`, unless told otherwise), and so has a
-`.json` file whose first line is a whole object. Blank lines at either end of a document are dropped, and so is a document
-that is nothing else. Text and JSON lines may be packed, which is told from the name (`.gz`, `.bz2`, `.xz`, `.zst`).
+What a file is, is told from its name and from what it holds (`recognise`), and what of a folder is no data is left out
+(`selection`); which files are read as what, and which are not, is said once, in the log, before the first is read. Blank
+lines at either end of a document are dropped, and so is a document that is nothing else. Files of text may be packed.
 """
 
 from __future__ import annotations
 
-import codecs
-import glob
+import collections
+import functools
 import hashlib
-import io
-import json
 import logging
-from collections.abc import Iterator, Sequence
-from typing import IO, Any, Literal, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
-from pretrain_xla.data.columns import COLUMN_SUFFIXES, read_column
-from pretrain_xla.data.files import VERSION_KEYS, filesystem, url
-from pretrain_xla.data.open_file import LONGEST_DOCUMENT, UNPACK_ERRORS, bare_name, lines_of, open_file, unpacked
-from pretrain_xla.data.remote import call
+from pretrain_xla.data.files import VERSION_KEYS, filesystem, is_local, url
+from pretrain_xla.data.find import find_files, path_type
+from pretrain_xla.data.open_file import UNPACK_ERRORS, bare_name, open_file, packing, unpacked
+from pretrain_xla.data.readers.archives import read_tar, read_zip
+from pretrain_xla.data.readers.columns import read_column
+from pretrain_xla.data.readers.streams import read_stream
+from pretrain_xla.data.reading import Bad, BadDocuments, Reading
+from pretrain_xla.data.recognise import WORDS, Kind, kind_by_name, look
+from pretrain_xla.data.remote import REQUESTS_AT_A_TIME, call, concurrently
+from pretrain_xla.data.selection import TextFile, select
 from pretrain_xla.errors import UserError
 from pretrain_xla.redact import redacted
 
-SEPARATOR = "<|endoftext|>"
-_LONGEST_FIRST_LINE = 2**24  # characters that are looked at to tell what a .json file is
-
-Kind = Literal["columns", "lines", "text"]
 logger = logging.getLogger(__name__)
+_NAMED = 3  # files of a sort that are named in the log
 
 
 class Document(NamedTuple):
@@ -39,42 +40,149 @@ class Document(NamedTuple):
     """Where reading goes on after it: made of lists and numbers, so that JSON can hold it."""
     share: float | None = None
     """How much of the source has been read with it, 0 to 1; none where that is not known."""
+    skipped: int = 0
+    """Bad documents that were skipped before it; `prepare` counts them here."""
 
 
-def read_documents(path: str, text_column: str = "text", place: Sequence[int] | None = None) -> Iterator[Document]:
-    """The documents of a file, of files that fit a pattern, or of every file of text below a folder, by their names' order.
+@dataclass(eq=False)
+class TextFiles:
+    """The files that a path stands for, looked at and sorted into data and what is left out."""
 
-    Files that are not text are left out with a note in the log when they were found in a folder. Names that begin
-    with a dot are left out. Memory: the largest document, or some MB of a Parquet file.
+    fs: Any
+    root: str
+    asked: str
+    """The path as a person wrote it; `root` is what it is on the file system."""
+    files: tuple[TextFile, ...]
+    reading: Reading
+    version: str
+    """A checksum over names, sizes and times of change (or ETags) of all files, and over what they are read as where that
+    is not what their names say: an edited, added or removed file gives another version."""
+    _said: bool = field(default=False, init=False)
+
+    @functools.cached_property
+    def bad(self) -> BadDocuments:
+        """What has become of documents that could not be read."""
+        return BadDocuments(self.reading.skips_bad)
+
+    def read(self, place: Sequence[int] | None = None) -> Iterator[Document]:
+        """The documents after a place (none: from the first one), in the order of the files' names.
+
+        Memory: the largest document, or some MB of a Parquet file.
+
+        Raises:
+            UserError: not UTF-8, not JSON, no such key or column, a damaged file, or no text at all.
+        """
+        self._say_once()
+        begin = (place[0], place[1]) if place else (0, 0)
+        total, before = sum(file.size for file in self.files) or 1, 0
+        empty = begin == (0, 0)
+        for index, file in enumerate(self.files):
+            if index >= begin[0] and file.kind is not None:
+                passed = begin[1] if index == begin[0] else 0
+                for row, (text, share) in enumerate(self._texts(file, file.kind), start=1):
+                    if row <= passed:
+                        continue
+                    if isinstance(text, Bad):
+                        self.bad.meet(text)
+                    elif document := cleaned(text):
+                        empty = False
+                        yield Document(document, [index, row], (before + share * file.size) / total)
+            before += file.size
+        if empty:
+            skipped = f": all of its {self.bad.count:,} documents were skipped" if self.bad.count else ""
+            raise UserError(f"{self.asked}: there is no text in it{skipped}")
+
+    def _texts(self, file: TextFile, kind: Kind) -> Iterator[tuple[str | Bad, float]]:
+        """(text, share of the file that has been read) of each document of a file."""
+        where = url(self.fs, file.path)
+        try:
+            with open_file(self.fs, file.path) as raw:
+                if kind == "parquet" or kind == "arrow":
+                    yield from read_column(raw, kind, where, self.reading.column)
+                elif kind == "zip":
+                    yield from read_zip(raw, where, self.reading)
+                else:
+                    stream = unpacked(raw, file.packing or file.path)
+                    read = read_tar(stream, where, self.reading) if kind == "tar" else None
+                    for text in read or read_stream(kind, stream, where, self.reading):
+                        yield text, min(1.0, raw.tell() / (file.size or 1))
+        except UnicodeDecodeError as error:
+            byte = error.object[error.start]
+            raise UserError(f"{where}: not UTF-8 text (byte 0x{byte:02x}); convert it, or take it out") from None
+        except (OSError, *UNPACK_ERRORS) as error:
+            raise UserError(f"{where}: cannot be read: {error}") from None
+
+    def _say_once(self) -> None:
+        """Tell the log what is read in another way than its name says, and what is left out."""
+        if self._said:
+            return
+        self._said = True
+        read, left_out = collections.defaultdict(list), collections.defaultdict(list)
+        for file in self.files:
+            name = file.path.removeprefix(self.root).lstrip("/") or file.path.rpartition("/")[2]
+            if file.kind is None:
+                left_out[file.why].append(name)
+            elif file.kind != file.usual:
+                read[WORDS[file.kind]].append(name)
+        if read:
+            logger.warning("%s: read as %s", redacted(self.asked), _listed(read))
+        if left_out:
+            count = sum(map(len, left_out.values()))
+            logger.warning(
+                "%s: %d of %d files left out: %s", redacted(self.asked), count, len(self.files), _listed(left_out)
+            )
+
+
+def open_text(path: str, reading: Reading | None = None) -> TextFiles:
+    """The text of a file, of files that fit a pattern, or of every file of text below a folder.
+
+    Looks at the first bytes of each file whose name does not say what it is. Of a folder, names that begin with a dot are
+    left out, and what `selection` finds to be no data.
 
     Args:
         path: file, folder, or pattern with `*`; a local path or an fsspec URL.
-        text_column: key or column that holds the text, in files of records.
-        place: a document's `place`, to go on after it; none: from the start.
+        reading: how documents are told out of files.
 
     Raises:
-        UserError: nothing there (at once); not UTF-8, not JSON, no such key or column, a damaged file, or no text at
-            all (when reading gets there).
+        UserError: nothing there, or nothing that can be read.
     """
+    reading = reading or Reading()
     fs, root = filesystem(path)
-    return _read(fs, _files(fs, root, path), path, text_column, (place[0], place[1]) if place else (0, 0))
+    paths = find_files(fs, root, path)
+    threads = 1 if is_local(fs) else REQUESTS_AT_A_TIME
+    found = concurrently(lambda file: _found(fs, file, reading.column), paths, threads)
+    files = [file for file, _ in found]
+    if len(files) == 1 and files[0].kind is None:
+        raise UserError(f"{path}: {_mend(files[0])}")
+    if path_type(fs, root) == "directory":
+        files = select(files, root)
+    checksum = hashlib.sha256()
+    for file, changed in found:
+        checksum.update(f"{file.path.removeprefix(root)}\0{file.size}\0{changed}\n".encode())
+    for file in files:
+        if file.kind != file.usual:
+            checksum.update(f"{file.path.removeprefix(root)}\0{file.kind}\n".encode())
+    return TextFiles(
+        fs, root, path, tuple(files), reading, checksum.hexdigest()[:16] + (":lines" if reading.one_per_line else "")
+    )
+
+
+def read_documents(path: str, text_column: str = "text", place: Sequence[int] | None = None) -> Iterator[Document]:
+    """The documents of a path; see `open_text` and `TextFiles.read`.
+
+    Raises:
+        UserError: nothing there (at once), and what reading them raises.
+    """
+    return open_text(path, Reading(text_column)).read(place)
 
 
 def files_version(path: str) -> str:
-    """A checksum over names, sizes and times of change (or ETags) of the files that `read_documents` would read.
-
-    Reads no file, so that it is quick at any size; an edited, added or removed file gives another version.
+    """See `TextFiles.version`.
 
     Raises:
         UserError: nothing there.
     """
-    fs, root = filesystem(path)
-    checksum = hashlib.sha256()
-    for file in _files(fs, root, path):
-        info = call(fs, "info", file)
-        changed = next((info[key] for key in VERSION_KEYS if info.get(key)), "")
-        checksum.update(f"{file.removeprefix(root)}\0{info.get('size')}\0{changed}\n".encode())
-    return checksum.hexdigest()[:16]
+    return open_text(path).version
 
 
 def well_formed(text: str) -> str:
@@ -100,145 +208,46 @@ def cleaned(text: str) -> str:
     return "" if text.isspace() else text
 
 
-def _files(fs: Any, root: str, path: str) -> list[str]:
-    kind = _type(fs, root)
-    if kind == "file":
-        return [root]
-    if glob.has_magic(root):
-        found = sorted(file for file, info in call(fs, "glob", root, detail=True).items() if info["type"] == "file")
-        if not found:
-            raise UserError(f"{path}: no file fits this pattern")
-        return found
-    if kind != "directory":
-        # Two names and one slash are how datasets on the Hub are called.
-        hub = (
-            f" (for the dataset of this name on the Hub: hf:{path})" if path.count("/") == 1 and "." not in path else ""
-        )
-        raise UserError(f"{path}: no such file or folder{hub}")
-    below = [file for file in sorted(call(fs, "find", root)) if "/." not in file.removeprefix(root)]
-    if not below:
-        raise UserError(f"{path}: the folder has no files")
-    return below
-
-
-def _type(fs: Any, path: str) -> str | None:
+def _found(fs: Any, path: str, column: str) -> tuple[TextFile, Any]:
+    """A file as its name or its beginning shows it, and what tells of a change of it."""
+    info = call(fs, "info", path)
+    changed = next((info[key] for key in VERSION_KEYS if info.get(key)), "")
+    size = info.get("size") or 0
+    if kind := kind_by_name(path):
+        return TextFile(path, size, kind, usual=_usual(path, kind)), changed
+    where = url(fs, path)
     try:
-        return str(call(fs, "info", path)["type"])
-    except OSError:
-        return None
+        with open_file(fs, path) as raw:
+            packed = packing(path, raw.peek(16))
+            seen = look(unpacked(raw, packed), path, column)
+    except (OSError, *UNPACK_ERRORS) as error:
+        raise UserError(f"{where}: cannot be read: {error}") from None
+    if packed and seen.kind in ("parquet", "arrow", "zip"):
+        seen = seen._replace(kind=None)  # one cannot seek in it
+    why = "" if seen.kind else "not text"
+    usual = _usual(path, seen.kind) if packing(path, b"") == packed else None
+    return TextFile(path, size, seen.kind, packed, usual, why, seen.lacks_text, seen.is_card), changed
 
 
-def _read(fs: Any, files: list[str], path: str, column: str, place: tuple[int, int]) -> Iterator[Document]:
-    sizes = [call(fs, "info", file).get("size") or 0 for file in files]
-    total = sum(sizes) or 1
-    skipped: list[str] = []
-    empty = place == (0, 0)
-    for index in range(place[0], len(files)):
-        file, where, before = files[index], url(fs, files[index]), sum(sizes[:index])
-        passed = place[1] if index == place[0] else 0
-        try:
-            kind = _kind(fs, file)
-            if kind is None:
-                skipped.append(where)
-                continue
-            for row, (text, share) in enumerate(_file_texts(fs, file, kind, where, sizes[index], column), start=1):
-                if row > passed and (document := cleaned(text)):
-                    empty = False
-                    yield Document(document, [index, row], (before + share * sizes[index]) / total)
-        except UnicodeDecodeError as error:
-            byte = error.object[error.start]
-            raise UserError(f"{where}: not UTF-8 text (byte 0x{byte:02x}); convert it, or take it out") from None
-        except (OSError, *UNPACK_ERRORS) as error:
-            raise UserError(f"{where}: cannot be read: {error}") from None
-    if skipped:
-        if len(files) == 1:
-            raise UserError(f"{skipped[0]}: {_mend(skipped[0])}")
-        logger.warning(
-            "%s: %d files that are not text or JSON lines were left out (%s ...)",
-            redacted(path),
-            len(skipped),
-            redacted(skipped[0]),
-        )
-    if empty:
-        raise UserError(f"{path}: there is no text in it")
-
-
-def _mend(file: str) -> str:
-    if bare_name(file).endswith(".json"):
-        return "JSON, but not one object a line: make .jsonl of it, as `jq -c '.[]'` does of a list"
-    return "not UTF-8 text; give text, .jsonl, .parquet or .arrow, or a folder of them"
-
-
-def _kind(fs: Any, file: str) -> Kind | None:
-    """What a file holds, by its name, and by its beginning where the name does not say; none: nothing to be read."""
-    name = bare_name(file)
-    if file.endswith(COLUMN_SUFFIXES):
-        return "columns"
-    if ".jsonl" in name or name.endswith(".ndjson"):
-        return "lines"
+def _usual(path: str, kind: Kind | None) -> Kind | None:
+    """What a file is read as by those suffixes alone that have always had their meaning, in these very letters."""
+    name = bare_name(path)
+    if path.endswith((".parquet", ".arrow")) or ".jsonl" in name or name.endswith(".ndjson"):
+        return kind_by_name(path)
     if name.endswith(".json"):
-        return "lines" if _begins_with_object(fs, file) else None
-    return "text" if _is_text(fs, file) else None
+        return "lines" if kind == "lines" else None
+    return "text" if kind in ("text", "lines", "json", "table") else None
 
 
-def _file_texts(fs: Any, file: str, kind: Kind, where: str, size: int, column: str) -> Iterator[tuple[str, float]]:
-    """(text, share of the file that has been read) of each document of a file."""
-    with open_file(fs, file) as raw:
-        if kind == "columns":
-            yield from read_column(raw, where, column)
-            return
-        with io.TextIOWrapper(unpacked(raw, file), encoding="utf-8-sig") as stream:
-            for text in _records(stream, where, column) if kind == "lines" else _texts(stream, where):
-                yield text, min(1.0, raw.tell() / (size or 1))
+def _mend(file: TextFile) -> str:
+    if bare_name(file.path).endswith(".json"):
+        return "JSON, but neither a list nor objects: make .jsonl of it, an object with the text a line"
+    return "not UTF-8 text; give text, .jsonl, .json, .csv, .parquet, .arrow, .tar or .zip, or a folder of them"
 
 
-def _begins_with_object(fs: Any, file: str) -> bool:
-    with open_file(fs, file) as raw, io.TextIOWrapper(unpacked(raw, file), encoding="utf-8-sig") as stream:
-        try:
-            return isinstance(json.loads(stream.readline(_LONGEST_FIRST_LINE)), dict)
-        except (ValueError, RecursionError):
-            return False
-
-
-def _is_text(fs: Any, file: str) -> bool:
-    """Whether the first bytes are UTF-8 without a NUL; a cut character at the end is forgiven."""
-    with open_file(fs, file) as raw:
-        head = unpacked(raw, file).read(8192)
-    try:
-        codecs.getincrementaldecoder("utf-8")().decode(head)
-    except UnicodeDecodeError:
-        return False
-    return b"\0" not in head
-
-
-def _texts(stream: IO[str], where: str) -> Iterator[str]:
-    text, length = io.StringIO(), 0
-    for line in lines_of(stream, where):
-        if line.strip() == SEPARATOR:
-            yield text.getvalue()
-            text, length = io.StringIO(), 0
-            continue
-        length += text.write(line)
-        if length > LONGEST_DOCUMENT:
-            raise UserError(
-                f"{where}: a document of more than {LONGEST_DOCUMENT:,} characters: divide it by lines that say {SEPARATOR}"
-            )
-    yield text.getvalue()
-
-
-def _records(stream: IO[str], where: str, key: str) -> Iterator[str]:
-    for number, line in enumerate(lines_of(stream, where), start=1):
-        if line.isspace():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{where}:{number}: not JSON: {error.msg} (column {error.colno})") from None
-        except (ValueError, RecursionError) as error:  # a number of thousands of digits, or nesting as deep
-            raise UserError(f"{where}:{number}: cannot be read: {str(error).partition(';')[0]}") from None
-        if not isinstance(record, dict) or key not in record:
-            found = f"its keys are {', '.join(map(repr, record))}" if isinstance(record, dict) else "it is no object"
-            raise UserError(f"{where}:{number}: no key {key!r}: {found}; name the right one with --text-column")
-        if not isinstance(record[key], str):
-            raise UserError(f"{where}:{number}: {key!r} is {type(record[key]).__name__}, not a string")
-        yield record[key]
+def _listed(names: Mapping[str, Sequence[str]]) -> str:
+    """Each reason with the first of its names."""
+    return "; ".join(
+        f"{reason}: {', '.join(some[:_NAMED])}{f' and {len(some) - _NAMED:,} more' if len(some) > _NAMED else ''}"
+        for reason, some in names.items()
+    )

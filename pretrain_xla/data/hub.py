@@ -12,8 +12,8 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from pretrain_xla.data.columns import ROWS, check_column
 from pretrain_xla.data.documents import Document, cleaned
+from pretrain_xla.data.readers.columns import ROWS, check_column, texts_of
 from pretrain_xla.data.remote import describe
 from pretrain_xla.data.sources import Source
 from pretrain_xla.errors import UserError
@@ -73,11 +73,11 @@ def _call(name: str, function: str, arguments: dict[str, Any]) -> Any:
 def _rows(name: str, place: dict[str, Any], column: str, rows: int | None, begin: Any) -> Iterator[Document]:
     """Of a downloaded dataset; a place is the number of rows read. One of `_stream` says that as well."""
     table = _call(name, "load_dataset", place)
-    check_column(table.features.arrow_schema, name, column)
-    table = table.select_columns([column]).with_format("arrow")
+    path = check_column(table.features.arrow_schema, name, column)
+    table = table.select_columns([path[0]]).with_format("arrow")
     passed = begin[2] if isinstance(begin, list) else begin or 0
     for first in range(passed, len(table), ROWS):
-        texts = table[first : first + ROWS].column(column).to_pylist()
+        texts = texts_of(table[first : first + ROWS], path)
         for row, text in enumerate(texts, start=first + 1):
             if document := cleaned(text or ""):
                 yield Document(document, row, row / len(table))
@@ -89,16 +89,15 @@ def _stream(name: str, place: dict[str, Any], column: str, rows: int | None, beg
     After a place of `_rows`, which knows no such state, what came before is read once more.
     """
     stream = _call(name, "load_dataset", {**place, "streaming": True})
-    if stream.features:
-        check_column(stream.features.arrow_schema, name, column)
-    stream = stream.select_columns([column]).with_format("arrow")
+    path = check_column(stream.features.arrow_schema, name, column) if stream.features else column.split(".")
+    stream = stream.select_columns([path[0]]).with_format("arrow")
     if not isinstance(begin, list):
         begin = [stream.state_dict(), begin or 0, begin or 0]
     state, passed, done = begin
     stream.load_state_dict(state)
     done -= passed
     for batch in _batches(name, stream):
-        texts = batch.column(column).to_pylist()
+        texts = texts_of(batch, path)
         for row, text in enumerate(texts, start=1):
             if row > passed and (document := cleaned(text or "")):
                 yield Document(document, [state, row, done + row], (done + row) / rows if rows else None)

@@ -43,6 +43,8 @@ class Progress(BaseModel):
     recipe: Recipe
     place: Any = None
     """Where in the source to go on."""
+    skipped: int = 0
+    """Bad documents that were skipped before it."""
     splits: dict[FileName, SplitProgress] = {}
     """Empty until there is a shard."""
 
@@ -97,18 +99,19 @@ class Journal:
         """Whether a shard was finished since the last entry."""
         return any(writer.written.shards != self._shards(split) for split, writer in self._writers.items())
 
-    def enter(self, place: Any) -> None:
+    def enter(self, place: Any, skipped: int = 0) -> None:
         """Write down what there is.
 
         Args:
             place: where in the source to go on; the writers have everything before it.
+            skipped: bad documents before it.
 
         Raises:
             UserError: the folder cannot be written.
         """
         before = {part for left in self._splits.values() for part in left.parts}
         self._splits = {split: self._save(split, writer) for split, writer in self._writers.items()}
-        progress = Progress(recipe=self._recipe, place=place, splits=self._splits)
+        progress = Progress(recipe=self._recipe, place=place, skipped=skipped, splits=self._splits)
         write_atomically(self._fs, f"{self._root}/{UNFINISHED}", [progress.model_dump_json(indent=2).encode()])
         kept = {part for left in self._splits.values() for part in left.parts}
         remove(self._fs, [self._part(name) for name in before - kept])

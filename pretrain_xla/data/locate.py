@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from pretrain_xla.data.files import is_local
+from pretrain_xla.data.find import fitting
 from pretrain_xla.data.formats import SUFFIXES, is_shard
 from pretrain_xla.data.remote import call
 from pretrain_xla.errors import UserError
@@ -54,14 +55,13 @@ def _listing(fs: Any, root: str, asked: str) -> dict[str, Mapping[str, Any] | No
         fs.invalidate_cache()
     try:
         if is_pattern(root):
-            found = call(fs, "glob", root, detail=True)
+            found = fitting(fs, root, asked)
             if not found:
                 raise UserError(f"{asked}: no file has such a name")
-            entries = list(found.values())
-        else:
-            # Not every web server that has a file can list it.
-            own = call(fs, "info", root) if is_shard(root) else None
-            entries = [own] if own and own["type"] == "file" else call(fs, "ls", root, detail=True)
+            return found
+        # Not every web server that has a file can list it.
+        own = call(fs, "info", root) if is_shard(root) else None
+        entries = [own] if own and own["type"] == "file" else call(fs, "ls", root, detail=True)
     except (FileNotFoundError, NotADirectoryError):
         near = _near(fs, root, asked)
         mend = f"; did you mean {near}?" if near else ": `python -m pretrain_xla prepare` makes one"

@@ -91,6 +91,8 @@ class DatasetInfo(_Record):
     end_of_text: int
     dtype: Literal["uint16", "uint32"]
     splits: dict[FileName, SplitInfo]
+    skipped_documents: int = 0
+    """Documents of the source that could not be read, and were left out because that was asked for."""
     recipe: Recipe
     root: str = "."
     """The dataset's folder, wherever it stands now; not stored."""

@@ -11,6 +11,7 @@ import bz2
 import gzip
 import io
 import lzma
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from http import HTTPStatus
@@ -37,6 +38,12 @@ _UNPACKERS: dict[str, Callable[[Any], Any]] = {
     ".bz2": bz2.BZ2File,
     ".xz": lzma.LZMAFile,
     ".zst": lambda raw: _zstd(raw),
+}
+_MAGICS = {
+    ".gz": re.compile(rb"\x1f\x8b\x08"),
+    ".bz2": re.compile(rb"BZh[1-9]1AY&SY", re.DOTALL),
+    ".xz": re.compile(rb"\xfd7zXZ\0"),
+    ".zst": re.compile(rb"\x28\xb5\x2f\xfd"),
 }
 
 
@@ -75,6 +82,13 @@ def lines_of(stream: IO[str], where: str) -> Iterator[str]:
                 f"{where}: a line of more than {LONGEST_LINE:,} characters: divide it, or take the file out"
             )
         yield line
+
+
+def packing(name: str, head: bytes) -> str:
+    """The suffix by which to unpack a file, from its name, or else from its first bytes; "" where it is not packed."""
+    lower = name.lower()
+    by_name = next((suffix for suffix in _UNPACKERS if lower.endswith(suffix)), "")
+    return by_name or next((suffix for suffix, magic in _MAGICS.items() if magic.match(head)), "")
 
 
 def bare_name(path: str) -> str:

@@ -322,19 +322,21 @@ def _make(
     dtype = dtype_for(tokenizer.vocab_size)
     writers = {split: ShardWriter(fs, f"{root}/{split}", dtype, recipe.shard_size, recipe.format) for split in SPLITS}
     journal = Journal(fs, root, recipe, writers)
-    place = None
+    place, skipped = None, 0
     if left is not None and journal.restore(left):
-        place = left.place
+        place, skipped = left.place, left.skipped
     named = {f"{root}/{split}/{shard.name}" for split in SPLITS for shard in writers[split].written.shards}
     remove(fs, [path for path in _shard_files(fs, root) if path not in named])
-    chunks = encode_chunks(source.read(place), tokenizer, recipe.valid_fraction, recipe.seed, num_workers)
+    skipped -= source.skipped()  # of an earlier reading, for the tokenizer
+    documents = (document._replace(skipped=skipped + source.skipped()) for document in source.read(place))
+    chunks = encode_chunks(documents, tokenizer, recipe.valid_fraction, recipe.seed, num_workers)
     with contextlib.closing(chunks), ProgressLine(progress) as counter:
         for chunk in chunks:
             for split, encoded in chunk.splits.items():
                 writers[split].append(encoded.tokens, encoded.documents)
                 counter.advance(encoded.documents, len(encoded.tokens), chunk.last.share)
             if journal.due():
-                journal.enter(chunk.last.place)
+                journal.enter(chunk.last.place, chunk.last.skipped)
     splits = {split: writer.close() for split, writer in writers.items()}
     _check_splits(fs, root, splits, source, recipe)
     own = f"{TOKENIZER_FOLDER}/{tokenizer.file_name}" if isinstance(tokenizer, StoredTokenizer) else None
@@ -344,6 +346,7 @@ def _make(
         end_of_text=tokenizer.end_of_text,
         dtype="uint16" if dtype.itemsize == 2 else "uint32",
         splits=splits,
+        skipped_documents=skipped + source.skipped(),
         recipe=recipe,
         root=url(fs, root),
     )

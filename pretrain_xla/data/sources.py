@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from pretrain_xla.data.corpus import QUICKSTART, quickstart_documents, quickstart_version
-from pretrain_xla.data.documents import Document, files_version, read_documents
+from pretrain_xla.data.documents import Document, open_text
+from pretrain_xla.data.reading import Reading
 from pretrain_xla.errors import UserError
 
 
@@ -23,6 +24,8 @@ class Source:
     """Another string whenever the documents may be others; how `prepare` knows that a dataset is up to date."""
     read: Callable[[Any], Iterator[Document]]
     """The documents after a place (none: from the first one), in the same order every time."""
+    skipped: Callable[[], int] = lambda: 0
+    """How many bad documents have been skipped in all that was read of it so far."""
 
     def documents(self) -> Iterator[str]:
         """The text of every document."""
@@ -46,15 +49,23 @@ def source_of(name: str, version: str, texts: Callable[[], Iterable[str]]) -> So
 
 
 def open_source(
-    name: str, *, text_column: str = "text", streaming: bool = False, cache_dir: str | None = None
+    name: str,
+    *,
+    text_column: str = "text",
+    streaming: bool = False,
+    cache_dir: str | None = None,
+    document_per_line: bool = False,
+    skip_bad_documents: bool = False,
 ) -> Source:
     """The source that a name stands for.
 
     Args:
-        name: `quickstart`; the path, pattern or URL of text (see `read_documents`); or `hf:DATASET[:CONFIG[:SPLIT]]`.
-        text_column: key or column that holds the text, in files of records and datasets.
+        name: `quickstart`; the path, pattern or URL of text (see `open_text`); or `hf:DATASET[:CONFIG[:SPLIT]]`.
+        text_column: key or column that holds the text, in files of records and datasets; `a.b` for `b` within `a`.
         streaming: of `hf:`, read over the network as it goes, instead of downloading first.
         cache_dir: of `hf:`, where downloads are kept.
+        document_per_line: of text files, whether each line is a document.
+        skip_bad_documents: of files, whether to go on after a document that cannot be read.
 
     Raises:
         UserError: nothing there.
@@ -65,8 +76,9 @@ def open_source(
         from pretrain_xla.data.hub import hub_source  # it is built on this module
 
         return hub_source(name, text_column=text_column, streaming=streaming, cache_dir=cache_dir)
-    version = files_version(name) + ("" if text_column == "text" else f":{text_column}")
-    return Source(name, version, functools.partial(read_documents, name, text_column))
+    text = open_text(name, Reading(text_column, document_per_line, skip_bad_documents))
+    version = text.version + ("" if text_column == "text" else f":{text_column}")
+    return Source(name, version, text.read, lambda: text.bad.count)
 
 
 def join_sources(sources: Sequence[Source], weights: Sequence[float] = (), max_documents: int | None = None) -> Source:
@@ -88,16 +100,20 @@ def join_sources(sources: Sequence[Source], weights: Sequence[float] = (), max_d
         raise UserError(f"weights={list(weights)}: give one over 0 for each of the {len(sources)} sources")
     if max_documents is not None and max_documents < 1:
         raise UserError(f"max_documents={max_documents}: ask for at least 1")
+
+    def skipped() -> int:
+        return sum(source.skipped() for source in sources)
+
     joined = sources[0]
     if len(sources) > 1:
         read = functools.partial(_mix, sources, weights) if weights else functools.partial(_chain, sources)
         version = " + ".join(source.version for source in sources)
         shares = f" by {':'.join(f'{weight:g}' for weight in weights)}" if weights else ""
-        joined = Source(" + ".join(source.name for source in sources), version + shares, read)
+        joined = Source(" + ".join(source.name for source in sources), version + shares, read, skipped)
     if max_documents is None:
         return joined
     version = f"{joined.version}, first {max_documents}"
-    return Source(joined.name, version, functools.partial(_first, joined, max_documents))
+    return Source(joined.name, version, functools.partial(_first, joined, max_documents), skipped)
 
 
 def _chain(sources: Sequence[Source], place: Sequence[Any] | None) -> Iterator[Document]:

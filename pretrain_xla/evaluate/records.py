@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import glob
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from pretrain_xla.data.files import filesystem, url
+from pretrain_xla.data.find import fitting, path_type
 from pretrain_xla.data.open_file import LONGEST_DOCUMENT, UNPACK_ERRORS, lines_of, open_file, unpacked
 from pretrain_xla.errors import UserError
 from pretrain_xla.untrusted import parse_json
@@ -121,8 +123,8 @@ def read_hub(dataset: HubDataset, task: str) -> Iterator[Record]:
 def _open_all(source: str) -> Iterator[tuple[str, Iterator[str]]]:
     """(path, lines) of each file that a path, glob or URL stands for."""
     fs, root = filesystem(source)
-    paths = sorted(fs.glob(root)) if any(sign in root for sign in "*?[") and not fs.isfile(root) else [root]
-    paths = [path for path in paths if fs.isfile(path)]
+    fits = fitting(fs, root, source) if glob.has_magic(root) and path_type(fs, root) != "file" else [root]
+    paths = sorted(path for path in fits if path_type(fs, path) == "file")
     if not paths:
         raise UserError(f"{source}: no such file")
     for path in paths:

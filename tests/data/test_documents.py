@@ -57,7 +57,7 @@ def test_folder_is_read_in_order_of_names_and_leaves_out_what_is_not_text(tmp_pa
     (tmp_path / "w.json").write_text('{\n  "pretty": 1\n}\n')
     with caplog.at_level(logging.WARNING):
         assert list(read_documents(str(tmp_path))) == ["first", "second", "third", "fourth = 4"]
-    assert "3 files that are not text or JSON lines" in caplog.text
+    assert "3 of 6 files left out: no such key or column in it: w.json; not text: y.bin, z.png" in caplog.text
 
 
 def test_zst_with_a_long_window(tmp_path):
@@ -107,11 +107,19 @@ def test_character_cut_by_the_text_check_is_forgiven(tmp_path):
             "a.txt.zst: cannot be read: Truncated",
         ),
         ("a.txt.xz", lzma.compress(NOISE)[:-5000] + b"x" * 5000, "a.txt.xz: cannot be read"),
-        ("a.txt.zip", b"PK\3\4\0\0", "not UTF-8 text"),
+        ("a.txt.zip", b"PK\3\4\0\0", "a.txt.zip: damaged"),
+        ("a.docx", b"PK\3\4\0\0", "not UTF-8 text"),
         ("a.jsonl", jsonl("x") + '{"text":' + "[" * 100_000 + "\n", "a.jsonl:2: cannot be read"),
         ("a.jsonl", '{"text":' + "9" * 5000 + "}\n", "a.jsonl:1: cannot be read"),
-        ("a.json", '[\n{"text": "x"}\n]\n', "a.json: JSON, but not one object a line: make .jsonl of it"),
-        ("a.json.gz", gzip.compress(b'{\n"text": "x"}\n', mtime=0), "a.json.gz: JSON, but not one object a line"),
+        ("a.json", '"x"', "a.json: JSON, but neither a list nor objects: make .jsonl of it"),
+        ("a.json", '[\n{"text": "x"},\n', "a.json: truncated: its list has no end"),
+        ("a.json", '[\n{"text": "x"}, {"text": "y', "a.json: ends within a value"),
+        ("a.json", '[{"text": "x"}, oops' + " " * 2000 + "]", "a.json: ends within a value, or is not JSON"),
+        ("a.json.gz", gzip.compress(b'{\n"body": "x"}\n', mtime=0), "a.json.gz: value 1: no key 'text'"),
+        ("a.csv", "id,body\n1,x\n", "a.csv: no column 'text' among id, body: name one with --text-column"),
+        ("a.csv", "id,text\n1,x\n2,y,z\n", "a.csv:3: 3 cells where there are 2 columns"),
+        ("a.tsv", 'id\ttext\n1\t"x" y\n', "a.tsv:2: not a row"),
+        ("a.csv", 'id,text\n1,"x\n', "a.csv:2: not a row: unexpected end of data"),
     ],
     ids=lambda value: value[:20] if isinstance(value, str) else "raw",
 )
@@ -139,5 +147,6 @@ def test_version_follows_every_change_of_the_files(tmp_path):
     versions.append(files_version(str(tmp_path)))
     (tmp_path / "b.txt").write_text("two more")
     versions.append(open_source(str(tmp_path)).version)
+    versions.append(open_source(str(tmp_path), document_per_line=True).version)
     assert versions[0] == versions[1]
-    assert len(set(versions)) == 3
+    assert len(set(versions)) == 4

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import fsspec
@@ -21,7 +22,7 @@ from pretrain_xla.data import workers
 from pretrain_xla.data.dataset import open_dataset, verify_checksums
 from pretrain_xla.data.documents import Document, read_documents
 from pretrain_xla.data.prepare import prepare
-from pretrain_xla.data.sources import Source, source_of
+from pretrain_xla.data.sources import Source, open_source, source_of
 from pretrain_xla.data.split import LONG_DOCUMENT, split_document
 from pretrain_xla.data.tokenizer import load_tokenizer
 from pretrain_xla.data.train_tokenizer import train_tokenizer
@@ -292,6 +293,44 @@ def test_going_on_reads_only_what_is_left(tmp_path, small_chunks):
     assert begun == [None, left["place"]]
     prepare(source(), str(tmp_path / "b"), **recipe)
     assert tree(tmp_path / "a") == tree(tmp_path / "b")
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_skipped_documents_are_counted_once_however_often_it_is_broken_off(tmp_path):
+    """A bad document that ended it is skipped when the same is asked for with that word; each is counted, once."""
+    lines = [json.dumps({"text": text}) for text in DOCUMENTS]
+    for number in (399, 300, 150, 5, 5):
+        lines.insert(number, "{oops")
+    (tmp_path / "a.jsonl").write_text("\n".join([*lines, "{oops"]))
+    recipe = {"shard_size": 3000, "num_workers": 1}
+
+    def opened(broken_at=None, skips=True):
+        found = open_source(str(tmp_path / "a.jsonl"), skip_bad_documents=skips)
+
+        def read(place):
+            for number, document in enumerate(found.read(place)):
+                if number == broken_at:
+                    raise UserError("the power is gone")
+                yield document
+
+        return replace(found, read=read)
+
+    with pytest.raises(UserError, match=r"a\.jsonl:6: not JSON"):
+        prepare(opened(skips=False), str(tmp_path / "a"), train_vocab_size=300, **recipe)
+    prepare(opened(), str(tmp_path / "whole"), train_vocab_size=300, **recipe)
+    with pytest.raises(UserError, match="power"):
+        prepare(opened(broken_at=200), str(tmp_path / "a"), "bytes", **recipe)
+    with pytest.raises(UserError, match=r"a\.jsonl:304: not JSON"):
+        prepare(opened(skips=False), str(tmp_path / "a"), "bytes", **recipe)
+    info = prepare(opened(), str(tmp_path / "a"), "bytes", **recipe)
+    prepare(opened(), str(tmp_path / "b"), "bytes", **recipe)
+    assert tree(tmp_path / "a") == tree(tmp_path / "b")
+    assert (
+        info.skipped_documents
+        == json.loads((tmp_path / "whole" / "dataset.json").read_text())["skipped_documents"]
+        == 6
+    )
+    assert sum(split.documents for split in info.splits.values()) == len(DOCUMENTS)
 
 
 def broken_off(tmp_path):

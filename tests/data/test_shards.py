@@ -231,6 +231,18 @@ def test_training_and_validation_files_in_one_folder(tmp_path):
     assert names(tmp_path / "only", "train") == ["val.bin"]
 
 
+def test_signs_in_a_folders_name_and_linked_shards(tmp_path):
+    (tmp_path / "data [v2]").mkdir()
+    build_nano_gpt(tmp_path / "far.npy", list(range(100)))
+    (tmp_path / "data [v2]" / "a_train_0.npy").symlink_to(tmp_path / "far.npy")
+    for path in ("data [v2]", "data [v2]/*_train_*", "data [v2]/a_train_0.npy", "data*/*"):
+        assert open_dataset(f"{tmp_path}/{path}", 8, 100).tokens == 100
+    (tmp_path / "data [v2]" / "a_train_0.npy").unlink()
+    (tmp_path / "data [v2]" / "a_train_0.npy").symlink_to(tmp_path / "none.npy")
+    with pytest.raises(UserError, match=r"a_train_0\.npy: cannot be read: no such file"):
+        open_dataset(f"{tmp_path}/data [v2]", 8, 100)
+
+
 def test_real_shards_are_read_as_they_are(shared):
     for name in ("openwebtext_val", "tinystories_val", "tinystories_test"):
         path = shared(f"text/en/{name}_gpt2_uint16.bin")

@@ -129,6 +129,9 @@ def test_records_from_everywhere(write: Write, tmp_path: Path) -> None:
     assert numbers(str(packed)) == [3]
     assert numbers(f"{tmp_path}/a-*") == [1, 2, 3]
     assert numbers("memory://eval/b.jsonl.gz") == [4]
+    (tmp_path / "c [v2]").mkdir()
+    (tmp_path / "c [v2]" / "a.jsonl").symlink_to(first)
+    assert numbers(f"{tmp_path}/c [v2]/a.jsonl") == numbers(f"{tmp_path}/c [v2]/*") == [1, 2]
     assert [record.where for record in read_records(str(first))] == [f"{first}:1", f"{first}:2"]
     (tmp_path / "a-1-labels.lst").write_text("1\n0\n")
     assert [record.fields["label"] for record in read_records(str(first))] == ["1", "0"]

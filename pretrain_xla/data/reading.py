@@ -1,0 +1,65 @@
+"""How documents are told out of files, and what becomes of one that cannot be read."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from pretrain_xla.errors import UserError
+
+logger = logging.getLogger(__name__)
+_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a person says of their files."""
+
+    column: str = "text"
+    """Key or column that holds the text, in files of records; `a.b`: the key `b` of what is under `a`."""
+    one_per_line: bool = False
+    """Whether each line of a text file is a document."""
+    skips_bad: bool = False
+    """Whether to go on after a document that cannot be read."""
+
+    @property
+    def decoding(self) -> str:
+        """How bytes that are not UTF-8 are met: they end the reading, or stand as surrogates (see `is_utf8`)."""
+        return "surrogateescape" if self.skips_bad else "strict"
+
+
+class Bad(NamedTuple):
+    """Stands where a document cannot be read."""
+
+    reason: str
+    """Where, and why not."""
+
+
+class BadDocuments:
+    """Ends the reading at the first document that cannot be read, or counts those that were skipped."""
+
+    def __init__(self, skips: bool) -> None:
+        self._skips = skips
+        self.count = 0
+
+    def meet(self, bad: Bad) -> None:
+        """Take note of one.
+
+        Raises:
+            UserError: they are not to be skipped.
+        """
+        if not self._skips:
+            raise UserError(bad.reason)
+        self.count += 1
+        if self.count <= _SHOWN:
+            logger.warning("skipped: %s%s", bad.reason, " (more are not shown)" if self.count == _SHOWN else "")
+
+
+def is_utf8(text: str) -> bool:
+    """Whether text that was decoded by `Reading.decoding` was UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
