@@ -18,12 +18,13 @@ import zstandard
 
 from pretrain_xla.config import build_config
 from pretrain_xla.config_file import load_yaml
-from pretrain_xla.data import documents, open_file
+from pretrain_xla.data import open_file
 from pretrain_xla.data.dataset import open_dataset, verify_checksums
 from pretrain_xla.data.documents import read_documents
 from pretrain_xla.data.files import filesystem
 from pretrain_xla.data.journal import read_progress
 from pretrain_xla.data.manifest import dataset_info
+from pretrain_xla.data.readers import delimited, json_records, plain_text
 from pretrain_xla.data.tokenizer import load_tokenizer
 from pretrain_xla.errors import UserError
 from pretrain_xla.evaluate import records
@@ -203,14 +204,17 @@ PACKERS: dict[str, Callable[[bytes], bytes]] = {
 def test_little_that_unpacks_to_much_is_read_no_further_than_the_limit(
     suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(open_file, "LONGEST_LINE", 2**16)
-    monkeypatch.setattr(documents, "LONGEST_DOCUMENT", 2**17)
+    for module in (open_file, delimited, json_records):
+        monkeypatch.setattr(module, "LONGEST_LINE", 2**16)
+    monkeypatch.setattr(plain_text, "LONGEST_DOCUMENT", 2**17)
     monkeypatch.setattr(records, "LONGEST_DOCUMENT", 2**17)
     size = 2**20
     for name, text, action, said in (
         ("a.jsonl", b"x" * size, lambda path: list(read_documents(path)), "a line of more than 65,536 characters"),
         ("b.txt", b"x" * size, lambda path: list(read_documents(path)), "a line of more than 65,536 characters"),
         ("c.txt", b"x\n" * (size // 2), lambda path: list(read_documents(path)), "a document of more than 131,072"),
+        ("c.json", b'[{"text": "' + b"x" * size * 3, lambda path: list(read_documents(path)), "ends within a value"),
+        ("c.csv", b'text\n"' + b"x\n" * (size // 2), lambda path: list(read_documents(path)), "field larger than"),
         ("d.jsonl", b"x" * size, lambda path: list(records.read_records(path)), "a line of more than"),
         ("e.txt", b"x\n" * (size // 2), lambda path: [None for _ in records.read_lines(path)], "more than 131,072"),
     ):
