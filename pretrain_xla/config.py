@@ -309,7 +309,8 @@ class CheckpointConfig(Section):
     checkpoints_dir: str = "checkpoints"
     """Folder of checkpoints; relative to run_dir when that is set."""
     save_interval: Positive = 1000
-    """Steps between checkpoints; the last step is always saved."""
+    """Steps between checkpoints; the last step is always saved. Which one is best is known of those steps alone that are
+    validated: use a multiple of valid_interval."""
     saved_checkpoint_limit: Positive = 10
     """Newest checkpoints kept; the one with the best validation loss is kept as well."""
     resume: bool = True

@@ -10,6 +10,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pretrain_xla.config import PRETRAINED_MODELS, build_config
@@ -20,9 +21,11 @@ from pretrain_xla.interop.beside import GPT2_VOCABULARY
 from pretrain_xla.interop.description import Description, LoadedModel
 from pretrain_xla.interop.hugging_face import describe_folder
 from pretrain_xla.interop.state_dict import describe_file
+from pretrain_xla.model import GPT
 from pretrain_xla.redact import is_redacted
-from pretrain_xla.train.checkpoint import CheckpointInfo, open_checkpoint
+from pretrain_xla.train.checkpoint import MARKER, CheckpointInfo, open_checkpoint
 from pretrain_xla.train.files import find_tokenizer
+from pretrain_xla.train.finite import check_names
 
 __all__ = ["Description", "LoadedModel", "describe", "load_model"]
 
@@ -84,11 +87,16 @@ def _checkpoint(path: str, which: str) -> Description:
     notes: list[str] = []
     store, step = open_checkpoint(path, which, notes.append)
     folder, info = store.folder(step), store.info(step)
+    if not all(isinstance(info.config.get(section), dict) for section in ("model", "data")):
+        raise UserError(f"{folder}/{MARKER} does not say which model it is of, or its data: name another")
     config = build_config({"model": info.config["model"]}, folder).model
 
     def read() -> dict[str, Tensor]:
         prefix = "model."
-        return {n.removeprefix(prefix): t for n, t in store.load(step).items() if n.startswith(prefix)}
+        tensors = {n.removeprefix(prefix): t for n, t in store.load(step).items() if n.startswith(prefix)}
+        with torch.device("meta"):
+            check_names(tensors, GPT(config).state_dict(), folder)
+        return tensors
 
     tokenizer, guesses = _tokenizer_of(store.root, info, config.vocab_size)
     notes += [f"{folder}: {guess}" for guess in guesses]
@@ -102,10 +110,9 @@ def _tokenizer_of(checkpoints_dir: str, info: CheckpointInfo, vocab_size: int) -
     """
     if own := find_tokenizer(checkpoints_dir):
         return own, []
-    data = info.config["data"]
-    if data["tokenizer"] or not info.data:
-        return data["tokenizer"], []
-    where = data["train_dir"]
+    tokenizer, where = (info.config["data"].get(name) for name in ("tokenizer", "train_dir"))
+    if isinstance(tokenizer, str) or not isinstance(where, str) or not info.data:
+        return tokenizer if isinstance(tokenizer, str) and tokenizer else None, []
     manifest = None if is_redacted(where) else dataset_info(where)
     if manifest is not None:
         return manifest.tokenizer_name, []

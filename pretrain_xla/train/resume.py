@@ -14,7 +14,7 @@ from pretrain_xla.interop import hub
 from pretrain_xla.interop.adopt import FREE_MODEL_KEYS, check_fits, fit_tensors
 from pretrain_xla.interop.load import describe
 from pretrain_xla.model.stacked import of_all_layers
-from pretrain_xla.train.checkpoint import CheckpointInfo, CheckpointStore, open_checkpoint
+from pretrain_xla.train.checkpoint import MARKER, CheckpointInfo, CheckpointStore, open_checkpoint
 from pretrain_xla.train.finite import check_finite, check_names
 from pretrain_xla.train.loss_scale import LossScale
 
@@ -90,7 +90,7 @@ def find_start(config: RunConfig, data_fingerprint: str, say: Callable[[str], No
     if newest is not None and not config.checkpoint.resume and not config.train.do_test:
         raise UserError(
             f"--no-resume, but {root} holds checkpoints up to step {newest}: "
-            "name another --checkpoints-dir, or remove that folder"
+            "name another --checkpoints-dir, or remove the step_ folders in it (the run's records are moved aside, and stay)"
         )
     source, step = store, newest
     if not config.train.do_test and (pushed := _pushed(config, root, newest)) is not None:
@@ -161,7 +161,9 @@ def check_same_model(info: CheckpointInfo, model: ModelConfig, folder: str) -> N
     Raises:
         UserError: names the first setting that differs.
     """
-    saved, wanted = info.config["model"], model.model_dump(mode="json")
+    saved, wanted = info.config.get("model"), model.model_dump(mode="json")
+    if not isinstance(saved, dict):
+        raise UserError(f"{folder}/{MARKER} does not say which model it is of: name another --checkpoints-dir")
     for key, value in wanted.items():
         if key not in FREE_MODEL_KEYS and saved.get(key) != value:
             raise UserError(

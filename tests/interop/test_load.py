@@ -1,5 +1,6 @@
 """Whatever a person names as a model: our config and our tensors."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -45,3 +46,32 @@ def test_a_run_of_ours(inside: str, which: str, step: int, tmp_path: Path) -> No
 def test_nothing_there(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no complete checkpoint"):
         load_model(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (lambda tensors, config: config.clear(), "does not say which model it is of"),
+        (lambda tensors, config: config.update(data=[]), "or its data: name another"),
+        (
+            lambda tensors, config: tensors.pop("model.final_norm.bias"),
+            "step_00000003 lacks final_norm.bias: name another",
+        ),
+        (lambda tensors, config: tensors.update({"model.x": torch.ones(1)}), "holds x, which its model does not have"),
+        (
+            lambda tensors, config: tensors.update({"model.final_norm.bias": torch.ones(3)}),
+            r"final_norm.bias in the shape \(3,\), and its model has \(16,\)",
+        ),
+    ],
+)
+def test_a_run_that_is_not_whole(edit: Callable[..., object], words: str, tmp_path: Path) -> None:
+    config = build_config({"model": TINY | {"d_ff": 32}, "data": {"tokenizer": "bytes"}}, "test")
+    save_run(tmp_path, config, {2: 1.0})
+    store = CheckpointStore(str(tmp_path / "checkpoints"), limit=9)
+    tensors, tree = store.load(2), config.model_dump(mode="json")
+    edit(tensors, tree)
+    store.save(tensors, CheckpointInfo(3, None, "data", tree))
+    store.close()
+    with pytest.raises(UserError, match=words) as caught:
+        load_model(str(tmp_path))
+    assert "\n" not in str(caught.value)
