@@ -115,7 +115,7 @@ def pretrain(arguments: Sequence[str], *, program: str, fixed: dict[str, Any] | 
         print(to_yaml(parsed.config), end="")
         return
     config = parsed.config
-    notes = effectless(config, parsed.given) + parsed.notes
+    notes = effectless(config, parsed.given) + schedule_notes(config) + parsed.notes
     if os.environ.get("RANK", "0") == "0":
         for line in notes:
             print(f"note: {redacted(line)}", flush=True)
@@ -163,6 +163,16 @@ def effectless(config: RunConfig, given: frozenset[str]) -> list[str]:
         "decay_steps": (config.optim.decay_method not in ("noam", "constant"), "this --decay-method has no end"),
         "eval_tasks": (not config.train.do_test, "--do-test prints the validation loss; evaluate.py scores tasks"),
         "eval_interval": (bool(config.evaluation.eval_tasks), "there are no --eval-tasks"),
+        "scan_layers": (xla, "only the xla runtime compiles a loop over the layers"),
+        "overlap_gradients": (xla, "it is an option of the TPU's compiler"),
+        "compile_cache": (xla, "it belongs to the xla runtime"),
+        "topology": (config.train.preflight_only, "only preflight compiles for a TPU that is not here"),
+        "sample_prompt": (config.logging.sample_interval is not None, "there is no --sample-interval"),
+        "end_of_text": (config.data.separate_documents, "only --separate-documents looks for it"),
+        **{
+            leaf: (bool(config.evaluation.eval_tasks), "there are no --eval-tasks")
+            for leaf in ("eval_data", "eval_limit", "eval_stride", "eval_top_k")
+        },
         "rope_theta": (config.model.positions == "rotary", "only --positions rotary turns"),
     }
     lines = [
@@ -176,3 +186,17 @@ def effectless(config: RunConfig, given: frozenset[str]) -> list[str]:
             names = ", ".join(f"--{leaf.replace('_', '-')}" for leaf in unused)
             lines.append(f"{names} {'has' if len(unused) == 1 else 'have'} no effect: --wandb-logging is not given")
     return lines
+
+
+def schedule_notes(config: RunConfig) -> list[str]:
+    """A line where the learning rate does not come to its end with the run, as it mostly should."""
+    optim, steps = config.optim, config.train.train_steps
+    if config.train.do_test or optim.decay_method in ("noam", "constant") or optim.decay_steps == steps:
+        return []
+    if optim.decay_steps < steps:
+        then = f"the last {steps - optim.decay_steps:,} steps run at min_lr"
+    else:
+        then = "the learning rate does not come down to min_lr"
+    return [
+        f"decay_steps={optim.decay_steps} and train_steps={steps}: {then}; --decay-steps {steps} ends both together"
+    ]

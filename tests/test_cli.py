@@ -138,6 +138,13 @@ EFFECTLESS: list[tuple[str, str, str, str]] = [
     ("--decay-steps 9 --decay-method constant", "--decay-steps", "end", "--decay-steps 9000 --decay-method wsd"),
     ("--eval-interval 5", "--eval-interval", "no --eval-tasks", "--eval-interval 5 --eval-tasks piqa"),
     ("--eval-tasks piqa --do-test", "--eval-tasks", "evaluate.py", "--eval-tasks piqa"),
+    ("--eval-limit 5", "--eval-limit", "no --eval-tasks", "--eval-limit 5 --eval-tasks piqa"),
+    ("--scan-layers --runtime torch", "--scan-layers", "only the xla runtime", "--scan-layers"),
+    ("--overlap-gradients --runtime torch", "--overlap-gradients", "TPU's compiler", "--overlap-gradients"),
+    ("--compile-cache x --runtime torch", "--compile-cache", "xla runtime", "--compile-cache x"),
+    ("--topology v5e-8", "--topology", "preflight", "--topology v5e-8 --preflight-only"),
+    ("--sample-prompt x", "--sample-prompt", "--sample-interval", "--sample-prompt x --sample-interval 5"),
+    ("--end-of-text 5", "--end-of-text", "--separate-documents", "--end-of-text 5 --separate-documents"),
     ("--rope-theta 1e6", "--rope-theta", "--positions rotary", "--rope-theta 1e6 --positions rotary"),
     ("--wandb-name x", "--wandb-name", "--wandb-logging is not given", "--wandb-name x --wandb-logging"),
 ]
@@ -150,6 +157,24 @@ def test_a_flag_without_effect_is_said_to_be_one(useless: str, flag: str, reason
     assert lines[0].startswith(f"{flag} has no effect: ")
     assert reason in lines[0]
     assert notes(*useful.split()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("--train-steps 5000", "does not come down to min_lr; --decay-steps 5000 ends both"),
+        ("--train-steps 30000", "the last 10,000 steps run at min_lr; --decay-steps 30000 ends both"),
+        ("--train-steps 5000 --decay-method wsd", "does not come down"),
+        ("--train-steps 5000 --decay-steps 5000", None),
+        ("--train-steps 5000 --decay-method constant", None),
+        ("--train-steps 5000 --do-test", None),
+        ("", None),
+    ],
+)
+def test_a_schedule_that_does_not_end_with_the_run_is_said(words: str, expected: str | None) -> None:
+    lines = cli.schedule_notes(parse_flags(words.split(), program="door.py", description="A door.").config)
+    assert len(lines) == (expected is not None)
+    assert all(str(expected) in line for line in lines)
 
 
 def test_only_what_was_given_is_spoken_of() -> None:

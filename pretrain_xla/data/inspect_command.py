@@ -193,7 +193,8 @@ def plot(found: Inspection, path: str) -> None:
     )
     for axis in (documents, ids):
         axis.grid(alpha=0.3)
-    figure.suptitle(os.path.relpath(found.path) if "://" not in found.path else redacted(found.path))
+    title = os.path.relpath(found.path) if "://" not in found.path else redacted(found.path)
+    figure.suptitle(title.replace("$", r"\$"))  # else what lies between two of them is taken for mathematics
     try:
         figure.savefig(path, dpi=120)
     except OSError as error:

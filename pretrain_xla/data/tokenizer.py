@@ -137,7 +137,11 @@ def load_tokenizer(name: str) -> Tokenizer:
     if fs.isdir(root):
         raise UserError(f"tokenizer {name!r}: the folder has no {wanted}")
     if "/" in name:
-        raise UserError(f"tokenizer {name!r}: no such file or folder (a {wanted}, or a folder that holds one)")
+        fetch = f"; of the Hub? Fetch it first: hf download {name} --include '*token*' '*.model' --local-dir tokenizers/{name}"
+        from_hub = fetch if name.count("/") == 1 and "://" not in name and not name.startswith((".", "/", "~")) else ""
+        raise UserError(
+            f"tokenizer {name!r}: no such file or folder (a {wanted}, or a folder that holds one){from_hub}"
+        )
     near = difflib.get_close_matches(name, known, n=2)
     known_are = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(known)}"
     raise UserError(f"tokenizer {name!r}: neither a known name nor the path of a {TOKENIZER_FILE}; {known_are}")

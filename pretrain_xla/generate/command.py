@@ -16,6 +16,7 @@ from pretrain_xla.errors import UserError
 from pretrain_xla.generate.continuation import Request
 from pretrain_xla.generate.generator import Generator
 from pretrain_xla.generate.sampling import Sampling
+from pretrain_xla.generate.text import TextStream
 
 
 @dataclass(frozen=True)
@@ -109,8 +110,9 @@ def generate_command(arguments: Sequence[str]) -> None:
 
 def _prompts_of(path: str) -> list[str]:
     try:
-        with open(path, encoding="utf-8") as file:
-            prompts = [line for line in file.read().splitlines() if line.strip()]
+        # What Windows writes begins with a mark (utf-8-sig). `splitlines` would also cut at U+2028 and its like, inside a text.
+        with open(path, encoding="utf-8-sig") as file:
+            prompts = [line for line in file.read().split("\n") if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--prompt-file {path} cannot be read ({error}): name a text file") from None
     if not prompts:
@@ -130,7 +132,7 @@ def _check_writable(path: str) -> None:
 def _ask() -> str | None:
     """A prompt from the person or the pipe; none at its end."""
     try:
-        return input(">> " if sys.stdin.isatty() else "")
+        return input(">> " if sys.stdin.isatty() else "").removeprefix("\ufeff")
     except (EOFError, KeyboardInterrupt):
         return None
 
@@ -139,7 +141,7 @@ def _continue(generator: Generator, prompts: Sequence[str], flags: GenerateFlags
     """Print the texts: a single one as it comes, several one after another when all are done. Returns them."""
     prompts = [prompt for prompt in prompts for _ in range(flags.num_samples)]
     if flags.show_tokens:
-        return _print_tokens(generator, prompts, request)
+        return _print_tokens(generator, prompts, request, flags.stop)
     if len(prompts) > 1:
         texts = generator.generate(prompts, request, flags.stop)
         for number, text in enumerate(texts, start=1):
@@ -154,15 +156,23 @@ def _continue(generator: Generator, prompts: Sequence[str], flags: GenerateFlags
     return [text]
 
 
-def _print_tokens(generator: Generator, prompts: Sequence[str], request: Request) -> list[str]:
-    """`[id text]` for each token of the prompts and of what follows them."""
+def _print_tokens(
+    generator: Generator, prompts: Sequence[str], request: Request, stop_strings: Sequence[str]
+) -> list[str]:
+    """`[id text]` for each token of the prompts and of what follows them, to before the one that completes a stop string."""
 
     def shown(token: int) -> str:
         return f"[{token} {generator.tokenizer.decode([token])!r}]"
 
     rows = [[shown(token) for token in generator.tokenizer.encode(prompt)] for prompt in prompts]
-    for row, token in generator.tokens(prompts, request):
-        rows[row].append(shown(token))
+    streams = [TextStream(generator.tokenizer, prompt, stop_strings) for prompt in prompts]
+    tokens = generator.tokens(prompts, request)
+    for row, token in tokens:
+        streams[row].add(token)
+        if streams[row].ended:
+            tokens.end(row)
+        else:
+            rows[row].append(shown(token))
     lines = [" ".join(row) for row in rows]
     print("\n".join(lines), flush=True)
     return lines

@@ -6,6 +6,7 @@ command line can take the architecture from it; `load_model` reads it whole.
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -62,7 +63,15 @@ def describe(name_or_path: str, which: str = "newest", stated: Mapping[str, Any]
     if name_or_path in PRETRAINED_MODELS:
         return _hub(f"openai-community/{name_or_path}", which)
     if hub.is_name(name_or_path):
-        return _hub(name_or_path, which)
+        try:
+            return _hub(name_or_path, which)
+        except UserError as error:
+            # `runs/quickstrat` looks like a name on the Hub.
+            parent, name = os.path.split(path)
+            near = difflib.get_close_matches(name, os.listdir(parent) if os.path.isdir(parent) else [], n=1)
+            if not near:
+                raise
+            raise UserError(f"{name_or_path}: no such folder; did you mean {parent}/{near[0]}? (And {error})") from None
     raise UserError(
         f"{name_or_path}: no such file or folder, and no name on the Hub, which is {', '.join(PRETRAINED_MODELS)} or owner/name"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
+import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -54,6 +55,8 @@ class TorchRuntime:
                 "the torch runtime replicates the model (DDP); set both to 1"
             )
         self._compiles = config.train.compile
+        if self._compiles:
+            _check_compiler()
         self.loop: Loop | None = None
         self.fence: Fence = no_fence
         self.static_shapes = False
@@ -305,6 +308,20 @@ def _attention(model: ModelConfig) -> str:
     if model.attention_softcap is not None:
         return "plain: PyTorch's fused kernels cannot cap scores"
     return "PyTorch's fused kernels"
+
+
+def _check_compiler() -> None:
+    """torch.compile writes C++ for a CPU, and launchers of its kernels for a GPU; without a compiler the first step fails.
+
+    Raises:
+        UserError: there is none.
+    """
+    compilers = (os.environ.get("CXX") or "g++", os.environ.get("CC") or "gcc", "clang")
+    if not any(map(shutil.which, compilers)):
+        raise UserError(
+            f"compile=True needs a C++ compiler, and none of {', '.join(compilers)} is there: install g++, name yours in CXX, "
+            "or leave out --compile"
+        )
 
 
 def _graphs_built() -> int:

@@ -81,7 +81,7 @@ def plot_loss(run_dir: str, rows: list[Row], title: str) -> None:
             label=f"validation, last {valid[-1]['valid_loss']:.3f}",
         )
     losses.set_ylabel("loss (nats per token)")
-    losses.set_title(title)
+    losses.set_title(title, parse_math=False)  # a folder may be called $x$
     losses.grid(alpha=0.3)
     losses.legend()
     rates.set_ylabel("learning rate")

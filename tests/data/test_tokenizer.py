@@ -267,3 +267,11 @@ def test_no_network_says_how_to_do_without(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == []
     with pytest.raises(UserError, match="TIKTOKEN_CACHE_DIR"):
         load_tokenizer("gpt2")
+
+
+def test_a_name_on_the_hub_is_answered_with_how_to_fetch_it():
+    with pytest.raises(UserError, match=r"hf download owner/name .* --local-dir tokenizers/owner/name"):
+        load_tokenizer("owner/name")
+    with pytest.raises(UserError) as error:
+        load_tokenizer("./owner/name")
+    assert "hf download" not in str(error.value)

@@ -72,6 +72,29 @@ def test_several_prompts_samples_and_stops(run_dir: Path, tmp_path: Path, capsys
     assert capsys.readouterr().out == whole[: whole.index(whole[5:7], 3)] + "\n"
 
 
+def test_a_prompt_file_of_windows_and_one_with_other_line_separators(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("\ufeffabc\r\nx\u2028y\x85z\r\n".encode())
+    generate_command(["--model", str(run_dir), "--max-new-tokens", "2", "--prompt-file", str(file), *HERE])
+    printed = capsys.readouterr().out
+    assert printed.startswith("--- 1 of 2\nabc")
+    assert "--- 2 of 2\nx\u2028y\x85z" in printed
+
+
+def test_shown_tokens_end_at_a_stop(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--model", str(run_dir), "--max-new-tokens", "8", "--prompt", "abc", "--temperature", "0", *HERE]
+    generate_command(flags)
+    whole = capsys.readouterr().out.rstrip("\n")
+    generate_command([*flags, "--show-tokens"])
+    every = capsys.readouterr().out.rstrip("\n")
+    generate_command([*flags, "--show-tokens", "--stop", whole[5:7]])
+    shown = capsys.readouterr().out.rstrip("\n")
+    assert every.startswith(shown)
+    assert shown.count("] [") < every.count("] [")
+
+
 def test_tokens_are_shown(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     generate_command(["--model", str(run_dir), "--max-new-tokens", "5", "--prompt", "ab", "--show-tokens", *HERE])
     shown = capsys.readouterr().out.strip()

@@ -75,3 +75,15 @@ def test_a_run_that_is_not_whole(edit: Callable[..., object], words: str, tmp_pa
     with pytest.raises(UserError, match=words) as caught:
         load_model(str(tmp_path))
     assert "\n" not in str(caught.value)
+
+
+def test_a_misspelt_folder_is_not_only_a_name_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "quickstart").mkdir(parents=True)
+    with pytest.raises(UserError, match="runs/quickstrat: no such folder; did you mean runs/quickstart"):
+        load_model("runs/quickstrat")
+    with pytest.raises(UserError) as caught:
+        load_model("runs/somebody")
+    assert "did you mean" not in str(caught.value)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -209,3 +210,11 @@ def test_a_wait_for_the_gpu_ends_a_strict_run_and_names_the_line(make: Make, rec
         UserError, match=rf"step 7: host transfer at {re.escape(__file__)}:\d+ in waits: a call that waits"
     ):
         guard.check(7)
+
+
+def test_compiling_without_a_compiler_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    config = build_config({"train": {"compile": True}, "parallel": {"runtime": "torch", "device": "cpu"}}, "test")
+    with pytest.raises(UserError, match=r"needs a C\+\+ compiler.*install g\+\+"):
+        TorchRuntime(config)

@@ -61,7 +61,7 @@ def test_a_summary_is_written_whole(tmp_path: Path) -> None:
 def picture(folder: Path, rows: list[dict[str, Any]]) -> np.ndarray:
     """The picture as [height, width, 3]."""
     folder.mkdir(exist_ok=True)
-    plot_loss(str(folder), rows, "a title")
+    plot_loss(str(folder), rows, r"2M parameters, runs/$a_{b$ \\frac{")
     with PIL_IMAGE.open(folder / "loss.png") as image:
         assert image.format == "PNG"
         return np.asarray(image.convert("RGB")).astype(int)
