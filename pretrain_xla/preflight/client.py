@@ -33,7 +33,7 @@ ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "TF_CPP_MIN_LOG_LEVEL": "2",
     "TPU_STDERR_LOG_LEVEL": "2",
-    "TPU_MIN_LOG_LEVEL": "2",
+    "TPU_MIN_LOG_LEVEL": "1",  # warnings go to a file, which is read
 }
 """What torch_xla and libtpu must find when they are loaded."""
 
@@ -107,6 +107,7 @@ def _run(folder: Path, devices: int, tick: Callable[[str], None]) -> int:
     kept = {key: value for key, value in os.environ.items() if key not in STALE}
     path = os.pathsep.join(part for part in (root, kept.get("PYTHONPATH")) if part)
     environment = kept | ENVIRONMENT | {"CPU_NUM_DEVICES": str(devices), "PYTHONPATH": path}
+    environment["TPU_LOG_DIR"] = str(folder)
     command = [sys.executable, "-m", "pretrain_xla.preflight.worker", str(folder)]
     with (folder / "stderr").open("wb") as errors:
         process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=errors, stderr=errors)

@@ -69,7 +69,7 @@ def config_findings(config: RunConfig, generation: str) -> list[Finding]:
 
 def input_findings(outcome: Outcome, memory: Memory) -> list[Finding]:
     """Room, donation and sharding."""
-    findings = []
+    findings = [Finding("warning", outcome.detours)] if outcome.detours else []
     if memory.fits and memory.total > EDGE * memory.capacity:
         findings.append(
             Finding("warning", "at the edge of HBM: the runtime may refuse what the compiler just accepted")

@@ -68,7 +68,10 @@ class Shortage:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """A compilation that ended. Exactly one of compiled and shortage is there. Times in seconds."""
+    """A compilation that ended. Exactly one of compiled and shortage is there. Times in seconds.
+
+    detours: what the compiler says of tensors that it cannot move over the mesh directly, in words; or none.
+    """
 
     compiled: Compiled | None
     shortage: Shortage | None
@@ -77,6 +80,7 @@ class Outcome:
     trace_seconds: float
     compile_seconds: float
     libtpu: str
+    detours: str | None = None
 
     def to_tree(self) -> dict[str, Any]:
         """As JSON can hold it."""

@@ -36,6 +36,7 @@ def _compile(folder: Path, request: dict[str, object]) -> dict[str, object]:
     from pretrain_xla.preflight.compiler import INSTALL, compile_step, describe_inputs, input_text, libtpu_version
     from pretrain_xla.preflight.outcome import Compiled, Outcome, Shortage
     from pretrain_xla.preflight.topology import resolve_topology
+    from pretrain_xla.runtime.compiler_warnings import in_words, libtpu_log
 
     libtpu = libtpu_version()
     try:
@@ -64,6 +65,7 @@ def _compile(folder: Path, request: dict[str, object]) -> dict[str, object]:
         trace_seconds=traced - began,
         compile_seconds=time.perf_counter() - traced,
         libtpu=libtpu,
+        detours=in_words(libtpu_log(), "the step"),
     ).to_tree()
 
 

@@ -11,6 +11,7 @@ import contextlib
 import logging
 import os
 import resource
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -224,7 +225,14 @@ class XlaRuntime:
         self, function: Callable[..., Tensor], name: str, state: Callable[[], Iterable[Tensor]]
     ) -> Callable[..., Tensor]:
         """See `base.Runtime.compile`. The function is traced at each call; its graph is compiled at the first."""
-        return CompiledFunction(function, name, state, self._counts, self._events.append, explain=self._strict)
+        warn = self._warn if self._kernel_mesh is not None else None
+        return CompiledFunction(
+            function, name, state, self._counts, self._events.append, explain=self._strict, warn=warn
+        )
+
+    def _warn(self, text: str) -> None:
+        if self.is_main:
+            print(f"warning: {text}", file=sys.stderr, flush=True)
 
     def repeat(self, module: nn.Module) -> RepeatedModule:
         """See `base.Runtime.repeat`."""

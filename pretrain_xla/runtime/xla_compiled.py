@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pretrain_xla.runtime import xla_graphs
 from pretrain_xla.runtime.base import GraphCounts, GraphEvent
+from pretrain_xla.runtime.compiler_warnings import compiler_warnings, in_words
 
 
 class CompiledFunction:
@@ -23,12 +24,15 @@ class CompiledFunction:
         record: Callable[[GraphEvent], None],
         *,
         explain: bool,
+        warn: Callable[[str], None] | None = None,
     ) -> None:
         self._function, self._name, self._state = function, name, state
         self._counts, self._record = counts, record
         self._first_graph: list[str] = []
         # On a recompilation, trace once more to find the line. That spends the state, so only a strict run does it.
         self._explain = explain
+        # Gets what the compiler says of tensors that it cannot move over the mesh; none where there is no mesh.
+        self._warn = warn
         self._settled = False
 
     def __call__(self, *arguments: Tensor) -> Tensor:
@@ -37,7 +41,7 @@ class CompiledFunction:
         result = self._function(*arguments)
         if not self._first_graph:
             self._first_graph = xla_graphs.graph_text([result, *self._state()])
-        torch_xla.sync()
+        self._compile_and_run()
         added = xla_graphs.compilations() - before
         fell = [name for name, times in xla_graphs.fallbacks().items() if times > fallen.get(name, 0)]
         if fell:
@@ -53,6 +57,15 @@ class CompiledFunction:
             self._counts.graphs[self._name] = self._counts.graphs.get(self._name, 0) + added
         self._settled = self._settled or not fell
         return result
+
+    def _compile_and_run(self) -> None:
+        if self._warn is None or self._settled:
+            torch_xla.sync()
+            return
+        with compiler_warnings() as lines:
+            torch_xla.sync()
+        if words := in_words(lines, f"the {self._name} step"):
+            self._warn(words)
 
     def _fallback_lines(self, arguments: tuple[Tensor, ...]) -> dict[str, str]:
         if not self._explain:

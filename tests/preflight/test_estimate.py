@@ -14,7 +14,7 @@ from pretrain_xla.config import RunConfig
 from pretrain_xla.model.flops import flops_per_token
 from pretrain_xla.preflight.collectives import find_collectives, group_size, transfer_seconds
 from pretrain_xla.preflight.estimate import estimate_step, kernel_time
-from pretrain_xla.preflight.health import config_findings
+from pretrain_xla.preflight.health import Finding, config_findings
 from pretrain_xla.preflight.hlo import Module
 from pretrain_xla.preflight.out_of_memory import is_out_of_memory, read_shortage
 from pretrain_xla.preflight.outcome import Outcome
@@ -260,3 +260,9 @@ def test_waste_by_shape(sections: dict[str, dict[str, object]], expected: str) -
 def test_units() -> None:
     assert [size(10), size(2**20), size(3 * GIB)] == ["10 B", "1.00 MiB", "3.00 GiB"]
     assert [duration(2e-5), duration(0.0685), duration(3.0), duration(600)] == ["20 µs", "68.5 ms", "3.00 s", "10 min"]
+
+
+def test_a_detour_of_the_partitioner_is_a_warning(config: RunConfig, make_outcome: Callable[..., Outcome]) -> None:
+    said = "the compiler finds no direct way"
+    outcome = Outcome.from_tree(make_outcome(detours=said).to_tree())
+    assert Finding("warning", said) in make_report(config, V5E_8, outcome, None).findings
