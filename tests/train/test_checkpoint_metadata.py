@@ -183,6 +183,25 @@ def test_what_is_not_stored_is_not_believed(lie: str, store: CheckpointStore) ->
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("data/0", b"\7\0\0\0", "a tensor reaches beyond what is stored of it"),
+        ("byteorder", b"big", "a tensor is not stored as it is written here"),
+    ],
+)
+def test_a_tensor_does_not_reach_into_memory(name: str, content: bytes, words: str, store: CheckpointStore) -> None:
+    """Its file is long enough, and holds half of it: torch would read, or turn round, what lies behind."""
+    buffer, rebuilt = io.BytesIO(), io.BytesIO()
+    torch.save(torch.tensor(7), buffer)
+    with zipfile.ZipFile(buffer) as old, zipfile.ZipFile(rebuilt, "w") as new:
+        for item in old.infolist():
+            new.writestr(item, content if item.filename.endswith(name) else old.read(item))
+    append(store, "b", rebuilt.getvalue())
+    with pytest.raises(UserError, match=words):
+        store.load(1)
+
+
 def test_many_tensors_in_the_same_bytes(store: CheckpointStore) -> None:
     """Each is stored, all together are not."""
 
