@@ -14,9 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from .. import forks
+
 ROOT = Path(__file__).resolve().parents[2]
 VOCAB_SIZE = 200
 SEQ_LENGTH = 32
+# XLA's own passes stay; LLVM's take a third of a small run.
+QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
 @dataclass(frozen=True)
@@ -34,23 +38,33 @@ class Result:
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """The environment of a command: no device chosen by the machine, one thread pool for each process kept small."""
+    """The environment of a command: no device chosen by the machine, and machine code from XLA's graphs without polish."""
     dropped = ("PJRT_DEVICE", "CPU_NUM_DEVICES", "RANK", "WORLD_SIZE", "LOCAL_RANK")
     kept = {key: value for key, value in os.environ.items() if key not in dropped}
-    return kept | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"} | extra
+    return kept | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "XLA_FLAGS": QUICK} | extra
 
 
-def run(*command: str, cwd: Path = ROOT, timeout: float = 300, stdin: str = "", **extra: str) -> Result:
-    """Run a command of ours to its end; extra keywords are environment variables."""
-    done = subprocess.run(
-        [sys.executable, *command],
-        cwd=cwd,
-        env=environment(**extra),
-        input=stdin,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
+def run(
+    *command: str, cwd: Path = ROOT, timeout: float = 300, stdin: str = "", fresh: bool = False, **extra: str
+) -> Result:
+    """Run a command of ours to its end; extra keywords are environment variables.
+
+    It runs in a fork that spares loading PyTorch. `fresh`: just as a user does, in an interpreter of its own, with the
+    compiler as it is.
+    """
+    if fresh:
+        extra = {"XLA_FLAGS": ""} | extra
+        done = subprocess.run(
+            [sys.executable, *command],
+            cwd=cwd,
+            env=environment(**extra),
+            input=stdin,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+    else:
+        done = forks.run(command, environment(**extra), cwd, stdin, timeout)
     return Result(done.returncode, done.stdout, done.stderr)
 
 

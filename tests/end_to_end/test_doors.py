@@ -36,7 +36,7 @@ def original(tokens: Path, checkpoints: Path) -> list[str]:
 @pytest.mark.parametrize("door", DOORS)
 def test_the_readme_command_of_the_original(door: str, tokens: Path, tmp_path: Path) -> None:
     more, extra = DOORS[door]
-    done = run(door, *original(tokens, tmp_path), *more, **extra)
+    done = run(door, *original(tokens, tmp_path), *more, fresh=True, **extra)
     assert done.status == 0, done.errors
     assert "note: --wandb-logging-interval, --wandb-name, --wandb-project have no effect" in done.output
     if more:
@@ -85,7 +85,7 @@ def test_generate_greedy_is_the_same_on_both_runtimes(tokens: Path, tmp_path: Pa
     command = ["generate.py", "--model", str(tmp_path), "--tokenizer", "bytes", "--max-new-tokens", "40"]
     greedy = [*command, "--temperature", "0", "--prompt", "ab"]
     texts = [
-        run(*greedy, "--runtime", "torch").output,
+        run(*greedy, "--runtime", "torch", fresh=True).output,
         run(*greedy, "--runtime", "xla", PJRT_DEVICE="CPU").output,
         run(*greedy, "--runtime", "xla", PJRT_DEVICE="CPU", CPU_NUM_DEVICES="2").output,
     ]

@@ -9,7 +9,7 @@ LEFT = {"config.yaml", "metrics.jsonl", "summary.json", "loss.png", "sample.txt"
 
 
 def test_quickstart_leaves_everything(tmp_path: Path) -> None:
-    done = run("-m", "pretrain_xla", "quickstart", "--train-steps", "6", "--prompt", "The", cwd=tmp_path)
+    done = run("-m", "pretrain_xla", "quickstart", "--train-steps", "6", "--prompt", "The", cwd=tmp_path, fresh=True)
     assert done.status == 0, done.errors
     run_dir = tmp_path / "runs" / "quickstart"
     names = {path.name for path in run_dir.iterdir()}

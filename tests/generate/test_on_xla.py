@@ -5,11 +5,11 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from .. import forks
 
 SCRIPT = """
 import json, sys
@@ -59,10 +59,7 @@ def run(parallel: str, kind: str, devices: str = "1") -> str:
     root = Path(__file__).parents[2]
     quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     environment = os.environ | {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": devices, "XLA_FLAGS": quick}
-    command = [sys.executable, "-c", SCRIPT, parallel, kind]
-    done = subprocess.run(
-        command, env=environment | {"PYTHONPATH": str(root)}, cwd=root, capture_output=True, text=True
-    )
+    done = forks.run(["-c", SCRIPT, parallel, kind], environment | {"PYTHONPATH": str(root)})
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout.splitlines()[-1]
 

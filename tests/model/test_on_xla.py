@@ -2,11 +2,11 @@
 
 import importlib.util
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from .. import forks
 
 SCRIPT = """
 import torch, torch_xla
@@ -59,5 +59,5 @@ def test_same_results_one_graph_and_nothing_on_the_host():
     root = Path(__file__).parents[2]
     quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     environment = os.environ | {"PJRT_DEVICE": "CPU", "PYTHONPATH": str(root), "XLA_FLAGS": quick}
-    run = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, cwd=root, capture_output=True, text=True)
+    run = forks.run(["-c", SCRIPT], environment)
     assert run.returncode == 0, run.stderr[-3000:]

@@ -8,12 +8,12 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from .. import forks
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("torch_xla") is None, reason="needs torch_xla")
 
@@ -191,14 +191,7 @@ print(json.dumps(result))
 def found() -> dict[str, Any]:
     """What the script prints."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT],
-        input=json.dumps({"before": BEFORE, "after": AFTER}),
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    done = forks.run(["-c", SCRIPT], environment, stdin=json.dumps({"before": BEFORE, "after": AFTER}), timeout=240)
     assert done.returncode == 0, done.stderr
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result

@@ -2,11 +2,11 @@
 
 import importlib.util
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from .. import forks
 
 PREAMBLE = """
 import os, torch, torch_xla
@@ -170,11 +170,5 @@ def test_on_xla(script: str, devices: int) -> None:
     root = Path(__file__).parents[2]
     quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     environment = os.environ | {"PJRT_DEVICE": "CPU", "PYTHONPATH": str(root), "XLA_FLAGS": quick}
-    run = subprocess.run(
-        [sys.executable, "-c", PREAMBLE + script],
-        env=environment | {"CPU_NUM_DEVICES": str(devices)},
-        cwd=root,
-        capture_output=True,
-        text=True,
-    )
+    run = forks.run(["-c", PREAMBLE + script], environment | {"CPU_NUM_DEVICES": str(devices)})
     assert run.returncode == 0, run.stderr[-3000:]
