@@ -151,7 +151,7 @@ class DataConfig(Section):
     drop_last: bool = False
     """Leave out, each epoch, the sequences that do not fill a whole batch (otherwise a batch runs on into the next epoch)."""
     shuffle_window: Positive = 8
-    """Shards whose sequences are shuffled together; the order of shards is shuffled too."""
+    """Shards whose sequences are shuffled together; the order of shards is shuffled too. A run that resumes keeps its order."""
     prefetch_batches: Positive = 2
     """Batches read and copied to the device ahead of the step."""
     tokenizer: str | None = None
@@ -208,7 +208,7 @@ class TrainConfig(Section):
     """The loop."""
 
     seed: NonNegative = 1061109567
-    """Seed of weights, data order and dropout."""
+    """Seed of weights, data order and dropout. A run that resumes keeps the order that its data were begun in."""
     train_batch_size: Positive = 32
     """Sequences in a micro-batch, over all devices; a step sees this times gradient_accum_step."""
     eval_batch_size: Positive = 32

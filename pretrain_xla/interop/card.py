@@ -13,6 +13,7 @@ from pretrain_xla.interop.load import LoadedModel
 from pretrain_xla.model import parameter_count
 from pretrain_xla.redact import redacted
 from pretrain_xla.train.report import perplexity, shown
+from pretrain_xla.train.seen import tokens_seen
 
 CARD = """---
 library_name: transformers
@@ -90,8 +91,12 @@ def _training(loaded: LoadedModel) -> str:
     if loaded.info is None or loaded.info.step == 0:
         return f"Converted from {loaded.where}; see there for how it was trained."
     run = build_config(loaded.info.config, loaded.where)
-    tokens = loaded.info.step * run.tokens_per_step
-    lines = [f"- {loaded.info.step:,} steps of {run.tokens_per_step:,} tokens, {tokens:,} in all"]
+    tokens = tokens_seen(loaded.info)
+    steps = f"{loaded.info.step:,} steps"
+    if tokens == loaded.info.step * run.tokens_per_step:
+        lines = [f"- {steps} of {run.tokens_per_step:,} tokens, {tokens:,} in all"]
+    else:  # the size of a step was changed on the way
+        lines = [f"- {steps}, {tokens:,} tokens in all"]
     lines.append(f"- Data: {_data(run.data.train_dir)}")
     lines.append(f"- Tokenizer: {_tokenizer_words(loaded.tokenizer)}")
     loss = loaded.info.valid_loss

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from pretrain_xla.data.files import is_local, write_atomically
+from pretrain_xla.train.seen import Seen
 
 MARKER = "checkpoint.json"
 VERSION = 2
@@ -24,7 +25,7 @@ VERSION = 2
 @dataclass(frozen=True)
 class CheckpointInfo:
     """What `checkpoint.json` says. step: updates made. valid_loss: measured on these very weights; none: it was not. data:
-    fingerprint of the shards. checksums: of each tensor; none in checkpoints from before there were any.
+    fingerprint of the shards. checksums: of each tensor; seen: of the data; none in checkpoints from before there were any.
     """
 
     step: int
@@ -33,6 +34,7 @@ class CheckpointInfo:
     config: dict[str, Any]
     version: int = VERSION
     checksums: dict[str, int] | None = None
+    seen: Seen | None = None
 
 
 class DamagedMarker(Exception):
@@ -61,6 +63,8 @@ def read_marker(files: Any, path: str, step: int) -> CheckpointInfo:
             content = json.loads(file.read())
         if isinstance(content, dict) and (unknown := content.keys() - {field.name for field in fields(CheckpointInfo)}):
             raise NewerMarker(f"a later version of pretrain_xla wrote it: {min(unknown)} is not known here")
+        if isinstance(content, dict) and content.get("seen") is not None:
+            content["seen"] = Seen(**content["seen"])
         info = CheckpointInfo(**content)
     except (ValueError, TypeError, RecursionError) as error:
         raise DamagedMarker(" ".join(str(error).split())[:200]) from None

@@ -17,12 +17,14 @@ from pretrain_xla.model.stacked import of_all_layers
 from pretrain_xla.train.checkpoint import MARKER, CheckpointInfo, CheckpointStore, open_checkpoint
 from pretrain_xla.train.finite import check_finite, check_names
 from pretrain_xla.train.loss_scale import LossScale
+from pretrain_xla.train.seen import other_data
 
 
 @dataclass
 class Start:
     """The state that a run begins from. step: updates already made. tensors: name → host tensor, empty for a new run. where:
-    what was read. own: it goes on with this run, not with another's checkpoint. tests: only the weights count.
+    what was read. own: it goes on with this run, not with another's checkpoint. tests: only the weights count. info: what the
+    checkpoint says, where it is one of ours.
     """
 
     store: CheckpointStore
@@ -31,6 +33,7 @@ class Start:
     where: str = ""
     own: bool = False
     tests: bool = False
+    info: CheckpointInfo | None = None
 
     def load_model(self, model: nn.Module) -> None:
         """Put the checkpoint's parameters into a model on the host.
@@ -107,7 +110,7 @@ def find_start(config: RunConfig, data_fingerprint: str, say: Callable[[str], No
     say(f"continuing from {source.folder(step)}")
     tensors = source.load(step)
     check_finite(tensors, source.folder(step))
-    return Start(store, step, tensors, source.folder(step), own=True, tests=config.train.do_test)
+    return Start(store, step, tensors, source.folder(step), own=True, tests=config.train.do_test, info=info)
 
 
 def _pushed(config: RunConfig, root: str, newest: int | None) -> str | None:
@@ -145,14 +148,16 @@ def _from_model(config: RunConfig, store: CheckpointStore, data_fingerprint: str
     _point_out_other_data(info, source.folder(step), data_fingerprint, config, say)
     tensors = source.load(step)
     check_finite(tensors, found.where)
-    return Start(store, step, fit_tensors(tensors, config.model), found.where, tests=config.train.do_test)
+    tensors = fit_tensors(tensors, config.model)
+    return Start(store, step, tensors, found.where, tests=config.train.do_test, info=info)
 
 
 def _point_out_other_data(
     info: CheckpointInfo, folder: str, data_fingerprint: str, config: RunConfig, say: Callable[[str], None]
 ) -> None:
-    if info.data not in ("", data_fingerprint) and not config.train.do_test:
-        say(f"{folder} was trained on other shards; this run continues on those in {config.data.train_dir}")
+    if other_data(info, data_fingerprint) and not config.train.do_test:
+        where = f"those in {config.data.train_dir}, from their beginning"
+        say(f"{folder} was trained on other shards; this run continues on {where}")
 
 
 def check_same_model(info: CheckpointInfo, model: ModelConfig, folder: str) -> None:

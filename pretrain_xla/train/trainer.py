@@ -10,6 +10,7 @@ import math
 import os
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pretrain_xla.config import RunConfig
-from pretrain_xla.data.batches import Batches
+from pretrain_xla.data.batches import Batches, sequences_of
 from pretrain_xla.data.dataset import TokenDataset, open_dataset
 from pretrain_xla.data.locate import Split
 from pretrain_xla.data.prefetch import pipeline
@@ -39,6 +40,7 @@ from pretrain_xla.train.readings import Readings, check_rows
 from pretrain_xla.train.report import perplexity, plot_loss, shown, summarise, summarised_steps, write_summary
 from pretrain_xla.train.resume import Start, find_start
 from pretrain_xla.train.samples import Samples
+from pretrain_xla.train.seen import Seen, seen_so_far, what_changed
 from pretrain_xla.train.signals import StopSignal
 from pretrain_xla.train.step import METRICS, TrainStep
 
@@ -56,17 +58,8 @@ class Trainer:
         # Evaluation needs no training data, and a run is often tested where there is none.
         train_data = valid_data if train.do_test else _open(config, config.data.train_dir, "train")
         self.data_fingerprint = train_data.fingerprint
-        self.batches = Batches(
-            train_data,
-            sequences_per_batch=config.sequences_per_step,
-            seq_length=model.seq_length,
-            seed=train.seed,
-            shuffle=True,
-            shuffle_window=config.data.shuffle_window,
-            drop_last=config.data.drop_last,
-            steps=train.train_steps,
-            share=self._share(train.train_batch_size),
-        )
+        self.start: Start = find_start(config, self.data_fingerprint, self.console.note)
+        self.batches = self._batches(train_data)
         valid_batches = Batches(
             valid_data,
             sequences_per_batch=train.eval_batch_size,
@@ -79,7 +72,6 @@ class Trainer:
             share=self._share(train.eval_batch_size) * (2 + train.train_steps // train.valid_interval),
         )
         examples, valid_examples = build_examples(config, train_data), build_examples(config, valid_data)
-        self.start: Start = find_start(config, self.data_fingerprint, self.console.note)
         self.model = build_model(config, runtime)
         if self.start.step == 0 and not self.start.tensors:
             initialize(self.model, train.seed)
@@ -110,6 +102,27 @@ class Trainer:
         self.guard = GraphGuard(runtime, strict=train.strict_graph, say=self.console.warn)
         self.start.release()
 
+    def _batches(self, dataset: TokenDataset) -> Batches:
+        """The batches of this run's steps, from the position in the data where it stands."""
+        config, train, info = self.config, self.config.train, self.start.info
+        length = config.model.seq_length
+        sequences = int(sequences_of(dataset, length).sum())
+        self.seen = seen_so_far(info, config, self.data_fingerprint, sequences)
+        if info is not None and not train.do_test and (line := what_changed(info, config, self.seen)):
+            self.console.note(line)
+        return Batches(
+            dataset,
+            sequences_per_batch=config.sequences_per_step,
+            seq_length=length,
+            seed=self.seen.seed,
+            shuffle=True,
+            shuffle_window=self.seen.shuffle_window,
+            drop_last=config.data.drop_last and not train.do_test,
+            start=self.seen.position,
+            steps=max(train.train_steps - self.start.step, 0),
+            share=self._share(train.train_batch_size),
+        )
+
     def evaluate(self) -> float:
         """Print loss and perplexity on `valid_dir`; returns the loss."""
         with self.console.progress("evaluating", self.validation.steps) as advance:
@@ -133,9 +146,8 @@ class Trainer:
         self._history = self.runtime.place_like(torch.zeros(self.config.logging.log_interval, len(METRICS)), None)
         self._done = first
         self._measured: tuple[int, float | None] = (first, None)  # the step of the last validation, and its loss
-        tokens_per_step = self.config.tokens_per_step
         self.readings = Readings(
-            self.config, self.runtime, first, self._record, tokens=lambda step: step * tokens_per_step
+            self.config, self.runtime, first, self._record, tokens=lambda step: self._seen(step).tokens
         )
         self.console.header(self.config, self.runtime, first)
         with ExitStack() as stack:
@@ -202,8 +214,14 @@ class Trainer:
         train = self.config.train
         rows = self._rows
         wanted = (rows[:, None] + np.arange(train.gradient_accum_step)[None] * train.train_batch_size).reshape(-1)
-        tokens = self.batches.rows(step, wanted)
+        tokens = self.batches.rows(step - self.start.step, wanted)
         return tokens.reshape(len(rows), train.gradient_accum_step, -1)
+
+    def _seen(self, done: int) -> Seen:
+        """What the run has seen after update `done`."""
+        steps = done - self.start.step
+        tokens = self.seen.tokens + steps * self.config.tokens_per_step
+        return replace(self.seen, tokens=tokens, position=self.batches.position(steps))
 
     def _share(self, batch_size: int) -> float:
         """Part of a batch's rows that this process reads."""
@@ -276,7 +294,7 @@ class Trainer:
             config = redacted_tree(self.config.model_dump(mode="json"))
             measured, loss = self._measured
             loss = loss if measured == done else None  # of other weights it says nothing
-            info = CheckpointInfo(done, loss, self.data_fingerprint, config)
+            info = CheckpointInfo(done, loss, self.data_fingerprint, config, seen=self._seen(done))
             self.start.store.save(of_each_layer(host), info)
 
     def _push_to_hub(self, stack: ExitStack) -> None:
@@ -315,7 +333,7 @@ class Trainer:
         rows = read_metrics(path) if os.path.exists(path) else []
         summary = {
             "steps": steps,
-            "tokens": steps * self.config.tokens_per_step,
+            "tokens": self._seen(steps).tokens,
             "parameters": parameter_count(self.config.model),
             **summarise(rows),
             "seconds": round(time.perf_counter() - self._began, 1),

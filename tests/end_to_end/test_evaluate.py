@@ -1,4 +1,4 @@
-"""The same scores in the loop and alone, on each runtime, mesh and number of processes, in a handful of graphs."""
+"""The same scores in the loop and alone, on each runtime, mesh, number of processes and batch size, in a handful of graphs."""
 
 from __future__ import annotations
 
@@ -75,8 +75,8 @@ def test_in_the_loop(trained: Path) -> None:
 
 
 WAYS: dict[str, Callable[..., Result]] = {
-    "torchrun, 2 processes": lambda *words: torchrun(2, *words, "--runtime", "torch"),
-    "spmd data 2 x fsdp 2": lambda *words: run(*words, "--mesh-fsdp", "2", **FOUR),
+    "torchrun, 2 processes": lambda *words: torchrun(2, *words, "--runtime", "torch", "--batch-size", "5"),
+    "spmd data 2 x fsdp 2": lambda *words: run(*words, "--mesh-fsdp", "2", "--batch-size", "9", **FOUR),
 }
 
 
