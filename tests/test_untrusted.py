@@ -26,6 +26,7 @@ from pretrain_xla.data.journal import read_progress
 from pretrain_xla.data.manifest import dataset_info
 from pretrain_xla.data.readers import delimited, json_records, plain_text
 from pretrain_xla.data.tokenizer import load_tokenizer
+from pretrain_xla.data.train_tokenizer import train_tokenizer
 from pretrain_xla.errors import UserError
 from pretrain_xla.evaluate import records
 from pretrain_xla.interop.load import load_model
@@ -224,12 +225,42 @@ def test_little_that_unpacks_to_much_is_read_no_further_than_the_limit(
 
 
 def test_a_long_window_is_unpacked_a_piece_at_a_time() -> None:
-    settings = zstandard.ZstdCompressionParameters(window_log=28, enable_ldm=True)
-    packed = io.BytesIO()
-    with zstandard.ZstdCompressor(compression_params=settings).stream_writer(packed, closefd=False) as writer:
-        for _ in range(16):
-            writer.write(b"x" * 2**24)
-    assert len(packed.getvalue()) < 2**16
-    stream = open_file.unpacked(io.BytesIO(packed.getvalue()), "a.zst")
+    """A frame of 16 KB by hand: a window of 256 MB, and 4,096 blocks of which each is one byte 131,072 times."""
+    block = (2**17 << 3 | 1 << 1).to_bytes(3, "little") + b"x"
+    frame = b"\x28\xb5\x2f\xfd" + bytes([0, 18 << 3]) + block * 4095 + bytes([block[0] | 1]) + block[1:]
+    stream = open_file.unpacked(io.BytesIO(frame), "a.zst")
     assert stream.read(10) == b"x" * 10
-    assert len(stream.raw._waiting) < 2**28 - 2**24  # of all that those few KB hold
+    assert 0 < len(stream.raw._waiting) <= 2**27
+    assert sum(iter(lambda: len(stream.read(2**22)), 0)) == 4096 * 2**17 - 10
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"config": {}}, "does not say which model"),
+        ({"config": {"model": [], "data": {}}}, "does not say which model"),
+        ({"config": {"model": {"num_layers": 10**7}, "data": {}}}, "num_layers=10000000"),
+        ({"version": []}, "no complete checkpoint|cannot be read"),
+        ({"step": []}, "no complete checkpoint|cannot be read"),
+    ],
+)
+def test_a_checkpoint_json_that_says_something_else(change: dict[str, Any], said: str, tmp_path: Path) -> None:
+    folder = tmp_path / "step_00000001"
+    folder.mkdir()
+    tree = {
+        "step": 1,
+        "valid_loss": None,
+        "data": "",
+        "config": {"model": {}, "data": {}},
+        "version": 1,
+        "checksums": {},
+    }
+    (folder / "checkpoint.json").write_text(json.dumps(tree | change))
+    refused(lambda: load_model(str(tmp_path)), said)
+
+
+@pytest.mark.parametrize("eos", [1, [1], {"a": 1}, {"content": []}, True])
+def test_settings_of_a_tokenizer_that_are_none(eos: Any, tmp_path: Path) -> None:
+    train_tokenizer(["abc " * 9], 260, str(tmp_path), min_frequency=1)
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"eos_token": eos}))
+    assert load_tokenizer(str(tmp_path)).encode("abc")  # its end of text is found by the usual names

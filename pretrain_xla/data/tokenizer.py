@@ -217,6 +217,6 @@ def _end_of_text_names(fs: Any, folder: str) -> list[str]:
         if fs.isfile(f"{folder}/{file}"):
             stated = parse_object(fs.cat_file(f"{folder}/{file}"), f"{folder}/{file}").get("eos_token")
             stated = stated.get("content") if isinstance(stated, dict) else stated
-            if stated:
+            if stated and isinstance(stated, str):
                 return [stated, *END_OF_TEXT_NAMES]
     return list(END_OF_TEXT_NAMES)

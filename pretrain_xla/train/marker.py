@@ -70,6 +70,8 @@ def read_marker(files: Any, path: str, step: int) -> CheckpointInfo:
         raise DamagedMarker(" ".join(str(error).split())[:200]) from None
     if info.step != step or not isinstance(info.config, dict) or not isinstance(info.data, str):
         raise DamagedMarker(f"it is none of step {step}")
+    if not isinstance(info.version, int):
+        raise DamagedMarker("its version is no number")
     if not isinstance(info.valid_loss, int | float | None) or not isinstance(info.checksums, dict | None):
         raise DamagedMarker("its valid_loss or its checksums are of another kind")
     return info if _measured_here(info) else replace(info, valid_loss=None)
