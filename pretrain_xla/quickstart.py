@@ -19,6 +19,7 @@ from pretrain_xla.config import RunConfig, build_config
 from pretrain_xla.config_file import load_yaml
 from pretrain_xla.data.command import show_dataset
 from pretrain_xla.data.prepare import prepare
+from pretrain_xla.data.sources import open_source
 from pretrain_xla.errors import UserError
 from pretrain_xla.train.run import start_run
 
@@ -32,6 +33,10 @@ class QuickstartFlags:
 
     corpus: str | None = None
     """Your own text: a file, .jsonl or folder; none: the documentation inside Python."""
+    text_column: str = "text"
+    """Key or column of the corpus that holds the text, in .jsonl, .parquet and .arrow."""
+    valid_fraction: float = 0.05
+    """Share of the documents held out for validation."""
     prompt: str = PROMPT
     """What the sample continues."""
     train_steps: int | None = None
@@ -51,10 +56,10 @@ def quickstart_command(arguments: Sequence[str]) -> None:
     console = Console(highlight=False)
     console.rule("1. text to tokens")
     info = prepare(
-        flags.corpus or "quickstart",
+        open_source(flags.corpus or "quickstart", text_column=flags.text_column),
         f"data/{name}",
         train_vocab_size=config.model.vocab_size,
-        valid_fraction=0.05,
+        valid_fraction=flags.valid_fraction,
         overwrite=flags.corpus is not None,
     )
     show_dataset(info)

@@ -22,6 +22,7 @@ from pretrain_xla.data import open_file
 from pretrain_xla.data.dataset import open_dataset, verify_checksums
 from pretrain_xla.data.documents import read_documents
 from pretrain_xla.data.files import filesystem
+from pretrain_xla.data.formats import layout
 from pretrain_xla.data.journal import read_progress
 from pretrain_xla.data.manifest import dataset_info
 from pretrain_xla.data.readers import delimited, json_records, plain_text
@@ -264,3 +265,11 @@ def test_settings_of_a_tokenizer_that_are_none(eos: Any, tmp_path: Path) -> None
     train_tokenizer(["abc " * 9], 260, str(tmp_path), min_frequency=1)
     (tmp_path / "special_tokens_map.json").write_text(json.dumps({"eos_token": eos}))
     assert load_tokenizer(str(tmp_path)).encode("abc")  # its end of text is found by the usual names
+
+
+@pytest.mark.parametrize(
+    "text", ["-" * 3000 + "1", "(" * 3000, "[" * 3000, "{'descr':'<u2','fortran_order':False,'shape':(-5,)}"]
+)
+def test_the_header_of_an_npy_file_is_pythons_and_read_as_such(text: str) -> None:
+    raw = b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode()
+    refused(lambda: layout("x.npy", len(raw), raw), "x.npy: ")

@@ -86,7 +86,7 @@ def _npy(where: str, head: bytes) -> Layout:
         version = np.lib.format.read_magic(file)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, _, dtype = read(file)
-    except ValueError as error:
+    except Exception as error:  # numpy reads it as Python's literals, with all errors of Python's own parser
         raise UserError(
             f"{where}: not a whole .npy file ({' '.join(str(error).split())[:80]}): remove it or write it again"
         ) from None

@@ -10,7 +10,9 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import os
+import pathlib
 import signal
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -32,8 +34,15 @@ from pretrain_xla.data.manifest import (
 from pretrain_xla.data.progress_line import ProgressLine
 from pretrain_xla.data.shards import ShardWriter, WrittenFormat, dtype_for, open_shard
 from pretrain_xla.data.sources import Source, open_source
-from pretrain_xla.data.split import split_document
-from pretrain_xla.data.tokenizer import StoredTokenizer, Tokenizer, known_tokenizers, load_tokenizer, stored_tokenizer
+from pretrain_xla.data.split import LONG_DOCUMENT, split_document
+from pretrain_xla.data.tokenizer import (
+    END_OF_TEXT,
+    StoredTokenizer,
+    Tokenizer,
+    known_tokenizers,
+    load_tokenizer,
+    stored_tokenizer,
+)
 from pretrain_xla.data.tokenizer_kinds import SPECIALS_FILE, TOKENIZER_FILES
 from pretrain_xla.data.train_tokenizer import check_vocab_size, train_tokenizer
 from pretrain_xla.data.workers import encode_chunks
@@ -143,7 +152,8 @@ def _alone(fs: Any, root: str) -> Iterator[None]:
     if not is_local(fs):
         yield
         return
-    made = not os.path.isdir(root)
+    above = [root, *map(str, pathlib.PurePath(root).parents)]
+    made = list(itertools.takewhile(lambda folder: not os.path.isdir(folder), above))
     if made:
         make_folder(fs, root)
     descriptor = os.open(root, os.O_RDONLY)
@@ -155,9 +165,9 @@ def _alone(fs: Any, root: str) -> Iterator[None]:
                 raise UserError(f"{root}: another process prepares a dataset there: wait until it has ended") from None
         yield
     except BaseException:
-        if made:
-            with contextlib.suppress(OSError):  # only where it is empty
-                os.rmdir(root)
+        with contextlib.suppress(OSError):  # only where they are empty
+            for folder in made:
+                os.rmdir(folder)
         raise
     finally:
         os.close(descriptor)
@@ -277,6 +287,10 @@ def _keep_or_clear(fs: Any, root: str) -> bool:
             return True
         _clear(fs, root)
         clear_journal(fs, root)
+        if is_local(fs):  # a bucket has no empty folders
+            for folder in (*SPLITS, TOKENIZER_FOLDER):
+                with contextlib.suppress(OSError):  # it holds what is not ours, or was never made
+                    os.rmdir(f"{root}/{folder}")
     return False
 
 
@@ -361,6 +375,11 @@ def _check_splits(fs: Any, root: str, splits: Mapping[str, SplitInfo], source: S
         if not made.documents:
             _clear(fs, root)
             clear_journal(fs, root)
+            if total == 1:
+                raise UserError(
+                    f"{source.name}: one document of less than {LONG_DOCUMENT:,} characters is not cut, and leaves nothing "
+                    f"for {split}: give more text, or divide it by lines that say {END_OF_TEXT}"
+                )
             raise UserError(
                 f"{source.name}: valid_fraction={recipe.valid_fraction} leaves nothing for {split} out of {total} "
                 f"documents: {'raise' if split == 'valid' else 'lower'} valid_fraction, or add documents"

@@ -16,6 +16,7 @@ import tiktoken
 import tokenizers
 
 from pretrain_xla.data.files import filesystem
+from pretrain_xla.data.patterns import check_patterns
 from pretrain_xla.data.tokenizer_kinds import (
     BITBPE_FILE,
     END_OF_TEXT,
@@ -26,10 +27,11 @@ from pretrain_xla.data.tokenizer_kinds import (
     JsonTokenizer,
     SentencePieceTokenizer,
     TiktokenTokenizer,
+    is_panic,
 )
 from pretrain_xla.data.vocab_merges import VOCABULARIES, as_tokenizer_json, is_vocabulary
 from pretrain_xla.errors import UserError
-from pretrain_xla.untrusted import parse_object
+from pretrain_xla.untrusted import parse_json, parse_object
 
 __all__ = [
     "END_OF_TEXT",
@@ -197,10 +199,13 @@ def _load_json(name: str, fs: Any, path: str) -> JsonTokenizer:
     try:
         content = as_tokenizer_json(name, fs, path) if is_vocabulary(path) else fs.cat_file(path).decode("utf-8-sig")
         names = _end_of_text_names(fs, folder)
+        check_patterns(name, parse_json(content, path))
         tokenizer = tokenizers.Tokenizer.from_str(content)
     except UserError:
         raise
-    except Exception as error:  # `tokenizers` raises plain Exception
+    except BaseException as error:  # `tokenizers` raises plain Exception, and worse
+        if not (isinstance(error, Exception) or is_panic(error)):
+            raise
         raise UserError(f"tokenizer {name!r}: {path} cannot be read: {' '.join(str(error).split())[:200]}") from None
     found = [text for text in names if tokenizer.token_to_id(text) is not None]
     if not found:

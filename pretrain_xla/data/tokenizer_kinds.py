@@ -169,17 +169,33 @@ class JsonTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """See `Tokenizer.encode`."""
-        return self.tokenizer.encode(well_formed(text), add_special_tokens=False).ids
+        with self._refusing():
+            return self.tokenizer.encode(well_formed(text), add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """See `Tokenizer.encode_batch`."""
         clean = [well_formed(text) for text in texts]
-        return [encoding.ids for encoding in self.tokenizer.encode_batch_fast(clean, add_special_tokens=False)]
+        with self._refusing():
+            return [encoding.ids for encoding in self.tokenizer.encode_batch_fast(clean, add_special_tokens=False)]
 
     def decode(self, ids: Iterable[int]) -> str:
         """See `Tokenizer.decode`; what a run of ids that do not exist becomes is the library's choice (nothing)."""
         known = [token for token in map(int, ids) if 0 <= token < self.vocab_size]
-        return self.tokenizer.decode(known, skip_special_tokens=False)
+        with self._refusing():
+            return self.tokenizer.decode(known, skip_special_tokens=False)
+
+    @contextlib.contextmanager
+    def _refusing(self) -> Iterator[None]:
+        """A regular expression that the library gives up on ends in a panic of Rust."""
+        try:
+            yield
+        except BaseException as error:
+            if not is_panic(error):
+                raise
+            raise UserError(
+                f"tokenizer {self.name!r}: cannot go on ({' '.join(str(error).split())[:120]}): one of its regular expressions "
+                "does not fit this text; take the text out, or another tokenizer"
+            ) from None
 
     @property
     def file_name(self) -> str:
@@ -280,6 +296,11 @@ def check_alone(fs: Any, root: str, *own: str) -> None:
     for file in TOKENIZER_FILES:
         if file not in own and fs.exists(f"{root}/{file}"):
             raise UserError(f"{url(fs, root)}: holds another tokenizer ({file}): choose another folder, or take it out")
+
+
+def is_panic(error: BaseException) -> bool:
+    """Whether a library in Rust gave up; its error is no `Exception`, and its class cannot be had by name."""
+    return type(error).__name__ == "PanicException"
 
 
 def _no_byte_tokens(name: str) -> UserError:

@@ -47,7 +47,9 @@ def _names_a_model(words: Sequence[str]) -> bool:
         if word in ("--model", "-M") or word.startswith("--model="):
             return True
         if word in ("--config", "-C") or word.startswith("--config="):
-            with contextlib.suppress(OSError, yaml.YAMLError):  # lm-eval says what is wrong with it
+            with contextlib.suppress(
+                OSError, ValueError, RecursionError, yaml.YAMLError
+            ):  # lm-eval says what is wrong with it
                 tree = yaml.safe_load(Path(word.partition("=")[2] or following).read_text(encoding="utf-8"))
                 if isinstance(tree, dict) and "model" in tree:
                     return True

@@ -224,8 +224,12 @@ def test_tokenizer_of_others_is_not_touched(tmp_path):
         ({"tokenizer": "gtp2"}, "did you mean gpt2"),
         ({"tokenizer": None, "train_vocab_size": 100}, "too small"),
         ({"source": "no/such/file"}, "no such file"),
-        ({"source": source(["one document"])}, "leaves nothing for valid out of 1 documents"),
+        (
+            {"source": source(["one document"])},
+            "less than 100,000 characters is not cut, and leaves nothing for valid",
+        ),
         ({"source": source(["one document"]), "valid_fraction": 0.999999}, "leaves nothing for train"),
+        ({"source": source(["one", "two"]), "valid_fraction": 0.000001}, "leaves nothing for valid out of 2 documents"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_no_shard(tmp_path, arguments, message):
@@ -233,7 +237,7 @@ def test_bad_input_is_one_line_and_leaves_no_shard(tmp_path, arguments, message)
         prepare(**{"source": source(), "output_dir": str(tmp_path), "tokenizer": "bytes", **arguments})
     assert message in str(error.value)
     assert "\n" not in str(error.value)
-    assert tree(tmp_path) == {}
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_folder_that_cannot_be_made(tmp_path):

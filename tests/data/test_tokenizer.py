@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from tokenizers import models
 
 from pretrain_xla.data.command import train_tokenizer_command
-from pretrain_xla.data.tokenizer import decode_after, load_tokenizer
+from pretrain_xla.data.tokenizer import JsonTokenizer, decode_after, load_tokenizer
 from pretrain_xla.data.train_tokenizer import train_tokenizer
 from pretrain_xla.errors import UserError
 
@@ -275,3 +276,37 @@ def test_a_name_on_the_hub_is_answered_with_how_to_fetch_it():
     with pytest.raises(UserError) as error:
         load_tokenizer("./owner/name")
     assert "hf download" not in str(error.value)
+
+
+HOSTILE = [r"(x+x+)+y", r"(a|a)*$", r"(\w|\w\w)+#", "(((a{0,900}){0,900}){0,900}){0,900}b"]
+USUAL = [
+    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re)?|\s*[\r\n]+|\s+(?!\S)|\s+",
+]
+
+
+def test_a_regular_expression_without_end_is_one_line(tmp_path):
+    """Tried in a child before it is used; and one that slips through ends in a line where it is met."""
+    train_tokenizer(["abc " * 9], 260, str(tmp_path), min_frequency=1)
+    path = tmp_path / "tokenizer.json"
+    tree = json.loads(path.read_text())
+
+    def with_patterns(*patterns):
+        splits = [{"type": "Split", "pattern": {"Regex": p}, "behavior": "Isolated", "invert": False} for p in patterns]
+        steps = [*splits, tree["pre_tokenizer"]]
+        return json.dumps(tree | {"pre_tokenizer": {"type": "Sequence", "pretokenizers": steps}})
+
+    path.write_text(with_patterns(*USUAL))
+    assert load_tokenizer(str(path)).decode(load_tokenizer(str(path)).encode("Hello  World 123")) == "Hello  World 123"
+    for pattern in HOSTILE:
+        path.write_text(with_patterns(USUAL[0], pattern))
+        begun = time.monotonic()
+        with pytest.raises(UserError, match=r"its regular expression .* without end") as error:
+            load_tokenizer(str(path))
+        assert repr(pattern[:60]) in str(error.value)
+        assert time.monotonic() - begun < 30
+    slipped = JsonTokenizer.of("slipped", with_patterns(r"(q+q+)+y"), "<|endoftext|>")
+    for action in (lambda: slipped.encode("q" * 64), lambda: slipped.encode_batch(["q" * 64])):
+        with pytest.raises(UserError, match=r"'slipped': cannot go on \(.*retry-limit"):
+            action()

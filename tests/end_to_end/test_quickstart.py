@@ -1,7 +1,15 @@
 """`make train` in small: on the documentation inside Python, and on one's own text."""
 
 import json
+import re
+import typing
 from pathlib import Path
+
+import pytest
+
+from pretrain_xla.command_line import flags_of
+from pretrain_xla.errors import UserError
+from pretrain_xla.quickstart import QuickstartFlags, quickstart_command
 
 from .conftest import run, summary
 
@@ -32,7 +40,19 @@ def test_own_text(tmp_path: Path) -> None:
     done = run("-m", "pretrain_xla", "quickstart", "--corpus", "my text.jsonl", "--train-steps", "4", cwd=tmp_path)
     assert done.status == 0, done.errors
     assert (tmp_path / "runs" / "own-my-text" / "sample.txt").exists()
-    nothing = run("-m", "pretrain_xla", "quickstart", "--corpus", "nowhere", cwd=tmp_path)
-    assert nothing.status == 2
-    assert nothing.last_error.startswith("error: ")
-    assert "nowhere" in nothing.last_error
+
+
+def test_what_a_refusal_names_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.jsonl").write_text('{"body": "a b c"}\n' * 9)
+    for words, expected in [
+        (["--corpus", "nowhere"], "nowhere: no such file"),
+        (["--corpus", "text.jsonl"], "--text-column"),
+        (["--corpus", "text.jsonl", "--text-column", "body", "--valid-fraction", "1e-9"], "valid_fraction"),
+    ]:
+        with pytest.raises(UserError) as caught:
+            quickstart_command(words)
+        assert expected in str(caught.value)
+        named = set(re.findall(r"--[a-z-]+", str(caught.value)))
+        assert named <= {flag for leaf in typing.get_type_hints(QuickstartFlags) for flag in flags_of(leaf)}
+        assert not (tmp_path / "data").exists()

@@ -19,13 +19,14 @@ SIZES = dict(vocab_size=61, vocab_multiple=16, seq_length=12, d_model=24, num_la
 GPT2 = {}
 GEMMA = dict(norm="rmsnorm_zero_centered", positions="rotary", gated=True, bias=False, qk_norm=True, num_kv_heads=2,
              tie_weights=True, post_norm=True, attention="reference", attention_softcap=5.0, logit_softcap=3.0)
+torch_xla.runtime.use_spmd()  # as the trainer does, also with one device
 device = torch_xla.device()
 for options in (GPT2, GEMMA):
     model = GPT(ModelConfig(**SIZES, **options))
     initialize(model, 0)
     tokens_BT = torch.randint(0, 61, (2, 12), dtype=torch.int32)
     results = []
-    for place in ("cpu", device):
+    for place in (device, "cpu"):
         model.to(place)
         model.zero_grad()
         logits_BTV, loss = model(tokens_BT.to(place)), model(tokens_BT.to(place), tokens_BT.roll(-1, 1).to(place))
@@ -34,9 +35,10 @@ for options in (GPT2, GEMMA):
         assert "f64" not in text, text
         torch_xla.sync()
         results.append([logits_BTV.detach().cpu(), loss.detach().cpu(), *(p.grad.cpu() for p in model.parameters())])
-    for on_cpu, on_xla in zip(*results, strict=True):
+    for on_xla, on_cpu in zip(*results, strict=True):
         torch.testing.assert_close(on_xla, on_cpu, atol=1e-5, rtol=1e-5)
 compiled = []
+model.to(device)
 for _ in range(3):
     model.zero_grad()
     model(tokens_BT.to(device), tokens_BT.roll(-1, 1).to(device)).backward()

@@ -108,6 +108,7 @@ from pretrain_xla.runtime import xla_graphs as graphs
 from pretrain_xla.runtime.base import GraphCounts
 from pretrain_xla.runtime.xla_compiled import CompiledFunction
 
+torch_xla.runtime.use_spmd()  # as the trainer does, also with one device
 given = json.load(sys.stdin)
 before = given["before"].splitlines()
 result = {"hand": {name: graphs.first_difference(before, text.splitlines()) for name, text in given["after"].items()}}

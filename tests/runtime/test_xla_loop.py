@@ -100,12 +100,13 @@ SIZES = dict(vocab_size=61, vocab_multiple=16, seq_length=128, d_model=128, num_
 GPT2 = dict(head_dim=64)
 MODERN = dict(norm="rmsnorm_zero_centered", positions="rotary", bias=False, qk_norm=True, num_kv_heads=1, head_dim=128,
               attention_softcap=3.0)
-tokens_BT = torch.randint(0, 61, (2, 128), generator=generator, dtype=torch.int32)
+tokens_BT = torch.randint(0, 61, (4, 128), generator=generator, dtype=torch.int32)
+mesh = xs.Mesh(np.arange(4), (2, 2, 1), ("data", "fsdp", "tensor"))
 LOOPED = Execution("selective", True, loop=xla_loop, fence=xla_fence)
 stack.LARGE = 0  # as for weights that do not fit on the chip
 for options, execution, documents in ((GPT2, Execution(loop=xla_loop), False), (MODERN, LOOPED, True)):
     results = []
-    for kernel in (None, FlashAttention("v5e", interpret=True)):
+    for kernel in (None, FlashAttention("v5e", mesh, interpret=True)):
         model = GPT(ModelConfig(**SIZES, **options), execution=execution)
         initialize(model, 0)
         with torch.no_grad():
@@ -116,6 +117,7 @@ for options, execution, documents in ((GPT2, Execution(loop=xla_loop), False), (
             if isinstance(module, Attention):
                 module.kernel = kernel
         ids_BT = tokens_BT.to(device)
+        xs.mark_sharding(ids_BT, mesh, (("data", "fsdp"), None))
         segments_BT = number_documents(ids_BT, 3) if documents else None
         loss = model(ids_BT, ids_BT.roll(-1, 1), segments_BT)
         gradients = torch.autograd.grad(loss, list(model.parameters()))
@@ -163,8 +165,8 @@ assert 2.2 < ratio < 3.6, f"the loss of 8 micro-batches spreads 1 / sqrt(8) as w
 @pytest.mark.skipif(importlib.util.find_spec("torch_xla") is None, reason="needs torch_xla")
 @pytest.mark.parametrize(
     ("script", "devices"),
-    [(LOOPS, 1), (LOOPS, 4), (KERNEL, 1), (ACCUMULATION, 4)],
-    ids=["loops", "loops under SPMD", "kernel", "dropout of micro-batches"],
+    [(LOOPS, 1), (LOOPS, 4), (KERNEL, 4), (ACCUMULATION, 4)],
+    ids=["loops", "loops under SPMD", "kernel on a mesh", "dropout of micro-batches"],
 )
 def test_on_xla(script: str, devices: int) -> None:
     root = Path(__file__).parents[2]
