@@ -27,7 +27,7 @@ train: setup ## prepare text, train a small model through XLA on the CPU, evalua
 	PJRT_DEVICE=CPU $(BIN)/python -m pretrain_xla quickstart $(if $(CORPUS),--corpus "$(CORPUS)")
 
 test: setup lint ## lint, types and all tests
-	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 lint: setup ## style and types
 	$(BIN)/ruff check .
