@@ -4,8 +4,8 @@ A batch is cut into one part for each device (or replica), in the order of their
 host feeds its own devices alone, and those need not have consecutive numbers: of a v5e slice of 4 x 4 chips the first host has
 0, 1, 4 and 5. So its rows are those of its devices, wherever in the batch they are.
 
-The other way would be a mesh in the order of hosts. XLA's partitioner takes a list of devices that does not ascend badly: a
-step of two layers on v5e:4x4 as 4 x 2 x 2 moved weights from chip to chip 17 times before it gathered them, instead of 4.
+The other way would be a mesh in the order of hosts. XLA's partitioner takes a list of devices that does not ascend badly: on
+three axes it moves weights from chip to chip before it gathers them.
 """
 
 from __future__ import annotations
