@@ -13,6 +13,9 @@ import pytest
 from pretrain_xla.config import RunConfig, build_config
 from pretrain_xla.data.batches import Batches
 from pretrain_xla.errors import UserError
+from pretrain_xla.interop.card import model_card
+from pretrain_xla.interop.description import LoadedModel
+from pretrain_xla.interop.families import FAMILIES
 from pretrain_xla.runtime.torch_runtime import TorchRuntime
 from pretrain_xla.train.checkpoint import CheckpointInfo, CheckpointStore
 from pretrain_xla.train.metrics import read_metrics
@@ -117,6 +120,17 @@ def test_a_marker_with_an_impossible_position_is_refused(fault: dict[str, Any], 
     (tmp_path / "step_00000001" / "checkpoint.json").write_text(json.dumps(marker | {"seen": seen | fault}))
     with pytest.raises(UserError, match=r"checkpoint\.json cannot be read"):
         store.info(1)
+
+
+def test_a_model_card_counts_the_tokens_that_were_seen() -> None:
+    run = config(train={"train_batch_size": 8})
+    even, uneven = Seen(50 * 8 * 512, 400, 1, 8), Seen(123_456, 241, 1, 8)
+    for seen, words in (
+        (even, "50 steps of 4,096 tokens, 204,800 in all"),
+        (uneven, "50 steps, 123,456 tokens in all"),
+    ):
+        loaded = LoadedModel(run.model, {}, None, "run", saved(run, 50, seen))
+        assert f"\n- {words}\n" in model_card(loaded, FAMILIES[0], "a title", has_tokenizer=False)
 
 
 class Recorded(Trainer):
