@@ -23,7 +23,7 @@ from pretrain_xla.data.files import filesystem, is_local, url
 from pretrain_xla.data.locate import Split, find_shards, is_pattern
 from pretrain_xla.data.manifest import DatasetInfo, dataset_info, is_unfinished
 from pretrain_xla.data.remote import REQUESTS_AT_A_TIME, concurrently, read_range
-from pretrain_xla.data.shards import Shard, checksum_of, fetch, open_shard
+from pretrain_xla.data.shards import Shard, checksum_of, fetch, narrow, open_shard
 from pretrain_xla.data.supply import Supply
 from pretrain_xla.errors import UserError
 
@@ -86,7 +86,7 @@ class TokenDataset:
                 continue
             # One copy for each row, from the mapped file to its place in the batch, and to int32 on the way.
             for row, start in zip(np.flatnonzero(here).tolist(), starts[here].tolist(), strict=True):
-                out[row] = tokens[start : start + length]
+                out[row] = narrow(tokens[start : start + length])
         if far.any():
             rows = np.empty((int(far.sum()), length), np.int32)
             fetch([self.shards[number] for number in shards[far].tolist()], starts[far], rows)
@@ -94,7 +94,7 @@ class TokenDataset:
         # As unsigned, so that an id that does not fit into int32 is out of range too.
         if out.size and int(out.view(np.uint32).max()) >= self.vocab_size:
             ids = out.view(np.uint32).max(axis=1)
-            _check_ids(self.shards[int(shards[ids.argmax()])].path, int(ids.max()), self.vocab_size)
+            _check_ids(self.shards[int(shards[ids.argmax()])], int(ids.max()), self.vocab_size)
         return out
 
     def gather(self, shard: int, starts: np.ndarray, length: int) -> np.ndarray:
@@ -137,7 +137,7 @@ def open_dataset(
             most = highest[shard.name]
             if most is None and shard.format != "parquet" and not shard.is_remote:
                 most = _scan(shard, SCANNED_TOKENS // len(dataset.shards))
-            _check_ids(shard.path, most or 0, vocab_size)
+            _check_ids(shard, most or 0, vocab_size)
     return dataset
 
 
@@ -202,20 +202,31 @@ def listed_max_ids(dataset: TokenDataset) -> dict[str, int]:
     return {name: shard.max_id for name, shard in listed.items()}
 
 
-def _check_ids(path: str, highest: int, vocab_size: int) -> None:
-    if highest >= vocab_size:
+def _check_ids(shard: Shard, highest: int, vocab_size: int) -> None:
+    """Refuse an id that the vocabulary does not have; those below 0 are seen as over 2**31."""
+    if highest < vocab_size:
+        return
+    if highest >= 2**31:
+        raise UserError(f"{shard.path}: has numbers below 0 or over 2**31: no token ids, or damaged: write it again")
+    if shard.format == "raw":
         raise UserError(
-            f"{path}: has token id {highest}, but vocab_size={vocab_size}: set vocab_size to at least {highest + 1}, "
-            "or prepare it with the model's tokenizer"
+            f"{shard.path}: has no header, and taken for {shard.dtype.name} it has token id {highest}, but "
+            f"vocab_size={vocab_size}: either it is no token shard, or it was made with a tokenizer that is not the model's"
         )
+    raise UserError(
+        f"{shard.path}: has token id {highest}, but vocab_size={vocab_size}: set vocab_size to at least {highest + 1}, "
+        "or prepare it with the model's tokenizer"
+    )
 
 
 def _scan(shard: Shard, budget: int) -> int:
-    """Highest id among `budget` tokens of a shard: all of them, or half from each end."""
-    if shard.tokens <= budget:
-        return int(shard.gather(np.array([0]), shard.tokens).max(initial=0))
+    """Highest id among `budget` tokens of a shard: all of them, or half from each end; 2**31 where one is below 0."""
     half = max(budget // 2, 1)
-    return int(shard.gather(np.array([0, shard.tokens - half]), half).max(initial=0))
+    if shard.tokens <= budget:
+        ids = shard.gather(np.array([0]), shard.tokens)
+    else:
+        ids = shard.gather(np.array([0, shard.tokens - half]), half)
+    return 2**31 if int(ids.min(initial=0)) < 0 else int(ids.max(initial=0))
 
 
 def _sample_checksum(shard: Shard) -> str:

@@ -1,16 +1,18 @@
 """What a file of token ids looks like inside, and how one tells: from its first bytes, never from a setting.
 
-| format    | begins with                                             | ids            | who writes it                       |
-|-----------|---------------------------------------------------------|----------------|-------------------------------------|
-| `npy`     | `\\x93NUMPY`, a header with type and shape               | uint16, uint32 | `prepare`, build-nanogpt            |
-| `bin`     | 256 int32: magic 20240520, version 1, number of tokens  | uint16         | llm.c, modded-nanogpt               |
-| `bin`     | 256 int32: magic 20240801, version 7, number of tokens  | uint32         | llm.c for Llama 3                   |
-| `raw`     | the first id; the name ends in `.bin`                   | uint16         | nanoGPT                             |
-| `parquet` | `PAR1`; a column `input_ids` of lists                   | any integer    | tokenisation with `datasets`        |
+| format     | begins with                                             | ids               | who writes it              |
+|------------|---------------------------------------------------------|-------------------|----------------------------|
+| `npy`      | `\\x93NUMPY`, a header with type and shape               | integers, one row | `prepare`, build-nanogpt   |
+| `bin`      | 256 int32: magic 20240520, version 1, number of tokens  | uint16            | llm.c, modded-nanogpt      |
+| `bin`      | 256 int32: magic 20240801, version 7, number of tokens  | uint32            | llm.c for Llama 3          |
+| `raw`      | the first id; `.bin`, `.ds`, or `.npy` without a header | 16, 32, 64 bits   | nanoGPT; datatrove; OLMo   |
+| `litdata`  | number of items, their offsets; an index.json beside it | by the index      | litdata, litgpt            |
+| `megatron` | the first id; an .idx beside it                         | by the index      | Megatron-LM                |
+| `parquet`  | `PAR1`; a column `input_ids` of lists                   | any integer       | tokenisation by `datasets` |
 
-The first four are a row of numbers after a header, and can be mapped into memory as they are; Parquet is compressed, and
+All but the last are a row of numbers after a header, and can be mapped into memory as they are; Parquet is compressed, and
 has to be decoded first (`parquet`). A headerless file could be anything, so what gives away another kind of file is
-looked for: a header with a magic that nobody knows, ids of 32 bits, an odd length.
+looked for: a header with a magic that nobody knows, what begins other files, text, an odd length (`headerless`).
 """
 
 from __future__ import annotations
@@ -22,11 +24,14 @@ from typing import Any, Literal
 
 import numpy as np
 
+from pretrain_xla.data.beside import Beside, litdata_chunk, megatron_dtype
+from pretrain_xla.data.headerless import dtype_of, looks_like_ids, what_else
 from pretrain_xla.errors import UserError
 
-Format = Literal["npy", "bin", "raw", "parquet"]
+Format = Literal["npy", "bin", "raw", "litdata", "megatron", "parquet"]
 
-SUFFIXES = (".npy", ".bin", ".parquet")
+WRITTEN_SUFFIXES = (".npy", ".bin", ".parquet")
+SUFFIXES = (*WRITTEN_SUFFIXES, ".ds")
 DTYPES = (np.dtype("<u2"), np.dtype("<u4"))
 HEAD_BYTES = 4096  # what `layout` wants to see of a file
 
@@ -53,24 +58,26 @@ def is_parquet(head: bytes) -> bool:
     return head.startswith(b"PAR1")
 
 
-def layout(where: str, size: int, head: bytes) -> Layout:
+def layout(where: str, size: int, head: bytes, beside: Beside = lambda name: None) -> Layout:
     """Recognise a file of ids other than Parquet, and check its header against its size.
 
     Args:
         where: path or URL, for errors; its suffix matters only for a file without a header.
         size: bytes of the file.
         head: its first `HEAD_BYTES`, or all of it.
+        beside: see `Beside`.
 
     Raises:
         UserError: no format that is known, a header that contradicts itself, truncated, or too long.
     """
-    if head.startswith(b"\x93NUMPY") or where.endswith(".npy"):
+    is_npy = where.endswith(".npy") and not looks_like_ids(head)  # OLMo's have no header, whatever their name
+    if head.startswith(b"\x93NUMPY") or is_npy:
         found = _npy(where, head)
     elif where.endswith(".parquet"):
         raise UserError(f"{where}: not a Parquet file (it does not begin with PAR1): remove it or write it again")
     else:
         words = np.frombuffer(head[: len(head) // 4 * 4], "<i4")
-        found = _bin(where, words) if len(words) and int(words[0]) in _BIN_MAGICS else _raw(where, size, head)
+        found = _bin(where, words) if len(words) and int(words[0]) in _BIN_MAGICS else _raw(where, size, head, beside)
     expected = found.offset + found.tokens * found.dtype.itemsize
     if size != expected:
         fault = "truncated" if size < expected else "too long"
@@ -90,8 +97,8 @@ def _npy(where: str, head: bytes) -> Layout:
         raise UserError(
             f"{where}: not a whole .npy file ({' '.join(str(error).split())[:80]}): remove it or write it again"
         ) from None
-    if dtype not in DTYPES or len(shape) != 1:
-        raise UserError(f"{where}: holds {dtype}{list(shape)}; a shard is one row of uint16 or uint32: convert it")
+    if dtype.kind not in "iu" or not dtype.newbyteorder("<") == dtype or len(shape) != 1:
+        raise UserError(f"{where}: holds {dtype}{list(shape)}; a shard is one row of integers: convert it")
     return Layout("npy", dtype, file.tell(), shape[0])
 
 
@@ -107,27 +114,34 @@ def _bin(where: str, words: np.ndarray) -> Layout:
     return Layout("bin", _BIN_KINDS[magic, version], _BIN_HEADER, tokens)
 
 
-def _raw(where: str, size: int, head: bytes) -> Layout:
+def _raw(where: str, size: int, head: bytes, beside: Beside) -> Layout:
     words = np.frombuffer(head[: len(head) // 4 * 4], "<i4")
     if len(words) and words[0] == _EVALUATION_MAGIC:
         raise UserError(
             f"{where}: multiple-choice questions in llm.c's format (magic {words[0]}), not text to train on"
         )
+    if other := what_else(head):
+        raise UserError(f"{where}: {other}: no token shard: take it out, or prepare the text that it was made of")
+    if chunk := litdata_chunk(where, size, head, beside):
+        return _ids(where, "litdata", size, *chunk)
+    if dtype := megatron_dtype(where, beside):
+        return _ids(where, "megatron", size, dtype, 0)
     # A header of 256 numbers uses the first few; in text no such run of one id comes up.
     if len(words) >= 256 and words[:4].any() and not words[8:256].any():
         raise UserError(
             f"{where}: begins with a header whose magic {words[0]} is not known "
             f"(known: {', '.join(map(str, sorted(_BIN_MAGICS)))}): write it again or convert it to .npy"
         )
-    if size % 2:
+    return _ids(where, "raw", size, dtype_of(head), 0)
+
+
+def _ids(where: str, format: Format, size: int, dtype: np.dtype[Any], offset: int) -> Layout:
+    """The layout of a file that is ids from an offset to its end."""
+    if (size - offset) % dtype.itemsize:
         raise UserError(
-            f"{where}: odd length, {size:,} bytes, where ids of 2 bytes are expected: truncated? write it again"
+            f"{where}: odd length, {size:,} bytes, where ids of {dtype.itemsize} bytes are expected: truncated? write it again"
         )
-    ids = np.frombuffer(head[: len(head) // 4 * 4], "<u2")
-    # An id of 32 bits has the high half of a vocabulary's size in its second place, so 0, 1 or so, all along.
-    if len(ids) >= 256 and ids[1::2].max() <= 3 < ids[::2].max():
-        raise UserError(f"{where}: looks like ids of 32 bits without a header: convert it with numpy to a uint32 .npy")
-    return Layout("raw", DTYPES[0], 0, size // 2)
+    return Layout(format, dtype, offset, (size - offset) // dtype.itemsize)
 
 
 def header(format: Format, tokens: np.ndarray) -> bytes:
@@ -155,7 +169,7 @@ def is_shard(name: str) -> bool:
 
 def suffix(format: Format) -> str:
     """How the names of a format's files end."""
-    return ".bin" if format == "raw" else f".{format}"
+    return f".{format}" if f".{format}" in WRITTEN_SUFFIXES else ".bin"
 
 
 def highest(blocks: Iterable[np.ndarray]) -> int:

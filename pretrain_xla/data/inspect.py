@@ -14,7 +14,10 @@ from typing import Any
 import numpy as np
 
 from pretrain_xla.config import DataConfig
+from pretrain_xla.data.beside import META, Meta, read_meta
 from pretrain_xla.data.dataset import TokenDataset, listed_max_ids, open_shards, verify_checksums
+from pretrain_xla.data.files import filesystem
+from pretrain_xla.data.shards import read_beside
 from pretrain_xla.data.tokenizer import Tokenizer, load_tokenizer
 from pretrain_xla.errors import UserError
 
@@ -99,8 +102,11 @@ def inspect(
     except UserError as error:
         result.faults.append(str(error))
     first = _read(dataset, result, progress)
-    chosen = _tokenizer(dataset, result, tokenizer)
-    if chosen is not None:
+    meta = _meta(dataset, result) if tokenizer is None and dataset.info is None else None
+    chosen = None if meta else _tokenizer(dataset, result, tokenizer)
+    if meta is not None:
+        _measure_characters(dataset, result, meta)
+    elif chosen is not None:
         result.tokenizer, result.vocab_size, result.end_of_text = chosen.name, chosen.vocab_size, chosen.end_of_text
         _measure(dataset, result, chosen, first, documents)
     if verify:
@@ -157,6 +163,28 @@ def _tokenizer(dataset: TokenDataset, result: Inspection, asked: str | None) -> 
     except UserError as error:
         result.faults.append(f"cannot decode: {error}")
         return None
+
+
+def _meta(dataset: TokenDataset, result: Inspection) -> Meta | None:
+    """The vocabulary of characters that nanoGPT leaves beside its shards."""
+    fs, folder = filesystem(dataset.directory)
+    raw = read_beside(fs, folder, META)
+    try:
+        return read_meta(raw, f"{dataset.directory}/{META}") if raw is not None else None
+    except UserError as error:
+        result.faults.append(str(error))
+        return None
+
+
+def _measure_characters(dataset: TokenDataset, result: Inspection, meta: Meta) -> None:
+    """The beginning, in characters: such a text has no end-of-text, and so no documents."""
+    result.tokenizer, result.vocab_size = META, meta.vocab_size
+    for shard in result.shards:
+        if shard.get("max_id", 0) >= meta.vocab_size:
+            result.faults.append(f"{shard['name']}: has id {shard['max_id']}, but {META} has {meta.vocab_size}")
+    if not result.faults and dataset.shards[0].tokens:
+        count = min(_LONGEST_SHOWN, dataset.shards[0].tokens)
+        result.documents.append(meta.decode(dataset.gather(0, np.array([0]), count)[0].tolist()) + " ...")
 
 
 def _measure(

@@ -21,6 +21,29 @@ from pretrain_xla.errors import UserError
 
 Split = Literal["train", "valid"]
 _WORDS = {"train": {"train", "training"}, "valid": {"val", "valid", "validation", "test", "dev"}}
+_OTHERS: dict[tuple[str, ...], str] = {
+    (".mds", ".mds.zstd"): "a shard of MosaicML's streaming, which is not read: prepare the text it was made of",
+    (".zstd.bin",): "a packed chunk of litdata, which is not read: write it without compression",
+    (
+        ".tfrecord",
+        ".tfrecords",
+        ".array_record",
+    ): "a file of records, which is not read: prepare the text it was made of",
+    (
+        ".arrow",
+    ): "Arrow: if it has input_ids, `to_parquet` of `datasets` makes shards of it; if it has text, prepare it",
+    (".pt", ".pth", ".npz", ".pkl", ".h5", ".safetensors"): "no stream of token ids: save them as one row with np.save",
+    (
+        ".txt",
+        ".jsonl",
+        ".json",
+        ".csv",
+        ".gz",
+        ".zst",
+        ".xz",
+        ".bz2",
+    ): "text: `prepare` makes shards of it",
+}
 
 
 def is_pattern(path: str) -> bool:
@@ -44,10 +67,19 @@ def find_shards(fs: Any, root: str, asked: str, split: Split | None) -> tuple[st
     files = {path: info for path, info in sorted(found.items()) if is_shard(path)}
     if not files:
         inside = [word for word in ("train", "valid") if f"{root}/{word}" in found]
-        mend = f"; did you mean {asked.rstrip('/')}/{inside[0]}?" if inside else ": prepare a dataset there"
+        mend = f"; did you mean {asked.rstrip('/')}/{inside[0]}?" if inside else f": {_others(list(found))}"
         raise UserError(f"{asked}: no token shards ({', '.join(SUFFIXES)}) in it{mend}")
     folder = root if root not in files and not is_pattern(root) else posixpath.dirname(next(iter(files)))
     return folder, {path: files[path] for path in _of_split(list(files), split, asked)}
+
+
+def _others(paths: list[str]) -> str:
+    """What to do about the files that are there instead of shards."""
+    for path in paths:
+        what = next((what for suffixes, what in _OTHERS.items() if path.lower().endswith(suffixes)), None)
+        if what:
+            return f"{posixpath.basename(path)} is {what}"
+    return "prepare a dataset there"
 
 
 def _listing(fs: Any, root: str, asked: str) -> dict[str, Mapping[str, Any] | None]:

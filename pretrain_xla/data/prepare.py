@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pretrain_xla.data.files import PARTIAL, filesystem, is_local, make_folder, remove, url
-from pretrain_xla.data.formats import is_shard
+from pretrain_xla.data.formats import WRITTEN_SUFFIXES
 from pretrain_xla.data.journal import Journal, clear_journal, read_progress, write_start
 from pretrain_xla.data.journal import Progress as Left
 from pretrain_xla.data.manifest import (
@@ -309,7 +309,7 @@ def _is_whole(fs: Any, root: str, info: DatasetInfo) -> bool:
 def _shard_files(fs: Any, root: str) -> list[str]:
     folders = [f"{root}/{split}" for split in SPLITS if fs.isdir(f"{root}/{split}")]
     files = [path for folder in folders for path in fs.ls(folder, detail=False)]
-    return [path for path in files if is_shard(path.removesuffix(PARTIAL))]
+    return [path for path in files if path.removesuffix(PARTIAL).endswith(WRITTEN_SUFFIXES)]
 
 
 def _tokenizer_files(fs: Any, root: str) -> list[str]:

@@ -19,7 +19,7 @@ from pretrain_xla.data import parquet
 from pretrain_xla.data.files import VERSION_KEYS, filesystem, is_local, url, write_atomically
 from pretrain_xla.data.formats import DTYPES, HEAD_BYTES, Format, header, is_parquet, layout, suffix
 from pretrain_xla.data.manifest import ShardInfo, SplitInfo
-from pretrain_xla.data.remote import call, concurrently, read_range
+from pretrain_xla.data.remote import RefusedError, call, concurrently, read_range
 from pretrain_xla.errors import UserError
 
 WrittenFormat = Literal["npy", "bin", "parquet"]
@@ -179,7 +179,7 @@ def fetch(shards: list[Shard], starts: np.ndarray, out: np.ndarray) -> None:
         tokens = np.frombuffer(_present(shard.path, lambda: read_range(fs, path, begin, end)), shard.dtype)
         first = (begin - shard.offset) // shard.dtype.itemsize
         for row in rows:
-            out[row] = tokens[int(starts[row]) - first :][:length]
+            out[row] = narrow(tokens[int(starts[row]) - first :][:length])
 
     concurrently(read, requests)
 
@@ -199,7 +199,7 @@ def open_shard(fs: Any, path: str, known: Mapping[str, Any] | None = None) -> Sh
         known: what a listing of the folder said of it, which saves a request.
 
     Raises:
-        UserError: no format that is known, another type than uint16 or uint32, or shorter or longer than its header says.
+        UserError: no format that is known, no integers, or shorter or longer than its header says.
     """
     where = url(fs, path)
     try:
@@ -219,8 +219,24 @@ def open_shard(fs: Any, path: str, known: Mapping[str, Any] | None = None) -> Sh
     except OSError as error:
         reason = "no such file" if isinstance(error, FileNotFoundError) else error.strerror or error
         raise UserError(f"{where}: cannot be read: {reason}") from None
-    found = layout(where, size, head)
+    found = layout(where, size, head, lambda other: read_beside(fs, path.rpartition("/")[0], other))
     return Shard(where, name, found.tokens, found.dtype, found.offset, stamp, found.format, size)
+
+
+def read_beside(fs: Any, folder: str, name: str) -> bytes | None:
+    """The content of a file in a folder of shards; none where there is no such file."""
+    try:
+        data: bytes = call(fs, "cat_file", f"{folder}/{name}")
+    except (OSError, RefusedError):  # many a server refuses what it does not have
+        return None
+    return data
+
+
+def narrow(tokens: np.ndarray) -> np.ndarray:
+    """Ids that fit into int32, for those that do not -1 or the highest number, so that no id is taken for another one."""
+    if tokens.dtype.itemsize <= 4:
+        return tokens
+    return np.clip(tokens, None if tokens.dtype.kind == "u" else -1, 2**31 - 1)
 
 
 def _remote_size(fs: Any, path: str, where: str, known: Mapping[str, Any] | None) -> tuple[int, tuple[int | str, ...]]:

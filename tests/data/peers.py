@@ -3,6 +3,7 @@ the package: what the package reads must be what these write."""
 
 from __future__ import annotations
 
+import json
 import struct
 from pathlib import Path
 
@@ -38,10 +39,38 @@ def blocks(path: Path, ids: list[int], size: int = 64) -> None:
     datasets.Dataset.from_dict({"input_ids": rows, "number": list(range(len(rows)))}).to_parquet(path)
 
 
+def datatrove(path: Path, ids: list[int]) -> None:
+    """datatrove's DocumentTokenizer: uint16 and nothing else, with the ends of documents and a summary beside it."""
+    nano_gpt(path, ids)
+    path.with_suffix(".ds.index").write_bytes(struct.pack("<2Q", 9, len(ids)))
+    path.with_suffix(".ds.metadata").write_text(f"gpt2|2\n{len(ids)}\n{len(ids)} T")
+
+
+def litdata(path: Path, ids: list[int], types: str = "no_header_tensor:16", code: str = "i") -> None:
+    """litdata's writer: number of items and their offsets as uint32, then the items; here, as litgpt writes them, int32."""
+    items = [ids[start : start + 30] for start in range(0, len(ids), 30)]
+    packed = [struct.pack(f"<{len(item)}{code}", *item) for item in items]
+    offsets = [4 * (len(items) + 2)]
+    for item in packed:
+        offsets.append(offsets[-1] + len(item))
+    path.write_bytes(struct.pack(f"<{len(offsets) + 1}I", len(items), *offsets) + b"".join(packed))
+    config = {"compression": None, "data_format": [types], "encryption": None, "item_loader": "TokensLoader"}
+    (path.parent / "index.json").write_text(json.dumps({"chunks": [{"filename": path.name}], "config": config}))
+
+
+def megatron(path: Path, ids: list[int]) -> None:
+    """Megatron-LM: int32 or uint16 and nothing else; magic, version, type, counts and more in an .idx beside it."""
+    path.write_bytes(struct.pack(f"<{len(ids)}i", *ids))
+    path.with_suffix(".idx").write_bytes(struct.pack("<9sQBQQ", b"MMIDIDX\0\0", 1, 4, 1, 2) + bytes(28))
+
+
 WRITERS = {
     "llm_c.bin": llm_c,
     "llama.bin": llm_c_llama,
     "nano_gpt.bin": nano_gpt,
     "build_nano_gpt.npy": build_nano_gpt,
     "blocks.parquet": blocks,
+    "datatrove.ds": datatrove,
+    "chunk-0-0.bin": litdata,
+    "megatron.bin": megatron,
 }

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -58,6 +59,31 @@ def test_end_of_text_may_open_a_document(tmp_path):
     found = inspect(str(tmp_path), "bytes")
     assert found.document_lengths.tolist() == [len(text) for text in TEXTS[:5]]
     assert found.documents == TEXTS[:3]
+
+
+class Opened:
+    """What must not happen when a pickle is looked at."""
+
+    def __reduce__(self):
+        return (print, ("opened",))
+
+
+def test_characters_of_nano_gpt(tmp_path, capsys):
+    """Its meta.pkl shows the text, and is never opened where it would run something."""
+    characters = sorted(set("".join(TEXTS)))
+    ids = np.array([characters.index(sign) for sign in "".join(TEXTS)], np.uint16)
+    ids.tofile(tmp_path / "train.bin")
+    meta = {"vocab_size": len(characters), "itos": dict(enumerate(characters)), "stoi": {}}
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps(meta))
+    assert inspect_command([f"{tmp_path}/train.bin"]) == 0
+    assert "Document 0. Document 1. word" in capsys.readouterr().out
+    meta["itos"].pop(max(meta["itos"]))
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps(meta))
+    assert f"but meta.pkl has {len(characters) - 1}" in inspect(str(tmp_path)).faults[0]
+    for raw in (pickle.dumps(Opened()), b"junk", pickle.dumps(meta)[:-9]):
+        (tmp_path / "meta.pkl").write_bytes(raw)
+        assert "meta.pkl: no plain pickle (" in inspect(str(tmp_path)).faults[0]
+    assert "opened" not in capsys.readouterr().out
 
 
 def test_faults_are_named_and_all_shown(prepared, tmp_path, capsys):

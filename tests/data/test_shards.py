@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import pickle
 import struct
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,7 +21,7 @@ from pretrain_xla.data.files import filesystem
 from pretrain_xla.data.shards import ShardWriter, open_shard
 from pretrain_xla.errors import UserError
 
-from .peers import WRITERS, blocks, build_nano_gpt, llm_c, nano_gpt
+from .peers import WRITERS, blocks, build_nano_gpt, litdata, llm_c, nano_gpt
 
 LOCAL = filesystem(".")[0]
 
@@ -144,14 +146,82 @@ def test_broken_bin_files_are_named(tmp_path):
         good[:8] + struct.pack("<i", -5) + good[12:]: "-5 tokens",
         struct.pack("<i", 20240522) + good[4:]: "multiple-choice",
         good[1024:] + b"x": "odd length, 4,001 bytes",
-        np.array(ids, np.uint32).tobytes(): "looks like ids of 32 bits",
-        np.array(ids, np.int64).tobytes(): "looks like ids of 32 bits",
+        np.array(ids, np.uint32).tobytes()[:-2]: "7,998 bytes, where ids of 4 bytes are expected",
+        b"lines of text, again and again\n" * 99: "text, not token ids: no token shard",
+        b"PK\3\4" + good: "a zip file, as torch.save and np.savez write: no token shard",
+        pickle.dumps({"model": "x" * 99}): "a pickle",
+        b"\x1f\x8b\x08" + good: "packed with gzip",
     }
     for content, message in cases.items():
         path.write_bytes(content)
         refused(path, message)
     path.write_bytes(b"")
     assert open_shard(LOCAL, str(path)).tokens == 0
+
+
+def text_like(dtype, vocab=50_257, count=3000):
+    """Ids as uneven as those of text."""
+    return (vocab * np.random.default_rng(0).random(count) ** 4).astype(dtype)
+
+
+@pytest.mark.parametrize("dtype", ["<u2", "<u4", "<i8"])
+@pytest.mark.parametrize("name", ["a.bin", "a.npy", "a.ds"])
+def test_width_of_ids_without_a_header_is_seen(tmp_path, dtype, name):
+    """OLMo names such files .npy; its newer ones, and Llama 3's vocabulary, take 32 bits."""
+    ids = text_like(dtype, 50_257 if dtype == "<u2" else 128_256)
+    ids.tofile(tmp_path / name)
+    assert whole(tmp_path / name, None).tolist() == ids.tolist()
+    assert open_shard(LOCAL, str(tmp_path / name)).dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", ["u1", "<i2", "<i4", "<i8", "<u8"])
+def test_any_integers_of_npy_are_read_and_none_is_taken_for_another(tmp_path, dtype):
+    ids = text_like(dtype, 100)
+    np.save(tmp_path / "a.npy", ids)
+    with fsspec.open(f"memory://{dtype.strip('<')}/a.npy", "wb") as file:
+        np.save(file, ids)
+    settings = DataConfig(remote_reads="ranged")
+    for path in (str(tmp_path), f"memory://{dtype.strip('<')}"):
+        dataset = open_dataset(path, 16, 100, settings=settings)
+        assert dataset.gather(0, np.array([0]), 3000)[0].tolist() == ids.tolist()
+    bad = {"u1": [200], "<i2": [-7], "<i4": [-7], "<i8": [-7, 2**32 + 5, 5 - 2**40], "<u8": [2**63, 2**32 + 5]}[dtype]
+    for value in bad:
+        ids[1500] = np.array(value).astype(dtype)
+        np.save(tmp_path / "a.npy", ids)
+        with pytest.raises(UserError, match=r"a\.npy: has "):
+            open_dataset(str(tmp_path), 16, 100)
+        with pytest.raises(UserError, match=r"a\.npy: has "):
+            open_shards(str(tmp_path), 100).gather(0, np.array([1490]), 20)
+
+
+def test_what_is_no_shard_is_not_told_to_raise_the_vocabulary(tmp_path):
+    (tmp_path / "a.bin").write_bytes(np.random.default_rng(0).bytes(10_000))
+    with pytest.raises(UserError) as error:
+        open_dataset(str(tmp_path), 16, 50_257)
+    assert "a.bin: has no header, and taken for uint16 it has token id 655" in str(error.value)
+    assert "set vocab_size" not in str(error.value)
+    (tmp_path / "a.npy").write_bytes(np.random.default_rng(0).bytes(10_000))
+    with pytest.raises(UserError, match=r"a\.npy: not a whole \.npy file"):
+        open_shard(LOCAL, str(tmp_path / "a.npy"))
+    (tmp_path / "a.npy").unlink()
+    (tmp_path / "a.bin").unlink()
+    for name, said in {"x.mds": "MosaicML", "x.jsonl": "text: `prepare`", "x.pt": "np.save", "x": "prepare a"}.items():
+        (tmp_path / name).write_text("")
+        with pytest.raises(UserError, match=f"no token shards .* in it: .*{said}"):
+            open_dataset(str(tmp_path), 16, 100)
+        (tmp_path / name).unlink()
+
+
+def test_chunks_of_litdata_are_read_as_their_index_says(tmp_path):
+    ids = text_like(int).tolist()
+    for types, code in (("no_header_tensor:18", "q"), ("no_header_tensor:20", "H"), ("no_header_numpy:6", "I")):
+        litdata(tmp_path / "chunk-0-0.bin", ids, types, code)
+        assert whole(tmp_path / "chunk-0-0.bin", None).tolist() == ids
+        assert open_shard(LOCAL, str(tmp_path / "chunk-0-0.bin")).format == "litdata"
+    litdata(tmp_path / "chunk-0-0.bin", ids, "jpeg")
+    refused(tmp_path / "chunk-0-0.bin", "a chunk of litdata that holds jpeg, no plain token ids")
+    (tmp_path / "index.json").unlink()
+    refused(tmp_path / "chunk-0-0.bin", "a chunk of litdata without its index.json")
 
 
 def test_broken_parquet_files_are_named(tmp_path, cached):

@@ -1,0 +1,128 @@
+"""What lies beside a shard and says what is in it: the index of litdata, the index of Megatron, and nanoGPT's `meta.pkl`.
+
+A pickle can name any function to be called by whoever opens it. This one is read by an unpickler that knows no names, so
+that it holds plain values or is refused.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pretrain_xla.errors import UserError
+from pretrain_xla.untrusted import parse_object
+
+Beside = Callable[[str], bytes | None]
+"""Gives the content of a file in the shard's folder, none where there is no such file."""
+
+META = "meta.pkl"
+_LITDATA_INDEX = "index.json"
+_TORCH_TYPES = {11: "u1", 13: "<i2", 14: "<i2", 15: "<i4", 16: "<i4", 17: "<i8", 18: "<i8", 20: "<u2"}
+_NUMPY_TYPES = {0: "i1", 1: "<i2", 2: "<i4", 3: "<i8", 4: "u1", 5: "<u2", 6: "<u4", 7: "<u8"}
+_MEGATRON_MAGIC = b"MMIDIDX\0\0"
+_MEGATRON_TYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
+_MOST_META = 2**26  # bytes
+_MOST_CHARACTERS = 2**21
+
+
+def litdata_chunk(where: str, size: int, head: bytes, beside: Beside) -> tuple[np.dtype[Any], int] | None:
+    """(type of the ids, bytes before the first) of a chunk of litdata, as litgpt prepares them; none: it is no chunk.
+
+    A chunk begins with the number n of its items and n + 1 offsets, uint32, of which the first is where the ids begin. The
+    type of the ids stands in `index.json`.
+
+    Raises:
+        UserError: a chunk of something else than token ids, or without its index.
+    """
+    words = np.frombuffer(head[: len(head) // 4 * 4], "<u4")
+    if len(words) < 3 or not 0 < words[0] < 2**28 or int(words[1]) != 4 * (int(words[0]) + 2) or words[2] < words[1]:
+        return None
+    name = where.rpartition("/")[2]
+    raw = beside(_LITDATA_INDEX)
+    if raw is None:
+        if not re.fullmatch(r"chunk-\d+-\d+\.bin", name):
+            return None
+        raise UserError(f"{where}: a chunk of litdata without its {_LITDATA_INDEX} beside it: copy that, too")
+    config = parse_object(raw, f"{where.removesuffix(name)}{_LITDATA_INDEX}").get("config")
+    formats = config.get("data_format") if isinstance(config, dict) else None
+    if not isinstance(config, dict) or not isinstance(formats, list):
+        return None
+    kind, _, number = str(formats[0]).partition(":") if len(formats) == 1 else ("", "", "")
+    types = {"no_header_tensor": _TORCH_TYPES, "no_header_numpy": _NUMPY_TYPES}.get(kind, {})
+    found = types.get(int(number)) if number.isdecimal() else None
+    if found is None or config.get("encryption"):
+        raise UserError(
+            f"{where}: a chunk of litdata that holds {', '.join(map(str, formats))[:100]}, no plain token ids: write it "
+            "with TokensLoader, or prepare the text"
+        )
+    return np.dtype(found), int(words[1])
+
+
+def megatron_dtype(where: str, beside: Beside) -> np.dtype[Any] | None:
+    """The type of the ids of a Megatron `.bin`, as the `.idx` beside it has it; none: there is none.
+
+    Raises:
+        UserError: the index says that they are no ids.
+    """
+    name = where.rpartition("/")[2]
+    raw = beside(f"{name.removesuffix('.bin')}.idx") if name.endswith(".bin") else None
+    if raw is None or not raw.startswith(_MEGATRON_MAGIC) or len(raw) < 18:
+        return None
+    if raw[17] not in _MEGATRON_TYPES:
+        raise UserError(f"{where}: the .idx beside it says that it holds numbers of type {raw[17]}, no token ids")
+    return np.dtype(_MEGATRON_TYPES[raw[17]])
+
+
+@dataclass(frozen=True)
+class Meta:
+    """nanoGPT's `meta.pkl`: a vocabulary of characters."""
+
+    characters: dict[int, str]
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids."""
+        return max(self.characters) + 1
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of ids; an id that is not known is U+FFFD."""
+        return "".join(self.characters.get(token, "\ufffd") for token in ids)
+
+
+def read_meta(raw: bytes, where: str) -> Meta | None:
+    """The vocabulary of a `meta.pkl`; none where it has none.
+
+    Raises:
+        UserError: it would call functions, or is damaged.
+    """
+    if len(raw) > _MOST_META:
+        raise UserError(f"{where}: {len(raw):,} bytes are too many for a vocabulary of characters: take it out")
+    try:
+        tree = _Unpickler(io.BytesIO(raw)).load()
+    except Exception as error:  # a pickle that is damaged can end in nearly any error
+        reason = " ".join(str(error).split())[:100] or type(error).__name__
+        raise UserError(f"{where}: no plain pickle ({reason}), and not opened any further: take it out") from None
+    found = tree.get("itos") if isinstance(tree, dict) else None
+    if isinstance(found, list):
+        found = dict(enumerate(found))
+    if not isinstance(found, dict) or not 0 < len(found) <= _MOST_CHARACTERS:
+        return None
+    if not all(type(key) is int and key >= 0 and isinstance(value, str) for key, value in found.items()):
+        return None
+    return Meta(found)
+
+
+class _Unpickler(pickle.Unpickler):
+    """Knows no names: dicts, lists, numbers and strings only."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise pickle.UnpicklingError(f"it names {module}.{name}")
+
+    def persistent_load(self, pid: Any) -> Any:
+        raise pickle.UnpicklingError("it names things outside it")
