@@ -8,7 +8,7 @@ import os
 import statistics
 from typing import Any
 
-from pretrain_xla.train.metrics import Row, to_json
+from pretrain_xla.train.metrics import Row, metrics_path, read_metrics, to_json
 
 
 def summarise(rows: list[Row]) -> dict[str, Any]:
@@ -31,6 +31,16 @@ def summarise(rows: list[Row]) -> dict[str, Any]:
         "tokens_per_second": statistics.median(rates) if rates else None,
         "mfu": statistics.median(shares) if shares else None,
     }
+
+
+def write_report(run_dir: str, figures: dict[str, Any]) -> dict[str, Any]:
+    """Write `summary.json` and `loss.png` of a run from its metrics and these figures of it; returns the summary."""
+    path = metrics_path(run_dir)
+    rows = read_metrics(path) if os.path.exists(path) else []
+    summary = {**figures, **summarise(rows)}
+    write_summary(run_dir, summary)
+    plot_loss(run_dir, rows, f"{summary['parameters'] / 1e6:.1f}M parameters, {run_dir}")
+    return summary
 
 
 def write_summary(run_dir: str, summary: dict[str, Any]) -> None:

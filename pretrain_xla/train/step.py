@@ -22,6 +22,11 @@ METRICS = ("loss", "grad_norm", "learning_rate")
 """Columns of the history, in order."""
 
 
+def step_seed(seed: int, step: int) -> int:
+    """Seed of a step's dropout: a pure function of the run's seed and the step, so that a resumed run draws the same."""
+    return (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9) % 2**62
+
+
 class TrainStep:
     """Forward, backward, accumulation, reduction, clipping, schedule and update.
 
@@ -48,6 +53,14 @@ class TrainStep:
         yield from self.optimizer.state.values()
         if self.loss_scale is not None:
             yield from self.loss_scale.state.values()
+
+    def named_state(self) -> dict[str, Tensor]:
+        """Everything that the next step depends on, by the names that it has in a checkpoint."""
+        tensors: dict[str, Tensor] = {f"model.{name}": value for name, value in self.model.named_parameters()}
+        tensors |= {f"optimizer.{name}": value for name, value in self.optimizer.state.items()}
+        if self.loss_scale is not None:
+            tensors |= {f"loss_scale.{name}": value for name, value in self.loss_scale.state.items()}
+        return tensors
 
     def __call__(self, tokens_BAS: Tensor, history_NM: Tensor) -> Tensor:
         """Make one update in place.

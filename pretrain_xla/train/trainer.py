@@ -7,7 +7,6 @@ a time by another, at least one reading behind; checkpoints are copied to the ho
 from __future__ import annotations
 
 import math
-import os
 import time
 from contextlib import ExitStack
 from dataclasses import replace
@@ -22,9 +21,7 @@ from pretrain_xla.data.batches import Batches, sequences_of
 from pretrain_xla.data.dataset import TokenDataset, open_dataset
 from pretrain_xla.data.locate import Split
 from pretrain_xla.data.prefetch import pipeline
-from pretrain_xla.data.tokenizer import load_tokenizer
 from pretrain_xla.errors import UserError
-from pretrain_xla.evaluate import Evaluation, Settings, ValidationLoss
 from pretrain_xla.interop.upload import Uploader
 from pretrain_xla.model import initialize, parameter_count
 from pretrain_xla.model.stacked import of_each_layer
@@ -33,16 +30,16 @@ from pretrain_xla.runtime import Runtime
 from pretrain_xla.train.build import arrange, build_examples, build_model, build_optimizer
 from pretrain_xla.train.checkpoint import CheckpointInfo
 from pretrain_xla.train.console import Console
-from pretrain_xla.train.files import tokenizer_of
 from pretrain_xla.train.guard import GraphGuard
-from pretrain_xla.train.metrics import MetricLog, Row, metrics_path, read_metrics
+from pretrain_xla.train.measure import build_evaluation, build_validation
+from pretrain_xla.train.metrics import MetricLog, Row
 from pretrain_xla.train.readings import Readings, check_rows
-from pretrain_xla.train.report import perplexity, plot_loss, shown, summarise, summarised_steps, write_summary
+from pretrain_xla.train.report import perplexity, shown, summarised_steps, write_report
 from pretrain_xla.train.resume import Start, find_start
 from pretrain_xla.train.samples import Samples
 from pretrain_xla.train.seen import Seen, seen_so_far, what_changed
 from pretrain_xla.train.signals import StopSignal
-from pretrain_xla.train.step import METRICS, TrainStep
+from pretrain_xla.train.step import METRICS, TrainStep, step_seed
 
 
 class Trainer:
@@ -50,7 +47,7 @@ class Trainer:
 
     def __init__(self, config: RunConfig, runtime: Runtime) -> None:
         self.config, self.runtime = config, runtime
-        train, model = config.train, config.model
+        train = config.train
         self.console = Console(enabled=runtime.is_main)
         self._rows = runtime.rows(train.train_batch_size)
 
@@ -60,18 +57,6 @@ class Trainer:
         self.data_fingerprint = train_data.fingerprint
         self.start: Start = find_start(config, self.data_fingerprint, self.console.note)
         self.batches = self._batches(train_data)
-        valid_batches = Batches(
-            valid_data,
-            sequences_per_batch=train.eval_batch_size,
-            seq_length=model.seq_length,
-            seed=0,
-            shuffle=False,
-            shuffle_window=1,
-            once=True,
-            steps=train.valid_steps,
-            share=self._share(train.eval_batch_size) * (2 + train.train_steps // train.valid_interval),
-        )
-        examples, valid_examples = build_examples(config, train_data), build_examples(config, valid_data)
         self.model = build_model(config, runtime)
         if self.start.step == 0 and not self.start.tensors:
             initialize(self.model, train.seed)
@@ -84,19 +69,12 @@ class Trainer:
             self.model,
             lambda name, parameter: runtime.place_like(self.start.optimizer_tensor(name, parameter), parameter),
         )
-        self.step = TrainStep(self.model, self.optimizer, runtime, config, examples)
+        self.step = TrainStep(self.model, self.optimizer, runtime, config, build_examples(config, train_data))
         self.start.load_loss_scale(self.step.loss_scale)
         self._train_step = runtime.compile(self.step, "train", state=self.step.state)
-        self.validation = ValidationLoss(
-            self.model,
-            self.step.forward,
-            valid_batches,
-            runtime,
-            train.valid_steps,
-            config.data.prefetch_batches,
-            valid_examples,
-        )
-        self.evaluation = None if train.do_test else self._read_tasks()
+        share = self._share(train.eval_batch_size)
+        self.validation = build_validation(config, self.step, runtime, valid_data, share)
+        self.evaluation = None if train.do_test else build_evaluation(config, self.model, runtime)
         writes = config.logging.sample_interval is not None and not train.do_test
         self.samples = Samples(config, self.model, runtime) if writes else None
         self.guard = GraphGuard(runtime, strict=train.strict_graph, say=self.console.warn)
@@ -175,7 +153,7 @@ class Trainer:
         """Make update number `done` (from 1) and whatever is due after it."""
         train = self.config.train
         if self.config.model.dropout > 0:
-            self.runtime.seed(_step_seed(train.seed, done))
+            self.runtime.seed(step_seed(train.seed, done))
         self._history = self._train_step(tokens, self._history)
         self._done = done
         validates = self._due(train.valid_interval, done)
@@ -260,21 +238,6 @@ class Trainer:
             self.log.write([row], kind="evaluation")
         self.console.evaluation(row)
 
-    def _read_tasks(self) -> Evaluation | None:
-        """The tasks to score in the loop, read and tokenized now, so that what is missing is missed before training."""
-        config = self.config.evaluation
-        if not config.eval_tasks:
-            return None
-        return Evaluation(
-            self.model,
-            self.runtime,
-            lambda: load_tokenizer(tokenizer_of(self.config.data)),
-            config.eval_tasks,
-            Settings(config.eval_data, config.eval_limit, config.eval_stride, self.config.data.valid_dir),
-            batch_size=self.config.train.eval_batch_size,
-            top_k=config.eval_top_k,
-        )
-
     def _sample(self, done: int) -> None:
         assert self.samples is not None
         text = self.samples()
@@ -285,11 +248,7 @@ class Trainer:
         """Write the state after update `done`; metrics up to there are on disk before it counts."""
         self.readings.request(self._history, done)
         self.readings.collect()
-        tensors: dict[str, Tensor] = {f"model.{name}": value for name, value in self.model.named_parameters()}
-        tensors |= {f"optimizer.{name}": value for name, value in self.optimizer.state.items()}
-        if self.step.loss_scale is not None:
-            tensors |= {f"loss_scale.{name}": value for name, value in self.step.loss_scale.state.items()}
-        host = self.runtime.gather(tensors)
+        host = self.runtime.gather(self.step.named_state())
         if self.runtime.is_main:
             config = redacted_tree(self.config.model_dump(mode="json"))
             measured, loss = self._measured
@@ -329,13 +288,10 @@ class Trainer:
 
     def _summarise(self, steps: int) -> dict[str, Any]:
         """Write `summary.json` and `loss.png` of a run that has made so many steps."""
-        path = metrics_path(self.config.run_dir)
-        rows = read_metrics(path) if os.path.exists(path) else []
         summary = {
             "steps": steps,
             "tokens": self._seen(steps).tokens,
             "parameters": parameter_count(self.config.model),
-            **summarise(rows),
             "seconds": round(time.perf_counter() - self._began, 1),
             "resumed_from_step": self.start.step or None,
             "runtime": self.runtime.name,
@@ -344,15 +300,8 @@ class Trainer:
             "mesh": self.runtime.mesh,
             **self.guard.summary(),
         }
-        write_summary(self.config.run_dir, summary)
-        plot_loss(self.config.run_dir, rows, f"{summary['parameters'] / 1e6:.1f}M parameters, {self.config.run_dir}")
-        return summary
+        return write_report(self.config.run_dir, summary)
 
 
 def _open(config: RunConfig, directory: str, split: Split) -> TokenDataset:
     return open_dataset(directory, config.model.seq_length, config.model.vocab_size, split=split, settings=config.data)
-
-
-def _step_seed(seed: int, step: int) -> int:
-    """Seed of a step's dropout: a pure function of the run's seed and the step, so that a resumed run draws the same."""
-    return (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9) % 2**62
