@@ -177,7 +177,7 @@ def show_dataset(info: DatasetInfo) -> None:
         table.add_row(name, f"{split.documents:,}", f"{split.tokens:,}", f"{len(split.shards):,}")
     Console().print(table)
     if info.skipped_documents:
-        print(f"{info.skipped_documents:,} documents could not be read, and were skipped")
+        print(f"documents that could not be read, and were skipped: {info.skipped_documents:,}")
     print(f"train on it: --train-dir {root}/train --valid-dir {root}/valid --vocab-size {info.vocab_size}")
 
 

@@ -1,13 +1,14 @@
 """Which files a path stands for: one file, all of those below a folder, or those that fit a pattern; on any file system.
 
 A name that is there is that file or folder, whatever signs are in it; only else are `*`, `?` and `[...]` a pattern. On this
-machine's disks, links to folders are followed as folders, and what cannot be read as a file (a link to nothing, a pipe) is
-no file.
+machine's disks, links to folders are followed as folders, and what cannot be read as a file (a link to nothing, a pipe) is no
+file, which the log says.
 """
 
 from __future__ import annotations
 
 import glob
+import logging
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -18,6 +19,8 @@ from fsspec.utils import glob_translate
 from pretrain_xla.data.files import is_local
 from pretrain_xla.data.remote import call
 from pretrain_xla.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 
 def find_files(fs: Any, root: str, asked: str) -> list[str]:
@@ -94,7 +97,7 @@ def _local_type(path: str) -> str | None:
 
 def _walk(folder: str, asked: str, depth: int | None = None, above: tuple[str, ...] = ()) -> Iterator[str]:
     """The files below a local folder, `depth` folders down; a link back to a folder above is not followed for ever."""
-    above = (*above, os.path.realpath(folder))
+    above, others = (*above, os.path.realpath(folder)), []
     try:
         entries = list(os.scandir(folder))
     except OSError as error:
@@ -106,6 +109,10 @@ def _walk(folder: str, asked: str, depth: int | None = None, above: tuple[str, .
                 yield from _walk(path, asked, None if depth is None else depth - 1, above)
         elif entry.is_file():
             yield path
+        elif depth is None:
+            others.append(entry.name)
+    if others:
+        logger.warning("%s: links to nothing, or no files, are left out: %s", folder, ", ".join(sorted(others)[:3]))
 
 
 def _hub_hint(asked: str) -> str:

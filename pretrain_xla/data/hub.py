@@ -36,6 +36,8 @@ def hub_source(name: str, *, text_column: str, streaming: bool, cache_dir: str |
     path, config, split = (*name.removeprefix(PREFIX).split(":"), "", "")[:3]
     if not path or name.count(":") > 3:
         raise UserError(f"source {name!r}: write hf:DATASET, hf:DATASET:CONFIG or hf:DATASET:CONFIG:SPLIT")
+    if os.path.isfile(os.path.join(path, "state.json")) and os.path.isfile(os.path.join(path, "dataset_info.json")):
+        raise UserError(f"source {name!r}: a folder that `save_to_disk` left: give it without hf:, as {path}")
     place = {"path": path, "name": config or None, "cache_dir": cache_dir}
     split = split or "train"
     builder = _call(name, "load_dataset_builder", place)

@@ -181,6 +181,8 @@ def test_folder_that_save_to_disk_left(tmp_path):
     write(tmp_path / "saved", **{"train__cache-0123456789abcdef.arrow": b"a cache"})
     assert texts(tmp_path / "saved") == ["train"]
     assert texts(tmp_path / "saved" / "test") == ["test"]
+    with pytest.raises(UserError, match="a folder that `save_to_disk` left: give it without hf:"):
+        open_source(f"hf:{tmp_path}/saved/test")
 
 
 def tar_of(files, compression=""):
@@ -246,6 +248,11 @@ def test_faults_of_members_say_which(tmp_path):
         texts(tmp_path / "a.zip")
     with pytest.raises(UserError, match=r"b\.tar::y\.txt: not UTF-8 text \(byte 0xff\)"):
         texts(tmp_path / "b.tar")
+    member = tarfile.TarInfo("n")
+    member.type, member.size = tarfile.GNUTYPE_LONGNAME, 2**33
+    write(tmp_path, **{"d.tar": member.tobuf(tarfile.GNU_FORMAT) + b"n" * 9000})
+    with pytest.raises(UserError, match=r"d\.tar: damaged \(a name of 8,589,934,592 bytes\)"):
+        texts(tmp_path / "d.tar")
     nested = tar_of({"deep.txt": b"one"})
     for _ in range(3):
         nested = tar_of({"in.tar": nested})
@@ -338,6 +345,7 @@ def test_links(tmp_path, caplog):
     (tmp_path / "real" / "back").symlink_to(tmp_path / "main")
     for path in (f"{tmp_path}/main", f"{tmp_path}/main/**"):
         assert texts(path) == ["one", "one", "two"]
+    assert "no files, are left out: dangling.txt" in caplog.text
     assert texts(f"{tmp_path}/main/*.txt") == ["one"]
     assert texts(f"{tmp_path}/main/*/*.txt") == ["one"]
     assert texts(f"{tmp_path}/ma*/linked/**/*.txt") == ["one", "two"]

@@ -27,6 +27,14 @@ from pretrain_xla.errors import UserError
 logger = logging.getLogger(__name__)
 _DEEPEST = 3  # archives within archives; more is no corpus
 _TAR_BLOCK = 512
+_NAMES = (
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+)
+_LONGEST_NAME = 2**20  # bytes, with all that a header of PAX says
 
 
 def read_zip(raw: Any, where: str, reading: Reading) -> Iterator[tuple[str | Bad, float]]:
@@ -79,7 +87,7 @@ def read_tar(stream: Any, where: str, reading: Reading) -> Iterator[str | Bad]:
 def _tar(stream: Any, where: str, reading: Reading, notes: _LeftOut, depth: int) -> Iterator[str | Bad]:
     watched: Any = _Watched(stream)
     try:
-        with tarfile.open(fileobj=watched, mode="r|") as archive:
+        with tarfile.open(fileobj=watched, mode="r|", tarinfo=_Member) as archive:
             for member in archive:
                 if member.isfile() and (inside := archive.extractfile(member)) is not None:
                     yield from _member(inside, member.name, where, reading, notes, depth)
@@ -118,6 +126,15 @@ def _member(stream: Any, name: str, where: str, reading: Reading, notes: _LeftOu
         raise UserError(f"{place}: not UTF-8 text (byte 0x{byte:02x}); convert it, or take it out") from None
     except (OSError, *UNPACK_ERRORS) as error:
         raise UserError(f"{place}: cannot be read: {error}") from None
+
+
+class _Member(tarfile.TarInfo):
+    """A member whose names are as long as names are: `tarfile` holds in memory whatever a header says is one."""
+
+    def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
+        if self.type in _NAMES and self.size > _LONGEST_NAME:
+            raise tarfile.ReadError(f"a name of {self.size:,} bytes")
+        return super()._proc_member(archive)  # type: ignore[misc]
 
 
 class _LeftOut:
