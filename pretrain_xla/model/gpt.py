@@ -135,7 +135,7 @@ class GPT(nn.Module):
             return cross_entropy(self._masked_logits(x_BTD), targets_BT)  # fused kernels on GPU and CPU
         table = self.embedding if self.head is None else self.head
         loop = execution.loop or python_loop
-        head = Head(self.config.vocab_size, self.config.logit_softcap, execution.loss_chunk, loop)
+        head = Head(self.config.vocab_size, self.config.logit_softcap, execution.loss_chunk, loop, execution.split)
         return linear_cross_entropy(x_BTD, table.weight.to(x_BTD.dtype), targets_BT, head)
 
     def hidden(

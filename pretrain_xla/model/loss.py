@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pretrain_xla.model.loops import Loop, python_loop
+from pretrain_xla.model.split import WHOLE, Split
 
 PADDING_LOGIT = -1e30
 """Logit of a padding row: its softmax is exactly 0 in fp32, and 0 * it is 0, where 0 * -inf would be NaN."""
@@ -33,21 +34,22 @@ def cross_entropy(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
 class Head:
     """What lies between the last hidden state and the loss.
 
-    vocab_size: rows of the output table that are real; softcap: bound on the logits, none: no bound; chunk: tokens whose
-    logits exist at one time, none: all; loop: what runs the chunks.
+    vocab_size: rows of the output table that are real; softcap: bound on the logits, none: no bound; chunk: tokens of a device
+    whose logits exist at one time, none: all; loop: what runs the chunks; split: how the tokens lie on devices.
     """
 
     vocab_size: int
     softcap: float | None = None
     chunk: int | None = None
     loop: Loop = python_loop
+    split: Split = WHOLE
 
 
 def linear_cross_entropy(x_BTD: Tensor, weight_VD: Tensor, targets_BT: Tensor, head: Head) -> Tensor:
     """`cross_entropy(x @ weight.T, targets)`, with its gradients computed at once and by hand.
 
-    Only the logits of `head.chunk` tokens exist at a time, in the type of x; in the chunk that made them they are turned
-    into the gradients of x and of the weight, so that nothing is computed again, or kept, for the backward pass. Against
+    Only the logits of `head.chunk` tokens of a device exist at a time, in the type of x; in the chunk that made them they are
+    turned into the gradients of x and of the weight, so that nothing is computed again, or kept, for the backward pass. Against
     autograd's way that saves three passes over [tokens, V] even with a single chunk: the target's logit is the product
     with one row of the table instead of a masked sum over all of them, the count of targets likewise, and the gradient's
     sum over V is known to be zero.
@@ -56,7 +58,7 @@ def linear_cross_entropy(x_BTD: Tensor, weight_VD: Tensor, targets_BT: Tensor, h
         x_BTD: output of the last norm, in the compute type.
         weight_VD: output table, in the compute type, V a multiple of the padding.
         targets_BT: the right token ids, int32 or int64; -100 leaves a token out of the mean. The mean of none is 0.
-        head: see `Head`; where the chunk does not divide the tokens, the next smaller divisor is taken.
+        head: see `Head`; a chunk is what `_cut` makes of `head.chunk`.
 
     Returns:
         The mean in fp32 and nats, 0-d. It can be differentiated once.
@@ -69,24 +71,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_BTD: Tensor, weight_VD: Tensor, targets_BT: Tensor, head: Head) -> Tensor:
         x_ND, targets_N = x_BTD.flatten(0, 1), targets_BT.flatten()
-        share = _share(targets_N)
-        chunks = _chunks(len(x_ND), head.chunk)
+        share, parts = _share(targets_N), head.split.parts(len(x_BTD))
+        chunks, size = _cut(len(x_ND) // parts, head.chunk)
         if chunks == 1:
-            loss, grad_x_ND, grad_weight_VD = _loss_and_gradients(x_ND, weight_VD, targets_N, share, head)
+            loss_P, grad_x_ND, grad_weight_VD = _loss_and_gradients(x_ND, weight_VD, targets_N, share, head)
         else:
-
-            def body(carried: list[Tensor], chunk: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-                total, sums_VD, share, weight_VD = carried
-                loss, grad_x_CD, grad_weight_VD = _loss_and_gradients(chunk[0], weight_VD, chunk[1], share, head)
-                return [total + loss, sums_VD + grad_weight_VD, share, weight_VD], [grad_x_CD]
-
-            zeros = [torch.zeros((), device=x_ND.device), torch.zeros(weight_VD.shape, device=x_ND.device)]
-            slices = [x_ND.unflatten(0, (chunks, -1)), targets_N.unflatten(0, (chunks, -1))]
-            (loss, grad_weight_VD, *_), (grad_x_LCD,) = head.loop(body, [*zeros, share, weight_VD], slices)
-            grad_x_ND = grad_x_LCD.flatten(0, 1)
+            shape = parts, chunks, size
+            loss_P, grad_x_ND, grad_weight_VD = _in_chunks(x_ND, weight_VD, targets_N, share, head, shape)
         ctx.save_for_backward(grad_x_ND.view(x_BTD.shape), grad_weight_VD, share)
         ctx.weight_dtype = weight_VD.dtype
-        return loss * share
+        return loss_P.sum() * share
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -100,17 +94,61 @@ def _share(targets_N: Tensor) -> Tensor:
     return 1.0 / (targets_N != IGNORED).sum().clamp(min=1).float()
 
 
-def _chunks(tokens: int, chunk: int | None) -> int:
-    """Number of chunks: the least that divides `tokens` into parts of at most `chunk`."""
-    if chunk is None:
-        return 1
-    return next(count for count in range(-(-tokens // chunk), tokens + 1) if tokens % count == 0)
+def _cut(tokens: int, chunk: int | None) -> tuple[int, int]:
+    """Number and length of the chunks of so many tokens, of at most `chunk` each.
+
+    Equal ones that are full, if that takes less than twice as many chunks as need be; else the last one is filled up.
+    """
+    if chunk is None or chunk >= tokens:
+        return 1, tokens
+    least = -(-tokens // chunk)
+    full = next((count for count in range(least, 2 * least) if tokens % count == 0), None)
+    return (full, tokens // full) if full else (least, -(-tokens // least))
+
+
+def _in_chunks(
+    x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, share: Tensor, head: Head, shape: tuple[int, int, int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`_loss_and_gradients` as a loop, each turn of which takes C tokens of each of P parts that lie on devices of their own.
+
+    shape: P, the number of turns L, and C. In the loop nothing goes from device to device, but what a split vocabulary needs:
+    the weight is gathered before it, and each part sums its own gradient of the weight, until they are added up after it.
+    """
+    keep, (parts, chunks, size) = head.split.keep, shape
+    tokens = len(x_ND) // parts
+
+    def cut(tensor: Tensor, filling: int) -> Tensor:
+        own = tensor.unflatten(0, (parts, tokens))
+        if chunks * size > tokens:
+            own = F.pad(own, (0, 0) * (own.dim() - 2) + (0, chunks * size - tokens), value=filling)
+        turns = own.unflatten(1, (chunks, size)).transpose(0, 1)
+        return keep(turns, (None, "batch", *(None,) * (turns.dim() - 2)))
+
+    def body(carried: list[Tensor], chunk: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        total_P, sums, share, weight_VD = carried
+        x_ND, targets_N = chunk[0].flatten(0, 1), chunk[1].flatten()
+        loss_P, grad_x_ND, grad_weight = _loss_and_gradients(x_ND, weight_VD, targets_N, share, head, parts)
+        grad_x_PCD = grad_x_ND.unflatten(0, (parts, size))
+        return [total_P + loss_P, sums + grad_weight, share, weight_VD], [grad_x_PCD]
+
+    weight_VD = keep(weight_VD, ("vocabulary", None))
+    total_P = keep(torch.zeros(parts, device=x_ND.device), ("batch",))
+    one = torch.zeros(weight_VD.shape, device=x_ND.device)
+    sums = one if parts == 1 else keep(one.repeat(parts, 1, 1), ("batch", "vocabulary", None))
+    slices = [cut(x_ND, 0), cut(targets_N, IGNORED)]
+    (total_P, sums, *_), (grad_x_LPCD,) = head.loop(body, [total_P, sums, share, weight_VD], slices)
+    grad_weight_VD = sums if parts == 1 else keep(sums.sum(0), ("vocabulary", "width"))
+    grad_x_PND = grad_x_LPCD.transpose(0, 1).flatten(1, 2)[:, :tokens]
+    return total_P, grad_x_PND.flatten(0, 1), grad_weight_VD
 
 
 def _loss_and_gradients(
-    x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, share: Tensor, head: Head
+    x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, share: Tensor, head: Head, parts: int = 1
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Summed loss of N tokens, and the gradients of `share` times it: of x in x's type, of the weight in fp32.
+
+    parts: equal parts of the tokens that lie on devices of their own. The loss is that of each, [P], and so is the weight's
+    gradient if there are more than one, [P, V, D].
 
     In fp16 the share, one over the number of tokens, would be lost to underflow here: there it is left out, and comes with
     the loss scale in backward. Elsewhere it comes before the products, so that the sum over replicas directly follows them
@@ -127,10 +165,13 @@ def _loss_and_gradients(
     maximum_N1 = masked_NV.amax(-1, keepdim=True)
     logsumexp_N1 = maximum_N1 + torch.log(torch.exp(masked_NV - maximum_N1).sum(-1, keepdim=True))
     valid_N = targets_N != IGNORED
-    loss = torch.where(valid_N, logsumexp_N1[:, 0] - target_N, 0.0).sum()
+    loss_P = torch.where(valid_N, logsumexp_N1[:, 0] - target_N, 0.0).unflatten(0, (parts, -1)).sum(1)
     grad_NV = torch.exp(masked_NV - logsumexp_N1) - (columns_V == targets_N[:, None]).float()
     if head.softcap is not None:
         grad_NV = grad_NV * (1.0 - (logits_NV / head.softcap).square())
     weight_N = valid_N.float() if x_ND.dtype == torch.float16 else torch.where(valid_N, share, 0.0)
     grad_NV = (grad_NV * weight_N[:, None]).to(x_ND.dtype)
-    return loss, grad_NV @ weight_VD, (grad_NV.T @ x_ND).float()
+    if parts == 1:
+        return loss_P, grad_NV @ weight_VD, (grad_NV.T @ x_ND).float()
+    grad_PCV, x_PCD = grad_NV.unflatten(0, (parts, -1)), x_ND.unflatten(0, (parts, -1))
+    return loss_P, grad_NV @ weight_VD, (grad_PCV.transpose(1, 2) @ x_PCD).float()

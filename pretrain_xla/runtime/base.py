@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain_xla.model.loops import Fence, Loop
+from pretrain_xla.model.split import Split
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,8 @@ class Runtime(Protocol):
     """Whether a new shape costs a compilation, so that lengths are better padded to a few."""
     fence: Fence
     """Keeps the compiler from merging a second computation with the first."""
+    split: Split
+    """How a batch lies on devices in what is traced, for the model to cut it where they end."""
 
     def rows(self, batch_size: int) -> np.ndarray:
         """Numbers of the rows of a global batch that this process reads, in the order in which `place_batch` takes them.

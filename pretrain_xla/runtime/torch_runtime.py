@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from pretrain_xla.config import ModelConfig, RunConfig
 from pretrain_xla.errors import UserError
 from pretrain_xla.model.loops import Fence, Loop, no_fence
+from pretrain_xla.model.split import WHOLE, Split
 from pretrain_xla.runtime.base import GraphCounts, GraphEvent, Repeat
 from pretrain_xla.runtime.peaks import gpu_peak
 from pretrain_xla.runtime.rows import rows_of
@@ -59,6 +60,7 @@ class TorchRuntime:
             _check_compiler()
         self.loop: Loop | None = None
         self.fence: Fence = no_fence
+        self.split: Split = WHOLE
         self.static_shapes = False
         self._replica: DistributedDataParallel | None = None
         self.warnings: Sequence[str] = ()

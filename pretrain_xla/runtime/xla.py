@@ -31,6 +31,7 @@ from pretrain_xla.errors import UserError
 from pretrain_xla.model.attention import Attention
 from pretrain_xla.model.flash_limits import WITHOUT_KERNELS, why_plain
 from pretrain_xla.model.loops import Fence, Loop
+from pretrain_xla.model.split import WHOLE, Split
 from pretrain_xla.runtime import xla_graphs
 from pretrain_xla.runtime.base import GraphCounts, GraphEvent
 from pretrain_xla.runtime.peaks import tpu_peak
@@ -41,7 +42,7 @@ from pretrain_xla.runtime.xla_compiled import CompiledFunction
 from pretrain_xla.runtime.xla_environment import no_such_device, prepare_environment
 from pretrain_xla.runtime.xla_gradients import accumulate
 from pretrain_xla.runtime.xla_loop import xla_fence, xla_loop
-from pretrain_xla.runtime.xla_parts import on_parts, part, pinned, whole
+from pretrain_xla.runtime.xla_parts import MeshSplit, on_parts, part, pinned, whole
 from pretrain_xla.runtime.xla_repeat import RepeatedModule
 
 if TYPE_CHECKING:
@@ -104,6 +105,7 @@ class XlaRuntime:
         if self.is_spmd:
             # One device too: what is not marked now gets a mark from its first graph, and the next one differs.
             self._mesh = xs.Mesh(np.arange(self.device_count), (data, fsdp, tensor), tuple(self.mesh))
+        self.split: Split = WHOLE if self._mesh is None or self.device_count == 1 else MeshSplit(self._mesh)
         # Dropout draws one mask for the whole batch, which devices on their own could not.
         self._replicates = self.is_spmd and self.device_count == data > 1 and config.model.dropout == 0
         plain = why_plain(config.model, self._chip, tensor)

@@ -15,7 +15,8 @@ import torch_xla
 import torch_xla.distributed.spmd as xs
 from torch import Tensor
 
-from pretrain_xla.runtime.sharding import Axis, ways
+from pretrain_xla.model.split import Dimension
+from pretrain_xla.runtime.sharding import BATCH, Axis, ways
 
 
 class _Inside:
@@ -89,6 +90,29 @@ def pinned(tensor: Tensor, axes: tuple[Axis, ...], mesh: xs.Mesh) -> Tensor:
     """The tensor, and its gradient, split along `axes`."""
     found: Tensor = _Pinned.apply(tensor, axes, mesh)
     return found
+
+
+AXIS: dict[Dimension, Axis] = {"batch": BATCH, "vocabulary": "tensor", "width": "fsdp", None: None}
+"""As the table in `sharding.py` has them."""
+
+
+class MeshSplit:
+    """`model.split.Split` over a mesh: in code that sees the whole batch, and in code that runs on parts."""
+
+    def __init__(self, mesh: xs.Mesh) -> None:
+        self._mesh = mesh
+
+    def parts(self, rows: int) -> int:
+        """See `Split.parts`. Rows that do not divide over the devices, as no step has them, are one part."""
+        count = 1 if _inside.mesh is not None else ways(BATCH, self._mesh.shape())
+        return 1 if rows % count else count
+
+    def keep(self, tensor: Tensor, dimensions: tuple[Dimension, ...]) -> Tensor:
+        """See `Split.keep`."""
+        if _inside.mesh is not None:
+            return tensor
+        axes = tuple(AXIS[dimension] for dimension in dimensions)
+        return pinned(tensor * 1, axes, self._mesh)  # see `part`
 
 
 class _Pinned(torch.autograd.Function):

@@ -20,7 +20,9 @@ from pretrain_xla.runtime import Runtime
 def build_model(config: RunConfig, runtime: Runtime) -> GPT:
     """The model on the current default device, its weights not yet set, run in the way that the config and machine ask for."""
     train = config.train
-    execution = Execution(train.rematerialization, train.scan_layers, train.loss_chunk, runtime.loop, runtime.fence)
+    execution = Execution(
+        train.rematerialization, train.scan_layers, train.loss_chunk, runtime.loop, runtime.fence, runtime.split
+    )
     return GPT(config.model, runtime.compute_dtype, execution)
 
 
