@@ -25,7 +25,7 @@ def remedies(config: RunConfig, report: Report) -> Iterator[dict[str, Any]]:
                 "gradient_accum_step": train.gradient_accum_step * shrink,
             }
     tokens = rows * config.model.seq_length
-    if (train.loss_chunk or tokens) > CHUNK and tokens % CHUNK == 0:
+    if min(train.loss_chunk or tokens, tokens) > CHUNK:
         yield {"loss_chunk": CHUNK}
     if train.rematerialization == "none":
         yield {"rematerialization": "selective"}

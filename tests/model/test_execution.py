@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from pretrain_xla.config import ModelConfig
 from pretrain_xla.model import GPT, Execution, cross_entropy, initialize
 from pretrain_xla.model.loops import python_loop
-from pretrain_xla.model.loss import Head, linear_cross_entropy
+from pretrain_xla.model.loss import Head, _cut, linear_cross_entropy
 
 SIZES: dict[str, Any] = {
     "vocab_size": 61, "vocab_multiple": 16, "seq_length": 12, "d_model": 24, "num_layers": 3, "num_heads": 4, "d_ff": 40,
@@ -87,6 +87,23 @@ def test_without_gradients_nothing_is_kept() -> None:
     with torch.no_grad():
         loss = model(tokens_BT, tokens_BT)
     assert not loss.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("tokens", "chunk", "expected"),
+    [
+        (8192, None, (1, 8192)),
+        (8192, 8192, (1, 8192)),
+        (8192, 2048, (4, 2048)),
+        (8192, 3000, (4, 2048)),  # full ones of a round length rather than three of 2,731
+        (8191, 2048, (4, 2048)),  # a prime number: one token is filled in
+        (7 * 1021, 2048, (7, 1021)),
+        (22, 7, (4, 6)),
+        (5, 1, (5, 1)),
+    ],
+)
+def test_chunks_are_few_and_full(tokens: int, chunk: int | None, expected: tuple[int, int]) -> None:
+    assert _cut(tokens, chunk) == expected
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])

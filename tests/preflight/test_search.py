@@ -115,6 +115,9 @@ def test_remedies_keep_the_sequences_of_a_step() -> None:
     assert {"mesh_data": 1, "mesh_fsdp": 8} in found
     for change in found:
         assert changed(config, change).sequences_per_step == 256
+    for length, chunk, helps in ((1000, None, True), (1000, 2048, False), (64, None, False), (64, 4096, False)):
+        config = make_config(model={"seq_length": length}, train={"train_batch_size": 256, "loss_chunk": chunk})
+        assert ({"loss_chunk": 2048} in remedies(config, Shown())) == helps, (length, chunk)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
