@@ -102,7 +102,8 @@ class TextFiles:
                 elif kind == "zip":
                     yield from read_zip(raw, where, self.reading)
                 else:
-                    stream = unpacked(raw, file.packing or file.path)
+                    # By its first bytes also where its name says what it holds: a .jsonl may be packed all the same.
+                    stream = unpacked(raw, file.packing or packing(file.path, raw.peek(16)))
                     read = read_tar(stream, where, self.reading) if kind == "tar" else None
                     for text in read or read_stream(kind, stream, where, self.reading):
                         yield text, min(1.0, raw.tell() / (file.size or 1))

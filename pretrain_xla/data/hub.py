@@ -69,7 +69,9 @@ def _call(name: str, function: str, arguments: dict[str, Any]) -> Any:
     try:
         return getattr(datasets, function)(**arguments)
     except Exception as error:  # it, and each library that it reads through, has errors of its own
-        raise UserError(f"source {name!r}: {' '.join(str(error).split())[:300]}") from None
+        # "An error occurred while generating the dataset" has what it was behind it.
+        cause = f" ({describe(error.__cause__)})" if error.__cause__ is not None else ""
+        raise UserError(f"source {name!r}: {' '.join(str(error).split())[:300]}{cause}") from None
 
 
 def _rows(name: str, place: dict[str, Any], column: str, rows: int | None, begin: Any) -> Iterator[Document]:

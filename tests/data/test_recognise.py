@@ -56,6 +56,7 @@ def write(folder, **files):
         ("A.JSONL.GZ", gzip.compress(jsonl("one", "two").encode())),
         ("wiki_00.bz2", bz2.compress(jsonl("one", "two").encode())),
         ("part-00000", gzip.compress(jsonl("one", "two").encode())),
+        ("a.jsonl", gzip.compress(jsonl("one", "two").encode())),
         ("RC_2019-01.zst", zstandard.compress(jsonl("one", "two").encode())),
         ("part-00000", parquet("one", "two")),
         ("A.PARQUET", parquet("one", "two")),

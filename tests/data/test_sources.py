@@ -178,6 +178,13 @@ def test_faults_of_datasets_are_one_line(hub, streaming):
         next(open_source(f"hf:{hub}:all", streaming=streaming, text_column="body").read(None))
 
 
+def test_damaged_file_behind_a_dataset_is_told_what_it_is(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text('{"text": "one"}\n{"text": "tw')
+    with pytest.raises(UserError, match=r"generating the dataset \(.*JSON parse error"):
+        list(open_source(f"hf:{tmp_path}/data", cache_dir=str(tmp_path / "cache")).documents())
+
+
 def test_stream_that_breaks_with_an_error_of_whatever_library_is_one_line():
     class Broken:
         def iter(self, rows):
