@@ -10,12 +10,14 @@ import pytest
 from pretrain_xla import cli
 from pretrain_xla.config import build_config
 from pretrain_xla.config_file import to_yaml
+from pretrain_xla.data.files import filesystem
 from pretrain_xla.data.manifest import dataset_info
 from pretrain_xla.data.prepare import prepare
 from pretrain_xla.errors import UserError, guarded
 from pretrain_xla.flags import parse_flags
 from pretrain_xla.interop.command import export_command
 from pretrain_xla.redact import redacted, redacted_tree
+from pretrain_xla.train.checkpoint import CheckpointStore
 
 from .data.servers import WebServer
 
@@ -115,3 +117,18 @@ def test_a_run_from_a_server_that_asks_for_a_password(
     assert [str(path) for path in files if b"SECRET" in path.read_bytes()] == []
     out, err = capfd.readouterr()
     assert "SECRET" not in out + err
+
+
+@pytest.mark.parametrize(
+    "url", ["s3://KEY:HUSHED@bucket/x", "gs://u:HUSHED@bucket/x", "simplecache::s3://KEY:HU/SHED@bucket/x"]
+)
+def test_a_buckets_url_holds_no_credentials(url: str) -> None:
+    """Its library would look for a bucket of that name, and say it."""
+    for action in (lambda: filesystem(url), lambda: CheckpointStore(url, limit=1)):
+        with pytest.raises(
+            UserError, match="a bucket's URL holds no credentials: put them into AWS_ACCESS_KEY_ID"
+        ) as error:
+            action()
+        assert "HUSHED" not in str(error.value)
+        assert "SHED" not in str(error.value)
+    assert filesystem("https://me:SECRET@host/x")[1] == "https://me:SECRET@host/x"

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -13,7 +14,9 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from pretrain_xla.errors import UserError
+from pretrain_xla.redact import redacted
 
+_CREDENTIALS_OF_BUCKET = re.compile(r"(^|::)(s3a?|gs|gcs)://[^/@]*:[^@]*@")
 PARTIAL = ".partial"  # what a file is called, in addition, while it is being written
 
 
@@ -35,8 +38,14 @@ def filesystem(path: str) -> tuple[Any, str]:
     """The fsspec file system of a path or URL, and the path on it (absolute where local, no slash at the end).
 
     Raises:
-        UserError: a protocol that is unknown, or whose package is not installed.
+        UserError: a protocol that is unknown, or whose package is not installed; credentials in a URL of a bucket.
     """
+    if _CREDENTIALS_OF_BUCKET.search(path):
+        # Their libraries take the credentials for a part of the bucket's name, and show it when they do not find it.
+        raise UserError(
+            f"{redacted(path)}: a bucket's URL holds no credentials: put them into AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY (gs://: GOOGLE_APPLICATION_CREDENTIALS), or where its library looks for them"
+        )
     try:
         fs, root = fsspec.core.url_to_fs(os.path.expanduser(path))
     except (ImportError, ValueError) as error:

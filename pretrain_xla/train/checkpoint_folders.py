@@ -5,9 +5,7 @@ from __future__ import annotations
 import os
 import re
 
-import fsspec
-
-from pretrain_xla.data.files import is_local
+from pretrain_xla.data.files import filesystem, is_local
 from pretrain_xla.errors import UserError
 from pretrain_xla.train.marker import MARKER
 
@@ -34,9 +32,9 @@ class CheckpointFolders:
     def __init__(self, root: str) -> None:
         self.root = root.rstrip("/")
         try:
-            self.files, self._path = fsspec.core.url_to_fs(self.root)
-        except (ImportError, ValueError) as error:
-            raise UserError(f"checkpoints_dir={root}: {error}") from None
+            self.files, self._path = filesystem(self.root)
+        except UserError as error:
+            raise UserError(f"checkpoints_dir={error}") from None
 
     def url(self, step: int) -> str:
         """A step's folder, for people and for DCP."""
