@@ -13,7 +13,7 @@ from pretrain_xla.errors import UserError
 def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
     """What is wrong with the first tensor that holds NaN or infinity, beginning with its name; none: all are numbers.
 
-    The least and the greatest value tell, in one pass with nothing allocated: some 4 GB/s where `isfinite` makes 0.2.
+    The least and the greatest value tell, in one pass with nothing allocated: 20 times as fast as `isfinite` (docs/LOG.md).
     """
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and tensor.numel():

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from pretrain_xla.config import RunConfig
 from pretrain_xla.errors import UserError
@@ -77,6 +79,19 @@ def test_what_led_to_a_loss_that_is_no_number_is_on_the_disk(
     ruined = int(str(caught.value).removeprefix("step ").split(":")[0])
     assert len(rows) >= ruined
     assert CheckpointStore(str(folder / "checkpoints"), limit=9).steps() == [], "nothing of it is kept"
+
+
+def test_a_test_that_measures_no_number_fails(make: Make, folder: Path) -> None:
+    """Weights that are numbers, and give none."""
+    run(make(train_steps=1))
+    store = CheckpointStore(str(folder / "checkpoints"), limit=9)
+    tensors = {
+        name: torch.full_like(tensor, 3e38) for name, tensor in store.load(1).items() if name.startswith("model.")
+    }
+    store.save(tensors, replace(store.info(1), step=2))
+    store.close()
+    with pytest.raises(UserError, match="the loss is nan: the weights, or the precision they are computed in"):
+        run(make(do_test=True))
 
 
 def test_rows_are_on_the_disk_when_a_run_stops_itself(
