@@ -238,7 +238,7 @@ class TrainConfig(Section):
     full: each block from its input."""
     scan_layers: bool = False
     """xla: one compiled loop over the blocks instead of a copy of the program for each, so that 48 layers compile like 12. Each
-    block is computed again from its input, as with rematerialization=full, and the step takes 3 to 5% longer than with that
+    block is computed again from its input, as with rematerialization=full, and the step takes 2 to 4% longer than with that
     alone by the TPU compiler's estimate, in less memory. For deep models; selective is slower here (docs/LOG.md)."""
     loss_chunk: Positive | None = None
     """Tokens of a device whose logits exist at one time; none: all of a micro-batch. Saves memory, costs little time."""
