@@ -49,7 +49,8 @@ def litdata_chunk(where: str, size: int, head: bytes, beside: Beside) -> tuple[n
         if not re.fullmatch(r"chunk-\d+-\d+\.bin", name):
             return None
         raise UserError(f"{where}: a chunk of litdata without its {_LITDATA_INDEX} beside it: copy that, too")
-    config = parse_object(raw, f"{where.removesuffix(name)}{_LITDATA_INDEX}").get("config")
+    index = parse_object(raw, f"{where.removesuffix(name)}{_LITDATA_INDEX}")
+    config, chunks = index.get("config"), index.get("chunks")
     formats = config.get("data_format") if isinstance(config, dict) else None
     if not isinstance(config, dict) or not isinstance(formats, list):
         return None
@@ -61,6 +62,10 @@ def litdata_chunk(where: str, size: int, head: bytes, beside: Beside) -> tuple[n
             f"{where}: a chunk of litdata that holds {', '.join(map(str, formats))[:100]}, no plain token ids: write it "
             "with TokensLoader, or prepare the text"
         )
+    listed = [chunk for chunk in chunks or () if isinstance(chunk, dict) and chunk.get("filename") == name]
+    if not listed or not isinstance(listed[0].get("dim"), int):
+        # Another loader's items have their size before them, which would be read as an id.
+        raise UserError(f"{where}: its {_LITDATA_INDEX} has no number of ids (dim) for it: write it with TokensLoader")
     return np.dtype(found), int(words[1])
 
 

@@ -55,7 +55,11 @@ def litdata(path: Path, ids: list[int], types: str = "no_header_tensor:16", code
         offsets.append(offsets[-1] + len(item))
     path.write_bytes(struct.pack(f"<{len(offsets) + 1}I", len(items), *offsets) + b"".join(packed))
     config = {"compression": None, "data_format": [types], "encryption": None, "item_loader": "TokensLoader"}
-    (path.parent / "index.json").write_text(json.dumps({"chunks": [{"filename": path.name}], "config": config}))
+    index = path.parent / "index.json"
+    chunks = json.loads(index.read_text())["chunks"] if index.exists() else []
+    chunks = [chunk for chunk in chunks if chunk["filename"] != path.name]
+    chunks.append({"chunk_bytes": offsets[-1], "chunk_size": len(items), "dim": len(ids), "filename": path.name})
+    index.write_text(json.dumps({"chunks": chunks, "config": config}))
 
 
 def megatron(path: Path, ids: list[int]) -> None:

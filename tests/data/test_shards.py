@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import re
 import struct
 
 import fsspec
@@ -220,6 +221,9 @@ def test_chunks_of_litdata_are_read_as_their_index_says(tmp_path):
         assert open_shard(LOCAL, str(tmp_path / "chunk-0-0.bin")).format == "litdata"
     litdata(tmp_path / "chunk-0-0.bin", ids, "jpeg")
     refused(tmp_path / "chunk-0-0.bin", "a chunk of litdata that holds jpeg, no plain token ids")
+    litdata(tmp_path / "chunk-0-0.bin", ids)
+    (tmp_path / "index.json").write_text(re.sub(r'"dim": \d+', '"dim": null', (tmp_path / "index.json").read_text()))
+    refused(tmp_path / "chunk-0-0.bin", "no number of ids (dim) for it: write it with TokensLoader")
     (tmp_path / "index.json").unlink()
     refused(tmp_path / "chunk-0-0.bin", "a chunk of litdata without its index.json")
 
