@@ -67,10 +67,17 @@ class Start:
         return saved
 
     def load_loss_scale(self, loss_scale: LossScale | None) -> None:
-        """Continue with the saved loss scale, where there is one."""
-        if loss_scale is not None and "loss_scale.scale" in self.tensors:
-            for name, tensor in loss_scale.state.items():
-                tensor.copy_(self.tensors[f"loss_scale.{name}"])
+        """Continue with the saved loss scale, where there is one.
+
+        Raises:
+            UserError: there is a part of it.
+        """
+        saved = {name for name in self.tensors if name.startswith("loss_scale.")}
+        if loss_scale is not None and saved:
+            wanted = {f"loss_scale.{name}": tensor for name, tensor in loss_scale.state.items()}
+            check_names({name: self.tensors[name] for name in saved}, wanted, self.where)
+            for name, tensor in wanted.items():
+                tensor.copy_(self.tensors[name])
 
     def release(self) -> None:
         """Let the host copies go; the devices have them now."""

@@ -191,3 +191,6 @@ def test_the_loss_scale_continues(make_config: Make) -> None:
     Start(store).load_loss_scale(fresh)
     assert float(fresh.scale) == 2.0**16
     Start(store, tensors=saved).load_loss_scale(None)
+    del saved["loss_scale.good_steps"]
+    with pytest.raises(UserError, match=r"here lacks loss_scale.good_steps: name another"):
+        Start(store, tensors=saved, where="here").load_loss_scale(scale)
