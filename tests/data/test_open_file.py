@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import zipfile
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -62,6 +63,19 @@ def test_server_without_ranges_that_breaks_off_is_one_line(folder, name, kind):
     assert f"{name}: reading broke off (" in str(error.value)
     assert "give the same command again" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_zip_on_a_server_without_ranges_is_one_line(folder):
+    with zipfile.ZipFile(folder / "e.zip", "w") as archive:
+        archive.write(folder / "a.jsonl", "a.jsonl")
+    for ranges in (True, False):
+        with WebServer(folder, ranges=ranges) as server:
+            source = open_source(f"{server.address}/e.zip")
+            if ranges:
+                assert list(source.documents()) == TEXTS
+                continue
+            with pytest.raises(UserError, match=r"e\.zip: a \.zip begins at its end, .*: copy it to a disk first"):
+                list(source.documents())
 
 
 def test_version_follows_an_edit_that_keeps_the_size(folder):

@@ -48,6 +48,8 @@ def read_zip(raw: Any, where: str, reading: Reading) -> Iterator[tuple[str | Bad
     Raises:
         UserError: damaged, encrypted, or a file in which one cannot seek.
     """
+    if not raw.seekable():
+        raise UserError(f"{where}: a .zip begins at its end, and its server sends no parts: copy it to a disk first")
     notes = _LeftOut(where)
     try:
         with zipfile.ZipFile(raw) as archive:
@@ -63,8 +65,6 @@ def read_zip(raw: Any, where: str, reading: Reading) -> Iterator[tuple[str | Bad
         raise UserError(f"{where}: damaged ({_brief(error)}): fetch it again") from None
     except (RuntimeError, NotImplementedError) as error:  # encrypted, or packed in a way that Python does not know
         raise UserError(f"{where}: cannot be read ({_brief(error)}): pack it again") from None
-    except io.UnsupportedOperation:
-        raise UserError(f"{where}: its server cannot send a part of it: copy it to a disk first") from None
     notes.tell()
 
 
