@@ -27,7 +27,7 @@ from functools import cached_property
 import numpy as np
 
 from pretrain_xla.data.files import filesystem, remove, write_atomically
-from pretrain_xla.data.tokenizer import StoredTokenizer, Tokenizer, known_tokenizers, load_tokenizer
+from pretrain_xla.data.tokenizer import Tokenizer, is_stored, known_tokenizers, load_tokenizer
 from pretrain_xla.data.tokenizer_kinds import BITBPE_FILE, check_alone
 from pretrain_xla.errors import UserError
 from pretrain_xla.untrusted import is_inside, parse_object
@@ -140,7 +140,7 @@ class BitBPETokenizer:
     @property
     def content(self) -> bytes:
         """See `StoredTokenizer.content`."""
-        base = self.base.content if isinstance(self.base, StoredTokenizer) else self.base.name.encode()
+        base = self.base.content if is_stored(self.base) else self.base.name.encode()
         return base + str(self.num_prefix_tokens).encode()
 
     def save(self, folder: str) -> None:
@@ -151,9 +151,9 @@ class BitBPETokenizer:
         """
         base = self.base.name
         fs, root = filesystem(folder)
-        check_alone(fs, root, BITBPE_FILE, *((self.base.file_name,) if isinstance(self.base, StoredTokenizer) else ()))
+        check_alone(fs, root, BITBPE_FILE, *((self.base.file_name,) if is_stored(self.base) else ()))
         remove(fs, [f"{root}/{BITBPE_FILE}"])  # for the moment: beside it the base could not be saved
-        if isinstance(self.base, StoredTokenizer):
+        if is_stored(self.base):
             self.base.save(folder)
             base = self.base.file_name
         tree = {"base": base, "num_prefix_tokens": self.num_prefix_tokens}

@@ -37,8 +37,8 @@ from pretrain_xla.data.sources import Source, open_source
 from pretrain_xla.data.split import LONG_DOCUMENT, split_document
 from pretrain_xla.data.tokenizer import (
     END_OF_TEXT,
-    StoredTokenizer,
     Tokenizer,
+    is_stored,
     known_tokenizers,
     load_tokenizer,
     stored_tokenizer,
@@ -219,7 +219,7 @@ def _identity(name: str) -> str:
     if name in known_tokenizers():
         return name
     tokenizer = load_tokenizer(name)
-    assert isinstance(tokenizer, StoredTokenizer)
+    assert is_stored(tokenizer)
     return f"{tokenizer.file_name}:{hashlib.sha256(tokenizer.content).hexdigest()[:16]}"
 
 
@@ -235,7 +235,7 @@ def _own_tokenizer(choice: Tokenizer | int, source: Source, recipe: Recipe, fold
             for part in split_document(document, recipe.valid_fraction, recipe.seed)
         )
         return train_tokenizer((text for split, text in parts if split == "train"), choice, folder)
-    if isinstance(choice, StoredTokenizer) and not kept:
+    if is_stored(choice) and not kept:
         choice.save(folder)
     return choice
 
@@ -353,7 +353,7 @@ def _make(
                 journal.enter(chunk.last.place, chunk.last.skipped)
     splits = {split: writer.close() for split, writer in writers.items()}
     _check_splits(fs, root, splits, source, recipe)
-    own = f"{TOKENIZER_FOLDER}/{tokenizer.file_name}" if isinstance(tokenizer, StoredTokenizer) else None
+    own = f"{TOKENIZER_FOLDER}/{tokenizer.file_name}" if is_stored(tokenizer) else None
     info = DatasetInfo(
         tokenizer=own or tokenizer.name,
         vocab_size=tokenizer.vocab_size,

@@ -8,8 +8,10 @@ forge the border of one. The end-of-text id is put between documents as an id, n
 from __future__ import annotations
 
 import difflib
+import functools
+import logging
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeGuard
 
 import sentencepiece
 import tiktoken
@@ -17,6 +19,7 @@ import tokenizers
 
 from pretrain_xla.data.files import filesystem
 from pretrain_xla.data.patterns import check_patterns
+from pretrain_xla.data.plain_words import takes_chance
 from pretrain_xla.data.tokenizer_kinds import (
     BITBPE_FILE,
     END_OF_TEXT,
@@ -44,10 +47,13 @@ __all__ = [
     "TiktokenTokenizer",
     "Tokenizer",
     "decode_after",
+    "is_stored",
     "known_tokenizers",
     "load_tokenizer",
     "stored_tokenizer",
 ]
+
+logger = logging.getLogger(__name__)
 
 OTHER_FILES = ("spiece.model", *VOCABULARIES)  # that others write, and we only read
 END_OF_TEXT_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "<|end|>")
@@ -82,7 +88,6 @@ class Tokenizer(Protocol):
         """Text of the ids; bytes that are not UTF-8, and ids that do not exist, become U+FFFD."""
 
 
-@runtime_checkable
 class StoredTokenizer(Tokenizer, Protocol):
     """A tokenizer that is a file, and so is copied beside what was made with it."""
 
@@ -96,6 +101,11 @@ class StoredTokenizer(Tokenizer, Protocol):
 
     def save(self, folder: str) -> None:
         """Write it to a folder, from which `load_tokenizer` loads the same; raises `UserError` where it cannot."""
+
+
+def is_stored(tokenizer: Tokenizer) -> TypeGuard[StoredTokenizer]:
+    """Whether a tokenizer is a file. Its class is asked: `isinstance` of a protocol would compute every property."""
+    return hasattr(type(tokenizer), "save")
 
 
 def decode_after(tokenizer: Tokenizer, text: str, ids: Sequence[int]) -> str:
@@ -199,7 +209,8 @@ def _load_json(name: str, fs: Any, path: str) -> JsonTokenizer:
     try:
         content = as_tokenizer_json(name, fs, path) if is_vocabulary(path) else fs.cat_file(path).decode("utf-8-sig")
         names = _end_of_text_names(fs, folder)
-        check_patterns(name, parse_json(content, path))
+        tree = parse_json(content, path)
+        check_patterns(name, tree)
         tokenizer = tokenizers.Tokenizer.from_str(content)
     except UserError:
         raise
@@ -213,7 +224,19 @@ def _load_json(name: str, fs: Any, path: str) -> JsonTokenizer:
             f"tokenizer {name!r}: no end-of-text token (looked for {', '.join(names)}); "
             f'name it in a {SPECIALS_FILE} beside it: {{"eos_token": "..."}}'
         )
-    return JsonTokenizer.of(name, content, found[0])
+    made = JsonTokenizer.of(name, content, found[0])
+    if takes_chance(tree):
+        _say_no_chance(name)
+    return made
+
+
+@functools.cache
+def _say_no_chance(name: str) -> None:
+    """Once for each tokenizer."""
+    logger.warning(
+        "tokenizer %s: it encodes by chance (dropout); that is turned off, so that a text is the same tokens each time",
+        name,
+    )
 
 
 def _end_of_text_names(fs: Any, folder: str) -> list[str]:

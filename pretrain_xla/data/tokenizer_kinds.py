@@ -22,6 +22,7 @@ import tokenizers
 
 from pretrain_xla.data.documents import well_formed
 from pretrain_xla.data.files import filesystem, url, write_atomically
+from pretrain_xla.data.plain_words import NOT_IN_TEXT, encoder_of, without_chance
 from pretrain_xla.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -123,11 +124,12 @@ class TiktokenTokenizer:
 
 @dataclass(frozen=True)
 class JsonTokenizer:
-    """A Hugging Face `tokenizer.json`."""
+    """A Hugging Face `tokenizer.json`; `encoder` encodes, where text could forge special tokens with `tokenizer`."""
 
     name: str
     tokenizer: tokenizers.Tokenizer
     end_of_text: int
+    encoder: tokenizers.Tokenizer | None = None
 
     @staticmethod
     def of(name: str, content: str, end_of_text: str) -> JsonTokenizer:
@@ -137,6 +139,9 @@ class JsonTokenizer:
             name: what `load_tokenizer` finds it by.
             content: JSON.
             end_of_text: the token that ends a document; it must be there.
+
+        Raises:
+            UserError: see `encoder_of`.
         """
         tokenizer = tokenizers.Tokenizer.from_str(content)
         # Declared special, and specials matched as ordinary text: without both, text could forge the border of a document.
@@ -144,9 +149,10 @@ class JsonTokenizer:
         tokenizer.encode_special_tokens = True
         tokenizer.no_truncation()
         tokenizer.no_padding()
+        without_chance(tokenizer)
         token = tokenizer.token_to_id(end_of_text)
         assert token is not None
-        return JsonTokenizer(name, tokenizer, token)
+        return JsonTokenizer(name, tokenizer, token, encoder_of(name, tokenizer, end_of_text))
 
     def __reduce__(self) -> tuple[Any, ...]:
         # `tokenizers` forgets `encode_special_tokens` when it is pickled.
@@ -170,13 +176,17 @@ class JsonTokenizer:
     def encode(self, text: str) -> list[int]:
         """See `Tokenizer.encode`."""
         with self._refusing():
-            return self.tokenizer.encode(well_formed(text), add_special_tokens=False).ids
+            return (self.encoder or self.tokenizer).encode(self._clean(text), add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """See `Tokenizer.encode_batch`."""
-        clean = [well_formed(text) for text in texts]
+        clean, encoder = [self._clean(text) for text in texts], self.encoder or self.tokenizer
         with self._refusing():
-            return [encoding.ids for encoding in self.tokenizer.encode_batch_fast(clean, add_special_tokens=False)]
+            return [encoding.ids for encoding in encoder.encode_batch_fast(clean, add_special_tokens=False)]
+
+    def _clean(self, text: str) -> str:
+        text = well_formed(text)
+        return text.replace(NOT_IN_TEXT, "\ufffd") if self.encoder is not None else text
 
     def decode(self, ids: Iterable[int]) -> str:
         """See `Tokenizer.decode`; what a run of ids that do not exist becomes is the library's choice (nothing)."""

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pretrain_xla.command_line import Parser
 from pretrain_xla.config import ModelConfig, RunConfig, build_config
 from pretrain_xla.config_file import to_yaml
-from pretrain_xla.data.tokenizer import StoredTokenizer, known_tokenizers, load_tokenizer
+from pretrain_xla.data.tokenizer import is_stored, known_tokenizers, load_tokenizer
 from pretrain_xla.errors import UserError
 from pretrain_xla.interop import hub
 from pretrain_xla.interop.adopt import adopt_architecture, fit_tensors, usable_tokenizer
@@ -116,7 +116,7 @@ def write_run(loaded: LoadedModel, folder: str) -> None:
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error.strerror}): name another folder") from None
     tokenizer = load_tokenizer(name) if name is not None else None
-    if isinstance(tokenizer, StoredTokenizer):
+    if tokenizer is not None and is_stored(tokenizer):
         tokenizer.save(os.path.join(folder, TOKENIZER_FOLDER))
     store = CheckpointStore(config.checkpoints_dir, limit=1)
     tensors = {f"model.{name}": tensor for name, tensor in loaded.tensors.items()}

@@ -8,7 +8,7 @@ import os
 from pretrain_xla.config import DataConfig, RunConfig
 from pretrain_xla.config_file import to_yaml
 from pretrain_xla.data.manifest import dataset_info
-from pretrain_xla.data.tokenizer import StoredTokenizer, known_tokenizers, load_tokenizer, stored_tokenizer
+from pretrain_xla.data.tokenizer import is_stored, known_tokenizers, load_tokenizer, stored_tokenizer
 from pretrain_xla.train.metrics import metrics_path, read_metrics
 
 CONFIG_FILE = "config.yaml"
@@ -47,7 +47,7 @@ def write_run_files(config: RunConfig) -> None:
     name = config.data.tokenizer or (info.tokenizer_name if info else None)
     if name and name not in known_tokenizers():
         tokenizer = load_tokenizer(name)
-        if isinstance(tokenizer, StoredTokenizer):
+        if is_stored(tokenizer):
             tokenizer.save(os.path.join(config.run_dir, TOKENIZER_FOLDER))
 
 

@@ -38,6 +38,15 @@ def test_separator_lines_divide_and_inline_ones_do_not(tmp_path):
     assert list(read_documents(str(tmp_path / "a.txt"))) == ["one", "two <|endoftext|> still"]
 
 
+def test_gpt2_simple_s_marks_within_a_line_deserve_a_word_once(tmp_path, caplog):
+    path = tmp_path / "text.txt"
+    path.write_text("a\n<|startoftext|>one<|endoftext|>\n<|startoftext|>two<|endoftext|>\n")
+    assert len(list(read_documents(str(path)))) == 1
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 1
+    assert f"{path}:2: <|endoftext|> within a line is text like any other" in said[0]
+
+
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.ndjson", "a.json", "c4-train.00000-of-01024.json.gz"])
 def test_json_lines(tmp_path, name):
     opener = gzip.open if name.endswith("gz") else open

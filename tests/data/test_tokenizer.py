@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 import time
@@ -17,7 +18,8 @@ from hypothesis import strategies as st
 from tokenizers import models
 
 from pretrain_xla.data.command import train_tokenizer_command
-from pretrain_xla.data.tokenizer import JsonTokenizer, decode_after, load_tokenizer
+from pretrain_xla.data.prepare import prepare
+from pretrain_xla.data.tokenizer import JsonTokenizer, _say_no_chance, decode_after, is_stored, load_tokenizer
 from pretrain_xla.data.train_tokenizer import train_tokenizer
 from pretrain_xla.errors import UserError
 
@@ -310,3 +312,83 @@ def test_a_regular_expression_without_end_is_one_line(tmp_path):
     for action in (lambda: slipped.encode("q" * 64), lambda: slipped.encode_batch(["q" * 64])):
         with pytest.raises(UserError, match=r"'slipped': cannot go on \(.*retry-limit"):
             action()
+
+
+def test_a_sentencepiece_model_without_byte_tokens_is_a_file_like_another(shared, tmp_path):
+    t5 = load_tokenizer(str(shared("tokenizers/sentencepiece_32000.model")))
+    with pytest.raises(UserError, match="no token for each single byte"):
+        t5.byte_ids  # noqa: B018
+    assert is_stored(t5)
+    assert not is_stored(load_tokenizer("bytes"))
+    text = tmp_path / "text.txt"
+    text.write_text("\n<|endoftext|>\n".join(f"The house number {number} is not far." for number in range(40)))
+    info = prepare(str(text), str(tmp_path / "data"), t5.name, num_workers=1, progress=False)
+    assert (info.tokenizer, info.vocab_size) == ("tokenizer/tokenizer.model", t5.vocab_size)
+
+
+END = "</s>"
+UNIGRAM = {"unk_id": 0, "vocab": [["<unk>", 0], [END, -1], ["▁a", -2], *([char, -4] for char in "ab<>/s▁")]}
+WORDS = {"[UNK]": 0, END: 1, "a": 2, "b": 3, "<": 4, "/": 5, "s": 6, ">": 7}
+MERGED = {"a": 0, "b": 1, "<": 2, "/": 3, "s": 4, ">": 5, "</": 6, "s>": 7, END: 8, " ": 9}
+MODELS = {
+    "Unigram": UNIGRAM,
+    "WordLevel": {"vocab": WORDS, "unk_token": "[UNK]"},
+    "WordPiece": {"vocab": WORDS, "unk_token": "[UNK]", "continuing_subword_prefix": "", "max_input_chars_per_word": 9},
+    "BPE": {"vocab": MERGED, "merges": [["<", "/"], ["s", ">"], ["</", "s>"]]},
+    "BPE that looks words up": {"vocab": MERGED, "merges": [["<", "/"]], "ignore_merges": True},
+}
+
+
+def json_tokenizer(folder, name, declared=True, **changes):
+    added = {
+        "id": 1,
+        "content": END,
+        "special": True,
+        **dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False),
+    }
+    kind = name.split()[0]
+    cut = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": True}
+    tree = {
+        "version": "1.0", "truncation": None, "padding": None, "normalizer": None, "decoder": None, "post_processor": None,
+        "added_tokens": [added | {"id": 8 if kind == "BPE" else 1}] if declared else [],
+        "pre_tokenizer": cut if kind == "Unigram" else {"type": "WhitespaceSplit"},
+        "model": {"type": kind, **MODELS[name], **changes},
+    }  # fmt: skip
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text(json.dumps(tree))
+    return load_tokenizer(str(folder))
+
+
+@pytest.mark.parametrize("declared", [True, False])
+@pytest.mark.parametrize("kind", MODELS)
+def test_text_cannot_forge_the_end_of_a_document(tmp_path, kind, declared):
+    tokenizer = json_tokenizer(tmp_path / "own", kind, declared)
+    for one in (tokenizer, pickle.loads(pickle.dumps(tokenizer))):
+        for text in (END, f"a {END} b", f"a{END}b", f"\ufdd0{END}", f"a \ufdd0{END} {END}{END}"):
+            ids = one.encode(text)
+            assert ids, "nothing is left out"
+            assert one.end_of_text not in ids
+            assert one.encode_batch([text]) == [ids]
+        assert one.encode("a b")[-1] == one.tokenizer.token_to_id("b"), "other text is as it was"
+        assert one.decode([one.end_of_text]) == END
+    tokenizer.save(str(tmp_path / "copy"))
+    copy = load_tokenizer(str(tmp_path / "copy"))
+    assert (copy.content, copy.encode(f"a {END}")) == (tokenizer.content, tokenizer.encode(f"a {END}"))
+
+
+def test_unknown_text_does_not_end_a_document(tmp_path):
+    with pytest.raises(UserError, match="stands for unknown text as well"):
+        json_tokenizer(tmp_path / "own", "WordLevel", unk_token=END)
+
+
+@pytest.mark.parametrize("kind", ["BPE", "Unigram"])
+def test_encoding_by_chance_is_turned_off_and_said(tmp_path, caplog, kind):
+    chance = {"dropout": 0.5} if kind == "BPE" else {"nbest_size": 8, "alpha": 0.1}
+    _say_no_chance.cache_clear()
+    tokenizer = json_tokenizer(tmp_path / "own", kind, **chance)
+    assert len({tuple(tokenizer.encode("a a </ </ s> a aaaa")) for _ in range(50)}) == 1
+    assert ["by chance" in record.getMessage() for record in caplog.records] == [True]
+    assert (
+        "dropout" not in tokenizer.content.decode()
+        or json.loads(tokenizer.tokenizer.to_str())["model"]["dropout"] is None
+    )

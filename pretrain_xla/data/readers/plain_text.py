@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import io
+import logging
 from collections.abc import Iterator
 from typing import IO
 
 from pretrain_xla.data.open_file import LONGEST_DOCUMENT, lines_of
 from pretrain_xla.data.reading import Bad, Reading, is_utf8
 from pretrain_xla.errors import UserError
+from pretrain_xla.redact import redacted
+
+logger = logging.getLogger(__name__)
 
 SEPARATOR = "<|endoftext|>"
+WITHIN = (SEPARATOR, "<|startoftext|>")
+"""What gpt-2-simple writes before and after each text, on one line with it."""
 
 
 def read_text(stream: IO[str], where: str, reading: Reading) -> Iterator[str | Bad]:
@@ -34,12 +40,18 @@ def read_text(stream: IO[str], where: str, reading: Reading) -> Iterator[str | B
 
 def _divided(lines: Iterator[str], where: str) -> Iterator[tuple[int, str]]:
     """(first line, text) of each document."""
-    text, length, first = io.StringIO(), 0, 1
+    text, length, first, said = io.StringIO(), 0, 1, False
     for number, line in enumerate(lines, start=1):
         if line.strip() == SEPARATOR:
             yield first, text.getvalue()
             text, length, first = io.StringIO(), 0, number + 1
             continue
+        if not said and any(mark in line for mark in WITHIN):
+            said = True
+            logger.warning(
+                "%s:%d: %s within a line is text like any other, and divides nothing: put it on a line of its own "
+                "(and take <|startoftext|> out)", redacted(where), number, next(mark for mark in WITHIN if mark in line),
+            )  # fmt: skip
         length += text.write(line)
         if length > LONGEST_DOCUMENT:
             raise UserError(
