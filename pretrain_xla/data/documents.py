@@ -23,7 +23,7 @@ from pretrain_xla.data.readers.columns import read_column
 from pretrain_xla.data.readers.streams import read_stream
 from pretrain_xla.data.reading import Bad, BadDocuments, Reading
 from pretrain_xla.data.recognise import WORDS, Kind, kind_by_name, look
-from pretrain_xla.data.remote import REQUESTS_AT_A_TIME, call, concurrently
+from pretrain_xla.data.remote import REQUESTS_AT_A_TIME, call, concurrently, describe
 from pretrain_xla.data.selection import TextFile, select
 from pretrain_xla.errors import UserError
 from pretrain_xla.redact import redacted
@@ -111,7 +111,7 @@ class TextFiles:
             byte = error.object[error.start]
             raise UserError(f"{where}: not UTF-8 text (byte 0x{byte:02x}); convert it, or take it out") from None
         except (OSError, *UNPACK_ERRORS) as error:
-            raise UserError(f"{where}: cannot be read: {error}") from None
+            raise UserError(f"{where}: cannot be read: {describe(error)}") from None
 
     def _say_once(self) -> None:
         """Tell the log what is read in another way than its name says, and what is left out."""
@@ -222,7 +222,7 @@ def _found(fs: Any, path: str, column: str) -> tuple[TextFile, Any]:
             packed = packing(path, raw.peek(16))
             seen = look(unpacked(raw, packed), path, column)
     except (OSError, *UNPACK_ERRORS) as error:
-        raise UserError(f"{where}: cannot be read: {error}") from None
+        raise UserError(f"{where}: cannot be read: {describe(error)}") from None
     if packed and seen.kind in ("parquet", "arrow", "zip"):
         seen = seen._replace(kind=None)  # one cannot seek in it
     why = "" if seen.kind else "not text"

@@ -58,7 +58,7 @@ def summarise(where: str, size: int, read: Callable[[int, int], bytes]) -> Parqu
         tail = read(size - footer, size)
     try:
         metadata = pq.read_metadata(pa.BufferReader(b"PAR1" + tail[-footer:]))
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{where}: its footer is damaged ({_brief(error)}): write it again or remove it") from None
     column, kind = _column(where, metadata)
     groups = [metadata.row_group(group).column(column) for group in range(metadata.num_row_groups)]
@@ -114,7 +114,7 @@ def blocks(where: str, path: str, dtype: np.dtype[Any]) -> Iterator[np.ndarray]:
                     )
                 short_row_seen = lengths[-1] < length
                 yield _checked(where, ids.to_numpy(zero_copy_only=False), dtype)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{where}: damaged ({_brief(error)}): write it again or remove it") from None
 
 

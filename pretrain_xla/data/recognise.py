@@ -19,6 +19,7 @@ from __future__ import annotations
 import codecs
 import io
 import json
+import re
 from typing import Any, Literal, NamedTuple
 
 from pretrain_xla.data.open_file import bare_name
@@ -88,7 +89,7 @@ def look(stream: Any, path: str, column: str) -> Look:
     if name.endswith(".json") or begins.startswith(b"{"):
         return _look_at_json(stream, head, name, column)
     if name.endswith(SUFFIXES):
-        line = head.removeprefix(codecs.BOM_UTF8).partition(b"\n")[0].decode(errors="replace")
+        line = re.split(rb"[\r\n]", head.removeprefix(codecs.BOM_UTF8))[0].decode(errors="replace")
         return Look("table", head, lacks_text=not has_column(line, column))
     return Look("text", head, is_card=name == "readme.md" and begins.startswith(b"---"))
 

@@ -18,6 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pretrain_xla.data.documents import files_version, open_text, read_documents
 from pretrain_xla.data.reading import Reading
@@ -67,6 +69,7 @@ def write(folder, **files):
         ("a.csv", "id,text\n1,one\n2,two\n"),
         ("a.csv", "text;id\none;1\ntwo;1\n"),
         ("A.CSV.gz", gzip.compress(b"\xef\xbb\xbftext\r\none\r\n\r\ntwo\r\n")),
+        ("a.csv", "id,text\r1,one\r2,two\r"),
         ("a.tsv", 'id\ttext\n1\t"one"\n2\ttwo\n'),
     ],
 )
@@ -215,6 +218,13 @@ MEMBERS = {
 }
 
 
+SEEDS = [
+    *(tar_of(MEMBERS), tar_of(MEMBERS, "gz"), zip_of(MEMBERS), gzip.compress(b"one"), zstandard.compress(b"one" * 99)),
+    *(b'[{"text": "one"}, {"text": "two"}]', jsonl("one", None, "two").encode(), b'id,text\n1,"one\n"\n2,two\n'),
+    *(parquet("one", "two"), b"ARROW1" + bytes(60)),
+]
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [
@@ -322,6 +332,27 @@ def test_bad_cell_of_parquet(tmp_path):
     assert texts(tmp_path / "a.parquet", skip_bad_documents=True) == ["one", "two"]
     with pytest.raises(UserError, match=r"a\.parquet: row 2: not UTF-8 text \(byte 0xff\)"):
         texts(tmp_path / "a.parquet")
+
+
+@given(
+    content=st.sampled_from(range(len(SEEDS))),
+    changes=st.lists(st.tuples(st.integers(0, 10**6), st.binary(max_size=4), st.integers(0, 30)), max_size=6),
+    name=st.sampled_from(["a", "a.json", "a.csv", "a.tar", "a.tgz", "a.zip", "a.gz", "a.zst", "a.parquet", "a.arrow"]),
+    skip=st.booleans(),
+)
+@settings(max_examples=150)
+def test_damaged_files_of_any_kind_are_read_or_one_line(tmp_path_factory, content, changes, name, skip):
+    raw = bytearray(SEEDS[content])
+    for place, new, gone in changes:
+        raw[place % (len(raw) + 1) : place % (len(raw) + 1) + gone] = new
+    path = tmp_path_factory.mktemp("damaged") / name
+    path.write_bytes(raw)
+    said = ""
+    try:
+        texts(path, skip_bad_documents=skip)
+    except UserError as error:
+        said = str(error)
+    assert "\n" not in said
 
 
 @pytest.mark.parametrize("folder", ["data [v2]", "a*b", "[x]"])

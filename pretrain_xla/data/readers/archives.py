@@ -21,6 +21,7 @@ from pretrain_xla.data.open_file import UNPACK_ERRORS, packing, unpacked
 from pretrain_xla.data.readers.streams import READERS, read_stream
 from pretrain_xla.data.reading import Bad, Reading
 from pretrain_xla.data.recognise import kind_by_name, look
+from pretrain_xla.data.remote import describe
 from pretrain_xla.data.selection import is_about
 from pretrain_xla.errors import UserError
 
@@ -101,7 +102,7 @@ def _tar(stream: Any, where: str, reading: Reading, notes: _LeftOut, depth: int)
 
 def _member(stream: Any, name: str, where: str, reading: Reading, notes: _LeftOut, depth: int) -> Iterator[str | Bad]:
     """The documents of one member."""
-    place = f"{where}::{name}"
+    place = f"{where}::{' '.join(name.split())}"
     hidden = any(part.startswith(".") and part.strip(".") for part in name.split("/"))
     if hidden or is_about(name):
         notes.add(name, "about the data, or hidden")
@@ -125,7 +126,7 @@ def _member(stream: Any, name: str, where: str, reading: Reading, notes: _LeftOu
         byte = error.object[error.start]
         raise UserError(f"{place}: not UTF-8 text (byte 0x{byte:02x}); convert it, or take it out") from None
     except (OSError, *UNPACK_ERRORS) as error:
-        raise UserError(f"{place}: cannot be read: {error}") from None
+        raise UserError(f"{place}: cannot be read: {describe(error)}") from None
 
 
 class _Member(tarfile.TarInfo):
@@ -145,7 +146,7 @@ class _LeftOut:
         self._counts: collections.Counter[str] = collections.Counter()
 
     def add(self, name: str, why: str) -> None:
-        self._first = self._first or name
+        self._first = self._first or " ".join(name.split())
         self._counts[why] += 1
 
     def tell(self) -> None:

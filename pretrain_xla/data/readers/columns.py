@@ -53,16 +53,19 @@ def check_column(schema: pa.Schema, where: str, column: str) -> list[str]:
     """
     path = [column] if column in schema.names else column.split(".")
     if path[0] not in schema.names:
-        raise UserError(f"{where}: no column {column!r} among {', '.join(schema.names)}: name one with --text-column")
+        names = " ".join(", ".join(schema.names).split())
+        raise UserError(f"{where}: no column {column!r} among {names}: name one with --text-column")
     kind = schema.field(path[0]).type
     for name in path[1:]:
         inside = [kind.field(index).name for index in range(kind.num_fields)] if pa.types.is_struct(kind) else []
         if name not in inside:
-            among = f" among {', '.join(inside)}" if inside else ""
+            among = f" among {' '.join(', '.join(inside).split())}" if inside else ""
             raise UserError(f"{where}: no field {name!r} of {column!r}{among}: name one with --text-column")
         kind = kind.field(name).type
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
-        raise UserError(f"{where}: column {column!r} holds {kind}, not text: name another with --text-column")
+        raise UserError(
+            f"{where}: column {column!r} holds {' '.join(str(kind).split())}, not text: name another with --text-column"
+        )
     return path
 
 

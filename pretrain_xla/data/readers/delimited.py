@@ -36,8 +36,9 @@ def read_table(stream: IO[str], where: str, reading: Reading) -> Iterator[str | 
     delimiter = delimiter_of(first, reading.column)
     names = _cells(first, delimiter)
     if reading.column not in names:
+        found = " ".join(", ".join(names).split())[:200]
         raise UserError(
-            f"{where}: no column {reading.column!r} among {', '.join(names)[:200] or 'none'}: name one with "
+            f"{where}: no column {reading.column!r} among {found or 'none'}: name one with "
             "--text-column (the first line must name the columns)"
         )
     column, rows = names.index(reading.column), csv.reader(lines, delimiter=delimiter, strict=True)
@@ -69,4 +70,7 @@ def delimiter_of(first_line: str, column: str) -> str:
 
 
 def _cells(line: str, delimiter: str) -> list[str]:
-    return next(csv.reader([line], delimiter=delimiter), [])
+    try:
+        return next(csv.reader([line], delimiter=delimiter), [])
+    except csv.Error:
+        return []
