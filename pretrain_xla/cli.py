@@ -131,12 +131,16 @@ def pretrain(arguments: Sequence[str], *, program: str, fixed: dict[str, Any] | 
 
 
 def _adopt(tree: dict[str, Any], stated: frozenset[str], where: str) -> tuple[RunConfig, list[str]]:
-    """The config of a run, with what it takes from the model that it begins from."""
+    """The config of a run, with what it takes from the model that it begins from, or from its data."""
     from pretrain_xla.config import build_config
 
-    if tree["train"]["from_checkpoint"] is None:
+    begins_anew = tree["train"]["from_checkpoint"] is None
+    if begins_anew and "vocab_size" in stated:
         return build_config(tree, where), []
-    from pretrain_xla.interop.adopt import adopt_architecture, adopt_tokenizer
+    from pretrain_xla.interop.adopt import adopt_architecture, adopt_tokenizer, adopt_vocabulary
+
+    if begins_anew:
+        return adopt_vocabulary(tree, stated, where)
 
     config, notes = adopt_architecture(tree, stated, where)
     config, more = adopt_tokenizer(config, stated)

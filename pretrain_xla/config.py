@@ -37,7 +37,8 @@ class ModelConfig(Section):
     """The transformer. The defaults are GPT-2 124M; `configs/` has the modern ones."""
 
     vocab_size: Size = 50257
-    """Number of token ids. The embedding is padded to `vocab_multiple`; padding never changes the loss."""
+    """Number of token ids; left out: that of the dataset.json beside the shards. The embedding is padded to `vocab_multiple`;
+    padding never changes the loss."""
     vocab_multiple: Size = 128
     """Pad the embedding's rows to a multiple of this (128: the width of the TPU's matrix unit)."""
     seq_length: Size = 512

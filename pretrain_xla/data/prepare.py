@@ -32,6 +32,7 @@ from pretrain_xla.data.manifest import (
     write_manifest,
 )
 from pretrain_xla.data.progress_line import ProgressLine
+from pretrain_xla.data.same_tokenizer import fingerprint
 from pretrain_xla.data.shards import ShardWriter, WrittenFormat, dtype_for, open_shard
 from pretrain_xla.data.sources import Source, open_source
 from pretrain_xla.data.split import LONG_DOCUMENT, split_document
@@ -356,6 +357,7 @@ def _make(
     own = f"{TOKENIZER_FOLDER}/{tokenizer.file_name}" if is_stored(tokenizer) else None
     info = DatasetInfo(
         tokenizer=own or tokenizer.name,
+        tokenizer_fingerprint=fingerprint(tokenizer),
         vocab_size=tokenizer.vocab_size,
         end_of_text=tokenizer.end_of_text,
         dtype="uint16" if dtype.itemsize == 2 else "uint32",

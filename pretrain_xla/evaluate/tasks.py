@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from pretrain_xla.data.batches import Batches
-from pretrain_xla.data.dataset import open_dataset
+from pretrain_xla.data.dataset import TokenDataset, open_dataset
+from pretrain_xla.data.same_tokenizer import TokenizerId, fingerprint, of_dataset
 from pretrain_xla.data.tokenizer import Tokenizer
 from pretrain_xla.errors import UserError
 from pretrain_xla.evaluate import measures, questions
@@ -41,8 +42,8 @@ class Settings:
 class Reader:
     """What a text becomes for one model.
 
-    load_tokenizer: gives its tokenizer; not called where no task has text. max_length: tokens that it takes. vocab_size: ids
-    that it has. top_k: each k of the top-k accuracies.
+    load_tokenizer: gives its tokenizer; not called where no task has text, nor shards that say how they were made.
+    max_length: tokens that it takes. vocab_size: ids that it has. top_k: each k of the top-k accuracies.
     """
 
     load_tokenizer: Callable[[], Tokenizer]
@@ -192,6 +193,7 @@ def _shards(name: str, task: Task, source: str | None, settings: Settings, reade
     if folder is None:
         raise UserError(f"task {name} needs a folder of token shards: {name}=FOLDER")
     dataset = open_dataset(folder, reader.max_length, reader.vocab_size, split="valid")
+    _check_made_with(dataset, folder, reader)
     batches = Batches(dataset, sequences_per_batch=1, seq_length=reader.max_length, seed=0, shuffle=False)
     count = min(settings.limit or batches.sequences_per_epoch, batches.sequences_per_epoch)
     rows = [Row(batches.rows(index)[0], 1) for index in range(count)]
@@ -200,6 +202,22 @@ def _shards(name: str, task: Task, source: str | None, settings: Settings, reade
         return measures.stream(scores, reader.top_k)
 
     return Prepared(name, task.definition, folder, count, rows, measure)
+
+
+def _check_made_with(dataset: TokenDataset, folder: str, reader: Reader) -> None:
+    """Refuse shards that another tokenizer than the model's made, where both are known: their loss would say nothing."""
+    made = of_dataset(dataset.info)
+    if made == TokenizerId():
+        return
+    try:
+        own = TokenizerId(fingerprint(reader.tokenizer), reader.tokenizer.name)
+    except UserError:  # the model came without one
+        return
+    if own.differs(made):
+        raise UserError(
+            f"{folder}: was made with another tokenizer than the model's ({own.name}): the same ids mean other text there; "
+            "prepare it with that, or name the model's right one with --tokenizer"
+        )
 
 
 _LM_EVAL = "lm-eval's task of that name"

@@ -12,12 +12,13 @@ from typing import Any
 from torch import Tensor
 
 from pretrain_xla.config import ModelConfig, RunConfig, build_config
-from pretrain_xla.data.manifest import dataset_info
+from pretrain_xla.data.manifest import MANIFEST, dataset_info
 from pretrain_xla.data.tokenizer import known_tokenizers, load_tokenizer
 from pretrain_xla.errors import UserError
 from pretrain_xla.interop.load import Description, describe
 from pretrain_xla.interop.tensors import fit_rows
 from pretrain_xla.model import parameter_count
+from pretrain_xla.train.checkpoint import CheckpointStore
 
 # Settings that may change between a checkpoint and its continuation, because they do not change what the weights mean.
 FREE_MODEL_KEYS = {"dropout", "attention", "init"}
@@ -54,6 +55,32 @@ def adopt_architecture(tree: Mapping[str, Any], stated: frozenset[str], where: s
     config = build_config({**tree, "model": model}, where)
     check_fits(found, config.model)
     return config, notes
+
+
+def adopt_vocabulary(tree: Mapping[str, Any], stated: frozenset[str], where: str) -> tuple[RunConfig, list[str]]:
+    """The config of a run that begins from nothing or goes on, with the vocabulary of its data where no person gave one.
+
+    A run that goes on keeps the one of its checkpoint, which may be larger. Arguments and errors are those of
+    `adopt_architecture`; and a manifest beside the shards that is damaged.
+    """
+    model, folders = tree["model"], [tree["data"][key] for key in ("train_dir", "valid_dir")]
+    try:
+        info = None if "vocab_size" in stated else next(filter(None, map(dataset_info, folders)), None)
+    except UserError:
+        if not tree["train"]["preflight_only"]:  # which needs no data, and may have no network
+            raise
+        info = None
+    if info is None or info.vocab_size == model["vocab_size"]:
+        return build_config(dict(tree), where), []
+    size, source = info.vocab_size, f"{info.root}/{MANIFEST}"
+    folder = build_config({key: tree[key] for key in ("logging", "checkpoint")}, where).checkpoints_dir
+    store = CheckpointStore(folder, limit=1)
+    newest = store.newest()
+    saved = store.info(newest).config.get("model") if newest is not None else None
+    if isinstance(saved, dict) and isinstance(saved.get("vocab_size"), int):
+        size, source = saved["vocab_size"], f"the run's checkpoint in {folder}"
+    made = build_config({**tree, "model": {**model, "vocab_size": size}}, where)
+    return made, [f"vocab_size {size} is that of {source} (--vocab-size says otherwise)"]
 
 
 def adopt_tokenizer(config: RunConfig, stated: frozenset[str]) -> tuple[RunConfig, list[str]]:

@@ -25,7 +25,8 @@ VERSION = 2
 @dataclass(frozen=True)
 class CheckpointInfo:
     """What `checkpoint.json` says. step: updates made. valid_loss: measured on these very weights; none: it was not. data:
-    fingerprint of the shards. checksums: of each tensor; seen: of the data; none in checkpoints from before there were any.
+    fingerprint of the shards. checksums: of each tensor; seen: of the data; tokenizer: fingerprint of what the data was made
+    with; none in checkpoints from before there were any.
     """
 
     step: int
@@ -35,6 +36,7 @@ class CheckpointInfo:
     version: int = VERSION
     checksums: dict[str, int] | None = None
     seen: Seen | None = None
+    tokenizer: str | None = None
 
 
 class DamagedMarker(Exception):
@@ -74,6 +76,8 @@ def read_marker(files: Any, path: str, step: int) -> CheckpointInfo:
         raise DamagedMarker("its version is no number")
     if not isinstance(info.valid_loss, int | float | None) or not isinstance(info.checksums, dict | None):
         raise DamagedMarker("its valid_loss or its checksums are of another kind")
+    if not isinstance(info.tokenizer, str | None):
+        raise DamagedMarker("its tokenizer is of another kind")
     return info if _measured_here(info) else replace(info, valid_loss=None)
 
 

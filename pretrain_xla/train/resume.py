@@ -9,14 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from pretrain_xla.config import ModelConfig, RunConfig
+from pretrain_xla.data.same_tokenizer import TokenizerId
+from pretrain_xla.data.tokenizer import known_tokenizers
 from pretrain_xla.errors import UserError
 from pretrain_xla.interop import hub
 from pretrain_xla.interop.adopt import FREE_MODEL_KEYS, check_fits, fit_tensors
-from pretrain_xla.interop.load import describe
+from pretrain_xla.interop.load import Description, describe
 from pretrain_xla.model.stacked import of_all_layers
 from pretrain_xla.train.checkpoint import MARKER, CheckpointInfo, CheckpointStore, open_checkpoint
 from pretrain_xla.train.finite import check_finite, check_names
 from pretrain_xla.train.loss_scale import LossScale
+from pretrain_xla.train.own_tokenizer import check_same_tokenizer, tokenizer_of_checkpoint, tokenizer_of_run
 from pretrain_xla.train.seen import other_data
 
 
@@ -113,7 +116,7 @@ def find_start(config: RunConfig, data_fingerprint: str, say: Callable[[str], No
         return Start(store)
     info = source.info(step)
     check_same_model(info, config.model, source.folder(step))
-    _point_out_other_data(info, source.folder(step), data_fingerprint, config, say)
+    _check_data(info, source, step, data_fingerprint, config, say)
     say(f"continuing from {source.folder(step)}")
     tensors = source.load(step)
     check_finite(tensors, source.folder(step))
@@ -146,25 +149,43 @@ def _from_model(config: RunConfig, store: CheckpointStore, data_fingerprint: str
     check_fits(found, config.model)
     say(f"continuing from {found.where}")
     if found.checkpoint is None:
+        _check_tokenizer_beside(found, config)
         weights = found.read()
         check_finite(weights, found.where)
         tensors = {f"model.{name}": tensor for name, tensor in fit_tensors(weights, config.model).items()}
         return Start(store, tensors=tensors, where=found.where)
     source, step = found.checkpoint
     info = source.info(step)
-    _point_out_other_data(info, source.folder(step), data_fingerprint, config, say)
+    _check_data(info, source, step, data_fingerprint, config, say)
     tensors = source.load(step)
     check_finite(tensors, found.where)
     tensors = fit_tensors(tensors, config.model)
     return Start(store, step, tensors, found.where, tests=config.train.do_test, info=info)
 
 
-def _point_out_other_data(
-    info: CheckpointInfo, folder: str, data_fingerprint: str, config: RunConfig, say: Callable[[str], None]
+def _check_data(
+    info: CheckpointInfo,
+    source: CheckpointStore,
+    step: int,
+    data_fingerprint: str,
+    config: RunConfig,
+    say: Callable[[str], None],
 ) -> None:
+    """Point out other shards than the checkpoint's, and refuse those of another tokenizer."""
+    if info.data == data_fingerprint:
+        return
+    folder = source.folder(step)
+    had = tokenizer_of_checkpoint(source.root, info, config)
+    check_same_tokenizer(had, folder, tokenizer_of_run(config), config)
     if other_data(info, data_fingerprint) and not config.train.do_test:
         where = f"those in {config.data.train_dir}, from their beginning"
         say(f"{folder} was trained on other shards; this run continues on {where}")
+
+
+def _check_tokenizer_beside(found: Description, config: RunConfig) -> None:
+    """The same for a model from elsewhere. A name without a file is a guess there, and refuses nothing."""
+    if found.tokenizer is not None and found.tokenizer not in known_tokenizers():
+        check_same_tokenizer(TokenizerId(name=found.tokenizer), found.where, tokenizer_of_run(config), config)
 
 
 def check_same_model(info: CheckpointInfo, model: ModelConfig, folder: str) -> None:

@@ -33,6 +33,7 @@ from pretrain_xla.train.console import Console
 from pretrain_xla.train.guard import GraphGuard
 from pretrain_xla.train.measure import build_evaluation, build_validation
 from pretrain_xla.train.metrics import MetricLog, Row
+from pretrain_xla.train.own_tokenizer import tokenizer_of_run
 from pretrain_xla.train.readings import Readings, check_rows
 from pretrain_xla.train.report import perplexity, shown, summarised_steps, write_report
 from pretrain_xla.train.resume import Start, find_start
@@ -55,7 +56,11 @@ class Trainer:
         # Evaluation needs no training data, and a run is often tested where there is none.
         train_data = valid_data if train.do_test else _open(config, config.data.train_dir, "train")
         self.data_fingerprint = train_data.fingerprint
+        made_with = tokenizer_of_run(config)
         self.start: Start = find_start(config, self.data_fingerprint, self.console.note)
+        self.tokenizer_fingerprint = made_with.found()
+        if self.tokenizer_fingerprint is None and self.start.info is not None:
+            self.tokenizer_fingerprint = self.start.info.tokenizer
         self.batches = self._batches(train_data)
         self.model = build_model(config, runtime)
         if self.start.step == 0 and not self.start.tensors:
@@ -253,7 +258,14 @@ class Trainer:
             config = redacted_tree(self.config.model_dump(mode="json"))
             measured, loss = self._measured
             loss = loss if measured == done else None  # of other weights it says nothing
-            info = CheckpointInfo(done, loss, self.data_fingerprint, config, seen=self._seen(done))
+            info = CheckpointInfo(
+                done,
+                loss,
+                self.data_fingerprint,
+                config,
+                seen=self._seen(done),
+                tokenizer=self.tokenizer_fingerprint,
+            )
             self.start.store.save(of_each_layer(host), info)
 
     def _push_to_hub(self, stack: ExitStack) -> None:

@@ -44,7 +44,7 @@ def test_gpt2_simple_s_marks_within_a_line_deserve_a_word_once(tmp_path, caplog)
     assert len(list(read_documents(str(path)))) == 1
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == 1
-    assert f"{path}:2: <|endoftext|> within a line is text like any other" in said[0]
+    assert f"{path}:2: <|startoftext|> on one line with text is text like any other" in said[0]
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.ndjson", "a.json", "c4-train.00000-of-01024.json.gz"])

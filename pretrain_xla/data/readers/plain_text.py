@@ -15,8 +15,8 @@ from pretrain_xla.redact import redacted
 logger = logging.getLogger(__name__)
 
 SEPARATOR = "<|endoftext|>"
-WITHIN = (SEPARATOR, "<|startoftext|>")
-"""What gpt-2-simple writes before and after each text, on one line with it."""
+START = "<|startoftext|>"
+"""What gpt-2-simple writes before each text, and `SEPARATOR` after it, on one line with it."""
 
 
 def read_text(stream: IO[str], where: str, reading: Reading) -> Iterator[str | Bad]:
@@ -46,15 +46,25 @@ def _divided(lines: Iterator[str], where: str) -> Iterator[tuple[int, str]]:
             yield first, text.getvalue()
             text, length, first = io.StringIO(), 0, number + 1
             continue
-        if not said and any(mark in line for mark in WITHIN):
+        if not said and (mark := _gpt_2_simple_s(line)):
             said = True
             logger.warning(
-                "%s:%d: %s within a line is text like any other, and divides nothing: put it on a line of its own "
-                "(and take <|startoftext|> out)", redacted(where), number, next(mark for mark in WITHIN if mark in line),
-            )  # fmt: skip
+                "%s:%d: %s on one line with text is text like any other, and divides nothing: write <|endoftext|> on a line of "
+                "its own, and take <|startoftext|> out",
+                redacted(where),
+                number,
+                mark,
+            )
         length += text.write(line)
         if length > LONGEST_DOCUMENT:
             raise UserError(
                 f"{where}: a document of more than {LONGEST_DOCUMENT:,} characters: divide it by lines that say {SEPARATOR}"
             )
     yield first, text.getvalue()
+
+
+def _gpt_2_simple_s(line: str) -> str | None:
+    """The mark of gpt-2-simple that a line begins or ends with, beside text."""
+    if line.startswith(START):
+        return START
+    return SEPARATOR if line.rstrip().endswith(SEPARATOR) else None
