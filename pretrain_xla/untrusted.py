@@ -11,6 +11,7 @@ import re
 from typing import Any
 
 from pretrain_xla.errors import UserError
+from pretrain_xla.git_lfs import refuse_pointer
 
 
 def parse_json(raw: str | bytes, where: str) -> Any:
@@ -28,6 +29,7 @@ def parse_json(raw: str | bytes, where: str) -> Any:
     except UnicodeDecodeError:
         raise UserError(f"{where}: cannot be read: not UTF-8 text") from None
     except json.JSONDecodeError as error:
+        refuse_pointer(raw if isinstance(raw, bytes) else raw[:100].encode("utf-8", "replace"), where)
         raise UserError(
             f"{where}: cannot be read: not JSON: {error.msg} (line {error.lineno}, column {error.colno})"
         ) from None

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from pretrain_xla import git_lfs
 from pretrain_xla.data.files import VERSION_KEYS, filesystem, is_local, url
 from pretrain_xla.data.find import find_files, path_type
 from pretrain_xla.data.open_file import UNPACK_ERRORS, bare_name, open_file, packing, unpacked
@@ -214,6 +215,12 @@ def _found(fs: Any, path: str, column: str) -> tuple[TextFile, Any]:
     info = call(fs, "info", path)
     changed = next((info[key] for key in VERSION_KEYS if info.get(key)), "")
     size = info.get("size") or 0
+    if 0 < size <= git_lfs.LONGEST:
+        try:
+            with open_file(fs, path) as raw:
+                git_lfs.refuse_pointer(raw.read(len(git_lfs.POINTER)), url(fs, path))
+        except OSError as error:
+            raise UserError(f"{url(fs, path)}: cannot be read: {error}") from None
     if kind := kind_by_name(path):
         return TextFile(path, size, kind, usual=_usual(path, kind)), changed
     where = url(fs, path)

@@ -27,6 +27,7 @@ import numpy as np
 from pretrain_xla.data.beside import Beside, litdata_chunk, megatron_dtype
 from pretrain_xla.data.headerless import dtype_of, looks_like_ids, what_else
 from pretrain_xla.errors import UserError
+from pretrain_xla.git_lfs import refuse_pointer
 
 Format = Literal["npy", "bin", "raw", "litdata", "megatron", "parquet"]
 
@@ -70,6 +71,7 @@ def layout(where: str, size: int, head: bytes, beside: Beside = lambda name: Non
     Raises:
         UserError: no format that is known, a header that contradicts itself, truncated, or too long.
     """
+    refuse_pointer(head, where)
     is_npy = where.endswith(".npy") and not looks_like_ids(head)  # OLMo's have no header, whatever their name
     if head.startswith(b"\x93NUMPY") or is_npy:
         found = _npy(where, head)

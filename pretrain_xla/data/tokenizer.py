@@ -34,6 +34,7 @@ from pretrain_xla.data.tokenizer_kinds import (
 )
 from pretrain_xla.data.vocab_merges import VOCABULARIES, as_tokenizer_json, is_vocabulary
 from pretrain_xla.errors import UserError
+from pretrain_xla.git_lfs import refuse_pointer
 from pretrain_xla.untrusted import parse_json, parse_object
 
 __all__ = [
@@ -191,7 +192,9 @@ def _load_file(name: str, fs: Any, path: str) -> Tokenizer:
 
 def _load_sentencepiece(name: str, fs: Any, path: str) -> SentencePieceTokenizer:
     try:
-        model = sentencepiece.SentencePieceProcessor(model_proto=fs.cat_file(path))
+        content = fs.cat_file(path)
+        refuse_pointer(content, path)
+        model = sentencepiece.SentencePieceProcessor(model_proto=content)
     except (RuntimeError, OSError) as error:
         raise UserError(f"tokenizer {name!r}: {path} is no SentencePiece model ({type(error).__name__})") from None
     named = (model.piece_to_id(text) for text in END_OF_TEXT_NAMES)

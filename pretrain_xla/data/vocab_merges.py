@@ -11,6 +11,7 @@ from typing import Any
 
 from pretrain_xla.data.tokenizer_kinds import SPECIALS_FILE, byte_level_names
 from pretrain_xla.errors import UserError
+from pretrain_xla.git_lfs import refuse_pointer
 from pretrain_xla.untrusted import parse_object
 
 VOCABULARIES = {"vocab.json": "merges.txt", "encoder.json": "vocab.bpe"}
@@ -68,6 +69,7 @@ def _byte_level(*, add_prefix_space: bool) -> dict[str, Any]:
 
 def _merges(name: str, raw: bytes, path: str) -> list[list[str]]:
     """The pairs, one a line, after a first line that says a version."""
+    refuse_pointer(raw, path)
     merges = []
     for number, line in enumerate(raw.decode("utf-8", "replace").split("\n"), start=1):
         pair = line.rstrip("\r").split(" ")

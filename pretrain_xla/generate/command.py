@@ -164,7 +164,7 @@ def _print_tokens(
     def shown(token: int) -> str:
         return f"[{token} {generator.tokenizer.decode([token])!r}]"
 
-    rows = [[shown(token) for token in generator.tokenizer.encode(prompt)] for prompt in prompts]
+    rows = [[shown(token) for token in generator.prompt_ids(prompt)] for prompt in prompts]
     streams = [TextStream(generator.tokenizer, prompt, stop_strings) for prompt in prompts]
     tokens = generator.tokens(prompts, request)
     for row, token in tokens:

@@ -83,7 +83,7 @@ class Continuation:
         sampling = self._request.sampling
         seen_BV = None
         if sampling.rules.penalizes:
-            seen_BV = torch.zeros(len(self._texts), self._decoder.model.config.vocab_size, dtype=torch.bool)
+            seen_BV = torch.zeros(len(self._texts), self._decoder.choices, dtype=torch.bool)
             for row, text in enumerate(self._texts):
                 seen_BV[row, text] = True
         stops = sorted({*self._request.stops}) or [-1]

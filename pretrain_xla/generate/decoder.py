@@ -43,9 +43,9 @@ class Choice:
 class OneToken(nn.Module):
     """A turn of the loop: the newest tokens through the model, and what they choose."""
 
-    def __init__(self, model: GPT, rules: Rules) -> None:
+    def __init__(self, model: GPT, rules: Rules, choices: int) -> None:
         super().__init__()
-        self.model, self.rules = model, rules
+        self.model, self.rules, self.choices = model, rules, choices
 
     def forward(
         self, carried: list[Tensor], slices: list[Tensor], fixed: list[Tensor]
@@ -65,7 +65,8 @@ class OneToken(nn.Module):
         places = Places(slot_1, first_B)
         attends = extend(self.model.config, cache, places)
         x_B1D = self.model.hidden(token_B[:, None], places.positions(), attends)
-        next_B = choose(self.model.logits(x_B1D)[:, -1], self.rules, numbers_5, slices[0], *seen)
+        logits_BV = self.model.logits(x_B1D)[:, -1, : self.choices]
+        next_B = choose(logits_BV, self.rules, numbers_5, slices[0], *seen)
         alive_B = alive_B & (next_B[:, None] != stops_N).all(-1)
         return [next_B, slot_1 + 1, alive_B, *seen, *cache], [next_B], alive_B.any()
 
@@ -73,12 +74,20 @@ class OneToken(nn.Module):
 class Decoder:
     """One model on one runtime: `prefill`, then `decode` as often as there are slots left.
 
+    Args:
+        model: the model.
+        runtime: where it runs.
+        choices: ids from 0 that may be chosen; none: all of the model. Many models have rows for ids that no tokenizer
+            knows, and those would be holes in the text.
+
     Attributes:
+        choices: the same.
         slots_left: tokens that `decode` can still make before the texts must be read anew.
     """
 
-    def __init__(self, model: GPT, runtime: Runtime) -> None:
+    def __init__(self, model: GPT, runtime: Runtime, choices: int | None = None) -> None:
         self.model, self.runtime = model, runtime
+        self.choices = min(choices or model.config.vocab_size, model.config.vocab_size)
         self.slots_left = 0
         self._cache: list[Tensor] = []
         self._prefills: dict[tuple[Rules, int], Callable[..., Tensor]] = {}
@@ -140,7 +149,7 @@ class Decoder:
         return self._read(tokens_NB)[:turns]
 
     def _compile_prefill(self, rules: Rules, slots: int) -> Callable[..., Tensor]:
-        model = self.model
+        model, choices = self.model, self.choices
 
         @torch.no_grad()
         def prefill(
@@ -150,7 +159,7 @@ class Decoder:
             cache: list[Tensor] = []
             attends = fill(model.config, places, slots, cache)
             x_BTD = model.hidden(tokens_BT, places.positions(), attends)
-            logits_BV = model.logits(x_BTD.index_select(1, last_1))[:, 0]
+            logits_BV = model.logits(x_BTD.index_select(1, last_1))[:, 0, :choices]
             self._cache = cache
             return choose(logits_BV, rules, numbers_5, chance_B, *seen)
 
@@ -158,7 +167,7 @@ class Decoder:
         return compiled
 
     def _compile_decode(self, rules: Rules) -> Callable[..., Tensor]:
-        repeat = self.runtime.repeat(OneToken(self.model, rules))
+        repeat = self.runtime.repeat(OneToken(self.model, rules, self.choices))
 
         def decode(turns: Tensor, chance_NB: Tensor, state: list[Tensor]) -> Tensor:
             fixed = [self._first_B, self._numbers_5, self._stops_N]

@@ -10,7 +10,8 @@ from pretrain_xla.data.tokenizer import Tokenizer, load_tokenizer
 from pretrain_xla.errors import UserError
 from pretrain_xla.generate.continuation import Continuation, Request
 from pretrain_xla.generate.decoder import Decoder
-from pretrain_xla.generate.text import TextStream
+from pretrain_xla.generate.text import TextStream, prompt_ids
+from pretrain_xla.interop.borders import before_text
 from pretrain_xla.interop.load import load_model
 from pretrain_xla.model import GPT
 from pretrain_xla.runtime import Runtime, start
@@ -19,15 +20,33 @@ from pretrain_xla.runtime import Runtime, start
 class Generator:
     """A model and a tokenizer, ready on a device. A text ends at end-of-text, or at a stop of the request."""
 
-    def __init__(self, model: GPT, tokenizer: Tokenizer, runtime: Runtime) -> None:
+    def __init__(
+        self,
+        model: GPT,
+        tokenizer: Tokenizer,
+        runtime: Runtime,
+        *,
+        before: Sequence[int] = (),
+        ends: Sequence[int] = (),
+    ) -> None:
+        """Place a model on a device.
+
+        Args:
+            model: the model.
+            tokenizer: its tokenizer.
+            runtime: the device.
+            before: ids that it has learnt to see before every text.
+            ends: ids that end a text, besides the tokenizer's end-of-text.
+        """
         self.model, self.tokenizer, self.runtime = model.eval(), tokenizer, runtime
+        self._before, self._ends = tuple(before), tuple(ends)
         if tokenizer.vocab_size > model.config.vocab_size:
             raise UserError(
                 f"tokenizer {tokenizer.name!r} has {tokenizer.vocab_size} tokens and the model {model.config.vocab_size}: "
                 "it is not the model's; name the right one with --tokenizer"
             )
         runtime.place_model(model)
-        self._decoder = Decoder(model, runtime)
+        self._decoder = Decoder(model, runtime, tokenizer.vocab_size)
 
     @staticmethod
     def load(path: str, *, tokenizer: str | None, runtime: str, device: str, which: str = "newest") -> Generator:
@@ -52,13 +71,17 @@ class Generator:
         config = build_config({"model": found.config.model_dump(), "parallel": parallel}, found.where)
         model = GPT(config.model)
         model.load_state_dict(found.tensors, strict=True)
-        return Generator(model, loaded, start(config))
+        before = before_text(loaded) if found.begins else ()
+        return Generator(model, loaded, start(config), before=before, ends=found.ends)
+
+    def prompt_ids(self, prompt: str) -> list[int]:
+        """See `text.prompt_ids`."""
+        return prompt_ids(self.tokenizer, prompt, self._before)
 
     def tokens(self, prompts: Sequence[str], request: Request) -> Continuation:
         """New tokens of each prompt, as `(row, token)`; an empty prompt begins at end-of-text."""
-        end_of_text = self.tokenizer.end_of_text
-        texts = [self.tokenizer.encode(prompt) or [end_of_text] for prompt in prompts]
-        stops = (end_of_text, *request.stops)
+        texts = [self.prompt_ids(prompt) for prompt in prompts]
+        stops = (self.tokenizer.end_of_text, *self._ends, *request.stops)
         return Continuation(self._decoder, texts, replace(request, stops=stops))
 
     def stream(

@@ -7,6 +7,24 @@ from collections.abc import Sequence
 from pretrain_xla.data.tokenizer import Tokenizer
 
 
+def prompt_ids(tokenizer: Tokenizer, prompt: str, before: Sequence[int] = ()) -> list[int]:
+    """The ids that a prompt begins a text with, at least one.
+
+    A prompt is no document, which could forge a border: where it begins with the name of end-of-text, it means that id. An
+    empty one begins where a document does.
+
+    Args:
+        tokenizer: the model's.
+        prompt: text to continue.
+        before: ids that the model has learnt to see before every text.
+    """
+    end = tokenizer.end_of_text
+    name, ends = tokenizer.decode([end]), 0
+    while name and prompt.startswith(name):
+        prompt, ends = prompt.removeprefix(name), ends + 1
+    return [*before, *[end] * ends, *tokenizer.encode(prompt)] or [end]
+
+
 class TextStream:
     """The text of one row of tokens.
 

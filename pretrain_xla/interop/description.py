@@ -21,7 +21,8 @@ class LoadedModel:
     config: its architecture. tensors: every parameter of `GPT(config)` by our name, so that `load_state_dict(strict=True)`
     takes them; fp32. tokenizer: what `load_tokenizer` finds its tokenizer by, or none where it came without one. where: what
     was read, for messages. info: what our checkpoint says of its training; none where it is not one of ours. notes: a line on
-    each thing that its files do not say and that was guessed.
+    each thing that its files do not say and that was guessed. begins: it was trained elsewhere, with what its tokenizer puts
+    before a text. ends: ids that end a text, where its files say them.
     """
 
     config: ModelConfig
@@ -30,6 +31,8 @@ class LoadedModel:
     where: str
     info: CheckpointInfo | None = None
     notes: tuple[str, ...] = ()
+    begins: bool = False
+    ends: tuple[int, ...] = ()
 
     def print_notes(self) -> None:
         """Show the notes where they are in nobody's way."""
@@ -42,7 +45,7 @@ class Description:
     """A model that is found and not yet read.
 
     read: its tensors, as in `LoadedModel`. checkpoint: where it is one of ours, its store and step; what a run continues from.
-    guessed: options that its files do not say, and that a person may know better. notes: see `LoadedModel`.
+    guessed: options that its files do not say, and that a person may know better. notes, begins, ends: see `LoadedModel`.
     """
 
     config: ModelConfig
@@ -52,6 +55,8 @@ class Description:
     checkpoint: tuple[CheckpointStore, int] | None = None
     guessed: frozenset[str] = frozenset()
     notes: tuple[str, ...] = ()
+    begins: bool = False
+    ends: tuple[int, ...] = ()
 
     def load(self) -> LoadedModel:
         """Read the tensors.
@@ -65,4 +70,4 @@ class Description:
             info = store.info(step)
         tensors = self.read()
         check_finite(tensors, self.where)
-        return LoadedModel(self.config, tensors, self.tokenizer, self.where, info, self.notes)
+        return LoadedModel(self.config, tensors, self.tokenizer, self.where, info, self.notes, self.begins, self.ends)

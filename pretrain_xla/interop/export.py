@@ -11,6 +11,7 @@ from huggingface_hub import save_torch_state_dict
 
 from pretrain_xla.data.tokenizer import Tokenizer, known_tokenizers, load_tokenizer
 from pretrain_xla.errors import UserError
+from pretrain_xla.interop.borders import before_text
 from pretrain_xla.interop.card import model_card
 from pretrain_xla.interop.load import LoadedModel
 from pretrain_xla.interop.mapping import choose, write_config
@@ -45,8 +46,10 @@ def export_model(
     make_empty_folder(folder)
     tokenizer, notes = _tokenizer(loaded)
     end = tokenizer.end_of_text if tokenizer is not None else None
+    before = before_text(tokenizer) if tokenizer is not None and loaded.begins else ()
+    others = sorted({*loaded.ends} - {end}) if end is not None else []
     # Named even where there is none: the defaults of some architectures are ids of other people's tokenizers.
-    ends = {"bos_token_id": end, "eos_token_id": end}
+    ends = {"bos_token_id": before[0] if before else end, "eos_token_id": [end, *others] if others else end}
     name = str(DTYPES[dtype]).removeprefix("torch.")
     tree = write_config(family, config) | ends | {"pad_token_id": None, "torch_dtype": name, "use_cache": True}
     try:
@@ -57,7 +60,7 @@ def export_model(
         _share(folder)
         write_json(os.path.join(folder, "generation_config.json"), {k: v for k, v in ends.items() if v is not None})
         if tokenizer is not None:
-            notes += write_tokenizer(tokenizer, folder, config.seq_length)
+            notes += write_tokenizer(tokenizer, folder, config.seq_length, begins=loaded.begins)
         with open(os.path.join(folder, "README.md"), "w", encoding="utf-8") as file:
             title = title or os.path.basename(os.path.abspath(folder))
             file.write(model_card(loaded, family, title, has_tokenizer=tokenizer is not None))

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from pretrain_xla.errors import UserError
 from pretrain_xla.interop.beside import tokenizer_beside
+from pretrain_xla.interop.borders import begins_texts, ends_of
 from pretrain_xla.interop.description import Description
 from pretrain_xla.interop.mapping import read_config
 from pretrain_xla.interop.tensors import to_ours
@@ -42,4 +43,5 @@ def describe_folder(
         return to_ours(tensors, config, family.layout, where)
 
     tokenizer, notes = tokenizer_beside(find, config.vocab_size, where)
-    return Description(config, tokenizer, where, read, notes=notes)
+    ends = ends_of(tree, find, config.vocab_size)
+    return Description(config, tokenizer, where, read, notes=notes, begins=begins_texts(find), ends=ends)

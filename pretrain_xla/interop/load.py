@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -82,14 +82,31 @@ def _folder(path: str, which: str) -> Description:
         inside = os.path.join(path, name)
         return inside if os.path.isfile(inside) else None
 
-    return describe_folder(find, path) if find("config.json") else _checkpoint(path, which)
+    if find("config.json"):
+        return describe_folder(find, path)
+    _refuse_adapter(find, path)
+    return _checkpoint(path, which)
 
 
 def _hub(repository: str, which: str) -> Description:
     """A model of the Hub: in Hugging Face's form, or a run of ours that was pushed there."""
     if hub.find(repository, "config.json"):
         return describe_folder(lambda name: hub.find(repository, name), repository)
+    _refuse_adapter(lambda name: hub.find(repository, name), repository)
     return _checkpoint(hub.download_checkpoint(repository, which), which)
+
+
+def _refuse_adapter(find: Callable[[str], str | None], where: str) -> None:
+    """Refuse what `peft` leaves: a change to a model, without the model.
+
+    Raises:
+        UserError: it is one.
+    """
+    if find("adapter_config.json"):
+        raise UserError(
+            f"{where}: an adapter (LoRA and its like), which is no model: merge it into its model with peft's "
+            "merge_and_unload(), save_pretrained() that, and name its folder"
+        )
 
 
 def _checkpoint(path: str, which: str) -> Description:
@@ -109,7 +126,8 @@ def _checkpoint(path: str, which: str) -> Description:
 
     tokenizer, guesses = _tokenizer_of(store.root, info, config.vocab_size)
     notes += [f"{folder}: {guess}" for guess in guesses]
-    return Description(config, tokenizer, folder, read, (store, step), notes=tuple(notes))
+    # What was imported and has seen no data of ours is still what it was.
+    return Description(config, tokenizer, folder, read, (store, step), notes=tuple(notes), begins=not info.data)
 
 
 def _tokenizer_of(checkpoints_dir: str, info: CheckpointInfo, vocab_size: int) -> tuple[str | None, list[str]]:

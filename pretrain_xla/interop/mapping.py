@@ -58,6 +58,11 @@ def read_config(raw: Mapping[str, Any], where: str) -> tuple[Family, ModelConfig
         UserError: an unknown architecture, or a setting under which it computes what our model cannot.
     """
     family = _family(raw, where)
+    if quantised := raw.get("quantization_config"):
+        method = quantised.get("quant_method") if isinstance(quantised, Mapping) else None
+        raise UserError(
+            f"{where}: quantised weights ({method or 'quantization_config'}): name the model that they were made from"
+        )
     raw = _filled(raw, family)
     try:
         options = _options(family, raw)
@@ -117,6 +122,8 @@ def _options(family: Family, raw: Mapping[str, Any]) -> dict[str, Any]:
         if value is None or callable(value):
             value = key.default(raw) if callable(key.default) else None
         if value is not None:
+            if isinstance(value, str) and key.option != "activation":
+                raise UserError(f"{theirs} is text, {value!r}, where a number is expected: write it without quotes")
             options[key.option] = key.read(value)
         elif theirs not in ("num_key_value_heads", "head_dim") and not theirs.endswith("softcapping"):
             raise KeyError(theirs)

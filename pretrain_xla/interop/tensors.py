@@ -54,7 +54,11 @@ def to_ours(tensors: Mapping[str, Tensor], config: ModelConfig, layout: Layout, 
         UserError: a tensor is missing, has another shape, or has no place in our model.
     """
     rest = {name: tensor for name, tensor in strip_prefixes(tensors, layout).items() if not name.endswith(CONSTANTS)}
+    _refuse_quantised(rest, where)
     expected = shapes(config)
+    table, head_name = f"{layout.outer['embedding']}.weight", f"{layout.outer['head']}.weight"
+    if config.tie_weights and table not in rest and head_name in rest:
+        rest[table] = rest.pop(head_name)  # one table, of which some keep the other name
     result: dict[str, Tensor] = {}
     for theirs, ours in _names(expected, config, layout).items():
         tensor = rest.pop(theirs, None)
@@ -80,6 +84,20 @@ def to_ours(tensors: Mapping[str, Tensor], config: ModelConfig, layout: Layout, 
                 why += "; was it exported without biases and trained elsewhere since, delete `pretrain_xla` in its config.json"
             raise UserError(f"{where}: tensor {name!r} has no place in the model that its config describes{why}")
     return result
+
+
+def _refuse_quantised(tensors: Mapping[str, Tensor], where: str) -> None:
+    """Refuse whole numbers, and numbers of one byte: they are nothing without the scales that were taken out of them.
+
+    Raises:
+        UserError: naming the first.
+    """
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise UserError(
+                f"{where}: tensor {name!r} holds {kind}: it is quantised; name the model that it was made from"
+            )
 
 
 def _rows(name: str, tensor: Tensor, config: ModelConfig, expected: Mapping[str, torch.Size]) -> int:

@@ -21,6 +21,7 @@ from pretrain_xla.data.tokenizer import (
     TiktokenTokenizer,
     Tokenizer,
 )
+from pretrain_xla.interop.borders import before_text
 
 PROBE = (
     "Hello  world! It's 12345 o'clock,\n\n\tdon't YOU'LL see?\r\n  x_BTD = f(3.14e-5);  naïve café, Ελλάδα, Привет, "
@@ -28,18 +29,28 @@ PROBE = (
 )
 
 
-def write_tokenizer(tokenizer: Tokenizer, folder: str, seq_length: int) -> list[str]:
-    """Write the files of a tokenizer into a folder; returns a note where it cannot be written, and is left out."""
+def write_tokenizer(tokenizer: Tokenizer, folder: str, seq_length: int, *, begins: bool = False) -> list[str]:
+    """Write the files of a tokenizer into a folder; returns a note where it cannot be written, and is left out.
+
+    Args:
+        tokenizer: the model's.
+        folder: where to.
+        seq_length: tokens that the model takes.
+        begins: see `LoadedModel.begins`; without, transformers adds nothing to a text, as nothing was in training.
+    """
     made = _as_json(tokenizer)
+    if made is not None and not begins:
+        made = _adding_nothing(made)
     if made is None or made.encode(PROBE) != tokenizer.encode(PROBE):
         return [
             f"tokenizer {tokenizer.name!r} has no equal tokenizer.json, so none is written; pass its ids by yourself"
         ]
     made.save(folder)
     end = made.tokenizer.id_to_token(made.end_of_text)
+    begin = next(iter(before_text(made)), made.end_of_text)
     tree = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": end,
+        "bos_token": made.tokenizer.id_to_token(begin),
         "eos_token": end,
         "model_max_length": seq_length,
         "clean_up_tokenization_spaces": False,
@@ -61,6 +72,16 @@ def _as_json(tokenizer: Tokenizer) -> JsonTokenizer | None:
         pattern = encoding._pat_str.replace("}+", "}")
         return _byte_level(tokenizer, ranks, _merges(ranks), pattern)
     return None
+
+
+def _adding_nothing(tokenizer: JsonTokenizer) -> JsonTokenizer:
+    """Without what its file adds to a text for whoever asks for more than the text."""
+    if not tokenizer.tokenizer.num_special_tokens_to_add(is_pair=False):
+        return tokenizer
+    tree = json.loads(tokenizer.tokenizer.to_str())
+    bare = tokenizers.Tokenizer.from_str(json.dumps(tree | {"post_processor": None}))
+    bare.encode_special_tokens = True  # which a file does not hold
+    return JsonTokenizer(tokenizer.name, bare, tokenizer.end_of_text)
 
 
 def _ranks(encoding: Encoding) -> list[int]:

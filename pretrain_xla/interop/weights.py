@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pretrain_xla.errors import UserError
+from pretrain_xla.git_lfs import refuse_pointer_at
 from pretrain_xla.untrusted import is_inside, parse_object
 
 SINGLE = ("model.safetensors", "pytorch_model.bin")
@@ -52,6 +53,7 @@ def read_file(path: str) -> dict[str, Any]:
     Raises:
         UserError: it cannot be read, or would run code.
     """
+    refuse_pointer_at(path)
     try:
         tree = dict(load_file(path)) if path.endswith(".safetensors") else _unpickle(path)
     except (OSError, SafetensorError) as error:

@@ -12,6 +12,7 @@ from pretrain_xla.errors import UserError
 from pretrain_xla.generate.continuation import Continuation, Request
 from pretrain_xla.generate.decoder import Decoder
 from pretrain_xla.generate.sampling import Sampling
+from pretrain_xla.generate.text import prompt_ids
 from pretrain_xla.model import GPT
 from pretrain_xla.runtime import Runtime
 from pretrain_xla.train.files import tokenizer_of
@@ -37,12 +38,12 @@ class Samples:
             )
         self._model, self._prompt = model, config.logging.sample_prompt
         limit = config.model.seq_length
-        ids = self._tokenizer.encode(self._prompt) or [self._tokenizer.end_of_text]
+        ids = prompt_ids(self._tokenizer, self._prompt)
         self._ids = ids[-max(limit // 2, 1) :] if len(ids) > limit else ids
         # Within one window: a text that outgrows it is read anew, by a graph of another size.
         tokens = min(TOKENS, limit + 1 - len(self._ids))
         self._request = Request(tokens, SAMPLING, seed=config.train.seed, stops=(self._tokenizer.end_of_text,))
-        self._decoder = Decoder(model, runtime)
+        self._decoder = Decoder(model, runtime, self._tokenizer.vocab_size)
 
     def __call__(self) -> str:
         """The prompt and its continuation. Every process calls it, and gets the same."""
