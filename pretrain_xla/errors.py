@@ -6,13 +6,16 @@ command line prints its text as one line and exits with status 2; anything else 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from pretrain_xla.redact import redacted
+from pretrain_xla.system_faults import memory_fault, raise_file_limit, system_fault
 
 # Packages that a command may need and an environment may lack → how to get them.
 _PACKAGES = {
@@ -53,14 +56,31 @@ def missing_package(error: ImportError) -> str | None:
     return f"the package {package} is not installed: {how}"
 
 
+@contextlib.contextmanager
+def out_of_memory(mend: str) -> Iterator[None]:
+    """While it is open, memory that runs out, a device's or the host's, is one line with what would help.
+
+    Raises:
+        UserError: it did.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, UserError) or (fault := memory_fault(error)) is None:
+            raise
+        raise UserError(f"{fault}: {mend}") from error
+
+
 def guarded(function: Callable[..., None]) -> Callable[..., None]:
     """Turn `UserError` into one line on stderr and exit status 2, and a stop by signal into 128 + signal.
 
-    A package that is not installed is a line, too; and what reads our output may stop before its end (`| head`).
+    A package that is not installed is a line, too, and so is what the machine has run out of; and what reads our output may
+    stop before its end (`| head`).
     """
 
     @functools.wraps(function)
     def run(*arguments: Any, **keywords: Any) -> None:
+        raise_file_limit()
         try:
             function(*arguments, **keywords)
         except UserError as error:
@@ -78,5 +98,13 @@ def guarded(function: Callable[..., None]) -> Callable[..., None]:
         except Interrupted as error:
             print(str(error), file=sys.stderr, flush=True)
             raise SystemExit(128 + error.signal) from None
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr, flush=True)
+            raise SystemExit(128 + signal.SIGINT) from None
+        except Exception as error:
+            if (line := system_fault(error)) is None:
+                raise
+            print(f"error: {redacted(line)}", file=sys.stderr, flush=True)
+            raise SystemExit(2) from None
 
     return run
