@@ -7,7 +7,6 @@ Whatever a user can mend ends here in one line and exit status 2.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -108,6 +107,7 @@ def pretrain(arguments: Sequence[str], *, program: str, fixed: dict[str, Any] | 
     """Parse the flags of a run and start it."""
     from pretrain_xla.config_file import to_yaml
     from pretrain_xla.flags import parse_flags
+    from pretrain_xla.runtime.launched import speaks_first
 
     description = "Pretrain a GPT-2-scale model."
     parsed = parse_flags(arguments, program=program, description=description, fixed=fixed, build=_adopt)
@@ -116,7 +116,7 @@ def pretrain(arguments: Sequence[str], *, program: str, fixed: dict[str, Any] | 
         return
     config = parsed.config
     notes = effectless(config, parsed.given) + schedule_notes(config) + parsed.notes
-    if os.environ.get("RANK", "0") == "0":
+    if speaks_first(config.parallel.runtime):
         for line in notes:
             print(f"note: {redacted(line)}", flush=True)
     if config.train.preflight_only:

@@ -6,6 +6,7 @@ import contextlib
 import os
 import resource
 import shutil
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,9 +25,11 @@ from pretrain_xla.errors import UserError
 from pretrain_xla.model.loops import Fence, Loop, no_fence
 from pretrain_xla.model.split import WHOLE, Split
 from pretrain_xla.runtime.base import GraphCounts, GraphEvent, Repeat
+from pretrain_xla.runtime.launched import RENDEZVOUS, launched
 from pretrain_xla.runtime.peaks import gpu_peak
 from pretrain_xla.runtime.rows import rows_of
 from pretrain_xla.runtime.torch_waits import watch_waits
+from pretrain_xla.system_faults import reason
 
 # torch 2.9 says so of its own defaults, whoever reads them.
 warnings.filterwarnings("ignore", message="Please use the new API settings to control TF32")
@@ -65,22 +68,30 @@ class TorchRuntime:
         self._replica: DistributedDataParallel | None = None
         self.warnings: Sequence[str] = ()
         self.attention = _attention(config.model)
-        self.process_count = int(os.environ.get("WORLD_SIZE", "1"))
-        self.host_count = max(self.process_count // int(os.environ.get("LOCAL_WORLD_SIZE", self.process_count)), 1)
-        self.process_index = int(os.environ.get("RANK", "0"))
-        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        one = launched()
+        self.process_count, self.process_index, local_rank = one.world_size, one.rank, one.local_rank
+        self.host_count = max(one.world_size // one.local_world_size, 1)
         if kind == "cuda" and local_rank >= torch.cuda.device_count():
             raise UserError(
                 f"torchrun started process {local_rank} on this host, which has {torch.cuda.device_count()} CUDA "
                 "device(s): lower --nproc_per_node"
             )
         self.device = torch.device(kind, local_rank) if kind == "cuda" else torch.device("cpu")
-        self.distributed = "RANK" in os.environ
+        self.distributed = one.distributed
+        if one.note is not None:
+            print(f"note: {one.note}", file=sys.stderr, flush=True)
         if self.distributed:
             backend = parallel.ddp_backend or ("nccl" if kind == "cuda" else "gloo")
             if backend == "nccl" and kind != "cuda":
                 raise UserError("ddp_backend=nccl needs CUDA: use --ddp-backend gloo on a CPU")
-            dist.init_process_group(backend, device_id=self.device if kind == "cuda" else None)
+            try:
+                dist.init_process_group(backend, device_id=self.device if kind == "cuda" else None)
+            except (dist.DistError, RuntimeError, ValueError) as error:
+                raise UserError(
+                    f"process {one.rank} of {one.world_size} does not find the others at {os.environ['MASTER_ADDR']}:"
+                    f"{os.environ['MASTER_PORT']} ({reason(error)}): start all of them, or unset {' '.join(RENDEZVOUS)} to run "
+                    "alone"
+                ) from error
         if kind == "cuda":
             torch.cuda.set_device(self.device)
         if torch.get_float32_matmul_precision() != config.train.matmul_precision:

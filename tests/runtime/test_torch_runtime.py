@@ -62,7 +62,8 @@ def test_without_cuda(make: Make) -> None:
 
 
 def test_nccl_on_a_cpu_is_refused(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RANK", "0")
+    for name, text in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}.items():
+        monkeypatch.setenv(name, text)
     with pytest.raises(UserError, match="ddp_backend=nccl needs CUDA: use --ddp-backend gloo"):
         make(parallel={"ddp_backend": "nccl"})
     assert not dist.is_initialized()
