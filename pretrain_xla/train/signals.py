@@ -1,36 +1,67 @@
-"""Being asked to stop: SIGTERM (a preempted machine) or Ctrl-C ends the run after the step, with a checkpoint."""
+"""Being asked to stop: SIGTERM (a preempted machine) or Ctrl-C ends the run after the step, with a checkpoint.
+
+Python calls its handlers between two steps of its own, and a compilation is one long step: minutes, in which a person would see
+nothing happen and press again. So a thread hears of each signal as it comes, from the pipe that the interpreter writes to, and
+answers; it also ends the process where a second signal finds the main thread still away.
+"""
 
 from __future__ import annotations
 
+import os
 import signal
+import socket
+import sys
 import threading
+from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
 from pretrain_xla.errors import Interrupted
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+PATIENCE = 5.0
+"""Seconds that a second signal's usual way may take before the process is ended from here."""
+
 
 class StopSignal:
-    """While open, remembers the first SIGTERM or SIGINT; a second one takes its usual way.
+    """While open, remembers the first SIGTERM or SIGINT and answers it at once; a second one takes its usual way.
 
     Only where one process makes up the run: several would have to agree on the step first, or wait for each other for ever.
+
+    Args:
+        enabled: listen at all.
+        doing: what is finished first, for the answer, as `finishing step 7 and saving`.
     """
 
-    def __init__(self, *, enabled: bool) -> None:
+    def __init__(self, *, enabled: bool, doing: Callable[[], str] = lambda: "stopping") -> None:
         self.signal: int | None = None
         self._enabled = enabled and threading.current_thread() is threading.main_thread()
+        self._doing = doing
         self._previous: dict[int, Any] = {}
+        self._heard: list[int] = []
+        self._left = threading.Event()
 
     def __enter__(self) -> StopSignal:
         if self._enabled:
-            for number in (signal.SIGTERM, signal.SIGINT):
+            self._read, self._write = socket.socketpair()
+            self._write.setblocking(False)
+            self._previous_pipe = signal.set_wakeup_fd(self._write.fileno(), warn_on_full_buffer=False)
+            for number in SIGNALS:
                 self._previous[number] = signal.signal(number, self._remember)
+            self._thread = threading.Thread(target=self._listen, name="signals", daemon=True)
+            self._thread.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._restore()
+        self._left.set()
+        if self._enabled:
+            signal.set_wakeup_fd(self._previous_pipe)
+            self._write.close()  # ends the thread
+            self._thread.join()
+            self._read.close()
 
     def leave(self, message: str) -> None:
         """End the run the way the signal asks.
@@ -49,3 +80,28 @@ class StopSignal:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous.clear()
+
+    def _listen(self) -> None:
+        while numbers := self._read.recv(1):
+            if numbers[0] not in SIGNALS:
+                continue
+            self._heard.append(numbers[0])
+            if len(self._heard) == 1:
+                _say(f"{self._doing()}; again to leave at once")
+            elif not self._left.wait(PATIENCE):
+                _say("left at once; the same command continues from the newest checkpoint")
+                os._exit(128 + numbers[0])
+
+
+def _forget_pipe() -> None:
+    """In a child of a fork: what it hears is not for its parent, which would take Ctrl-C for a second one."""
+    signal.set_wakeup_fd(-1)
+
+
+os.register_at_fork(after_in_child=_forget_pipe)
+
+
+def _say(line: str) -> None:
+    """On stderr, past its buffer: another thread may be in the middle of a line, and a handler must not wait for it."""
+    begin = "\n" if sys.stderr.isatty() else ""  # after the ^C that the terminal shows
+    os.write(2, f"{begin}{line}\n".encode())

@@ -80,14 +80,44 @@ def test_in_another_thread_it_keeps_quiet() -> None:
 
 
 SCRIPT = """
-import os, signal
+import os, signal, time
 from pretrain_xla.train.signals import StopSignal
 with StopSignal(enabled=True) as stop:
     os.kill(os.getpid(), signal.SIGTERM)
     print("saving", stop.signal, flush=True)
+    time.sleep(0.2)
     os.kill(os.getpid(), signal.SIGTERM)
     print("still there", flush=True)
 """
+
+
+COMPILING = """
+import hashlib, os, signal, threading, time
+from pretrain_xla.train import signals
+signals.PATIENCE = 0.2
+def press():
+    for _ in range(2):
+        time.sleep(0.3)
+        os.kill(os.getpid(), signal.SIGINT)
+with signals.StopSignal(enabled=True, doing=lambda: "finishing step 1 and saving") as stop:
+    threading.Thread(target=press, daemon=True).start()
+    if not os.fork():
+        os._exit(signal.set_wakeup_fd(-1) != -1)  # a child does not speak for its parent
+    assert os.wait()[1] == 0
+    # As in a compiler, the main thread is away, without the interpreter's lock, and comes back to no handler for long.
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 200_000_000)
+"""
+
+
+def test_the_answer_comes_at_once_while_the_main_thread_is_in_a_compiler() -> None:
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-c", COMPILING]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.stderr.splitlines() == [
+        "finishing step 1 and saving; again to leave at once",
+        "left at once; the same command continues from the newest checkpoint",
+    ]
+    assert done.returncode == 128 + signal.SIGINT
 
 
 def test_a_second_sigterm_ends_the_process() -> None:
@@ -95,4 +125,5 @@ def test_a_second_sigterm_ends_the_process() -> None:
     environment = os.environ | {"PYTHONPATH": str(root)}
     done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=60)
     assert done.stdout == f"saving {int(signal.SIGTERM)}\n"
+    assert done.stderr == "stopping; again to leave at once\n"
     assert done.returncode == -signal.SIGTERM
