@@ -8,6 +8,7 @@ Writing happens in a thread, from host copies; the cost to the run is the copy, 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import warnings
@@ -24,6 +25,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from pretrain_xla.errors import UserError
+from pretrain_xla.system_faults import disk_fault, system_fault
 from pretrain_xla.train.checkpoint_folders import PREFIX, CheckpointFolders, step_of
 from pretrain_xla.train.checkpoint_metadata import ForbiddenName, read_metadata, reader
 from pretrain_xla.train.finite import not_finite
@@ -36,10 +38,17 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavai
 warnings.filterwarnings("ignore", message="TypedStorage is deprecated")
 
 
+class NotWritten(UserError):
+    """A checkpoint could not be written: the disk is full, the bucket does not answer …"""
+
+
 class CheckpointStore:
     """The checkpoints of one run, newest last; keeps the newest `limit` and the one with the best validation loss.
 
-    written: called by the writing thread with the step of each complete checkpoint. in_use: steps that must not be removed now;
+    written: called by the writing thread with the step of each complete checkpoint. unwritten: takes a line, from that thread,
+    on each that could not be written; then only what is written last must succeed. none: the next `save` raises it.
+
+    in_use: steps that must not be removed now;
     they go with a later one, or by `prune`. damaged: step → what is wrong with its marker, of those that were met: they are no
     checkpoints, and are left as they are.
     """
@@ -55,6 +64,7 @@ class CheckpointStore:
         self._writing: int | None = None
         self.damaged: dict[int, str] = {}
         self.written: Callable[[int], None] = lambda step: None
+        self.unwritten: Callable[[str], None] | None = None
         self.in_use: Callable[[], set[int]] = set
 
     def folder(self, step: int) -> str:
@@ -142,6 +152,8 @@ class CheckpointStore:
                 "code here; whoever made it may mean harm"
             ) from None
         except (Exception, CheckpointException) as error:
+            if (lack := system_fault(error)) is not None:  # the machine's, and no fault of the checkpoint
+                raise UserError(f"{folder} cannot be read: {lack}") from error
             raise UserError(
                 f"{folder} is damaged ({_reason(error)}): remove that folder to continue from an older checkpoint"
             ) from error
@@ -156,12 +168,16 @@ class CheckpointStore:
         return tensors
 
     def save(self, tensors: dict[str, Tensor], info: CheckpointInfo) -> None:
-        """Write host tensors in the background; a fault of an earlier write is raised here.
+        """Write host tensors in the background; a fault of an earlier write is raised here, unless `unwritten` took it.
 
         Raises:
             UserError: the earlier write failed (disk full, no permission …).
         """
-        self.wait()
+        try:
+            self.wait()
+        except NotWritten:
+            if self.unwritten is None:
+                raise
         self._pending = self._writer.submit(self._write, tensors, info)
 
     def wait(self) -> None:
@@ -177,11 +193,8 @@ class CheckpointStore:
             pending.result()
         except UserError:
             raise
-        except (Exception, CheckpointException) as error:
-            raise UserError(
-                f"{self.root}: a checkpoint could not be written ({_reason(error)}); earlier ones are whole: "
-                "make room and start again to continue from the newest"
-            ) from error
+        except Exception as error:
+            raise UserError(f"{self.root}: older checkpoints could not be removed ({_reason(error)})") from error
 
     def close(self) -> None:
         """Finish what is under way and end the thread."""
@@ -216,19 +229,32 @@ class CheckpointStore:
                 f"--max-grad-norm 1.0; "
                 + ("there is no earlier checkpoint" if newest is None else f"the newest one is that of step {newest}")
             )
-        files, folders = self._folders.files, self._folders
         self._writing = info.step
         try:
-            folders.remove(info.step)  # what an interrupted write left behind
-            files.makedirs(folders.path(info.step), exist_ok=True)
-            info = replace(info, checksums={name: _checksum(tensor) for name, tensor in tensors.items()})
-            dcp.save(tensors, storage_writer=_writer(folders.url(info.step)), no_dist=True)
-            write_marker(files, folders.marker(info.step), info)
-            self.damaged.pop(info.step, None)
+            self._put(tensors, info)
+        except (Exception, CheckpointException) as error:
+            with contextlib.suppress(Exception):  # a part of it is of no use, and takes the room that is missing
+                self._folders.remove(info.step)
+            raise self._not_written(info.step, error) from error
         finally:
             self._writing = None
         self.prune()
         self.written(info.step)
+
+    def _put(self, tensors: dict[str, Tensor], info: CheckpointInfo) -> None:
+        files, folders = self._folders.files, self._folders
+        folders.remove(info.step)  # what an interrupted write left behind
+        files.makedirs(folders.path(info.step), exist_ok=True)
+        info = replace(info, checksums={name: _checksum(tensor) for name, tensor in tensors.items()})
+        dcp.save(tensors, storage_writer=_writer(folders.url(info.step)), no_dist=True)
+        write_marker(files, folders.marker(info.step), info)
+        self.damaged.pop(info.step, None)
+
+    def _not_written(self, step: int, error: BaseException) -> NotWritten:
+        what = f"{self.root}: the checkpoint of step {step} could not be written ({_reason(error)}); earlier ones are whole"
+        if self.unwritten is not None:
+            self.unwritten(f"{what}: make room; the next one is tried when it is due")
+        return NotWritten(f"{what}: make room and start again to continue from the newest")
 
 
 def open_checkpoint(
@@ -283,7 +309,12 @@ def _checksum(tensor: Tensor) -> int:
 
 
 def _reason(error: BaseException) -> str:
-    """The cause in a few words: DCP wraps it in a CheckpointException (a BaseException), with traces in its text."""
+    """The cause in a few words: DCP wraps it in a CheckpointException (a BaseException), with traces in its text.
+
+    Of a full disk torch's writer says `unexpected pos 704 vs 598`; the system's own words are in what led to that.
+    """
+    if (fault := disk_fault(error)) is not None:
+        return fault
     failures = getattr(error, "failures", None)
     cause = next(iter(failures.values()))[0] if failures else error
     words = str(cause).strip().splitlines()

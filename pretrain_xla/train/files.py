@@ -9,7 +9,8 @@ from pretrain_xla.config import DataConfig, RunConfig
 from pretrain_xla.config_file import to_yaml
 from pretrain_xla.data.manifest import dataset_info
 from pretrain_xla.data.tokenizer import is_stored, known_tokenizers, load_tokenizer, stored_tokenizer
-from pretrain_xla.train.metrics import metrics_path, read_metrics
+from pretrain_xla.errors import UserError
+from pretrain_xla.train.metrics import metrics_path, read_metrics, rewrite
 
 CONFIG_FILE = "config.yaml"
 TOKENIZER_FOLDER = "tokenizer"
@@ -32,17 +33,19 @@ def set_aside(run_dir: str) -> str | None:
     number = 1
     while os.path.exists(aside := os.path.join(run_dir, f"earlier_{number}")):
         number += 1
-    os.mkdir(aside)
-    for name in sorted(os.listdir(run_dir)):
-        if any(fnmatch.fnmatchcase(name, pattern) for pattern in RECORDS):
-            os.rename(os.path.join(run_dir, name), os.path.join(aside, name))
+    try:
+        os.mkdir(aside)
+        for name in sorted(os.listdir(run_dir)):
+            if any(fnmatch.fnmatchcase(name, pattern) for pattern in RECORDS):
+                os.rename(os.path.join(run_dir, name), os.path.join(aside, name))
+    except OSError as error:
+        raise UserError(f"{aside} cannot be made ({error.strerror}): make room, or name another --run-dir") from None
     return aside
 
 
 def write_run_files(config: RunConfig) -> None:
     """Write `config.yaml`, and a copy of the data's tokenizer where that is a file (names need none)."""
-    with open(os.path.join(config.run_dir, CONFIG_FILE), "w", encoding="utf-8") as file:
-        file.write(to_yaml(config))
+    rewrite(os.path.join(config.run_dir, CONFIG_FILE), [to_yaml(config)])
     info = dataset_info(config.data.train_dir)
     name = config.data.tokenizer or (info.tokenizer_name if info else None)
     if name and name not in known_tokenizers():

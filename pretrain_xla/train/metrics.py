@@ -2,21 +2,29 @@
 
 `metrics.jsonl` is the record: one line a step, one a validation and one an evaluation. It is safe over restarts: when a run
 resumes at step s, lines of later steps (from a run that died after its last checkpoint) are dropped, and so is a last line that
-was cut off.
+was cut off; `samples.txt` is treated alike. A disk that is full in the middle of a run does not end it (`appender.py`).
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import math
 import os
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from pretrain_xla.config import RunConfig
 from pretrain_xla.errors import UserError
-from pretrain_xla.redact import redacted_tree
+from pretrain_xla.system_faults import disk_fault
+from pretrain_xla.train.appender import Appender
+from pretrain_xla.train.trackers import Row, TensorBoard, WandB
 
-Row = dict[str, Any]
+__all__ = ["MetricLog", "Row", "metrics_path", "read_metrics", "rewrite", "to_json"]
+
+SAMPLES_FILE = "samples.txt"
+_HEADING = "--- step "
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
@@ -53,72 +61,87 @@ def metrics_path(run_dir: str) -> str:
 
 
 class MetricLog:
-    """Appends rows to `metrics.jsonl` and passes them to TensorBoard and Weights & Biases. Only the main process has one."""
+    """Appends rows to `metrics.jsonl` and passes them to TensorBoard and Weights & Biases. Only the main process has one.
 
-    def __init__(self, config: RunConfig, resumed_step: int) -> None:
-        self.path = metrics_path(config.run_dir)
-        self._config = config
+    Args:
+        config: of the run.
+        resumed_step: updates made when the run begins; what is recorded of later ones is dropped.
+        warn: takes a line where something cannot be written; the run goes on.
+        wandb: gets the rows as well; closed with the rest.
+
+    Raises:
+        UserError: the record cannot be begun.
+    """
+
+    def __init__(
+        self, config: RunConfig, resumed_step: int, warn: Callable[[str], None] = print, wandb: WandB | None = None
+    ) -> None:
+        self.path, samples = metrics_path(config.run_dir), os.path.join(config.run_dir, SAMPLES_FILE)
         kept: list[Row] = []
         if resumed_step and os.path.exists(self.path):
             kept = [row for row in read_metrics(self.path) if row["step"] <= resumed_step]
-        temporary = self.path + ".tmp"
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.writelines(to_json(row) + "\n" for row in kept)
-            file.flush()
-            os.fsync(file.fileno())  # else a machine that goes down may be left with neither the old file nor the new
-        os.replace(temporary, self.path)
-        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (open for the whole run; see close)
-        self._tensorboard: Any = None
-        if config.logging.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._tensorboard = SummaryWriter(config.run_dir, purge_step=resumed_step + 1 if resumed_step else None)
-        self._wandb = _start_wandb(config) if config.logging.wandb_logging else None
+        rewrite(self.path, [to_json(row) + "\n" for row in kept])
+        if os.path.exists(samples):
+            rewrite(samples, samples_until(samples, resumed_step))
+        self._file = Appender(self.path, warn)
+        self._samples = functools.cache(lambda: Appender(samples, warn))
+        self._tensorboard = TensorBoard(config, resumed_step, warn) if config.logging.tensorboard else None
+        self._trackers: list[TensorBoard | WandB] = [one for one in (self._tensorboard, wandb) if one is not None]
 
     def write(self, rows: list[Row], *, kind: str) -> None:
         """Record rows of one kind (`train`, `validation` or `evaluation`); each has a `step`."""
-        for row in rows:
-            self._file.write(to_json(row) + "\n")
-            if self._tensorboard is not None:
-                for name, value in row.items():
-                    if name != "step":
-                        self._tensorboard.add_scalar(f"{kind}/{name}", value, row["step"])
-            if self._wandb is not None and (
-                kind != "train" or row["step"] % self._config.logging.wandb_logging_interval == 0
-            ):
-                self._wandb.log({f"{kind}/{name}": value for name, value in row.items()}, step=row["step"])
-        self._file.flush()
+        self._file.write("".join(to_json(row) + "\n" for row in rows).encode())
+        for tracker in self._trackers:
+            tracker.rows(rows, kind)
 
     def write_sample(self, step: int, text: str) -> None:
         """Record what the model wrote after `step`, in `samples.txt` and as TensorBoard text."""
-        with open(os.path.join(self._config.run_dir, "samples.txt"), "a", encoding="utf-8") as file:
-            file.write(f"--- step {step}\n{text}\n")
+        self._samples().write(sample_entry(step, text).encode())
         if self._tensorboard is not None:
-            self._tensorboard.add_text("sample", text, step)
+            self._tensorboard.text(step, text)
 
     def close(self) -> None:
         """Flush everything."""
         self._file.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        if self._samples.cache_info().currsize:
+            self._samples().close()
+        for tracker in self._trackers:
+            tracker.close()
 
 
-def _start_wandb(config: RunConfig) -> Any:
+def rewrite(path: str, lines: Iterable[str]) -> None:
+    """Put other lines into a file, whole or not at all.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     try:
-        import wandb
-    except ModuleNotFoundError:
-        raise UserError(
-            "wandb_logging needs Weights & Biases: pip install wandb, or leave out --wandb-logging"
-        ) from None
-    logging = config.logging
-    return wandb.init(
-        project=logging.wandb_project,
-        name=logging.wandb_name,
-        config=redacted_tree(config.model_dump(mode="json")),
-        notes=logging.wandb_notes,
-        tags=list(logging.wandb_tags),
-        id=logging.wandb_resume_id,
-        resume="must" if logging.wandb_resume_id else None,
-    )
+        with open(path + ".tmp", "w", encoding="utf-8", newline="\n") as file:
+            file.writelines(lines)
+            file.flush()
+            os.fsync(file.fileno())  # else a machine that goes down may be left with neither the old file nor the new
+        os.replace(path + ".tmp", path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.unlink(path + ".tmp")
+        raise UserError(f"{path} cannot be written: {disk_fault(error) or error.strerror or error}") from None
+
+
+def sample_entry(step: int, text: str) -> str:
+    """What a sample is in `samples.txt`; a line of it that looks like the next one's heading is moved in."""
+    return f"{_HEADING}{step}\n" + f"{text}\n".replace(f"\n{_HEADING}", f"\n {_HEADING}")
+
+
+def samples_until(path: str, step: int) -> list[str]:
+    """Lines of a `samples.txt` up to the last sample of `step` or before; a run that goes on there writes the others again."""
+    kept = []
+    with open(path, encoding="utf-8", errors="replace", newline="\n") as file:
+        for line in file:
+            if (
+                line.startswith(_HEADING)
+                and (number := line[len(_HEADING) :].strip()).isdecimal()
+                and int(number) > step
+            ):
+                break
+            kept.append(line)
+    return kept

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import statistics
 from typing import Any
 
-from pretrain_xla.train.metrics import Row, metrics_path, read_metrics, to_json
+from pretrain_xla.errors import UserError
+from pretrain_xla.system_faults import disk_fault
+from pretrain_xla.train.metrics import Row, metrics_path, read_metrics, rewrite, to_json
 
 
 def summarise(rows: list[Row]) -> dict[str, Any]:
@@ -34,23 +37,28 @@ def summarise(rows: list[Row]) -> dict[str, Any]:
 
 
 def write_report(run_dir: str, figures: dict[str, Any]) -> dict[str, Any]:
-    """Write `summary.json` and `loss.png` of a run from its metrics and these figures of it; returns the summary."""
+    """Write `loss.png` and `summary.json` of a run from its metrics and these figures of it; returns the summary.
+
+    The summary comes last: where it is missing, the same command makes both again.
+
+    Raises:
+        UserError: one cannot be written.
+    """
     path = metrics_path(run_dir)
     rows = read_metrics(path) if os.path.exists(path) else []
     summary = {**figures, **summarise(rows)}
-    write_summary(run_dir, summary)
     plot_loss(run_dir, rows, f"{summary['parameters'] / 1e6:.1f}M parameters, {run_dir}")
+    write_summary(run_dir, summary)
     return summary
 
 
 def write_summary(run_dir: str, summary: dict[str, Any]) -> None:
-    """Write `summary.json`, whole or not at all."""
-    path = os.path.join(run_dir, "summary.json")
-    with open(path + ".tmp", "w", encoding="utf-8") as file:
-        file.write(to_json(summary, indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(path + ".tmp", path)
+    """Write `summary.json`, whole or not at all.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    rewrite(os.path.join(run_dir, "summary.json"), [to_json(summary, indent=2) + "\n"])
 
 
 def summarised_steps(run_dir: str) -> int | None:
@@ -64,7 +72,11 @@ def summarised_steps(run_dir: str) -> int | None:
 
 
 def plot_loss(run_dir: str, rows: list[Row], title: str) -> None:
-    """Draw training loss (raw and smoothed), validation loss and the learning rate into `loss.png`."""
+    """Draw training loss (raw and smoothed), validation loss and the learning rate into `loss.png`.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -97,8 +109,16 @@ def plot_loss(run_dir: str, rows: list[Row], title: str) -> None:
     rates.set_ylabel("learning rate")
     rates.set_xlabel("step")
     rates.grid(alpha=0.3)
-    figure.savefig(os.path.join(run_dir, "loss.png"), dpi=120)
-    plt.close(figure)
+    path = os.path.join(run_dir, "loss.png")
+    try:
+        figure.savefig(path + ".tmp", dpi=120, format="png")
+        os.replace(path + ".tmp", path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.unlink(path + ".tmp")
+        raise UserError(f"{path} cannot be written: {disk_fault(error) or error.strerror or error}") from None
+    finally:
+        plt.close(figure)
 
 
 def _smoothed(values: list[float]) -> list[float]:

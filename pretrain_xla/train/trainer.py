@@ -41,6 +41,7 @@ from pretrain_xla.train.samples import Samples
 from pretrain_xla.train.seen import Seen, seen_so_far, what_changed
 from pretrain_xla.train.signals import StopSignal
 from pretrain_xla.train.step import METRICS, TrainStep, step_seed
+from pretrain_xla.train.trackers import WandB
 
 
 class Trainer:
@@ -83,6 +84,8 @@ class Trainer:
         writes = config.logging.sample_interval is not None and not train.do_test
         self.samples = Samples(config, self.model, runtime) if writes else None
         self.guard = GraphGuard(runtime, strict=train.strict_graph, say=self.console.warn)
+        logs = config.logging.wandb_logging and runtime.is_main and not train.do_test
+        self.wandb = WandB(config, self.console.warn) if logs and self.start.step < train.train_steps else None
         self.start.release()
 
     def _batches(self, dataset: TokenDataset) -> Batches:
@@ -125,9 +128,9 @@ class Trainer:
         if first >= last:
             self._already_done(first, last)
             return
-        self.log = MetricLog(self.config, first) if self.runtime.is_main else None
+        self.log = MetricLog(self.config, first, self.console.warn, self.wandb) if self.runtime.is_main else None
         self._history = self.runtime.place_like(torch.zeros(self.config.logging.log_interval, len(METRICS)), None)
-        self._done = first
+        self._done, self._under_way = first, 0
         self._measured: tuple[int, float | None] = (first, None)  # the step of the last validation, and its loss
         self.readings = Readings(
             self.config, self.runtime, first, self._record, tokens=lambda step: self._seen(step).tokens
@@ -136,10 +139,13 @@ class Trainer:
         with ExitStack() as stack:
             stack.callback(self._close_files)
             self._push_to_hub(stack)
-            stop = stack.enter_context(StopSignal(enabled=self.runtime.process_count == 1))
+            self.start.store.unwritten = self.console.warn
+            stop = stack.enter_context(StopSignal(enabled=self.runtime.process_count == 1, doing=self._finishing))
             self._bar = stack.enter_context(self.console.training(first, last))
             if first == 0:
                 self._validate(0)
+            if stop.signal is not None:
+                stop.leave("stopped before the first step; the same command begins there")
             depth, threads = self.config.data.prefetch_batches, self.batches.threads
             ahead = pipeline(self._read, self.runtime.place_batch, first, last, depth, threads)
             batches = stack.enter_context(ahead)
@@ -154,8 +160,15 @@ class Trainer:
                     stop.leave(f"stopped at step {done}; the same command continues from there")
         self._finish()
 
+    def _finishing(self) -> str:
+        """What is done before a run that is asked to stop ends."""
+        if not self._under_way:
+            return "stopping before the first step"
+        return f"finishing step {self._under_way} and saving"
+
     def _one_step(self, done: int, tokens: Tensor) -> None:
         """Make update number `done` (from 1) and whatever is due after it."""
+        self._under_way = done
         train = self.config.train
         if self.config.model.dropout > 0:
             self.runtime.seed(step_seed(train.seed, done))

@@ -373,7 +373,8 @@ def test_what_is_no_number_is_not_saved(value: float, kind: torch.dtype, store: 
 
 
 def assert_write_failed(error: UserError, root: Path) -> None:
-    assert str(error).startswith(f"{root}: a checkpoint could not be written")
+    assert str(error).startswith(f"{root}: the checkpoint of step ")
+    assert "could not be written" in str(error)
     assert "earlier ones are whole" in str(error)
     assert "\n" not in str(error)
 
@@ -436,10 +437,45 @@ def test_a_full_disk_costs_no_earlier_checkpoint(tmp_path: Path) -> None:
         with pytest.raises(UserError) as caught:
             store.wait()
     assert_write_failed(caught.value, tmp_path)
+    assert "could not be written (File too large: raise the limit" in str(caught.value), (
+        "not: unexpected pos 704 vs 598"
+    )
+    assert [folder.name for folder in tmp_path.iterdir()] == ["step_00000001"], "a part of it would take the room"
     assert store.steps() == [1]
     assert same(store.load(1), state(1))
     save(store, 1.0, first=2)
     assert store.steps() == [2]
+
+
+def test_a_run_may_go_on_after_a_write_that_failed(tmp_path: Path) -> None:
+    store, heard = CheckpointStore(str(tmp_path), limit=5), list[str]()
+    store.unwritten = heard.append
+    with full_disk():
+        store.save(WIDE, info(1))
+        store._writer.submit(int).result()  # written, or not, by now
+        assert len(heard) == 1, "at once"
+        assert "the checkpoint of step 1 could not be written (File too large" in heard[0]
+        assert heard[0].endswith("the next one is tried when it is due")
+    store.save(state(2), info(2))
+    store.wait()
+    assert store.steps() == [2]
+    with full_disk():
+        store.save(WIDE, info(3))
+        with pytest.raises(UserError, match="step 3 could not be written"):
+            store.close()  # the last one must not fail in silence
+
+
+def test_memory_that_runs_out_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = CheckpointStore(str(tmp_path), limit=1)
+    save(store, 2.0)
+
+    def empty(*_: Any, **__: Any) -> None:
+        torch.zeros(1).resize_(2**58)
+
+    monkeypatch.setattr(store, "_read", empty)
+    with pytest.raises(UserError, match="cannot be read: this machine is out of memory") as caught:
+        store.load(1)
+    assert "damaged" not in str(caught.value)
 
 
 def test_the_marker_says_what_the_checkpoint_is(tmp_path: Path) -> None:

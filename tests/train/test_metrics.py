@@ -14,6 +14,7 @@ import pytest
 from pretrain_xla.config import RunConfig
 from pretrain_xla.errors import UserError
 from pretrain_xla.train.metrics import MetricLog, read_metrics
+from pretrain_xla.train.trackers import WandB
 
 Make = Callable[..., RunConfig]
 
@@ -116,4 +117,4 @@ def test_tensorboard_shows_the_run_that_counted(make_config: Make, path: Path) -
 @pytest.mark.usefixtures("path")
 def test_wandb_that_is_not_installed(make_config: Make) -> None:
     with pytest.raises(UserError, match="pip install wandb, or leave out --wandb-logging"):
-        MetricLog(make_config(logging={"wandb_logging": True}), 0)
+        WandB(make_config(logging={"wandb_logging": True}), print)
