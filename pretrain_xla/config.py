@@ -234,6 +234,8 @@ class TrainConfig(Section):
     from_checkpoint: str | None = None
     """Start from gpt2[-medium|-large|-xl], from any model of the Hub (owner/name), a Hugging Face folder or a .pt file, or from
     where another run stands: its folder, or one of its checkpoints. The architecture comes from there."""
+    weights_only: bool = False
+    """With from_checkpoint: take only a run's weights and begin at step 0, with new optimizer, schedule and order of data."""
     rematerialization: Literal["none", "selective", "full"] = "none"
     """What the backward pass computes again instead of keeping: none; selective: all but attention and matrix products;
     full: each block from its input."""
@@ -341,7 +343,7 @@ class LoggingConfig(Section):
     wandb_name: str = "base"
     """Name of the run there."""
     wandb_logging_interval: Positive = 500
-    """Steps between uploads."""
+    """Steps between uploads; the last step is always uploaded."""
     wandb_resume_id: str | None = None
     """Id of the run there to continue."""
     wandb_notes: str | None = None
@@ -391,6 +393,8 @@ class RunConfig(Section):
         for key, token in named if end_of_text is None else [*named, ("end_of_text", end_of_text)]:
             if token >= vocab_size:
                 raise ValueError(f"{key}={token} is no token of vocab_size={vocab_size}: give an id below that")
+        if self.train.weights_only and self.train.from_checkpoint is None:
+            raise ValueError("weights_only=True takes the weights of from_checkpoint, and there is none: name it")
         if self.train.mixed_precision == "fp16" and self.parallel.runtime == "xla":
             raise ValueError("mixed_precision=fp16 needs CUDA (runtime=torch): XLA devices compute in bf16")
         again = self.train.rematerialization != "none" or self.train.scan_layers

@@ -143,24 +143,41 @@ def _pushed(config: RunConfig, root: str, newest: int | None) -> str | None:
 
 
 def _from_model(config: RunConfig, store: CheckpointStore, data_fingerprint: str, say: Callable[[str], None]) -> Start:
-    """Begin from `from_checkpoint`: with all of its state where it is a checkpoint of ours, else with its weights."""
+    """Begin from `from_checkpoint`: with all of its state where it is a checkpoint of ours, else (or with `weights_only`)
+    with its weights.
+
+    Raises:
+        UserError: it is another model's, its numbers are none, or it has no steps left to make.
+    """
     assert config.train.from_checkpoint is not None
     found = describe(config.train.from_checkpoint, stated=config.model.model_dump())
     check_fits(found, config.model)
-    say(f"continuing from {found.where}")
+    only = config.train.weights_only and not config.train.do_test
+    say(f"beginning with the weights of {found.where}" if only else f"continuing from {found.where}")
     if found.checkpoint is None:
         _check_tokenizer_beside(found, config)
-        weights = found.read()
-        check_finite(weights, found.where)
-        tensors = {f"model.{name}": tensor for name, tensor in fit_tensors(weights, config.model).items()}
-        return Start(store, tensors=tensors, where=found.where)
+        return _from_weights(found, config, store)
     source, step = found.checkpoint
+    if step >= config.train.train_steps and not config.train.do_test and not only:
+        raise UserError(
+            f"{source.folder(step)} has made {step} steps, and --train-steps is {config.train.train_steps}: raise "
+            "--train-steps to go on from there, or add --weights-only to begin at step 0 with its weights"
+        )
     info = source.info(step)
     _check_data(info, source, step, data_fingerprint, config, say)
+    if only:
+        return _from_weights(found, config, store)
     tensors = source.load(step)
     check_finite(tensors, found.where)
     tensors = fit_tensors(tensors, config.model)
     return Start(store, step, tensors, found.where, tests=config.train.do_test, info=info)
+
+
+def _from_weights(found: Description, config: RunConfig, store: CheckpointStore) -> Start:
+    weights = found.read()
+    check_finite(weights, found.where)
+    tensors = {f"model.{name}": tensor for name, tensor in fit_tensors(weights, config.model).items()}
+    return Start(store, tensors=tensors, where=found.where)
 
 
 def _check_data(

@@ -154,3 +154,29 @@ def test_a_run_that_made_no_step_left_no_record(make: Make, folder: Path) -> Non
     run(make(train_steps=2))
     assert not list(folder.glob("earlier*"))
     assert [row["step"] for row in rows_of(folder)] == [0, 1, 2, 2]
+
+
+def test_only_the_weights_of_a_finished_run(make: Make, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(make(train_steps=4))
+    first = CheckpointStore(str(folder / "checkpoints"), limit=9).load(4)
+
+    def begin(name: str, **train: Any) -> dict[str, Any]:
+        config = make(from_checkpoint=str(folder), **train)
+        run(config.model_copy(update={"logging": config.logging.model_copy(update={"run_dir": str(folder / name)})}))
+        return CheckpointStore(str(folder / name / "checkpoints"), limit=9).load(train["train_steps"])
+
+    with pytest.raises(
+        UserError, match=r"step_00000004 has made 4 steps, and --train-steps is 4: raise .*--weights-only"
+    ):
+        begin("refused", train_steps=4)
+    assert not (folder / "refused").exists()
+    second = begin("second", train_steps=1, weights_only=True)
+    assert f"note: beginning with the weights of {folder}" in capsys.readouterr().out
+    assert int(second["optimizer.step"]) == 1
+    assert [row["step"] for row in rows_of(folder / "second")] == [0, 1, 1]
+    last = next(row["valid_loss"] for row in rows_of(folder) if row["step"] == 4 and "valid_loss" in row)
+    assert rows_of(folder / "second")[0]["valid_loss"] == pytest.approx(last)
+    assert any((first[name] != second[name]).any() for name in first if name.startswith("model."))
+    assert int(begin("third", train_steps=5)["optimizer.step"]) == 5, "all of its state, as ever"
+    with pytest.raises(UserError, match="weights_only=True takes the weights of from_checkpoint"):
+        make(train_steps=4, weights_only=True)

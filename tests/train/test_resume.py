@@ -136,7 +136,7 @@ def test_from_another_runs_checkpoint(make_config: Make, tmp_path: Path) -> None
     other = str(tmp_path / "other" / "checkpoints")
     tensors = leave(make_config(), 4, 8, root=other)
     for path in (str(tmp_path / "other"), other, f"{other}/step_00000008"):
-        start = find_start(make_config(train={"from_checkpoint": path}), "data", print)
+        start = find_start(make_config(train={"from_checkpoint": path, "train_steps": 9}), "data", print)
         assert start.step == 8
         assert torch.equal(start.tensors["model.embedding.weight"], tensors["model.embedding.weight"])
         assert start.store.root == str(tmp_path / "run" / "checkpoints"), "it writes to its own"
