@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,7 +14,7 @@ from pretrain_xla.command_line import parse
 from pretrain_xla.config import build_config
 from pretrain_xla.data.files import filesystem, is_local, write_atomically
 from pretrain_xla.data.tokenizer import Tokenizer, load_tokenizer
-from pretrain_xla.errors import UserError
+from pretrain_xla.errors import UserError, out_of_memory
 from pretrain_xla.evaluate.evaluation import Evaluation, Result
 from pretrain_xla.evaluate.tasks import TASKS, Settings
 from pretrain_xla.interop.load import LoadedModel, load_model
@@ -24,8 +23,14 @@ from pretrain_xla.redact import redacted, redacted_tree
 from pretrain_xla.runtime import Runtime, start
 from pretrain_xla.train.build import build_model
 from pretrain_xla.train.console import Console
+from pretrain_xla.train.folders import probe, remove_empty
 from pretrain_xla.train.metrics import to_json
 from pretrain_xla.train.report import shown
+
+MEMORY = (
+    "lower --batch-size, add --mixed-precision bf16, or share the weights out with --mesh-fsdp over more devices (xla); "
+    "`python -m pretrain_xla preflight` says for a TPU what a model needs"
+)
 
 
 @dataclass(frozen=True)
@@ -69,10 +74,15 @@ def evaluate_command(arguments: Sequence[str]) -> None:
     """Parse, load, score, and show the results.
 
     Raises:
-        UserError: no model, no such task or file, or a setting out of range.
+        UserError: no model, no such task or file, a setting out of range, or too little memory.
     """
     flags = parse(EvaluateFlags, arguments, program="evaluate.py", command="evaluate")
     _check(flags)
+    with out_of_memory(MEMORY):
+        _evaluate(flags)
+
+
+def _evaluate(flags: EvaluateFlags) -> None:
     loaded = load_model(flags.model, flags.checkpoint)
     runtime, model = build(
         loaded,
@@ -195,13 +205,11 @@ def _check_writable(fs: Any, path: str, output: str) -> None:
     """Find out before anything is scored, on a disk; a bucket says it when it is written to."""
     if not is_local(fs):
         return
-    folder = os.path.dirname(path)
+    made: list[str] = []
     try:
-        os.makedirs(folder, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UserError(f"--output {output} cannot be written ({error.strerror}): name another file") from None
+        probe("--output", os.path.dirname(path) or ".", made)
+    finally:
+        remove_empty(made)  # what is refused later leaves nothing behind; writing makes them again
 
 
 def _write(path: str, where: str, results: Sequence[Result], graphs: dict[str, int]) -> None:

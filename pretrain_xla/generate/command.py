@@ -12,11 +12,16 @@ from typing import Literal
 import tyro
 
 from pretrain_xla.command_line import parse
-from pretrain_xla.errors import UserError
+from pretrain_xla.errors import UserError, out_of_memory
 from pretrain_xla.generate.continuation import Request
 from pretrain_xla.generate.generator import Generator
 from pretrain_xla.generate.sampling import Sampling
 from pretrain_xla.generate.text import TextStream
+
+MEMORY = (
+    "continue fewer prompts at a time (--prompt, --prompt-file, --num-samples), or for fewer tokens (--max-new-tokens); "
+    "`python -m pretrain_xla preflight` says for a TPU what a model needs"
+)
 
 
 @dataclass(frozen=True)
@@ -74,9 +79,13 @@ def generate_command(arguments: Sequence[str]) -> None:
     """Parse, load, and continue the prompts that are given, or as many as are typed.
 
     Raises:
-        UserError: no checkpoint, no tokenizer, an unreadable file, or a setting out of range.
+        UserError: no checkpoint, no tokenizer, an unreadable file, a setting out of range, or too little memory.
     """
-    flags = parse(GenerateFlags, arguments, program="generate.py", command="generate")
+    with out_of_memory(MEMORY):
+        _generate(parse(GenerateFlags, arguments, program="generate.py", command="generate"))
+
+
+def _generate(flags: GenerateFlags) -> None:
     for name, value in (("max-new-tokens", flags.max_new_tokens), ("num-samples", flags.num_samples)):
         if value < 1:
             raise UserError(f"--{name} {value}: ask for at least 1")
@@ -121,10 +130,13 @@ def _prompts_of(path: str) -> list[str]:
 
 
 def _check_writable(path: str) -> None:
-    """Find out before the model is loaded, not after it has written."""
+    """Find out before the model is loaded, not after it has written; a file that was not there is not there afterwards."""
+    there = os.path.exists(path)
     try:
         with open(path, "a", encoding="utf-8"):
             pass
+        if not there:
+            os.unlink(path)
     except OSError as error:
         raise UserError(f"--output {path} cannot be written ({error.strerror}): name another file") from None
 

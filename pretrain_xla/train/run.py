@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import os
-import tempfile
 
 from pretrain_xla.config import RunConfig
-from pretrain_xla.errors import UserError, guarded
+from pretrain_xla.errors import guarded, out_of_memory
 from pretrain_xla.interop import hub
-from pretrain_xla.runtime import load_xla, say, start
+from pretrain_xla.runtime import Runtime, load_xla, say, start
+from pretrain_xla.runtime.launched import speaks_first
 from pretrain_xla.train.files import set_aside, write_run_files
+from pretrain_xla.train.folders import local_folders, writable_folders
+from pretrain_xla.train.lock import alone_in
+
+MEMORY = (
+    "lower --train-batch-size and raise --gradient-accum-step (and --eval-batch-size, if it happens in validation), or add "
+    "--rematerialization selective or full, --loss-chunk 1024, or --mesh-fsdp over more devices (xla); "
+    "`python -m pretrain_xla preflight` says for a TPU what fits before a run"
+)
 
 
 def start_run(config: RunConfig) -> None:
@@ -34,44 +42,34 @@ def run(config: RunConfig) -> None:
     """Train, or only evaluate (`do_test`), on the devices that the config names.
 
     Raises:
-        UserError: anything about the request that cannot be met, before training starts where that can be known.
+        UserError: anything about the request that cannot be met, before training starts where that can be known; or the
+            machine ran out of something on the way.
     """
-    main_process = os.environ.get("RANK", "0") == "0"
-    if not config.train.do_test and main_process:
-        check_writable(config)
-        if config.checkpoint.hub_repo is not None:
-            hub.check_writable(config.checkpoint.hub_repo)
-    runtime = start(config)
+    with out_of_memory(MEMORY), contextlib.ExitStack() as stack:
+        if not config.train.do_test and speaks_first(config.parallel.runtime):
+            stack.enter_context(writable_folders(config))
+            if config.parallel.runtime == "torch":
+                stack.enter_context(alone_in(local_folders(config)))
+            if config.checkpoint.hub_repo is not None:
+                hub.check_writable(config.checkpoint.hub_repo)
+        runtime = start(config)
+        stack.callback(runtime.close)
+        if runtime.is_main and not config.train.do_test and config.parallel.runtime == "xla":
+            # Which of several processes is main is not known before; they do not lock each other out.
+            stack.enter_context(alone_in(local_folders(config)))
+        _run_on(config, runtime)
+
+
+def _run_on(config: RunConfig, runtime: Runtime) -> None:
     from pretrain_xla.train.trainer import Trainer
 
-    try:
-        trainer = Trainer(config, runtime)
-        if config.train.do_test:
-            trainer.evaluate()
-            return
-        if runtime.is_main:
-            if not trainer.start.own and (aside := set_aside(config.run_dir)) is not None:
-                trainer.console.note(f"{config.run_dir} held the records of an earlier run; they are in {aside} now")
-            if trainer.start.step < config.train.train_steps:  # else nothing is done, and the old one stays true
-                write_run_files(config)
-        trainer.fit()
-    finally:
-        runtime.close()
-
-
-def check_writable(config: RunConfig) -> None:
-    """Make the run's folders and write to them once, before any device is touched.
-
-    Raises:
-        UserError: a folder cannot be made or written.
-    """
-    for key, folder in (("run_dir", config.run_dir), ("checkpoints_dir", config.checkpoints_dir)):
-        if "://" in folder:
-            continue  # a bucket is tried by its own client when the run looks for checkpoints
-        try:
-            os.makedirs(folder, exist_ok=True)
-            # A file of its own for each process: they all try at the same time.
-            with tempfile.TemporaryFile(dir=folder):
-                pass
-        except OSError as error:
-            raise UserError(f"{key}={folder} cannot be written ({error.strerror}): name another folder") from None
+    trainer = Trainer(config, runtime)
+    if config.train.do_test:
+        trainer.evaluate()
+        return
+    if runtime.is_main:
+        if not trainer.start.own and (aside := set_aside(config.run_dir)) is not None:
+            trainer.console.note(f"{config.run_dir} held the records of an earlier run; they are in {aside} now")
+        if trainer.start.step < config.train.train_steps:  # else nothing is done, and the old one stays true
+            write_run_files(config)
+    trainer.fit()

@@ -125,3 +125,35 @@ def test_a_loss_that_explodes_stops_the_run(tmp_path: Path, flags: Callable[...,
     assert_refused(done, "the loss is", "--learning-rate")
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert all(row.get("loss", 0) == row.get("loss", 0) for row in rows)
+
+
+OUT_OF_MEMORY = """
+import torch, torch_xla
+from pretrain_xla.errors import guarded, out_of_memory
+
+@guarded
+def compute():
+    with out_of_memory("lower --train-batch-size"):
+        x = torch.ones(1 << 22, device=torch_xla.device())
+        table = torch.cat([(x[:, None] * x[None, :]).reshape(-1)] * 4).sort().values
+        torch_xla.sync()
+        table[:3].cpu()
+
+compute()
+"""
+
+
+def test_out_of_memory(tmp_path: Path, flags: Callable[..., list[str]]) -> None:
+    done = run("run_pretrain.py", *flags(tmp_path / "run", d_model=2**20, d_ff=2**20, num_layers=1))
+    assert_refused(done, "this machine is out of memory", "--train-batch-size", "--rematerialization", "preflight")
+    assert not (tmp_path / "run").exists()
+    done = run("-c", OUT_OF_MEMORY, **XLA)
+    assert_refused(
+        done, "the device is out of memory", "allocating 281474976710656 bytes", ": lower --train-batch-size"
+    )
+
+
+def test_what_torchrun_leaves_behind(tmp_path: Path, flags: Callable[..., list[str]]) -> None:
+    done = run("run_pretrain.py", *flags(tmp_path / "run"), RANK="1")
+    assert_refused(done, "RANK=1 is in the environment, and WORLD_SIZE, MASTER_ADDR, MASTER_PORT not: unset RANK")
+    assert not (tmp_path / "run").exists()

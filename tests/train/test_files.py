@@ -17,7 +17,8 @@ from pretrain_xla.data.train_tokenizer import train_tokenizer
 from pretrain_xla.errors import UserError
 from pretrain_xla.train.checkpoint import CheckpointStore
 from pretrain_xla.train.files import find_tokenizer, write_run_files
-from pretrain_xla.train.run import check_writable, run
+from pretrain_xla.train.folders import writable_folders
+from pretrain_xla.train.run import run
 
 Make = Callable[..., RunConfig]
 
@@ -33,7 +34,8 @@ def test_the_config_is_kept_and_is_enough_to_repeat_the_run(make_config: Make, t
 
 
 def test_folders_are_made_and_nothing_is_left_in_them(make_config: Make, tmp_path: Path) -> None:
-    check_writable(make_config())
+    with writable_folders(make_config()):
+        pass
     assert [entry.relative_to(tmp_path) for entry in (tmp_path / "run").rglob("*")] == [Path("run/checkpoints")]
 
 
@@ -42,8 +44,8 @@ def test_a_folder_that_cannot_be_written_is_named(key: str, make_config: Make, t
     (tmp_path / "file").write_text("in the way")
     folder = str(tmp_path / "file" / "x")
     config = make_config(**({"logging": {key: folder}} if key == "run_dir" else {"checkpoint": {key: folder}}))
-    with pytest.raises(UserError) as caught:
-        check_writable(config)
+    with pytest.raises(UserError) as caught, writable_folders(config):
+        pass
     assert str(caught.value) == f"{key}={folder} cannot be written (Not a directory): name another folder"
 
 
@@ -73,7 +75,29 @@ def test_a_tokenizer_of_ones_own_is_kept_with_the_run(named_by: str, make_config
 
 def test_many_processes_may_try_the_same_folder_at_once(make_config: Make) -> None:
     config = make_config()
+
+    def try_folders() -> None:
+        with writable_folders(config):
+            pass
+
     with ThreadPoolExecutor(8) as pool:
-        for attempt in [pool.submit(check_writable, config) for _ in range(800)]:
+        for attempt in [pool.submit(try_folders) for _ in range(800)]:
             attempt.result()
     assert os.listdir(config.run_dir or "") == ["checkpoints"], "and nothing of it stays"
+
+
+@pytest.mark.usefixtures("tokens", "runtime")
+def test_a_start_that_is_refused_leaves_no_folder(make_config: Make, tmp_path: Path) -> None:
+    folder = tmp_path / "some" / "where"
+    nothing = make_config(
+        logging={"run_dir": str(folder)},
+        data={"train_dir": str(tmp_path / "nothing"), "valid_dir": str(tmp_path / "nothing")},
+    )
+    with pytest.raises(UserError, match="no such folder"):
+        run(nothing)
+    assert not (tmp_path / "some").exists()
+    folder.mkdir(parents=True)
+    (folder / "note.txt").write_text("mine")
+    with pytest.raises(UserError, match="no such folder"):
+        run(nothing)
+    assert [path.name for path in folder.iterdir()] == ["note.txt"]
