@@ -28,6 +28,11 @@ class Launched:
     distributed: bool = False
     note: str | None = None
 
+    @property
+    def hosts(self) -> int:
+        """Machines of the launch."""
+        return max(self.world_size // self.local_world_size, 1)
+
 
 def launched(environment: Mapping[str, str] = os.environ) -> Launched:
     """Read the environment, for the torch runtime.

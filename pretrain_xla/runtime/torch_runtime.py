@@ -70,7 +70,7 @@ class TorchRuntime:
         self.attention = _attention(config.model)
         one = launched()
         self.process_count, self.process_index, local_rank = one.world_size, one.rank, one.local_rank
-        self.host_count = max(one.world_size // one.local_world_size, 1)
+        self.host_count = one.hosts
         if kind == "cuda" and local_rank >= torch.cuda.device_count():
             raise UserError(
                 f"torchrun started process {local_rank} on this host, which has {torch.cuda.device_count()} CUDA "

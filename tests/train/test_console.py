@@ -9,7 +9,7 @@ import pytest
 
 from pretrain_xla.config import RunConfig
 from pretrain_xla.model import parameter_count
-from pretrain_xla.runtime.torch_runtime import TorchRuntime
+from pretrain_xla.runtime.launched import launched
 from pretrain_xla.train.console import Console, what_hosts_share
 
 Make = Callable[..., RunConfig]
@@ -118,11 +118,6 @@ def test_several_hosts_are_told_which_local_folders_they_must_share(make_config:
     ("ranks", "hosts"),
     [({}, 1), ({"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "8"}, 1), ({"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "2"}, 4)],
 )
-def test_hosts_under_torchrun(
-    ranks: dict[str, str], hosts: int, make_config: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in ranks.items():
-        monkeypatch.setenv(name, value)
-    assert TorchRuntime(make_config()).host_count == hosts
+def test_hosts_under_torchrun(ranks: dict[str, str], hosts: int) -> None:
+    others = {"RANK": "0", "MASTER_ADDR": "a.host", "MASTER_PORT": "29500"} if ranks else {}
+    assert launched(others | ranks).hosts == hosts
