@@ -10,6 +10,7 @@ import pytest
 from pretrain_xla.config import RunConfig
 from pretrain_xla.model import parameter_count
 from pretrain_xla.runtime.launched import launched
+from pretrain_xla.runtime.torch_runtime import TorchRuntime
 from pretrain_xla.train.console import Console, what_hosts_share
 
 Make = Callable[..., RunConfig]
