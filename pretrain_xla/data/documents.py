@@ -206,7 +206,7 @@ def utf8(text: str) -> bytes:
 
 def cleaned(text: str) -> str:
     """The text as a document: well-formed, without blank lines at its ends; "" where nothing is left."""
-    text = well_formed(text.strip("\n"))
+    text = well_formed(text.strip("\r\n"))
     return "" if text.isspace() else text
 
 

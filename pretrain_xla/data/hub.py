@@ -81,7 +81,7 @@ def _rows(name: str, place: dict[str, Any], column: str, rows: int | None, begin
     table = table.select_columns([path[0]]).with_format("arrow")
     passed = begin[2] if isinstance(begin, list) else begin or 0
     for first in range(passed, len(table), ROWS):
-        texts = texts_of(table[first : first + ROWS], path)
+        texts = _texts(name, table[first : first + ROWS], path)
         for row, text in enumerate(texts, start=first + 1):
             if document := cleaned(text or ""):
                 yield Document(document, row, row / len(table))
@@ -101,11 +101,21 @@ def _stream(name: str, place: dict[str, Any], column: str, rows: int | None, beg
     stream.load_state_dict(state)
     done -= passed
     for batch in _batches(name, stream):
-        texts = texts_of(batch, path)
+        texts = _texts(name, batch, path)
         for row, text in enumerate(texts, start=1):
             if row > passed and (document := cleaned(text or "")):
                 yield Document(document, [state, row, done + row], (done + row) / rows if rows else None)
         state, passed, done = stream.state_dict(), max(0, passed - len(texts)), done + len(texts)
+
+
+def _texts(name: str, table: Any, path: list[str]) -> list[str | None]:
+    try:
+        return texts_of(table, path)
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise UserError(
+            f"source {name!r}: {'.'.join(path)!r} is not UTF-8 text (byte 0x{byte:02x}): name another with --text-column"
+        ) from None
 
 
 def _batches(name: str, stream: Any) -> Iterator[Any]:

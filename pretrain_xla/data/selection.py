@@ -21,6 +21,7 @@ _ABOUT = re.compile(
     re.IGNORECASE,
 )
 _CACHED = re.compile(r"cache-[0-9a-f]+(_\d+_of_\d+)?\.arrow")  # what `map` of `datasets` leaves beside the data
+_BROKEN_OFF = re.compile(r".*(\.(incomplete|part|partial|crdownload|aria2|tmp)|~)", re.IGNORECASE)
 _TEXT_SUFFIXES = ("", "txt", "text", "raw", "tokens")  # of plain text that comes in splits
 
 
@@ -51,6 +52,9 @@ def select(files: Sequence[TextFile], root: str) -> list[TextFile]:
         files: what was found in a folder.
         root: the folder.
     """
+    files = [
+        _left_out(file, "half of a file or a copy, by its name" if is_broken_off(file.path) else "") for file in files
+    ]
     about = _about_the_data(files)
     kept = [_left_out(file, about.get(file.path, "")) for file in files]
     if any(file.kind is not None and not file.lacks_text for file in kept):
@@ -62,6 +66,11 @@ def select(files: Sequence[TextFile], root: str) -> list[TextFile]:
 def is_about(path: str) -> bool:
     """Whether a file is about the data that lie beside it, by its name."""
     return _ABOUT.fullmatch(path.rpartition("/")[2]) is not None
+
+
+def is_broken_off(path: str) -> bool:
+    """Whether a name is what programs call a download that is not whole, or what they keep besides a file."""
+    return _BROKEN_OFF.fullmatch(path.rpartition("/")[2]) is not None
 
 
 def _left_out(file: TextFile, why: str) -> TextFile:

@@ -44,12 +44,13 @@ def _split_of(text: str, valid_fraction: float, seed: int) -> str:
 def _pieces(document: str) -> Iterator[str]:
     start = 0
     while True:
-        cut = document.find("\n\n", start + PIECE, start + 2 * PIECE)
+        cuts = (document.find(blank, start + PIECE, start + 2 * PIECE) for blank in ("\n\n", "\r\n\r\n"))
+        cut = min((cut for cut in cuts if cut >= 0), default=-1)
         if cut < 0:
             cut = document.find("\n", start + PIECE)
         if cut < 0:
             break
-        while cut < len(document) and document[cut] == "\n":
+        while cut < len(document) and document[cut] in "\r\n":
             cut += 1
         yield document[start:cut]
         start = cut

@@ -21,6 +21,7 @@ from pretrain_xla.evaluate.command import build, tokenizer_of
 from pretrain_xla.evaluate.rows import cut
 from pretrain_xla.evaluate.scorer import Row, Scorer
 from pretrain_xla.generate import Generator, Request, Sampling
+from pretrain_xla.interop.borders import before_text
 from pretrain_xla.interop.load import load_model
 
 DEFAULT_BATCH_SIZE = 8
@@ -69,14 +70,23 @@ class PretrainXlaLM(TemplateLM):
         if machine.process_count > 1:
             raise UserError("lm-eval runs in one process here, which uses all devices of its mesh: start it only once")
         self._tokenizer = tokenizer_of(loaded, tokenizer)
-        self._generator = Generator(model, self._tokenizer, machine)  # places the model
+        self._before = before_text(self._tokenizer) if loaded.begins else ()
+        self._generator = Generator(model, self._tokenizer, machine, ends=loaded.ends)  # places the model
         rows = DEFAULT_BATCH_SIZE if str(batch_size).startswith("auto") else int(batch_size)
         self._scorer = Scorer(model, machine, rows)
 
     @property
     def eot_token_id(self) -> int:
-        """Id of end-of-text; also what stands before a text without context."""
+        """Id of end-of-text."""
         return self._tokenizer.end_of_text
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands before a text without context: what the model learnt to see there, or end-of-text.
+
+        Some models are lost when they see an end of text there instead: perplexities of millions.
+        """
+        return self._before[0] if self._before else self.eot_token_id
 
     @property
     def max_length(self) -> int:
@@ -111,7 +121,7 @@ class PretrainXlaLM(TemplateLM):
         for owner, request in enumerate(requests):
             found = get_rolling_token_windows(
                 token_list=self.tok_encode(request.args[0]),
-                prefix_token=self.eot_token_id,
+                prefix_token=self.prefix_token_id,
                 max_seq_len=self.max_length,
                 context_len=1,
             )

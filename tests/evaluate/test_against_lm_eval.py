@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
+import transformers
 
+from pretrain_xla.data.train_tokenizer import train_tokenizer
 from pretrain_xla.evaluate import Evaluation, Settings
 from pretrain_xla.evaluate.evaluation import Result
 from pretrain_xla.evaluate.lm_eval_command import register
 
-from .conftest import ORIGINAL, SHARED, Trio, silent
+from .conftest import ORIGINAL, SHARED, TEXT, Trio, silent
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed")
 pytest.importorskip("accelerate", reason="lm-eval's transformers model needs it")
@@ -145,6 +148,24 @@ def test_our_model_inside_lm_eval(trio: Trio, hflm: Any, write: Callable[..., Pa
     expected = hflm.loglikelihood_rolling(rolling, disable_tqdm=True)
     assert ours.loglikelihood_rolling(rolling, disable_tqdm=True) == pytest.approx(expected, rel=1e-5)
     assert all(math.isfinite(value) for value in expected)
+
+
+def test_a_model_that_learnt_with_a_token_before_its_texts(trio: Trio, tmp_path: Path) -> None:
+    register()
+    trio.theirs.save_pretrained(tmp_path)
+    train_tokenizer([TEXT], 400, str(tmp_path), min_frequency=1, special_tokens=["<s>"])
+    made = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    begin = made.token_to_id("<s>")
+    made.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", begin)])
+    made.save(str(tmp_path / "tokenizer.json"))
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<|endoftext|>", bos_token="<s>")
+    hflm = HFLM(pretrained=trio.theirs, tokenizer=fast, add_bos_token=False, device="cpu", batch_size=3)
+    arguments = {"pretrained": str(tmp_path), "runtime": "torch", "device": "cpu"}
+    ours = lm_eval.api.registry.get_model("pretrain_xla").create_from_arg_obj(arguments)
+    assert ours.prefix_token_id == hflm.prefix_token_id == begin != ours.eot_token_id
+    requests = [_instance("loglikelihood_rolling", (text,)) for text in (TEXT, "wait")]
+    expected = hflm.loglikelihood_rolling(requests, disable_tqdm=True)
+    assert ours.loglikelihood_rolling(requests, disable_tqdm=True) == pytest.approx(expected, rel=1e-5)
 
 
 def test_generation_inside_lm_eval(trio: Trio, hflm: Any) -> None:

@@ -16,6 +16,15 @@ from pretrain_xla.data.reading import Bad
 from pretrain_xla.errors import UserError
 
 ROWS = 1024  # at a time: some MB of web pages
+# Bytes are text that its writer did not declare, as Impala, Hive and old versions of Spark write it.
+_TEXT = (
+    pa.types.is_string,
+    pa.types.is_large_string,
+    pa.types.is_string_view,
+    pa.types.is_binary,
+    pa.types.is_large_binary,
+    pa.types.is_binary_view,
+)
 
 
 def read_column(
@@ -62,7 +71,9 @@ def check_column(schema: pa.Schema, where: str, column: str) -> list[str]:
             among = f" among {' '.join(', '.join(inside).split())}" if inside else ""
             raise UserError(f"{where}: no field {name!r} of {column!r}{among}: name one with --text-column")
         kind = kind.field(name).type
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
+    if pa.types.is_dictionary(kind):  # each text is held once, and rows have its number
+        kind = kind.value_type
+    if not any(is_kind(kind) for is_kind in _TEXT):
         raise UserError(
             f"{where}: column {column!r} holds {' '.join(str(kind).split())}, not text: name another with --text-column"
         )
@@ -75,13 +86,17 @@ def texts_of(table: Any, path: list[str]) -> list[str | None]:
     Args:
         table: what has the columns.
         path: from `check_column`.
+
+    Raises:
+        UnicodeDecodeError: one is not UTF-8.
     """
-    return _column(table, path).to_pylist()
+    return [value.decode() if isinstance(value, bytes) else value for value in _column(table, path).to_pylist()]
 
 
 def _column(table: Any, path: list[str]) -> Any:
     column = table.column(path[0])
-    return pc.struct_field(column, path[1:]) if len(path) > 1 else column
+    column = pc.struct_field(column, path[1:]) if len(path) > 1 else column
+    return pc.dictionary_decode(column) if pa.types.is_dictionary(column.type) else column
 
 
 def _arrow(raw: Any) -> Any:
