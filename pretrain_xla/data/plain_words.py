@@ -58,7 +58,9 @@ def encoder_of(name: str, tokenizer: tokenizers.Tokenizer, end_of_text: str) -> 
             f"tokenizer {name!r}: {end_of_text} ends a text and stands for unknown text as well, which would end documents "
             'where they do not end: name another in a special_tokens_map.json beside it: {"eos_token": "..."}'
         )
-    specials = {token["content"] for token in added if token["special"]} - {unknown}
+    specials = {token["content"] for token in added if token["special"]} | {unknown or ""}
+    if isinstance(model["vocab"], dict):
+        specials -= {unknown}  # which these models find by its name
     hidden = _given_by_text(model, {special for special in specials if len(special) > 1})
     if not hidden:
         return None

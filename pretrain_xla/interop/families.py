@@ -140,7 +140,8 @@ FAMILIES = (
         GPT2_KEYS,
         GPT2_LAYOUT,
         demands=GPT2_DEMANDS | {"scale_attn_by_inverse_layer_idx": False},
-        extra=lambda config: dict.fromkeys(DROPOUT, config.dropout),
+        # `n_ctx` is what transformers called `n_positions` before, and what llama.cpp's converter asks for.
+        extra=lambda config: dict.fromkeys(DROPOUT, config.dropout) | {"n_ctx": config.seq_length},
         bias=lambda raw: True,
     ),
     Family(

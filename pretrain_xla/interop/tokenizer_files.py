@@ -1,7 +1,8 @@
 """Our tokenizers as files that `AutoTokenizer` opens: one `tokenizer.json`, whatever they were before.
 
 tiktoken's vocabularies are lists of byte strings in the order in which they were merged; the merges themselves follow from
-it. Bytes are a vocabulary of 256 with no merges. What is written is read back and compared on text that is hard to split.
+it. SentencePiece's models are the business of `sentencepiece_json`. Bytes are a vocabulary of 256 with no merges. What is
+written is compared with what we have on text that is hard to split.
 """
 
 from __future__ import annotations
@@ -14,19 +15,24 @@ import tokenizers
 from tiktoken import Encoding
 from tokenizers import Regex, decoders, models, pre_tokenizers
 
+from pretrain_xla.data.same_tokenizer import TEXT
 from pretrain_xla.data.tokenizer import (
     END_OF_TEXT,
     BytesTokenizer,
     JsonTokenizer,
+    SentencePieceTokenizer,
     TiktokenTokenizer,
     Tokenizer,
 )
+from pretrain_xla.interop import sentencepiece_json
 from pretrain_xla.interop.borders import before_text
 
 PROBE = (
     "Hello  world! It's 12345 o'clock,\n\n\tdon't YOU'LL see?\r\n  x_BTD = f(3.14e-5);  naïve café, Ελλάδα, Привет, "
     "東京タワー 한국어 🙂👩‍👩‍👧 \u00a0 \u200b end   \n"
 )
+
+ODD = ("", "  ", "\n\n", " a", "a  b  ", "<s> </s> <unk> <0x0A> <|endoftext|>", "\u3000x\x00\x01", "ａｂｃ ｶﾞ ﷺ")
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: str, seq_length: int, *, begins: bool = False) -> list[str]:
@@ -41,11 +47,14 @@ def write_tokenizer(tokenizer: Tokenizer, folder: str, seq_length: int, *, begin
     made = _as_json(tokenizer)
     if made is not None and not begins:
         made = _adding_nothing(made)
-    if made is None or made.encode(PROBE) != tokenizer.encode(PROBE):
+    if made is None or any(made.encode(text) != tokenizer.encode(text) for text in (PROBE, TEXT, *ODD)):
         return [
             f"tokenizer {tokenizer.name!r} has no equal tokenizer.json, so none is written; pass its ids by yourself"
         ]
     made.save(folder)
+    if isinstance(tokenizer, SentencePieceTokenizer):  # llama.cpp reads this one
+        with open(os.path.join(folder, tokenizer.file_name), "wb") as model:
+            model.write(tokenizer.content)
     end = made.tokenizer.id_to_token(made.end_of_text)
     begin = next(iter(before_text(made)), made.end_of_text)
     tree = {
@@ -63,6 +72,10 @@ def write_tokenizer(tokenizer: Tokenizer, folder: str, seq_length: int, *, begin
 def _as_json(tokenizer: Tokenizer) -> JsonTokenizer | None:
     if isinstance(tokenizer, JsonTokenizer):
         return tokenizer
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        same = sentencepiece_json.as_tokenizer(tokenizer.model)
+        end = tokenizer.model.id_to_piece(tokenizer.end_of_text)
+        return None if same is None else JsonTokenizer.of(tokenizer.name, same.to_str(), end)
     if isinstance(tokenizer, BytesTokenizer):
         return _byte_level(tokenizer, {bytes([value]): value for value in range(256)}, [], None)
     if isinstance(tokenizer, TiktokenTokenizer):
@@ -81,7 +94,7 @@ def _adding_nothing(tokenizer: JsonTokenizer) -> JsonTokenizer:
     tree = json.loads(tokenizer.tokenizer.to_str())
     bare = tokenizers.Tokenizer.from_str(json.dumps(tree | {"post_processor": None}))
     bare.encode_special_tokens = True  # which a file does not hold
-    return JsonTokenizer(tokenizer.name, bare, tokenizer.end_of_text)
+    return JsonTokenizer(tokenizer.name, bare, tokenizer.end_of_text, tokenizer.encoder)
 
 
 def _ranks(encoding: Encoding) -> list[int]:

@@ -7,7 +7,9 @@ as `Values`, which holds what was saved and can do nothing; the class itself is 
 
 from __future__ import annotations
 
+import contextlib
 import pickle
+import pickletools
 import re
 import zipfile
 from collections.abc import Callable
@@ -108,7 +110,7 @@ def _shards(path: str) -> list[str]:
 def _unpickle(path: str) -> Any:
     """A PyTorch file, mapped into memory where its format allows that (the one of 2020 and after does)."""
     is_zip = zipfile.is_zipfile(path)
-    foreign = _check_zip(path) if is_zip else []
+    foreign = _check_zip(path) if is_zip else _names_in_old(path)
     settings = [(Values, name) for name in foreign if SETTINGS.fullmatch(name)]
     try:
         with torch.serialization.safe_globals(settings):  # type: ignore[arg-type]
@@ -139,6 +141,16 @@ def _check_zip(path: str) -> list[str]:
         raise
     except Exception as error:  # the same
         raise UserError(f"{path}: cannot be read ({_brief(error)})") from None
+
+
+def _names_in_old(path: str) -> list[str]:
+    """The names of code that are not PyTorch's own in a file as PyTorch wrote it before 1.6: pickles in a row, then numbers."""
+    names: set[str] = set()
+    with open(path, "rb") as file, contextlib.suppress(Exception):  # what is damaged is refused where it is read
+        for _ in range(4):  # a magic number, a version, facts of the machine, and what was saved
+            found = (argument for operation, argument, _ in pickletools.genops(file) if operation.name == "GLOBAL")
+            names |= {str(argument).replace(" ", ".") for argument in found}
+    return sorted(names - torch._weights_only_unpickler._get_allowed_globals().keys())
 
 
 def _check_sizes(tree: Any, path: str) -> None:

@@ -235,6 +235,12 @@ def test_padding_is_cropped(tmp_path: Path) -> None:
     assert load_file(tmp_path / "model.safetensors")["transformer.wte.weight"].shape[0] == 61
 
 
+def test_gpt2_has_the_length_under_the_name_that_llama_cpp_asks_for(tmp_path: Path) -> None:
+    export(build(tiny()), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert (config["architectures"], config["n_ctx"]) == (["GPT2LMHeadModel"], config["n_positions"])
+
+
 def test_a_folder_that_holds_something_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(UserError, match="is not empty"):

@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 import transformers
 
-from pretrain_xla.data.tokenizer import BytesTokenizer, Tokenizer, load_tokenizer
+from pretrain_xla.data.same_tokenizer import fingerprint
+from pretrain_xla.data.tokenizer import BytesTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
 from pretrain_xla.data.train_tokenizer import train_tokenizer
 from pretrain_xla.interop import tokenizer_files
-from pretrain_xla.interop.tokenizer_files import PROBE, write_tokenizer
+from pretrain_xla.interop.borders import before_text
+from pretrain_xla.interop.tokenizer_files import ODD, PROBE, write_tokenizer
 
 CACHE = Path(__file__).parents[3] / "shared" / "data" / "tokenizers" / "tiktoken_cache"
 TEXTS = [
@@ -54,6 +56,33 @@ def test_a_trained_one(tmp_path: Path) -> None:
 def test_tiktoken(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(CACHE))
     assert_same(load_tokenizer(name), tmp_path)
+
+
+def test_a_trained_sentencepiece_model(tmp_path: Path) -> None:
+    texts = ["the cat sat on the mat and the dog sat on the log\n" * 50]
+    own = train_tokenizer(texts, 300, str(tmp_path / "own"), kind="sentencepiece", special_tokens=["<|user|>"])
+    assert_same(own, tmp_path / "out")
+    assert (tmp_path / "out" / "tokenizer.model").read_bytes() == (tmp_path / "own" / "tokenizer.model").read_bytes()
+    assert fingerprint(load_tokenizer(str(tmp_path / "out"))) == fingerprint(own)
+
+
+@pytest.mark.skipif(not CACHE.is_dir(), reason="needs ../shared/data/tokenizers")
+@pytest.mark.parametrize("name", ["sentencepiece_32000.model", "sentencepiece_4096.model"])
+def test_sentencepiece_models_of_others(name: str, tmp_path: Path) -> None:
+    """T5's kind (Unigram, no bytes, text in NFKC) and Llama's (BPE, bytes), on text of Wikipedia."""
+    own = load_tokenizer(str(CACHE.parent / name))
+    assert write_tokenizer(own, str(tmp_path), 64) == []
+    theirs = transformers.AutoTokenizer.from_pretrained(str(tmp_path))
+    assert (theirs.eos_token_id, len(theirs)) == (own.end_of_text, own.vocab_size)
+    lines = (CACHE.parents[1] / "text" / "en" / "wiki.test.raw").read_text().split("\n")[:300]
+    for text in (*TEXTS, *ODD, *lines):
+        if "<unk>" not in text and "</s>" not in text:  # which transformers takes for the tokens
+            assert theirs(text)["input_ids"] == own.encode(text), text
+    assert load_tokenizer(str(tmp_path)).encode_batch(lines) == own.encode_batch(lines)
+    assert isinstance(own, SentencePieceTokenizer)
+    write_tokenizer(own, str(tmp_path / "begins"), 64, begins=True)
+    begins = transformers.AutoTokenizer.from_pretrained(str(tmp_path / "begins"))
+    assert begins("a")["input_ids"] == [*before_text(own), *own.encode("a")]
 
 
 def test_one_that_would_not_be_equal_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

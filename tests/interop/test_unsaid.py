@@ -79,6 +79,13 @@ def test_saved_masks_show_the_tanh_form(tmp_path: Path) -> None:
     assert "as by minGPT" in load_model(str(tmp_path / "ckpt.pt")).notes[0]
 
 
+def test_settings_as_an_object_in_a_file_of_torch_before_1_6(tmp_path: Path) -> None:
+    model = build(tiny(tie_weights=True, activation="relu"))
+    saved = {"model": nano(model), "args": argparse.Namespace(n_head=4, activation="relu")}
+    torch.save(saved, tmp_path / "ckpt.pt", _use_new_zipfile_serialization=False)
+    same_logits(tmp_path / "ckpt.pt", model)
+
+
 def test_heads_that_nobody_says_are_refused_and_not_guessed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = build(tiny(d_model=48, num_heads=3, tie_weights=True, activation="gelu_exact"))
     path = str(tmp_path / "ckpt.pt")
