@@ -8,6 +8,7 @@ from __future__ import annotations
 from pretrain_xla.config import RunConfig
 from pretrain_xla.data.manifest import dataset_info
 from pretrain_xla.data.same_tokenizer import TokenizerId, of_dataset
+from pretrain_xla.data.tokenizer import known_tokenizers
 from pretrain_xla.errors import UserError
 from pretrain_xla.redact import is_redacted
 from pretrain_xla.train.files import find_tokenizer
@@ -48,6 +49,8 @@ def tokenizer_of_checkpoint(root: str, info: CheckpointInfo, config: RunConfig) 
     data = info.config.get("data")
     stated, folder = (data.get(key) for key in ("tokenizer", "train_dir")) if isinstance(data, dict) else (None, None)
     name = find_tokenizer(root) or (stated if isinstance(stated, str) else None)
+    if not info.data and name in known_tokenizers():  # an imported model's, which came with no file: a guess
+        return TokenizerId()
     if info.tokenizer is not None or name is not None:
         return TokenizerId(info.tokenizer, name)
     if not isinstance(folder, str) or not info.data or is_redacted(folder) or folder == config.data.train_dir:

@@ -70,7 +70,10 @@ def test_other_shards_are_gone_on_with_and_another_tokenizer_is_refused(
     own = (tmp_path / "run" / "tokenizer" / "tokenizer.json").read_bytes()
     marker = next((tmp_path / "run" / "checkpoints").glob("step_*/checkpoint.json"))
     assert json.loads(marker.read_text())["tokenizer"] == fingerprint(load_tokenizer(str(datasets / "moved")))
-    from_it = {"train": {"from_checkpoint": str(tmp_path / "run")}, "logging": {"run_dir": str(tmp_path / "new")}}
+    from_it = {
+        "train": {"from_checkpoint": str(tmp_path / "run"), "train_steps": 4},
+        "logging": {"run_dir": str(tmp_path / "new")},
+    }
     for _ in ("now", "by checkpoints and datasets from before there were fingerprints"):
         said: list[str] = []
         assert find_start(config_of("again"), "another", said.append).step == 2
