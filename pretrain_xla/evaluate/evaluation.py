@@ -53,6 +53,7 @@ class Evaluation:
         settings: see `Settings`.
         batch_size: rows of full length in a batch, over all devices.
         top_k: each k of the top-k accuracies.
+        begins: see `LoadedModel.begins`.
 
     Raises:
         UserError: an unknown task, no items, items that are not the task's, or a tokenizer that is not the model's.
@@ -68,9 +69,10 @@ class Evaluation:
         *,
         batch_size: int,
         top_k: Sequence[int] = (),
+        begins: bool = False,
     ) -> None:
         self.scorer = Scorer(model, runtime, batch_size, top_k)
-        reader = Reader(load_tokenizer, self.scorer.max_length, model.config.vocab_size, self.scorer.top_k)
+        reader = Reader(load_tokenizer, self.scorer.max_length, model.config.vocab_size, self.scorer.top_k, begins)
         self.tasks = [prepare_task(word, settings, reader) for word in tasks]
         names = [task.name for task in self.tasks]
         if twice := {name for name in names if names.count(name) > 1}:

@@ -71,7 +71,9 @@ class PretrainXlaLM(TemplateLM):
             raise UserError("lm-eval runs in one process here, which uses all devices of its mesh: start it only once")
         self._tokenizer = tokenizer_of(loaded, tokenizer)
         self._before = before_text(self._tokenizer) if loaded.begins else ()
-        self._generator = Generator(model, self._tokenizer, machine, ends=loaded.ends)  # places the model
+        self._generator = Generator(  # places the model
+            model, self._tokenizer, machine, before=self._before, ends=loaded.ends
+        )
         rows = DEFAULT_BATCH_SIZE if str(batch_size).startswith("auto") else int(batch_size)
         self._scorer = Scorer(model, machine, rows)
 
@@ -99,8 +101,9 @@ class PretrainXlaLM(TemplateLM):
         return self._tokenizer.name.replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **unused: Any) -> list[int]:
-        """Ids of a text; no token is ever added."""
-        return self._tokenizer.encode(string)
+        """Ids of a text, after what the model has learnt to see before one, unless lm-eval says that it is no beginning."""
+        before = () if add_special_tokens is False else self._before
+        return [*before, *self._tokenizer.encode(string)]
 
     def _loglikelihood_tokens(
         self,
@@ -120,7 +123,7 @@ class PretrainXlaLM(TemplateLM):
         owners: list[int] = []
         for owner, request in enumerate(requests):
             found = get_rolling_token_windows(
-                token_list=self.tok_encode(request.args[0]),
+                token_list=self._tokenizer.encode(request.args[0]),
                 prefix_token=self.prefix_token_id,
                 max_seq_len=self.max_length,
                 context_len=1,

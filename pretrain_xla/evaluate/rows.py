@@ -11,12 +11,23 @@ from pretrain_xla.evaluate.scorer import Row
 
 
 def joined_rows(
-    contexts: Sequence[str], continuations: Sequence[str], tokenizer: Tokenizer, max_length: int
+    contexts: Sequence[str],
+    continuations: Sequence[str],
+    tokenizer: Tokenizer,
+    max_length: int,
+    before: Sequence[int] = (),
 ) -> list[Row]:
     """lm-eval's way: each pair is tokenized as one string, and scored from where the context's own tokens end.
 
     Spaces that end a context belong to what follows. An empty context is an end-of-text token. A pair that is longer than the
     model loses tokens at its left.
+
+    Args:
+        contexts: what is given.
+        continuations: what is scored.
+        tokenizer: the model's.
+        max_length: tokens that the model takes.
+        before: ids that the model has learnt to see before every text.
     """
     stripped = [context.rstrip() for context in contexts]
     wholes = tokenizer.encode_batch([a + b for a, b in zip(contexts, continuations, strict=True)])
@@ -26,9 +37,11 @@ def joined_rows(
     for context, kept, whole in zip(contexts, stripped, wholes, strict=True):
         if context and len(whole) > 1:
             # Where a merge runs over the border, the last token is scored rather than none.
-            rows.append(cut(whole, min(lengths[kept], len(whole) - 1), max_length))
+            start = len(before) + min(lengths[kept], len(whole) - 1)
+            rows.append(cut([*before, *whole], start, max_length))
         else:
-            rows.append(cut([tokenizer.end_of_text, *whole], 1, max_length))
+            first = before or [tokenizer.end_of_text]
+            rows.append(cut([*first, *whole], len(first), max_length))
     return rows
 
 

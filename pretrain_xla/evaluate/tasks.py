@@ -22,6 +22,7 @@ from pretrain_xla.evaluate.questions import Question
 from pretrain_xla.evaluate.records import HubDataset, Record, find_file, read_hub, read_lines, read_records
 from pretrain_xla.evaluate.rows import joined_rows, separate_rows, windows
 from pretrain_xla.evaluate.scorer import Row, Score
+from pretrain_xla.interop.borders import before_text
 
 
 @dataclass(frozen=True)
@@ -44,12 +45,19 @@ class Reader:
 
     load_tokenizer: gives its tokenizer; not called where no task has text, nor shards that say how they were made.
     max_length: tokens that it takes. vocab_size: ids that it has. top_k: each k of the top-k accuracies.
+    begins: see `LoadedModel.begins`.
     """
 
     load_tokenizer: Callable[[], Tokenizer]
     max_length: int
     vocab_size: int
     top_k: tuple[int, ...]
+    begins: bool = False
+
+    @cached_property
+    def before(self) -> tuple[int, ...]:
+        """Ids that the model has learnt to see before every text."""
+        return before_text(self.tokenizer) if self.begins else ()
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -135,8 +143,10 @@ def _choice(name: str, task: Task, source: str | None, settings: Settings, reade
     asked: list[Question] = [task.options["ask"](record) for record in records]
     contexts = [context for question in asked for context in question.contexts]
     continuations = [continuation for question in asked for continuation in question.continuations]
-    tokenized = separate_rows if task.options.get("separate") else joined_rows
-    rows = tokenized(contexts, continuations, reader.tokenizer, reader.max_length)
+    if task.options.get("separate"):
+        rows = separate_rows(contexts, continuations, reader.tokenizer, reader.max_length)
+    else:
+        rows = joined_rows(contexts, continuations, reader.tokenizer, reader.max_length, reader.before)
 
     def measure(scores: Sequence[Score]) -> Measured:
         return measures.choice(asked, scores, by=task.options["by"])
@@ -147,7 +157,7 @@ def _choice(name: str, task: Task, source: str | None, settings: Settings, reade
 def _last_word(name: str, task: Task, source: str | None, settings: Settings, reader: Reader) -> Prepared:
     where, records = _records(name, task, source, settings)
     pairs = [questions.lambada(record) for record in records]
-    rows = joined_rows([a for a, _ in pairs], [b for _, b in pairs], reader.tokenizer, reader.max_length)
+    rows = joined_rows([a for a, _ in pairs], [b for _, b in pairs], reader.tokenizer, reader.max_length, reader.before)
     return Prepared(name, task.definition, where, len(pairs), rows, measures.last_word)
 
 
@@ -159,7 +169,7 @@ def _text(name: str, task: Task, source: str | None, settings: Settings, reader:
             f"use {reader.max_length} or less"
         )
     where, text = _read_text(name, task, source, settings)
-    tokens = np.array(reader.tokenizer.encode(text), np.int32)
+    tokens = np.array([*reader.before, *reader.tokenizer.encode(text)], np.int32)
     rows = list(itertools.islice(windows(tokens, reader.max_length, stride), settings.limit))
     if not rows:
         raise UserError(f"{where}: {len(tokens)} tokens are too few to score one")

@@ -13,6 +13,7 @@ import pytest
 import tokenizers
 import transformers
 
+from pretrain_xla.data.tokenizer import load_tokenizer
 from pretrain_xla.data.train_tokenizer import train_tokenizer
 from pretrain_xla.evaluate import Evaluation, Settings
 from pretrain_xla.evaluate.evaluation import Result
@@ -150,7 +151,9 @@ def test_our_model_inside_lm_eval(trio: Trio, hflm: Any, write: Callable[..., Pa
     assert all(math.isfinite(value) for value in expected)
 
 
-def test_a_model_that_learnt_with_a_token_before_its_texts(trio: Trio, tmp_path: Path) -> None:
+def test_a_model_that_learnt_with_a_token_before_its_texts(
+    trio: Trio, write: Callable[..., Path], tmp_path: Path
+) -> None:
     register()
     trio.theirs.save_pretrained(tmp_path)
     train_tokenizer([TEXT], 400, str(tmp_path), min_frequency=1, special_tokens=["<s>"])
@@ -159,10 +162,24 @@ def test_a_model_that_learnt_with_a_token_before_its_texts(trio: Trio, tmp_path:
     made.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", begin)])
     made.save(str(tmp_path / "tokenizer.json"))
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<|endoftext|>", bos_token="<s>")
-    hflm = HFLM(pretrained=trio.theirs, tokenizer=fast, add_bos_token=False, device="cpu", batch_size=3)
+    hflm = HFLM(pretrained=trio.theirs, tokenizer=fast, device="cpu", batch_size=3)
     arguments = {"pretrained": str(tmp_path), "runtime": "torch", "device": "cpu"}
     ours = lm_eval.api.registry.get_model("pretrain_xla").create_from_arg_obj(arguments)
     assert ours.prefix_token_id == hflm.prefix_token_id == begin != ours.eot_token_id
+    pairs = [
+        _instance("loglikelihood", pair) for pair in (("A man sits", " on a roof"), ("", "wait"), (TEXT, " or two"))
+    ]
+    expected = [logprob for logprob, _ in hflm.loglikelihood(pairs, disable_tqdm=True)]
+    found = [logprob for logprob, _ in ours.loglikelihood(pairs, disable_tqdm=True)]
+    assert found == pytest.approx(expected, rel=1e-5)
+    free = [_instance("generate_until", ("A man sits", {"max_gen_toks": 12, "until": []}))]
+    assert ours.generate_until(free, disable_tqdm=True) == hflm.generate_until(free, disable_tqdm=True)
+    file = write("lambada.jsonl", ORIGINAL["lambada"])
+    arguments = {"load_tokenizer": lambda: load_tokenizer(str(tmp_path)), "tasks": [f"lambada={file}"]}
+    own = Evaluation(trio.ours, trio.runtime, settings=Settings(), batch_size=2, begins=True, **arguments)(silent)[0]
+    assert_same("lambada", own, their_samples("lambada", file, hflm))
+    # Whole texts: by default lm-eval would put the token there twice.
+    hflm = HFLM(pretrained=trio.theirs, tokenizer=fast, add_bos_token=False, device="cpu", batch_size=3)
     requests = [_instance("loglikelihood_rolling", (text,)) for text in (TEXT, "wait")]
     expected = hflm.loglikelihood_rolling(requests, disable_tqdm=True)
     assert ours.loglikelihood_rolling(requests, disable_tqdm=True) == pytest.approx(expected, rel=1e-5)
