@@ -7,6 +7,8 @@ Whatever a user can mend ends here in one line and exit status 2.
 
 from __future__ import annotations
 
+import difflib
+import re
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -93,7 +95,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         quickstart_command(rest)
     else:
-        raise UserError(f"unknown command {command!r}; `python -m pretrain_xla --help` lists them")
+        known = re.findall(r"^  (\S+)", COMMANDS, re.MULTILINE)
+        near = difflib.get_close_matches(command, known, n=1)
+        mend = f"; did you mean {near[0]}?" if near else "; `python -m pretrain_xla --help` lists them"
+        raise UserError(f"unknown command {command!r}{mend}")
 
 
 @guarded

@@ -59,9 +59,20 @@ def test_version(run: Run) -> None:
     assert run("--version") == (0, f"{__version__}\n", "")
 
 
-@pytest.mark.parametrize("command", ["trian", "--train", ""])
-def test_unknown_command(command: str, run: Run) -> None:
-    assert_refused(run(command), f"unknown command {command!r}", "--help")
+@pytest.mark.parametrize(
+    ("command", "mend"),
+    [("trian", "did you mean train?"), ("--train", "did you mean train?"), ("inspct", "mean inspect?"), ("", "--help")],
+)
+def test_unknown_command(command: str, mend: str, run: Run) -> None:
+    assert_refused(run(command), f"unknown command {command!r}", mend)
+
+
+def test_a_config_without_its_folder_is_answered_with_it(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    for named in ("modern_124m.yaml", "configs/modern_124m", "config/modern-124m.yml"):
+        assert_refused(
+            run("train", "--config", named), f"--config {named}: no such file; did you mean configs/modern_124m.yaml?"
+        )
 
 
 def test_refusals_of_train(run: Run, tmp_path: Path) -> None:

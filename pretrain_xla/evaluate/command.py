@@ -16,7 +16,7 @@ from pretrain_xla.data.files import filesystem, is_local, write_atomically
 from pretrain_xla.data.tokenizer import Tokenizer, load_tokenizer
 from pretrain_xla.errors import UserError, out_of_memory
 from pretrain_xla.evaluate.evaluation import Evaluation, Result
-from pretrain_xla.evaluate.tasks import TASKS, Settings
+from pretrain_xla.evaluate.tasks import TASKS, Settings, check_task
 from pretrain_xla.interop.load import LoadedModel, load_model
 from pretrain_xla.model import GPT
 from pretrain_xla.redact import redacted, redacted_tree
@@ -195,6 +195,8 @@ def _check(flags: EvaluateFlags) -> None:
         raise UserError(f"--top-k {min(flags.top_k)}: use 1 or more")
     if not flags.tasks:
         raise UserError(f"--tasks needs at least one of {', '.join(TASKS)}")
+    for word in flags.tasks:
+        check_task(word)
     if flags.output is not None:
         fs, path = filesystem(flags.output)
         if fs.isdir(path):

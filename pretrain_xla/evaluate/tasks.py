@@ -116,13 +116,24 @@ def prepare_task(word: str, settings: Settings, reader: Reader) -> Prepared:
     Raises:
         UserError: no such task, no such file, or items that are not the task's.
     """
-    name, _, source = word.partition("=")
+    name = check_task(word)
+    source = word.partition("=")[2]
+    return TASKS[name].prepare(name, TASKS[name], source or None, settings, reader)
+
+
+def check_task(word: str) -> str:
+    """The name in `NAME` or `NAME=SOURCE`; before a model is read, which may take long.
+
+    Raises:
+        UserError: there is no such task.
+    """
+    name = word.partition("=")[0]
     if name not in TASKS:
         near = difflib.get_close_matches(name, TASKS, n=1)
         raise UserError(
             f"unknown task {name!r}" + (f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(TASKS)}")
         )
-    return TASKS[name].prepare(name, TASKS[name], source or None, settings, reader)
+    return name
 
 
 def _records(name: str, task: Task, source: str | None, settings: Settings) -> tuple[str, list[Record]]:

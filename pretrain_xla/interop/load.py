@@ -69,9 +69,8 @@ def describe(name_or_path: str, which: str = "newest", stated: Mapping[str, Any]
             # `runs/quickstrat` looks like a name on the Hub.
             parent, name = os.path.split(path)
             near = difflib.get_close_matches(name, os.listdir(parent) if os.path.isdir(parent) else [], n=1)
-            if not near:
-                raise
-            raise UserError(f"{name_or_path}: no such folder; did you mean {parent}/{near[0]}? (And {error})") from None
+            mend = f"; did you mean {parent}/{near[0]}? And" if near else ", and"
+            raise UserError(f"{name_or_path}: no such folder here{mend} {error}") from None
     raise UserError(
         f"{name_or_path}: no such file or folder, and no name on the Hub, which is {', '.join(PRETRAINED_MODELS)} or owner/name"
     )
