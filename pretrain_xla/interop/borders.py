@@ -6,7 +6,9 @@ train with one after each document and none before it, so what we have trained g
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pretrain_xla.data.tokenizer import JsonTokenizer, SentencePieceTokenizer, Tokenizer
@@ -14,6 +16,7 @@ from pretrain_xla.errors import UserError
 from pretrain_xla.interop.beside import CONFIG_FILE
 from pretrain_xla.untrusted import parse_object
 
+GENERATION_FILE = "generation_config.json"
 Find = Callable[[str], str | None]
 
 
@@ -43,10 +46,22 @@ def ends_of(config: Mapping[str, Any], find: Find, vocab_size: int) -> tuple[int
         vocab_size: ids of the model; others are the defaults of some other model.
     """
     found: set[int] = set()
-    for tree in (config, _json(find, "generation_config.json")):
+    for tree in (config, _json(find, GENERATION_FILE)):
         said = tree.get("eos_token_id")
         found |= {token for token in (said if isinstance(said, list) else [said]) if type(token) is int}
     return tuple(sorted(token for token in found if 0 <= token < vocab_size))
+
+
+def write_borders(folder: str, *, begins: bool, ends: Sequence[int]) -> None:
+    """Write beside a tokenizer what the two functions above read.
+
+    Args:
+        folder: of the tokenizer.
+        begins, ends: see `LoadedModel`.
+    """
+    for name, tree in ((CONFIG_FILE, {"add_bos_token": begins}), (GENERATION_FILE, {"eos_token_id": list(ends)})):
+        with open(os.path.join(folder, name), "w", encoding="utf-8") as file:
+            json.dump(tree, file)
 
 
 def _json(find: Find, name: str) -> dict[str, Any]:

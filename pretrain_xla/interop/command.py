@@ -12,6 +12,7 @@ from pretrain_xla.data.tokenizer import is_stored, known_tokenizers, load_tokeni
 from pretrain_xla.errors import UserError
 from pretrain_xla.interop import hub
 from pretrain_xla.interop.adopt import adopt_architecture, fit_tensors, usable_tokenizer
+from pretrain_xla.interop.borders import write_borders
 from pretrain_xla.interop.export import DTYPES, export_model, make_empty_folder
 from pretrain_xla.interop.load import LoadedModel, describe, load_model
 from pretrain_xla.interop.mapping import choose
@@ -93,7 +94,9 @@ def import_command(arguments: Sequence[str]) -> None:
     weights = found.read()
     check_finite(weights, found.where)
     make_empty_folder(flags.out)
-    write_run(LoadedModel(config.model, fit_tensors(weights, config.model), tokenizer, found.where), flags.out)
+    tensors = fit_tensors(weights, config.model)
+    made = LoadedModel(config.model, tensors, tokenizer, found.where, begins=found.begins, ends=found.ends)
+    write_run(made, flags.out)
     print(
         f"{redacted(found.where)} -> {flags.out}: {_size(config.model)}; evaluate, train or generate from that folder"
     )
@@ -118,6 +121,7 @@ def write_run(loaded: LoadedModel, folder: str) -> None:
     tokenizer = load_tokenizer(name) if name is not None else None
     if tokenizer is not None and is_stored(tokenizer):
         tokenizer.save(os.path.join(folder, TOKENIZER_FOLDER))
+        write_borders(os.path.join(folder, TOKENIZER_FOLDER), begins=loaded.begins, ends=loaded.ends)
     store = CheckpointStore(config.checkpoints_dir, limit=1)
     tensors = {f"model.{name}": tensor for name, tensor in loaded.tensors.items()}
     try:

@@ -19,6 +19,7 @@ from pretrain_xla.data.manifest import dataset_info
 from pretrain_xla.errors import UserError
 from pretrain_xla.interop import hub
 from pretrain_xla.interop.beside import GPT2_VOCABULARY
+from pretrain_xla.interop.borders import begins_texts, ends_of
 from pretrain_xla.interop.description import Description, LoadedModel
 from pretrain_xla.interop.hugging_face import describe_folder
 from pretrain_xla.interop.state_dict import describe_file
@@ -126,7 +127,18 @@ def _checkpoint(path: str, which: str) -> Description:
     tokenizer, guesses = _tokenizer_of(store.root, info, config.vocab_size)
     notes += [f"{folder}: {guess}" for guess in guesses]
     # What was imported and has seen no data of ours is still what it was.
-    return Description(config, tokenizer, folder, read, (store, step), notes=tuple(notes), begins=not info.data)
+    begins, ends = _borders_of(tokenizer, config.vocab_size) if not info.data else (False, ())
+    return Description(config, tokenizer, folder, read, (store, step), notes=tuple(notes), begins=begins, ends=ends)
+
+
+def _borders_of(tokenizer: str | None, vocab_size: int) -> tuple[bool, tuple[int, ...]]:
+    """What the import of a model left beside its tokenizer's file on what stands before and after its texts."""
+
+    def find(name: str) -> str | None:
+        beside = os.path.join(os.path.dirname(tokenizer or ""), name)
+        return beside if tokenizer is not None and os.path.isfile(beside) and os.path.isfile(tokenizer) else None
+
+    return begins_texts(find), ends_of({}, find, vocab_size)
 
 
 def _tokenizer_of(checkpoints_dir: str, info: CheckpointInfo, vocab_size: int) -> tuple[str | None, list[str]]:

@@ -68,7 +68,11 @@ def test_a_tokenizer_that_says_that_it_adds_nothing(theirs: Path, tmp_path: Path
         (tmp_path / file.name).write_bytes(file.read_bytes())
     names = json.loads((theirs / "tokenizer_config.json").read_text())
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(names | {"add_bos_token": False}))
-    assert not load_model(str(tmp_path)).begins
+    import_command([str(tmp_path), str(tmp_path / "run")])
+    for folder in (tmp_path, tmp_path / "run"):
+        loaded = load_model(str(folder))
+        assert not loaded.begins
+        assert loaded.ends == (END, OTHER_END)
 
 
 def test_every_id_that_ends_a_text_ends_it(theirs: Path) -> None:
