@@ -43,7 +43,7 @@ def adopt_architecture(tree: Mapping[str, Any], stated: frozenset[str], where: s
     """
     source = tree["train"]["from_checkpoint"]
     if source is None:
-        return build_config(dict(tree), where), []
+        return adopt_vocabulary(tree, stated, where)
     found = describe(source, stated={leaf: tree["model"][leaf] for leaf in stated & tree["model"].keys()})
     own = {key: value for key, value in tree["model"].items() if key in FREE_MODEL_KEYS | stated}
     model = {key: value for key, value in found.config.model_dump().items() if key not in FREE_MODEL_KEYS} | own
@@ -61,14 +61,12 @@ def adopt_vocabulary(tree: Mapping[str, Any], stated: frozenset[str], where: str
     """The config of a run that begins from nothing or goes on, with the vocabulary of its data where no person gave one.
 
     A run that goes on keeps the one of its checkpoint, which may be larger. Arguments and errors are those of
-    `adopt_architecture`; and a manifest beside the shards that is damaged.
+    `adopt_architecture`.
     """
     model, folders = tree["model"], [tree["data"][key] for key in ("train_dir", "valid_dir")]
     try:
         info = None if "vocab_size" in stated else next(filter(None, map(dataset_info, folders)), None)
-    except UserError:
-        if not tree["train"]["preflight_only"]:  # which needs no data, and may have no network
-            raise
+    except UserError:  # said where the data is opened; preflight needs none, and may have no network
         info = None
     if info is None or info.vocab_size == model["vocab_size"]:
         return build_config(dict(tree), where), []

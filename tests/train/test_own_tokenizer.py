@@ -18,6 +18,8 @@ from pretrain_xla.data.tokenizer import load_tokenizer
 from pretrain_xla.data.train_tokenizer import train_tokenizer
 from pretrain_xla.errors import UserError
 from pretrain_xla.evaluate.tasks import Reader, Settings, prepare_task
+from pretrain_xla.flags import parse_flags
+from pretrain_xla.interop.adopt import adopt_architecture
 from pretrain_xla.interop.export import export_model
 from pretrain_xla.interop.load import load_model
 from pretrain_xla.train import run as runs
@@ -146,6 +148,9 @@ def test_the_vocabulary_is_that_of_the_data_unless_it_is_given(
         return next((line.split()[-1] for line in out.splitlines() if "vocab_size:" in line), ""), out
 
     assert size("--print-config")[0] == "280"
+    words = ["--train-dir", f"{datasets}/one/train"]
+    planned = parse_flags(words, program="preflight", description="", build=adopt_architecture)
+    assert planned.config.model.vocab_size == 280, "what preflight plans is what is trained"
     assert size("--print-config", "--vocab-size", "300")[0] == "300"
     assert "vocab_size 280 is that of" not in size("--vocab-size", "300")[1]  # a run as they were before
     said = size("--train-steps", "2")[1]
