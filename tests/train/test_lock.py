@@ -75,6 +75,7 @@ def test_a_lock_that_is_removed_between_opening_and_locking_is_made_again(
         if not raced:
             raced.append(path)
             os.unlink(path)
+            Path(path).touch()  # a third one comes
         return stat(path)
 
     monkeypatch.setattr("pretrain_xla.train.lock.os.stat", removed)
