@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -71,12 +72,12 @@ def test_a_lock_that_is_removed_between_opening_and_locking_is_made_again(
 ) -> None:
     stat, raced = os.stat, list[str]()
 
-    def removed(path: str) -> os.stat_result:
-        if not raced:
+    def removed(path: str, **options: Any) -> os.stat_result:
+        if not raced and path == str(tmp_path / LOCK):
             raced.append(path)
             os.unlink(path)
             Path(path).touch()  # a third one comes
-        return stat(path)
+        return stat(path, **options)
 
     monkeypatch.setattr("pretrain_xla.train.lock.os.stat", removed)
     with alone_in({"run_dir": str(tmp_path)}):
