@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import signal
 import subprocess
 import sys
@@ -12,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from pretrain_xla import __version__, cli
-from pretrain_xla.config import DataConfig
 from pretrain_xla.errors import Interrupted, UserError
 from pretrain_xla.flags import parse_flags
 
@@ -216,12 +214,3 @@ def test_a_python_that_does_not_fit_is_refused_with_a_way_to_one(tmp_path: Path)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "uv venv --python 3.11" in done.stderr
-
-
-def test_configs_docs_and_defaults_name_one_folder_for_fineweb_edu() -> None:
-    named: set[str] = set()
-    for path in [*ROOT.glob("configs/*.yaml"), *ROOT.glob("docs/*.md"), *ROOT.glob("scripts/*.py"), ROOT / "README.md"]:
-        if path.name != "LOG.md":
-            named |= set(re.findall(r"[\w./-]*fineweb_edu\w*(?=[/ `\n]|$)", path.read_text(encoding="utf-8")))
-    assert named <= {"fineweb_edu", "scripts/prepare_fineweb.py"}, named
-    assert DataConfig().train_dir == "fineweb_edu/train"
