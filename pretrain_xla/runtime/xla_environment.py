@@ -50,6 +50,19 @@ OFF = ("", "0", "false", "default")
 COMPILERS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 """Options of XLA's and of the TPU's compiler; whoever sets them means them."""
 
+TORCH_XLA_SETS = frozenset(
+    {
+        "--xla_cpu_enable_fast_math=false",
+        "--xla_tpu_use_enhanced_launch_barrier=false",
+        "--xla_latency_hiding_scheduler_rerun=1",
+        "--xla_tpu_prefer_async_allgather_to_allreduce=true",
+        "--xla_tpu_enable_flash_attention=false",
+        "--xla_enable_async_all_gather=true",
+        "--xla_enable_async_collective_permute=true",
+    }
+)
+"""Options that torch_xla adds as it is imported: what a process that has done so starts (a notebook, for one) has them, too."""
+
 
 def clear_environment(*, multiprocess: bool) -> list[str]:
     """Forget variables that would change the results of a run, before torch_xla is imported, which reads some at once.
@@ -69,11 +82,9 @@ def clear_environment(*, multiprocess: bool) -> list[str]:
         return notes  # which has set the others itself
     if multiprocess and os.environ.pop("XLA_USE_SPMD", "").lower() not in OFF:
         notes.append("XLA_USE_SPMD is set, and not followed: --mp-start-method and --ddp run one process a device")
-    notes += [
-        f"{name}={os.environ[name]} changes how this run is compiled; config.yaml does not keep it"
-        for name in COMPILERS
-        if os.environ.get(name, "").strip()
-    ]
+    for name in COMPILERS:
+        if words := [word for word in os.environ.get(name, "").split() if word not in TORCH_XLA_SETS]:
+            notes.append(f"{name}={' '.join(words)} changes how this run is compiled; config.yaml does not keep it")
     return notes
 
 

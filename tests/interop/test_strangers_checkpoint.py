@@ -35,7 +35,7 @@ class Payload:
 
 
 def pretrain(*words: str) -> None:
-    data = ["--train-dir", "data", "--valid-dir", "data", "--train-steps", "2", "--train-batch-size", "1"]
+    data = ["--train-dir", "data", "--valid-dir", "data", "--train-steps", "9", "--train-batch-size", "1"]
     cli.pretrain(
         [*data, "--no-tensorboard", *words], program="run_pretrain.py", fixed={"runtime": "torch", "device": "cpu"}
     )

@@ -95,6 +95,17 @@ def test_options_of_the_compilers_stay_and_are_repeated(monkeypatch: pytest.Monk
     assert os.environ["XLA_FLAGS"] == "--xla_cpu_enable_fast_math=true"
 
 
+def test_options_that_torch_xla_sets_by_itself_are_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "torch_xla", raising=False)
+    os.environ["XLA_FLAGS"] = (
+        " --xla_cpu_enable_fast_math=false"  # as a process has it whose parent has imported torch_xla
+    )
+    assert clear_environment(multiprocess=False) == []
+    os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
+    (line,) = clear_environment(multiprocess=False)
+    assert line.startswith("XLA_FLAGS=--xla_backend_optimization_level=0 changes")
+
+
 def test_the_tpus_compiler_is_told_before_it_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     tpu = types.SimpleNamespace(num_available_chips=lambda: 8)
     monkeypatch.setitem(sys.modules, "torch_xla._internal", types.SimpleNamespace(tpu=tpu))
