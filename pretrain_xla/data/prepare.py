@@ -379,8 +379,9 @@ def _check_splits(fs: Any, root: str, splits: Mapping[str, SplitInfo], source: S
             clear_journal(fs, root)
             if total == 1:
                 raise UserError(
-                    f"{source.name}: one document of less than {LONG_DOCUMENT:,} characters is not cut, and leaves nothing "
-                    f"for {split}: give more text, or divide it by lines that say {END_OF_TEXT}"
+                    f"{source.name}: a single document, of which nothing fell to {split}: one of over {LONG_DOCUMENT:,} "
+                    f"characters is cut into pieces, each with a chance of valid_fraction={recipe.valid_fraction}: change "
+                    f"that, give more text, or divide it by lines that say {END_OF_TEXT}"
                 )
             raise UserError(
                 f"{source.name}: valid_fraction={recipe.valid_fraction} leaves nothing for {split} out of {total} "

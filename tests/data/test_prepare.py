@@ -226,9 +226,9 @@ def test_tokenizer_of_others_is_not_touched(tmp_path):
         ({"source": "no/such/file"}, "no such file"),
         (
             {"source": source(["one document"])},
-            "less than 100,000 characters is not cut, and leaves nothing for valid",
+            "a single document, of which nothing fell to valid: one of over 100,000",
         ),
-        ({"source": source(["one document"]), "valid_fraction": 0.999999}, "leaves nothing for train"),
+        ({"source": source(["one document"]), "valid_fraction": 0.999999}, "nothing fell to train"),
         ({"source": source(["one", "two"]), "valid_fraction": 0.000001}, "leaves nothing for valid out of 2 documents"),
     ],
 )
