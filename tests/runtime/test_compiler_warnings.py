@@ -54,9 +54,9 @@ def test_a_process_that_dies_has_said_why() -> None:
 
 # A tensor that is split in ways between which XLA's partitioner knows no way but over the whole of it.
 CPU = """
-import numpy as np, torch, torch_xla.distributed.spmd as xs
 from pretrain_xla.config import RunConfig
 from pretrain_xla.runtime import start
+import numpy as np, torch, torch_xla.distributed.spmd as xs
 runtime = start(RunConfig())
 mesh = xs.Mesh(np.arange(4), (2, 2), ("a", "b"))
 x = torch.ones(8, 8, 8).to(runtime.device)
@@ -89,10 +89,12 @@ print("warning:", in_words(libtpu_log(), "the train step"), file=sys.stderr)
 @pytest.mark.parametrize("compiler", ["CPU", "TPU"])
 def test_the_compilers_own_warning_is_said_once_in_words(compiler: str, tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": "4"}
+    environment.pop("TF_CPP_MIN_LOG_LEVEL", None)  # jax sets it where another test of this process has imported it
     if compiler == "TPU":
         environment |= ENVIRONMENT | {"TPU_LOG_DIR": str(tmp_path)}
     code = {"CPU": CPU, "TPU": TPU}[compiler]
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"warning: {WORDS}")
