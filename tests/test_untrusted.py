@@ -39,7 +39,7 @@ DIGITS = "9" * 9999
 GPT2 = {"model_type": "gpt2", "n_positions": 8, "n_embd": 8, "n_layer": 1, "n_head": 2, "vocab_size": 8}
 
 
-def refused(action: Callable[[], Any], said: str, seconds: float = 4.0) -> None:
+def refused(action: Callable[[], Any], said: str, seconds: float = 30.0) -> None:
     """It ends in one line that says so, soon."""
     begun = time.monotonic()
     with pytest.raises(UserError, match=said) as error:
