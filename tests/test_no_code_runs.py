@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import pickle
 import sys
 from collections.abc import Callable
@@ -29,18 +28,10 @@ from pretrain_xla.evaluate.lm_eval_command import _names_a_model
 from pretrain_xla.interop.command import export_command, import_command
 from pretrain_xla.interop.load import load_model
 
+from .payload import Payload
+
 GPT2 = {"model_type": "gpt2", "n_positions": 8, "n_embd": 8, "n_layer": 1, "n_head": 2, "vocab_size": 8}
 SCRIPT = "import os\nos.mkdir({made!r})\n"
-
-
-class Payload:
-    """Unpickled, it makes a folder."""
-
-    def __init__(self, made: Path) -> None:
-        self.made = made
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (str(self.made),)
 
 
 @pytest.fixture

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import itertools
 import os
+import pathlib
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -90,6 +92,19 @@ def write_atomically(fs: Any, path: str, parts: Iterable[bytes | memoryview]) ->
             raise
         raise _not_written(fs, path, error) from None
     return checksum.hexdigest()
+
+
+def missing_folders(folder: str) -> list[str]:
+    """Of a local folder and those above it, the ones that are not there, the innermost first."""
+    above = [folder, *map(str, pathlib.PurePath(folder).parents)]
+    return list(itertools.takewhile(lambda path: path != "" and not os.path.isdir(path), above))
+
+
+def remove_empty(folders: Iterable[str]) -> None:
+    """Remove those of some local folders that are there and empty, in this order."""
+    for folder in folders:
+        with contextlib.suppress(OSError):  # not empty, or never made
+            os.rmdir(folder)
 
 
 def make_folder(fs: Any, path: str) -> None:

@@ -10,14 +10,21 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
-import itertools
 import os
-import pathlib
 import signal
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from pretrain_xla.data.files import PARTIAL, filesystem, is_local, make_folder, remove, url
+from pretrain_xla.data.files import (
+    PARTIAL,
+    filesystem,
+    is_local,
+    make_folder,
+    missing_folders,
+    remove,
+    remove_empty,
+    url,
+)
 from pretrain_xla.data.formats import WRITTEN_SUFFIXES
 from pretrain_xla.data.journal import Journal, clear_journal, read_progress, write_start
 from pretrain_xla.data.journal import Progress as Left
@@ -153,8 +160,7 @@ def _alone(fs: Any, root: str) -> Iterator[None]:
     if not is_local(fs):
         yield
         return
-    above = [root, *map(str, pathlib.PurePath(root).parents)]
-    made = list(itertools.takewhile(lambda folder: not os.path.isdir(folder), above))
+    made = missing_folders(root)
     if made:
         make_folder(fs, root)
     descriptor = os.open(root, os.O_RDONLY)
@@ -166,9 +172,7 @@ def _alone(fs: Any, root: str) -> Iterator[None]:
                 raise UserError(f"{root}: another process prepares a dataset there: wait until it has ended") from None
         yield
     except BaseException:
-        with contextlib.suppress(OSError):  # only where they are empty
-            for folder in made:
-                os.rmdir(folder)
+        remove_empty(made)
         raise
     finally:
         os.close(descriptor)
@@ -289,9 +293,7 @@ def _keep_or_clear(fs: Any, root: str) -> bool:
         _clear(fs, root)
         clear_journal(fs, root)
         if is_local(fs):  # a bucket has no empty folders
-            for folder in (*SPLITS, TOKENIZER_FOLDER):
-                with contextlib.suppress(OSError):  # it holds what is not ours, or was never made
-                    os.rmdir(f"{root}/{folder}")
+            remove_empty(f"{root}/{folder}" for folder in (*SPLITS, TOKENIZER_FOLDER))
     return False
 
 

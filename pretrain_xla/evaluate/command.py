@@ -12,7 +12,7 @@ from rich.table import Table
 
 from pretrain_xla.command_line import parse
 from pretrain_xla.config import build_config
-from pretrain_xla.data.files import filesystem, is_local, write_atomically
+from pretrain_xla.data.files import filesystem, is_local, remove_empty, write_atomically
 from pretrain_xla.data.tokenizer import Tokenizer, load_tokenizer
 from pretrain_xla.errors import UserError, out_of_memory
 from pretrain_xla.evaluate.evaluation import Evaluation, Result
@@ -23,7 +23,7 @@ from pretrain_xla.redact import redacted, redacted_tree
 from pretrain_xla.runtime import Runtime, start
 from pretrain_xla.train.build import build_model
 from pretrain_xla.train.console import Console
-from pretrain_xla.train.folders import probe, remove_empty
+from pretrain_xla.train.folders import probe
 from pretrain_xla.train.metrics import to_json
 from pretrain_xla.train.report import shown
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
-import pathlib
 import tempfile
 from collections.abc import Iterator
 
 from pretrain_xla.config import RunConfig
+from pretrain_xla.data.files import missing_folders, remove_empty
 from pretrain_xla.errors import UserError
 
 
@@ -42,8 +41,7 @@ def probe(key: str, folder: str, made: list[str]) -> None:
     Raises:
         UserError: it cannot be made or written; the text names the key.
     """
-    above = [folder, *map(str, pathlib.PurePath(folder).parents)]
-    made[:0] = itertools.takewhile(lambda path: path != "" and not os.path.isdir(path), above)
+    made[:0] = missing_folders(folder)
     try:
         os.makedirs(folder, exist_ok=True)
         # A file of its own for each process: they all try at the same time.
@@ -51,10 +49,3 @@ def probe(key: str, folder: str, made: list[str]) -> None:
             file.write(b"\0")
     except OSError as error:
         raise UserError(f"{key}={folder} cannot be written ({error.strerror}): name another folder") from None
-
-
-def remove_empty(folders: list[str]) -> None:
-    """Remove those of the folders that are there and empty."""
-    for folder in folders:
-        with contextlib.suppress(OSError):  # not empty, or never made
-            os.rmdir(folder)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -19,19 +17,13 @@ from pretrain_xla.evaluate.command import evaluate_command
 from pretrain_xla.generate.command import generate_command
 from pretrain_xla.interop.command import export_command, import_command
 
+from ..payload import Payload
 from .hub_server import Hub
 from .test_hub import files_of, hub, online  # noqa: F401 (fixtures)
 from .test_load import TINY, save_run
 
 HERE = ["--runtime", "torch", "--device", "cpu"]
 MODEL = [word for key, value in TINY.items() for word in (f"--{key.replace('_', '-')}", str(value))]
-
-
-class Payload:
-    """Unpickled, it makes the folder `ran`."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, ("ran",)
 
 
 def pretrain(*words: str) -> None:
@@ -68,7 +60,7 @@ def theirs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, online: Hub) -> None
     shutil.move("data.npy", "data/0.npy")
     (tmp_path / "text.txt").write_text("some text\n" * 20)
     metadata = tmp_path / "theirs" / "checkpoints" / "step_00000003" / ".metadata"
-    metadata.write_bytes(pickle.dumps(Payload()))
+    metadata.write_bytes(pickle.dumps(Payload("ran")))
     online.put("alice/theirs", files_of(tmp_path / "theirs"))
 
 

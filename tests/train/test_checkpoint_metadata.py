@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import pickle
 import tracemalloc
 import zipfile
@@ -21,15 +20,7 @@ from pretrain_xla.errors import UserError
 from pretrain_xla.train.checkpoint import CheckpointInfo, CheckpointStore
 from pretrain_xla.train.checkpoint_metadata import ForbiddenName, read_metadata
 
-
-class Payload:
-    """Unpickled, it makes a folder."""
-
-    def __init__(self, made: Path) -> None:
-        self.made = made
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (str(self.made),)
+from ..payload import Payload
 
 
 @pytest.fixture
