@@ -66,8 +66,8 @@ def measure(kind: str, rounds: int, steps: int) -> None:
 
     from pretrain_xla.config import build_config
     from pretrain_xla.config_file import load_yaml
+    from pretrain_xla.run_folder.metrics import read_metrics
     from pretrain_xla.runtime import start
-    from pretrain_xla.train.metrics import read_metrics
     from pretrain_xla.train.trainer import Trainer
 
     tree = load_yaml(str(ROOT / "configs" / "quickstart.yaml"))

@@ -26,9 +26,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from pretrain_xla.config import DataConfig
 from pretrain_xla.data.batches import Batches
 from pretrain_xla.data.dataset import open_dataset
-from pretrain_xla.data.files import filesystem
 from pretrain_xla.data.prefetch import pipeline
 from pretrain_xla.data.shards import write_shard
+from pretrain_xla.storage.files import filesystem
 
 STEP_SECONDS = 0.050
 TOKENS_A_BATCH = 2**18
@@ -119,7 +119,7 @@ def main() -> None:
 def from_bucket(scratch: str, steps: int, watched: int) -> None:
     """The same out of the emulator: whole shards, and the rows of one host of many by ranges (as many
     requests a second as the emulator, one Python process, can answer)."""
-    from tests.data.servers import gcs_emulator, gcs_environment, upload
+    from tests.servers import gcs_emulator, gcs_environment, upload
 
     with gcs_emulator() as address:
         os.environ.update(gcs_environment(address))

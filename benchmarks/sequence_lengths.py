@@ -21,12 +21,12 @@ import tyro
 from rich.console import Console
 from rich.progress import track
 
-from pretrain_xla.data.bitbpe import BitBPETokenizer
-from pretrain_xla.data.encode import document_encoder
-from pretrain_xla.data.sources import open_source
-from pretrain_xla.data.tokenizer import Tokenizer, load_tokenizer
-from pretrain_xla.data.train_tokenizer import train_tokenizer
 from pretrain_xla.errors import UserError, guarded
+from pretrain_xla.prepare.encode import document_encoder
+from pretrain_xla.text.sources import open_source
+from pretrain_xla.tokenizers.bitbpe import BitBPETokenizer
+from pretrain_xla.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from pretrain_xla.tokenizers.train import train_tokenizer
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 

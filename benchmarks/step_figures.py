@@ -12,11 +12,11 @@ from pathlib import Path
 
 from pretrain_xla.config import RunConfig
 from pretrain_xla.errors import UserError
-from pretrain_xla.model.flash_kernels import LANES, Heads, cost
+from pretrain_xla.kernels.flash_kernels import LANES, Heads, cost
 from pretrain_xla.model.flops import flops_per_token
+from pretrain_xla.preflight.compile_result import Compiled
 from pretrain_xla.preflight.estimate import kernel_time
 from pretrain_xla.preflight.hlo import Instruction, Module
-from pretrain_xla.preflight.outcome import Compiled
 from pretrain_xla.preflight.traffic import hbm_bytes, product_flops, products
 from pretrain_xla.runtime.chips import Chip
 

@@ -38,13 +38,13 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from pretrain_xla.data.bitbpe import BitBPETokenizer
-from pretrain_xla.data.corpus import quickstart_documents
-from pretrain_xla.data.encode import document_encoder
-from pretrain_xla.data.prepare import prepare
-from pretrain_xla.data.sources import join_sources, open_source, source_of
-from pretrain_xla.data.tokenizer import load_tokenizer
 from pretrain_xla.errors import guarded
+from pretrain_xla.prepare.dataset import prepare
+from pretrain_xla.prepare.encode import document_encoder
+from pretrain_xla.text.corpus import quickstart_documents
+from pretrain_xla.text.sources import join_sources, open_source, source_of
+from pretrain_xla.tokenizers.bitbpe import BitBPETokenizer
+from pretrain_xla.tokenizers.tokenizer import load_tokenizer
 
 MODULE = "benchmarks.tokenize_speed"
 ROOT = Path(__file__).resolve().parents[1]

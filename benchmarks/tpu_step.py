@@ -29,8 +29,8 @@ from pretrain_xla.config import RunConfig, build_config  # noqa: E402
 from pretrain_xla.config_file import load_yaml  # noqa: E402
 from pretrain_xla.errors import UserError  # noqa: E402
 from pretrain_xla.preflight.client import ENVIRONMENT, STALE, Request, compile_request  # noqa: E402
+from pretrain_xla.preflight.compile_result import Compiled  # noqa: E402
 from pretrain_xla.preflight.hlo import Module  # noqa: E402
-from pretrain_xla.preflight.outcome import Compiled  # noqa: E402
 from pretrain_xla.preflight.topology import resolve_topology  # noqa: E402
 
 CONFIGS = ("gpt2_124m", "modern_124m")

@@ -58,16 +58,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         trace_command(rest)
     elif command == "prepare":
-        from pretrain_xla.data.command import prepare_command
+        from pretrain_xla.prepare.command import prepare_command
 
         prepare_command(rest)
     elif command == "inspect":
-        from pretrain_xla.data.inspect_command import inspect_command
+        from pretrain_xla.prepare.inspect_command import inspect_command
 
         if status := inspect_command(rest):
             raise SystemExit(status)
     elif command == "train-tokenizer":
-        from pretrain_xla.data.command import train_tokenizer_command
+        from pretrain_xla.prepare.command import train_tokenizer_command
 
         train_tokenizer_command(rest)
     elif command == "generate":
@@ -142,7 +142,7 @@ def _adopt(tree: dict[str, Any], stated: frozenset[str], where: str) -> tuple[Ru
     begins_anew = tree["train"]["from_checkpoint"] is None
     if begins_anew and "vocab_size" in stated:
         return build_config(tree, where), []
-    from pretrain_xla.interop.adopt import adopt_architecture, adopt_tokenizer, adopt_vocabulary
+    from pretrain_xla.interop.from_checkpoint import adopt_architecture, adopt_tokenizer, adopt_vocabulary
 
     if begins_anew:
         return adopt_vocabulary(tree, stated, where)

@@ -17,10 +17,10 @@ from rich.console import Console
 from pretrain_xla.command_line import parse
 from pretrain_xla.config import RunConfig, build_config
 from pretrain_xla.config_file import load_yaml
-from pretrain_xla.data.command import show_dataset
-from pretrain_xla.data.prepare import prepare
-from pretrain_xla.data.sources import open_source
 from pretrain_xla.errors import UserError
+from pretrain_xla.prepare.command import show_dataset
+from pretrain_xla.prepare.dataset import prepare
+from pretrain_xla.text.sources import open_source
 from pretrain_xla.train.run import start_run
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "quickstart.yaml"

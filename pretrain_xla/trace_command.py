@@ -10,7 +10,7 @@ import rich.console
 from rich.table import Table
 
 from pretrain_xla.flags import parse_flags
-from pretrain_xla.interop.adopt import adopt_architecture
+from pretrain_xla.interop.from_checkpoint import adopt_architecture
 from pretrain_xla.model.trace import Node, Shape, folded, trace_model
 
 PROGRAM = "python -m pretrain_xla trace"

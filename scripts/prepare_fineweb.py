@@ -9,8 +9,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from a checkout that is not installed
 
-from pretrain_xla.data.command import prepare_fineweb_command
 from pretrain_xla.errors import guarded
+from pretrain_xla.prepare.command import prepare_fineweb_command
 
 if __name__ == "__main__":
     guarded(prepare_fineweb_command)(sys.argv[1:])

@@ -14,16 +14,16 @@ import pytest
 
 from pretrain_xla.command_line import flags_of
 from pretrain_xla.config import LEAVES
-from pretrain_xla.data.command import PrepareFlags, TrainTokenizerFlags, prepare_command, train_tokenizer_command
-from pretrain_xla.data.convert import convert_command
-from pretrain_xla.data.inspect_command import inspect_command
 from pretrain_xla.errors import UserError, guarded
 from pretrain_xla.evaluate.command import EvaluateFlags, evaluate_command
 from pretrain_xla.flag_names import OTHER_NAMES, called_here
 from pretrain_xla.flags import parse_flags
 from pretrain_xla.generate.command import GenerateFlags, generate_command
 from pretrain_xla.interop.command import export_command, import_command
+from pretrain_xla.prepare.command import PrepareFlags, TrainTokenizerFlags, prepare_command, train_tokenizer_command
+from pretrain_xla.prepare.inspect_command import inspect_command
 from pretrain_xla.quickstart import quickstart_command
+from pretrain_xla.tokenizers.convert import convert_command
 
 ROOT = Path(__file__).resolve().parents[1]
 OURS: dict[str, set[str]] = {

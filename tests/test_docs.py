@@ -11,11 +11,11 @@ import pytest
 
 from pretrain_xla.config import DataConfig, TrainConfig
 from pretrain_xla.config_file import load_yaml
-from pretrain_xla.data.command import default_fraction
 from pretrain_xla.errors import UserError
 from pretrain_xla.evaluate.command import evaluate_command
 from pretrain_xla.flags import parse_flags
 from pretrain_xla.generate.command import generate_command
+from pretrain_xla.prepare.command import default_fraction
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *(path for path in sorted(ROOT.glob("docs/*.md")) if path.name != "LOG.md")]

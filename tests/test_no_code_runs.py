@@ -19,14 +19,14 @@ import pytest
 import torch
 
 from pretrain_xla.data.dataset import open_dataset
-from pretrain_xla.data.documents import read_documents
-from pretrain_xla.data.inspect import inspect
-from pretrain_xla.data.sources import open_source
-from pretrain_xla.data.tokenizer import load_tokenizer
 from pretrain_xla.errors import UserError
 from pretrain_xla.evaluate.lm_eval_command import _names_a_model
 from pretrain_xla.interop.command import export_command, import_command
 from pretrain_xla.interop.load import load_model
+from pretrain_xla.prepare.inspect import inspect
+from pretrain_xla.text.documents import read_documents
+from pretrain_xla.text.sources import open_source
+from pretrain_xla.tokenizers.tokenizer import load_tokenizer
 
 from .payload import Payload
 

@@ -10,16 +10,15 @@ import pytest
 from pretrain_xla import cli
 from pretrain_xla.config import build_config
 from pretrain_xla.config_file import to_yaml
-from pretrain_xla.data.files import filesystem
 from pretrain_xla.data.manifest import dataset_info
-from pretrain_xla.data.prepare import prepare
 from pretrain_xla.errors import UserError, guarded
 from pretrain_xla.flags import parse_flags
 from pretrain_xla.interop.command import export_command
+from pretrain_xla.prepare.dataset import prepare
 from pretrain_xla.redact import redacted, redacted_tree
-from pretrain_xla.train.checkpoint import CheckpointStore
-
-from .data.servers import WebServer
+from pretrain_xla.run_folder.checkpoint import CheckpointStore
+from pretrain_xla.storage.files import filesystem
+from tests.servers import WebServer
 
 SECRETS = [
     ("s3://KEY:SE/CRET+x@bucket/path", "s3://***@bucket/path"),

@@ -18,20 +18,20 @@ import zstandard
 
 from pretrain_xla.config import build_config
 from pretrain_xla.config_file import load_yaml
-from pretrain_xla.data import open_file
 from pretrain_xla.data.dataset import open_dataset, verify_checksums
-from pretrain_xla.data.documents import read_documents
-from pretrain_xla.data.files import filesystem
 from pretrain_xla.data.formats import layout
-from pretrain_xla.data.journal import read_progress
 from pretrain_xla.data.manifest import dataset_info
-from pretrain_xla.data.readers import delimited, json_records, plain_text
-from pretrain_xla.data.tokenizer import load_tokenizer
-from pretrain_xla.data.train_tokenizer import train_tokenizer
 from pretrain_xla.errors import UserError
 from pretrain_xla.evaluate import records
 from pretrain_xla.interop.load import load_model
 from pretrain_xla.interop.mapping import read_config
+from pretrain_xla.prepare.journal import read_progress
+from pretrain_xla.storage.files import filesystem
+from pretrain_xla.text import open_file
+from pretrain_xla.text.documents import read_documents
+from pretrain_xla.text.readers import delimited, json_records, plain_text
+from pretrain_xla.tokenizers.tokenizer import load_tokenizer
+from pretrain_xla.tokenizers.train import train_tokenizer
 from pretrain_xla.untrusted import is_inside, parse_json
 
 DEEP = "[" * 100_000

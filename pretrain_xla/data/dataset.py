@@ -19,13 +19,13 @@ from functools import cached_property
 import numpy as np
 
 from pretrain_xla.config import DataConfig
-from pretrain_xla.data.files import filesystem, is_local, url
-from pretrain_xla.data.locate import Split, find_shards, is_pattern
+from pretrain_xla.data.find_shards import Split, find_shards, is_pattern
 from pretrain_xla.data.manifest import DatasetInfo, dataset_info, is_unfinished
-from pretrain_xla.data.remote import REQUESTS_AT_A_TIME, concurrently, read_range
+from pretrain_xla.data.shard_loader import Supply
 from pretrain_xla.data.shards import Shard, checksum_of, fetch, narrow, open_shard
-from pretrain_xla.data.supply import Supply
 from pretrain_xla.errors import UserError
+from pretrain_xla.storage.files import filesystem, is_local, url
+from pretrain_xla.storage.remote import REQUESTS_AT_A_TIME, concurrently, read_range
 
 SCANNED_TOKENS = 2**28
 

@@ -24,8 +24,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from pretrain_xla.data.beside import Beside, litdata_chunk, megatron_dtype
 from pretrain_xla.data.headerless import dtype_of, looks_like_ids, what_else
+from pretrain_xla.data.index_files import Beside, litdata_chunk, megatron_dtype
 from pretrain_xla.errors import UserError
 from pretrain_xla.git_lfs import refuse_pointer
 

@@ -11,9 +11,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
-from pretrain_xla.data.files import PARTIAL, filesystem, url, write_atomically
-from pretrain_xla.data.remote import RefusedError, call
 from pretrain_xla.errors import UserError
+from pretrain_xla.storage.files import PARTIAL, filesystem, url, write_atomically
+from pretrain_xla.storage.remote import RefusedError, call
 from pretrain_xla.untrusted import is_inside
 
 MANIFEST = "dataset.json"

@@ -16,11 +16,11 @@ from typing import Any, Literal
 import numpy as np
 
 from pretrain_xla.data import parquet
-from pretrain_xla.data.files import VERSION_KEYS, filesystem, is_local, url, write_atomically
 from pretrain_xla.data.formats import DTYPES, HEAD_BYTES, Format, header, is_parquet, layout, suffix
 from pretrain_xla.data.manifest import ShardInfo, SplitInfo
-from pretrain_xla.data.remote import RefusedError, call, concurrently, read_range
 from pretrain_xla.errors import UserError
+from pretrain_xla.storage.files import VERSION_KEYS, filesystem, is_local, url, write_atomically
+from pretrain_xla.storage.remote import RefusedError, call, concurrently, read_range
 
 WrittenFormat = Literal["npy", "bin", "parquet"]
 _OVERFULL = 1.1  # the last shard may be this much larger, so that no tiny one comes after it

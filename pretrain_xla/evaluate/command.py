@@ -12,20 +12,20 @@ from rich.table import Table
 
 from pretrain_xla.command_line import parse
 from pretrain_xla.config import build_config
-from pretrain_xla.data.files import filesystem, is_local, remove_empty, write_atomically
-from pretrain_xla.data.tokenizer import Tokenizer, load_tokenizer
 from pretrain_xla.errors import UserError, out_of_memory
 from pretrain_xla.evaluate.evaluation import Evaluation, Result
 from pretrain_xla.evaluate.tasks import TASKS, Settings, check_task
 from pretrain_xla.interop.load import LoadedModel, load_model
 from pretrain_xla.model import GPT
 from pretrain_xla.redact import redacted, redacted_tree
+from pretrain_xla.run_folder.build import build_model
+from pretrain_xla.run_folder.console import Console
+from pretrain_xla.run_folder.folders import probe
+from pretrain_xla.run_folder.metrics import to_json
+from pretrain_xla.run_folder.report import shown
 from pretrain_xla.runtime import Runtime, start
-from pretrain_xla.train.build import build_model
-from pretrain_xla.train.console import Console
-from pretrain_xla.train.folders import probe
-from pretrain_xla.train.metrics import to_json
-from pretrain_xla.train.report import shown
+from pretrain_xla.storage.files import filesystem, is_local, remove_empty, write_atomically
+from pretrain_xla.tokenizers.tokenizer import Tokenizer, load_tokenizer
 
 MEMORY = (
     "lower --batch-size, add --mixed-precision bf16, or share the weights out with --mesh-fsdp over more devices (xla); "

@@ -8,12 +8,12 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pretrain_xla.data.tokenizer import Tokenizer
 from pretrain_xla.errors import UserError
 from pretrain_xla.evaluate.scorer import Scorer
 from pretrain_xla.evaluate.tasks import Reader, Settings, prepare_task
 from pretrain_xla.model import GPT
 from pretrain_xla.runtime import Runtime
+from pretrain_xla.tokenizers.tokenizer import Tokenizer
 
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 """(what is done, how much of it there is) → a context that yields a function for how much is done so far."""

@@ -21,8 +21,8 @@ from pretrain_xla.evaluate.command import build, tokenizer_of
 from pretrain_xla.evaluate.rows import cut
 from pretrain_xla.evaluate.scorer import Row, Scorer
 from pretrain_xla.generate import Generator, Request, Sampling
-from pretrain_xla.interop.borders import before_text
 from pretrain_xla.interop.load import load_model
+from pretrain_xla.interop.special_tokens import before_text
 
 DEFAULT_BATCH_SIZE = 8
 

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from pretrain_xla.data.files import filesystem, url
-from pretrain_xla.data.find import fitting, path_type
-from pretrain_xla.data.open_file import LONGEST_DOCUMENT, UNPACK_ERRORS, lines_of, open_file, unpacked
 from pretrain_xla.errors import UserError
+from pretrain_xla.storage.files import filesystem, url
+from pretrain_xla.storage.find import fitting, path_type
+from pretrain_xla.text.open_file import LONGEST_DOCUMENT, UNPACK_ERRORS, lines_of, open_file, unpacked
 from pretrain_xla.untrusted import parse_json
 
 Fields = dict[str, Any]

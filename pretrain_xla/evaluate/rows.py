@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from pretrain_xla.data.tokenizer import Tokenizer
 from pretrain_xla.evaluate.scorer import Row
+from pretrain_xla.tokenizers.tokenizer import Tokenizer
 
 
 def joined_rows(

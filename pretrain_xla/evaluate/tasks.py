@@ -13,16 +13,17 @@ import numpy as np
 
 from pretrain_xla.data.batches import Batches
 from pretrain_xla.data.dataset import TokenDataset, open_dataset
-from pretrain_xla.data.same_tokenizer import TokenizerId, fingerprint, of_dataset
-from pretrain_xla.data.tokenizer import Tokenizer
 from pretrain_xla.errors import UserError
-from pretrain_xla.evaluate import measures, questions
-from pretrain_xla.evaluate.measures import Measured
+from pretrain_xla.evaluate import metrics as measures
+from pretrain_xla.evaluate import questions
+from pretrain_xla.evaluate.metrics import Measured
 from pretrain_xla.evaluate.questions import Question
 from pretrain_xla.evaluate.records import HubDataset, Record, find_file, read_hub, read_lines, read_records
 from pretrain_xla.evaluate.rows import joined_rows, separate_rows, windows
 from pretrain_xla.evaluate.scorer import Row, Score
-from pretrain_xla.interop.borders import before_text
+from pretrain_xla.interop.special_tokens import before_text
+from pretrain_xla.tokenizers.same_tokenizer import TokenizerId, fingerprint, of_dataset
+from pretrain_xla.tokenizers.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

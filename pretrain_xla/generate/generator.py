@@ -6,15 +6,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from pretrain_xla.config import build_config
-from pretrain_xla.data.tokenizer import Tokenizer, load_tokenizer
 from pretrain_xla.errors import UserError
 from pretrain_xla.generate.continuation import Continuation, Request
 from pretrain_xla.generate.decoder import Decoder
 from pretrain_xla.generate.text import TextStream, prompt_ids
-from pretrain_xla.interop.borders import before_text
 from pretrain_xla.interop.load import load_model
+from pretrain_xla.interop.special_tokens import before_text
 from pretrain_xla.model import GPT
 from pretrain_xla.runtime import Runtime, start
+from pretrain_xla.tokenizers.tokenizer import Tokenizer, load_tokenizer
 
 
 class Generator:

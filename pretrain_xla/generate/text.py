@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pretrain_xla.data.tokenizer import Tokenizer
+from pretrain_xla.tokenizers.tokenizer import Tokenizer
 
 
 def prompt_ids(tokenizer: Tokenizer, prompt: str, before: Sequence[int] = ()) -> list[int]:

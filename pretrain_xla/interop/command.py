@@ -8,19 +8,19 @@ from collections.abc import Sequence
 from pretrain_xla.command_line import Parser
 from pretrain_xla.config import ModelConfig, RunConfig, build_config
 from pretrain_xla.config_file import to_yaml
-from pretrain_xla.data.tokenizer import is_stored, known_tokenizers, load_tokenizer
 from pretrain_xla.errors import UserError
 from pretrain_xla.interop import hub
-from pretrain_xla.interop.adopt import adopt_architecture, fit_tensors, usable_tokenizer
-from pretrain_xla.interop.borders import write_borders
 from pretrain_xla.interop.export import DTYPES, export_model, make_empty_folder
+from pretrain_xla.interop.from_checkpoint import adopt_architecture, fit_tensors, usable_tokenizer
 from pretrain_xla.interop.load import LoadedModel, describe, load_model
 from pretrain_xla.interop.mapping import choose
+from pretrain_xla.interop.special_tokens import write_borders
 from pretrain_xla.model import parameter_count
 from pretrain_xla.redact import redacted, redacted_tree
-from pretrain_xla.train.checkpoint import CheckpointInfo, CheckpointStore
-from pretrain_xla.train.files import CONFIG_FILE, TOKENIZER_FOLDER
-from pretrain_xla.train.finite import check_finite
+from pretrain_xla.run_folder.checkpoint import CheckpointInfo, CheckpointStore
+from pretrain_xla.run_folder.files import CONFIG_FILE, TOKENIZER_FOLDER
+from pretrain_xla.run_folder.finite import check_finite
+from pretrain_xla.tokenizers.tokenizer import is_stored, known_tokenizers, load_tokenizer
 
 MODEL_HELP = (
     "run folder, checkpoints folder or one checkpoint (also a URL); Hugging Face folder; .safetensors or .pt file; name on "

@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from huggingface_hub import save_torch_state_dict
 
-from pretrain_xla.data.tokenizer import Tokenizer, known_tokenizers, load_tokenizer
 from pretrain_xla.errors import UserError
-from pretrain_xla.interop.borders import before_text
-from pretrain_xla.interop.card import model_card
 from pretrain_xla.interop.load import LoadedModel
 from pretrain_xla.interop.mapping import choose, write_config
+from pretrain_xla.interop.model_card import model_card
+from pretrain_xla.interop.special_tokens import before_text
 from pretrain_xla.interop.tensors import to_theirs
 from pretrain_xla.interop.tokenizer_files import write_tokenizer
-from pretrain_xla.train.finite import check_finite
+from pretrain_xla.run_folder.finite import check_finite
+from pretrain_xla.tokenizers.tokenizer import Tokenizer, known_tokenizers, load_tokenizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pretrain_xla.config import ModelConfig
+from pretrain_xla.interop.architecture_options import ANY
 from pretrain_xla.interop.keys import GELU, GEMMA_GELU, GPT2_GELU, SCALAR, SILU, Key, root
 from pretrain_xla.interop.layouts import (
     ATTENTION,
@@ -28,7 +29,6 @@ from pretrain_xla.interop.layouts import (
     QWEN3_LAYOUT,
     Layout,
 )
-from pretrain_xla.interop.traits import ANY
 
 Options = dict[str, tuple[Any, ...] | Callable[[Any], bool]]
 Keys = dict[str, Key]

@@ -22,7 +22,7 @@ from huggingface_hub.errors import (
 )
 
 from pretrain_xla.errors import UserError
-from pretrain_xla.train.checkpoint import MARKER, PREFIX, CheckpointStore
+from pretrain_xla.run_folder.checkpoint import MARKER, PREFIX, CheckpointStore
 
 P = ParamSpec("P")
 R = TypeVar("R")

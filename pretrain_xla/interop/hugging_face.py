@@ -7,10 +7,10 @@ from collections.abc import Callable
 from torch import Tensor
 
 from pretrain_xla.errors import UserError
-from pretrain_xla.interop.beside import tokenizer_beside
-from pretrain_xla.interop.borders import begins_texts, ends_of
-from pretrain_xla.interop.description import Description
 from pretrain_xla.interop.mapping import read_config
+from pretrain_xla.interop.model_source import Description
+from pretrain_xla.interop.model_tokenizer import tokenizer_beside
+from pretrain_xla.interop.special_tokens import begins_texts, ends_of
 from pretrain_xla.interop.tensors import to_ours
 from pretrain_xla.interop.weights import read_folder
 from pretrain_xla.untrusted import parse_object

@@ -18,16 +18,16 @@ from pretrain_xla.config import PRETRAINED_MODELS, build_config
 from pretrain_xla.data.manifest import dataset_info
 from pretrain_xla.errors import UserError
 from pretrain_xla.interop import hub
-from pretrain_xla.interop.beside import GPT2_VOCABULARY
-from pretrain_xla.interop.borders import begins_texts, ends_of
-from pretrain_xla.interop.description import Description, LoadedModel
 from pretrain_xla.interop.hugging_face import describe_folder
+from pretrain_xla.interop.model_source import Description, LoadedModel
+from pretrain_xla.interop.model_tokenizer import GPT2_VOCABULARY
+from pretrain_xla.interop.special_tokens import begins_texts, ends_of
 from pretrain_xla.interop.state_dict import describe_file
 from pretrain_xla.model import GPT
 from pretrain_xla.redact import is_redacted
-from pretrain_xla.train.checkpoint import MARKER, CheckpointInfo, open_checkpoint
-from pretrain_xla.train.files import find_tokenizer
-from pretrain_xla.train.finite import check_names
+from pretrain_xla.run_folder.checkpoint import MARKER, CheckpointInfo, open_checkpoint
+from pretrain_xla.run_folder.files import find_tokenizer
+from pretrain_xla.run_folder.finite import check_names
 
 __all__ = ["Description", "LoadedModel", "describe", "load_model"]
 

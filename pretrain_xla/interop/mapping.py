@@ -12,9 +12,9 @@ from typing import Any
 
 from pretrain_xla.config import ModelConfig, build_config
 from pretrain_xla.errors import UserError
+from pretrain_xla.interop.architecture_options import PLAIN, allowed, traits
 from pretrain_xla.interop.families import FAMILIES, Family
 from pretrain_xla.interop.keys import DERIVED
-from pretrain_xla.interop.traits import PLAIN, allowed, traits
 
 STAMP = "pretrain_xla"
 # What makes a model another kind of model: an architecture that differs in one of these is a far one.

@@ -20,12 +20,12 @@ from torch import Tensor
 
 from pretrain_xla.config import ModelConfig, build_config
 from pretrain_xla.errors import UserError
-from pretrain_xla.interop.beside import tokenizer_beside
-from pretrain_xla.interop.description import Description
 from pretrain_xla.interop.hugging_face import describe_folder
+from pretrain_xla.interop.inferred import activation_of, heads_of
 from pretrain_xla.interop.layouts import GPT2_LAYOUT
+from pretrain_xla.interop.model_source import Description
+from pretrain_xla.interop.model_tokenizer import tokenizer_beside
 from pretrain_xla.interop.tensors import CONSTANTS, strip_prefixes, to_ours
-from pretrain_xla.interop.unsaid import activation_of, heads_of
 from pretrain_xla.interop.weights import Values, read_file
 
 STATE_KEYS = ("model", "model_state_dict", "state_dict", "model_state")

@@ -15,8 +15,10 @@ import tokenizers
 from tiktoken import Encoding
 from tokenizers import Regex, decoders, models, pre_tokenizers
 
-from pretrain_xla.data.same_tokenizer import TEXT
-from pretrain_xla.data.tokenizer import (
+from pretrain_xla.interop import sentencepiece_json
+from pretrain_xla.interop.special_tokens import before_text
+from pretrain_xla.tokenizers.same_tokenizer import TEXT
+from pretrain_xla.tokenizers.tokenizer import (
     END_OF_TEXT,
     BytesTokenizer,
     JsonTokenizer,
@@ -24,8 +26,6 @@ from pretrain_xla.data.tokenizer import (
     TiktokenTokenizer,
     Tokenizer,
 )
-from pretrain_xla.interop import sentencepiece_json
-from pretrain_xla.interop.borders import before_text
 
 PROBE = (
     "Hello  world! It's 12345 o'clock,\n\n\tdon't YOU'LL see?\r\n  x_BTD = f(3.14e-5);  naïve café, Ελλάδα, Привет, "

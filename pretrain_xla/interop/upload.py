@@ -14,8 +14,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from pretrain_xla.errors import UserError
 from pretrain_xla.interop.hub import push_checkpoint, steps
-from pretrain_xla.train.checkpoint import CheckpointStore
-from pretrain_xla.train.files import CONFIG_FILE, TOKENIZER_FOLDER
+from pretrain_xla.run_folder.checkpoint import CheckpointStore
+from pretrain_xla.run_folder.files import CONFIG_FILE, TOKENIZER_FOLDER
 
 
 class Uploader:

@@ -1,7 +1,7 @@
 """A loop as a value: what runs the same function over the slices of stacked tensors.
 
 In plain PyTorch that is a Python loop. The xla runtime hands the model another one with the same meaning, which becomes a
-single loop of the compiled program instead of a copy of its body for each turn (`runtime/xla_loop.py`).
+single loop of the compiled program instead of a copy of its body for each turn (`runtime/xla/scan.py`).
 """
 
 from __future__ import annotations

@@ -16,9 +16,9 @@ from pathlib import Path
 import pretrain_xla
 from pretrain_xla.config import RunConfig
 from pretrain_xla.errors import UserError
-from pretrain_xla.preflight.outcome import Outcome
+from pretrain_xla.preflight.compile_result import Outcome
 from pretrain_xla.preflight.topology import Topology
-from pretrain_xla.runtime.xla_environment import CHANGES_RESULTS, compiler_options
+from pretrain_xla.runtime.xla.environment import CHANGES_RESULTS, compiler_options
 
 ENVIRONMENT = {
     "PJRT_DEVICE": "CPU",

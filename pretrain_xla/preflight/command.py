@@ -17,10 +17,10 @@ from pretrain_xla.config import RunConfig
 from pretrain_xla.config_file import to_yaml
 from pretrain_xla.errors import UserError
 from pretrain_xla.flags import parse_flags
-from pretrain_xla.interop.adopt import adopt_architecture
-from pretrain_xla.preflight.advise import advise
+from pretrain_xla.interop.from_checkpoint import adopt_architecture
 from pretrain_xla.preflight.render import console, render
 from pretrain_xla.preflight.search import Search
+from pretrain_xla.preflight.suggestions import advise
 from pretrain_xla.preflight.tables import comparison, trials_table
 from pretrain_xla.preflight.topology import Topology, chosen_topology
 from pretrain_xla.preflight.trials import Compiler, Trial, changed

@@ -13,9 +13,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from pretrain_xla.errors import UserError
+from pretrain_xla.preflight.compile_result import Compiled, Input, Shortage
 from pretrain_xla.preflight.hlo import aliased_parameters
 from pretrain_xla.preflight.out_of_memory import is_out_of_memory, read_shortage
-from pretrain_xla.preflight.outcome import Compiled, Input, Shortage
 from pretrain_xla.preflight.topology import Topology
 from pretrain_xla.preflight.trace import TracedStep
 from pretrain_xla.runtime.sharding import Axis, ways

@@ -6,9 +6,9 @@ import dataclasses
 from collections import Counter
 
 from pretrain_xla.config import RunConfig
+from pretrain_xla.preflight.compile_result import Outcome
 from pretrain_xla.preflight.hlo import Instruction, Module
 from pretrain_xla.preflight.memory import Memory
-from pretrain_xla.preflight.outcome import Outcome
 from pretrain_xla.preflight.traffic import product_flops, products
 
 HOST = frozenset(("send", "recv", "infeed", "outfeed"))

@@ -10,8 +10,8 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 
+from pretrain_xla.preflight.compile_result import Outcome
 from pretrain_xla.preflight.hlo import Instruction, Label, Module, read_label
-from pretrain_xla.preflight.outcome import Outcome
 from pretrain_xla.preflight.topology import Topology
 
 SAME_MEMORY = frozenset(("bitcast", "get-tuple-element", "tuple", "while", "opt-barrier"))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-from pretrain_xla.preflight.outcome import Allocation, Shortage
+from pretrain_xla.preflight.compile_result import Allocation, Shortage
 
 _UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _SIZE = r"([\d.]+)([KMGTB]?)"

@@ -9,11 +9,11 @@ from typing import Any
 from pretrain_xla.config import RunConfig
 from pretrain_xla.model.flops import parameter_count
 from pretrain_xla.preflight.collectives import Collective, find_collectives
+from pretrain_xla.preflight.compile_result import Outcome
 from pretrain_xla.preflight.estimate import Estimate, estimate_step
 from pretrain_xla.preflight.health import Finding, config_findings, input_findings, module_findings
 from pretrain_xla.preflight.hlo import Module
 from pretrain_xla.preflight.memory import Memory, read_memory
-from pretrain_xla.preflight.outcome import Outcome
 from pretrain_xla.preflight.topology import Topology
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from pretrain_xla.config import RunConfig
-from pretrain_xla.preflight.advise import CHUNK
+from pretrain_xla.preflight.suggestions import CHUNK
 from pretrain_xla.preflight.trials import Compiler, Trial
 
 FIRST_ROWS = 8

@@ -23,9 +23,9 @@ import torch_xla.core.xla_builder as xb
 from torch import Tensor, nn
 
 from pretrain_xla.config import RunConfig
+from pretrain_xla.run_folder.build import arrange, build_examples, build_model, build_optimizer
 from pretrain_xla.runtime.sharding import BATCH, Axis, parameter_axes, ways
-from pretrain_xla.runtime.xla import XlaRuntime
-from pretrain_xla.train.build import arrange, build_examples, build_model, build_optimizer
+from pretrain_xla.runtime.xla.runtime import XlaRuntime
 from pretrain_xla.train.step import METRICS, TrainStep
 
 

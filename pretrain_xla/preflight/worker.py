@@ -33,10 +33,10 @@ def work(folder: Path) -> None:
 
 def _compile(folder: Path, request: dict[str, object]) -> dict[str, object]:
     from pretrain_xla.config import RunConfig
+    from pretrain_xla.preflight.compile_result import Compiled, Outcome, Shortage
     from pretrain_xla.preflight.compiler import INSTALL, compile_step, describe_inputs, input_text, libtpu_version
-    from pretrain_xla.preflight.outcome import Compiled, Outcome, Shortage
     from pretrain_xla.preflight.topology import resolve_topology
-    from pretrain_xla.runtime.compiler_warnings import in_words, libtpu_log
+    from pretrain_xla.runtime.xla.compiler_warnings import in_words, libtpu_log
 
     libtpu = libtpu_version()
     try:

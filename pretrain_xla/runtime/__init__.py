@@ -11,7 +11,7 @@ from pretrain_xla.config import RunConfig
 from pretrain_xla.errors import UserError
 from pretrain_xla.runtime.base import Runtime
 from pretrain_xla.runtime.tpu_chip import DESCRIBE, check_description, pci_chips
-from pretrain_xla.runtime.xla_environment import clear_environment
+from pretrain_xla.runtime.xla.environment import clear_environment
 
 # Before torch_xla is imported: its C++ part announces on every compilation that GSPMD will give way to Shardy one day.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -47,7 +47,7 @@ def load_xla(config: RunConfig) -> tuple[ModuleType, list[str]]:
     if "torch_xla" not in sys.modules and (warning := check_description()):
         say([warning], "warning")
     try:
-        from pretrain_xla.runtime import xla
+        from pretrain_xla.runtime.xla import runtime as xla
     except ModuleNotFoundError as error:
         if error.name and error.name.split(".")[0] == "torch_xla":
             raise UserError(

@@ -7,7 +7,7 @@ from typing import Any
 
 _HIDDEN = (
     *("/torch/", "/torch_xla/", "/contextlib.py", "/warnings.py"),
-    *("/runtime/source_line.py", "/runtime/xla_graphs.py", "/runtime/torch_waits.py"),
+    *("/runtime/source_line.py", "/runtime/xla/graphs.py", "/runtime/torch_waits.py"),
 )
 
 

@@ -26,7 +26,7 @@ from pretrain_xla.model.loops import Fence, Loop, no_fence
 from pretrain_xla.model.split import WHOLE, Split
 from pretrain_xla.runtime.base import GraphCounts, GraphEvent, Repeat
 from pretrain_xla.runtime.launched import RENDEZVOUS, launched
-from pretrain_xla.runtime.peaks import gpu_peak
+from pretrain_xla.runtime.peak_flops import gpu_peak
 from pretrain_xla.runtime.rows import rows_of
 from pretrain_xla.runtime.torch_waits import watch_waits
 from pretrain_xla.system_faults import reason

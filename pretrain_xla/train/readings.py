@@ -17,9 +17,9 @@ from torch import Tensor
 from pretrain_xla.config import RunConfig
 from pretrain_xla.errors import UserError
 from pretrain_xla.model import flops_per_token
+from pretrain_xla.run_folder.metrics import Row
+from pretrain_xla.run_folder.report import perplexity
 from pretrain_xla.runtime import Runtime
-from pretrain_xla.train.metrics import Row
-from pretrain_xla.train.report import perplexity
 from pretrain_xla.train.step import METRICS
 
 

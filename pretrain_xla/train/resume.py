@@ -9,18 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from pretrain_xla.config import ModelConfig, RunConfig
-from pretrain_xla.data.same_tokenizer import TokenizerId
-from pretrain_xla.data.tokenizer import known_tokenizers
 from pretrain_xla.errors import UserError
 from pretrain_xla.interop import hub
-from pretrain_xla.interop.adopt import FREE_MODEL_KEYS, check_fits, fit_tensors
+from pretrain_xla.interop.from_checkpoint import FREE_MODEL_KEYS, check_fits, fit_tensors
 from pretrain_xla.interop.load import Description, describe
 from pretrain_xla.model.stacked import of_all_layers
-from pretrain_xla.train.checkpoint import MARKER, CheckpointInfo, CheckpointStore, open_checkpoint
-from pretrain_xla.train.finite import check_finite, check_names
+from pretrain_xla.run_folder.checkpoint import MARKER, CheckpointInfo, CheckpointStore, open_checkpoint
+from pretrain_xla.run_folder.finite import check_finite, check_names
+from pretrain_xla.run_folder.own_tokenizer import check_same_tokenizer, tokenizer_of_checkpoint, tokenizer_of_run
+from pretrain_xla.run_folder.seen import other_data
+from pretrain_xla.tokenizers.same_tokenizer import TokenizerId
+from pretrain_xla.tokenizers.tokenizer import known_tokenizers
 from pretrain_xla.train.loss_scale import LossScale
-from pretrain_xla.train.own_tokenizer import check_same_tokenizer, tokenizer_of_checkpoint, tokenizer_of_run
-from pretrain_xla.train.seen import other_data
 
 
 @dataclass

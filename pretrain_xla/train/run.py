@@ -8,11 +8,11 @@ import functools
 from pretrain_xla.config import RunConfig
 from pretrain_xla.errors import guarded, out_of_memory
 from pretrain_xla.interop import hub
+from pretrain_xla.run_folder.files import set_aside, write_run_files
+from pretrain_xla.run_folder.folders import local_folders, writable_folders
+from pretrain_xla.run_folder.lock import alone_in
 from pretrain_xla.runtime import Runtime, load_xla, say, start
 from pretrain_xla.runtime.launched import speaks_first
-from pretrain_xla.train.files import set_aside, write_run_files
-from pretrain_xla.train.folders import local_folders, writable_folders
-from pretrain_xla.train.lock import alone_in
 
 MEMORY = (
     "lower --train-batch-size and raise --gradient-accum-step (and --eval-batch-size, if it happens in validation), or add "
@@ -26,7 +26,7 @@ def start_run(config: RunConfig) -> None:
     if config.parallel.runtime == "xla" and config.parallel.is_multiprocess:
         _, notes = load_xla(config)
         say(notes)
-        from pretrain_xla.runtime.xla_launch import launch
+        from pretrain_xla.runtime.xla.launch import launch
 
         launch(config, functools.partial(_run_replica, config))
         return

@@ -7,15 +7,15 @@ random state of the run is touched: a run with samples has the losses of one wit
 from __future__ import annotations
 
 from pretrain_xla.config import RunConfig
-from pretrain_xla.data.tokenizer import decode_after, load_tokenizer
 from pretrain_xla.errors import UserError
 from pretrain_xla.generate.continuation import Continuation, Request
 from pretrain_xla.generate.decoder import Decoder
 from pretrain_xla.generate.sampling import Sampling
 from pretrain_xla.generate.text import prompt_ids
 from pretrain_xla.model import GPT
+from pretrain_xla.run_folder.files import tokenizer_of
 from pretrain_xla.runtime import Runtime
-from pretrain_xla.train.files import tokenizer_of
+from pretrain_xla.tokenizers.tokenizer import decode_after, load_tokenizer
 
 TOKENS = 100
 SAMPLING = Sampling(temperature=0.8, top_k=50)

@@ -19,29 +19,29 @@ from torch import Tensor
 from pretrain_xla.config import RunConfig
 from pretrain_xla.data.batches import Batches, sequences_of
 from pretrain_xla.data.dataset import TokenDataset, open_dataset
-from pretrain_xla.data.locate import Split
+from pretrain_xla.data.find_shards import Split
 from pretrain_xla.data.prefetch import pipeline
 from pretrain_xla.errors import UserError
 from pretrain_xla.interop.upload import Uploader
 from pretrain_xla.model import initialize, parameter_count
 from pretrain_xla.model.stacked import of_each_layer
 from pretrain_xla.redact import redacted_tree
+from pretrain_xla.run_folder.build import arrange, build_examples, build_model, build_optimizer
+from pretrain_xla.run_folder.checkpoint import CheckpointInfo
+from pretrain_xla.run_folder.console import Console
+from pretrain_xla.run_folder.metrics import MetricLog, Row
+from pretrain_xla.run_folder.own_tokenizer import tokenizer_of_run
+from pretrain_xla.run_folder.report import perplexity, shown, summarised_steps, write_report
+from pretrain_xla.run_folder.seen import Seen, seen_so_far, what_changed
+from pretrain_xla.run_folder.trackers import WandB
 from pretrain_xla.runtime import Runtime
-from pretrain_xla.train.build import arrange, build_examples, build_model, build_optimizer
-from pretrain_xla.train.checkpoint import CheckpointInfo
-from pretrain_xla.train.console import Console
-from pretrain_xla.train.guard import GraphGuard
-from pretrain_xla.train.measure import build_evaluation, build_validation
-from pretrain_xla.train.metrics import MetricLog, Row
-from pretrain_xla.train.own_tokenizer import tokenizer_of_run
+from pretrain_xla.train.evaluations import build_evaluation, build_validation
+from pretrain_xla.train.graph_guard import GraphGuard
 from pretrain_xla.train.readings import Readings, check_rows
-from pretrain_xla.train.report import perplexity, shown, summarised_steps, write_report
 from pretrain_xla.train.resume import Start, find_start
 from pretrain_xla.train.samples import Samples
-from pretrain_xla.train.seen import Seen, seen_so_far, what_changed
-from pretrain_xla.train.signals import StopSignal
 from pretrain_xla.train.step import METRICS, TrainStep, step_seed
-from pretrain_xla.train.trackers import WandB
+from pretrain_xla.train.stop_signal import StopSignal
 
 
 class Trainer:

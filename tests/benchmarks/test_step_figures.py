@@ -5,8 +5,8 @@ import pytest
 from benchmarks.step_figures import Figures, read_figures
 from benchmarks.tpu_step import one_chip
 from pretrain_xla.errors import UserError
+from pretrain_xla.preflight.compile_result import Compiled
 from pretrain_xla.preflight.hlo import Module
-from pretrain_xla.preflight.outcome import Compiled
 from pretrain_xla.runtime.chips import CHIPS
 
 DECLARED = (1e9, 2e6)

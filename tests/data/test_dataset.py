@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 
 from pretrain_xla.data import dataset as dataset_module
 from pretrain_xla.data.dataset import open_dataset, verify_checksums
-from pretrain_xla.data.files import filesystem, write_atomically
 from pretrain_xla.data.manifest import dataset_info
-from pretrain_xla.data.prepare import prepare
 from pretrain_xla.data.shards import open_shard, write_shard
-from pretrain_xla.data.sources import source_of
 from pretrain_xla.errors import UserError
+from pretrain_xla.prepare.dataset import prepare
+from pretrain_xla.storage.files import filesystem, write_atomically
+from pretrain_xla.text.sources import source_of
 
 LOCAL = filesystem(".")[0]
 

@@ -18,11 +18,10 @@ from hypothesis import strategies as st
 from pretrain_xla.config import DataConfig
 from pretrain_xla.data.batches import Batches
 from pretrain_xla.data.dataset import open_dataset, open_shards
-from pretrain_xla.data.files import filesystem
 from pretrain_xla.data.shards import ShardWriter, open_shard
 from pretrain_xla.errors import UserError
-
-from .peers import WRITERS, blocks, build_nano_gpt, litdata, llm_c, nano_gpt
+from pretrain_xla.storage.files import filesystem
+from tests.peers import WRITERS, blocks, build_nano_gpt, litdata, llm_c, nano_gpt
 
 LOCAL = filesystem(".")[0]
 

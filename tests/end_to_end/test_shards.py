@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ..data.peers import WRITERS
-from ..data.servers import FaultyProxy, gcs_emulator, gcs_environment, upload
+from tests.peers import WRITERS
+from tests.servers import FaultyProxy, gcs_emulator, gcs_environment, upload
+
 from .conftest import VOCAB_SIZE, losses, run, summary
 
 SHORT = {"train_steps": 6, "decay_steps": 6, "warmup_steps": 2, "valid_interval": 6, "save_interval": 6}

@@ -15,14 +15,14 @@ import torch
 import transformers
 
 from pretrain_xla.config import RunConfig, build_config
-from pretrain_xla.data.tokenizer import Tokenizer, load_tokenizer
-from pretrain_xla.data.train_tokenizer import train_tokenizer
 from pretrain_xla.evaluate.scorer import Scorer
 from pretrain_xla.interop.layouts import GPT2_LAYOUT
 from pretrain_xla.interop.tensors import to_ours
 from pretrain_xla.model import GPT
+from pretrain_xla.run_folder.checkpoint import CheckpointInfo, CheckpointStore
 from pretrain_xla.runtime.torch_runtime import TorchRuntime
-from pretrain_xla.train.checkpoint import CheckpointInfo, CheckpointStore
+from pretrain_xla.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from pretrain_xla.tokenizers.train import train_tokenizer
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 LENGTH = 48

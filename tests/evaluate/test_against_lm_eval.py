@@ -13,11 +13,11 @@ import pytest
 import tokenizers
 import transformers
 
-from pretrain_xla.data.tokenizer import load_tokenizer
-from pretrain_xla.data.train_tokenizer import train_tokenizer
 from pretrain_xla.evaluate import Evaluation, Settings
 from pretrain_xla.evaluate.evaluation import Result
 from pretrain_xla.evaluate.lm_eval_command import register
+from pretrain_xla.tokenizers.tokenizer import load_tokenizer
+from pretrain_xla.tokenizers.train import train_tokenizer
 
 from .conftest import ORIGINAL, SHARED, TEXT, Trio, silent
 

@@ -180,7 +180,7 @@ def test_our_model_is_named_where_none_is(
 
 
 def _larger_tokenizer(folder: Path) -> Path:
-    from pretrain_xla.data.train_tokenizer import train_tokenizer
+    from pretrain_xla.tokenizers.train import train_tokenizer
 
     train_tokenizer(["".join(f"{n * 7919} " for n in range(3000))], 800, str(folder / "larger"), min_frequency=1)
     return folder / "larger"

@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 import zstandard
 
-from pretrain_xla.data.tokenizer import BytesTokenizer
 from pretrain_xla.errors import UserError
 from pretrain_xla.evaluate import questions
 from pretrain_xla.evaluate.questions import Question
 from pretrain_xla.evaluate.records import Record, find_file, read_lines, read_records
 from pretrain_xla.evaluate.rows import cut, joined_rows, separate_rows
+from pretrain_xla.tokenizers.tokenizer import BytesTokenizer
 
 from .conftest import ORIGINAL
 

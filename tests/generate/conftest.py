@@ -10,7 +10,7 @@ import torch
 
 from pretrain_xla.config import RunConfig, build_config
 from pretrain_xla.model import GPT, initialize
-from pretrain_xla.train.checkpoint import CheckpointInfo, CheckpointStore
+from pretrain_xla.run_folder.checkpoint import CheckpointInfo, CheckpointStore
 
 
 @pytest.fixture(autouse=True)

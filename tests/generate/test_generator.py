@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from pretrain_xla.config import RunConfig
-from pretrain_xla.data.tokenizer import BytesTokenizer
 from pretrain_xla.errors import UserError
 from pretrain_xla.generate.continuation import Request
 from pretrain_xla.generate.generator import Generator
 from pretrain_xla.generate.sampling import Sampling
 from pretrain_xla.model import GPT
 from pretrain_xla.runtime.torch_runtime import TorchRuntime
+from pretrain_xla.tokenizers.tokenizer import BytesTokenizer
 
 from .conftest import make_model
 

@@ -21,7 +21,7 @@ from pretrain_xla.interop.command import export_command, import_command
 from pretrain_xla.interop.hub import check_writable, download_checkpoint
 from pretrain_xla.interop.load import load_model
 from pretrain_xla.interop.upload import Uploader
-from pretrain_xla.train.checkpoint import CheckpointInfo, CheckpointStore
+from pretrain_xla.run_folder.checkpoint import CheckpointInfo, CheckpointStore
 from pretrain_xla.train.resume import find_start
 
 from .conftest import assert_same_tensors, noise

@@ -14,7 +14,7 @@ import yaml
 
 from pretrain_xla import cli
 from pretrain_xla.errors import UserError
-from pretrain_xla.interop.adopt import adopt_architecture, fit_tensors
+from pretrain_xla.interop.from_checkpoint import adopt_architecture, fit_tensors
 from pretrain_xla.interop.load import load_model
 from pretrain_xla.interop.mapping import read_config
 from pretrain_xla.model import GPT, parameter_count

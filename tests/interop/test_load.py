@@ -10,7 +10,7 @@ from pretrain_xla.config import RunConfig, build_config
 from pretrain_xla.errors import UserError
 from pretrain_xla.interop.load import load_model
 from pretrain_xla.model import GPT, initialize
-from pretrain_xla.train.checkpoint import CheckpointInfo, CheckpointStore
+from pretrain_xla.run_folder.checkpoint import CheckpointInfo, CheckpointStore
 
 TINY = {"vocab_size": 257, "vocab_multiple": 8, "seq_length": 12, "d_model": 16, "num_layers": 2, "num_heads": 2}
 

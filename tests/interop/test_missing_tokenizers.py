@@ -9,10 +9,10 @@ import pytest
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from pretrain_xla.config import build_config
-from pretrain_xla.data.train_tokenizer import train_tokenizer
-from pretrain_xla.interop.adopt import adopt_tokenizer
 from pretrain_xla.interop.command import export_command, import_command
+from pretrain_xla.interop.from_checkpoint import adopt_tokenizer
 from pretrain_xla.interop.load import load_model
+from pretrain_xla.tokenizers.train import train_tokenizer
 
 from .test_load import TINY, save_run
 

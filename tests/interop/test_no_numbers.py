@@ -16,8 +16,8 @@ from pretrain_xla.errors import UserError
 from pretrain_xla.evaluate.command import evaluate_command
 from pretrain_xla.generate.command import generate_command
 from pretrain_xla.interop.command import export_command, import_command
-from pretrain_xla.train import checkpoint
-from pretrain_xla.train.checkpoint import CheckpointStore
+from pretrain_xla.run_folder import checkpoint
+from pretrain_xla.run_folder.checkpoint import CheckpointStore
 
 from .test_load import TINY, save_run
 

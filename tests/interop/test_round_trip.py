@@ -10,11 +10,11 @@ import torch
 import transformers
 
 from pretrain_xla import cli
-from pretrain_xla.data.tokenizer import load_tokenizer
 from pretrain_xla.errors import UserError
 from pretrain_xla.generate import Generator, Request, Sampling
 from pretrain_xla.interop.command import export_command, import_command
 from pretrain_xla.interop.load import load_model
+from pretrain_xla.tokenizers.tokenizer import load_tokenizer
 
 from .conftest import open_in_transformers
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import transformers
 
-from pretrain_xla.data.same_tokenizer import fingerprint
-from pretrain_xla.data.tokenizer import BytesTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
-from pretrain_xla.data.train_tokenizer import train_tokenizer
 from pretrain_xla.interop import tokenizer_files
-from pretrain_xla.interop.borders import before_text
+from pretrain_xla.interop.special_tokens import before_text
 from pretrain_xla.interop.tokenizer_files import ODD, PROBE, write_tokenizer
+from pretrain_xla.tokenizers.same_tokenizer import fingerprint
+from pretrain_xla.tokenizers.tokenizer import BytesTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
+from pretrain_xla.tokenizers.train import train_tokenizer
 
 CACHE = Path(__file__).parents[3] / "shared" / "data" / "tokenizers" / "tiktoken_cache"
 TEXTS = [

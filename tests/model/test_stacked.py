@@ -9,8 +9,8 @@ from pretrain_xla.config import ModelConfig, OptimConfig, RunConfig
 from pretrain_xla.model import GPT, Execution, initialize
 from pretrain_xla.model.loops import python_loop
 from pretrain_xla.model.stacked import StackedBlocks, is_stacked, of_all_layers, of_each_layer
+from pretrain_xla.run_folder.build import arrange, build_optimizer
 from pretrain_xla.runtime.sharding import parameter_axes
-from pretrain_xla.train.build import arrange, build_optimizer
 
 CONFIG = ModelConfig(
     vocab_size=61,

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from pretrain_xla.config import RunConfig, build_config
-from pretrain_xla.preflight.outcome import Compiled, Input, Outcome, Shortage
+from pretrain_xla.preflight.compile_result import Compiled, Input, Outcome, Shortage
 
 MODULE = """\
 HloModule train_step, is_scheduled=true, input_output_alias={ {0}: (1, {}, may-alias) }

@@ -12,7 +12,7 @@ from pretrain_xla.errors import UserError
 from pretrain_xla.preflight import client
 from pretrain_xla.preflight.client import Request, compile_request
 from pretrain_xla.preflight.topology import resolve_topology
-from pretrain_xla.runtime.xla_environment import OVERLAP
+from pretrain_xla.runtime.xla.environment import OVERLAP
 from tests.preflight.conftest import make_config
 
 REQUEST = Request(make_config(), resolve_topology("v5e-1"))

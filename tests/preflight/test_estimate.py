@@ -13,11 +13,11 @@ from rich.console import Console
 from pretrain_xla.config import RunConfig
 from pretrain_xla.model.flops import flops_per_token
 from pretrain_xla.preflight.collectives import find_collectives, group_size, transfer_seconds
+from pretrain_xla.preflight.compile_result import Outcome
 from pretrain_xla.preflight.estimate import estimate_step, kernel_time
 from pretrain_xla.preflight.health import Finding, config_findings
 from pretrain_xla.preflight.hlo import Module
 from pretrain_xla.preflight.out_of_memory import is_out_of_memory, read_shortage
-from pretrain_xla.preflight.outcome import Outcome
 from pretrain_xla.preflight.render import duration, render, size
 from pretrain_xla.preflight.report import Report, make_report
 from pretrain_xla.preflight.topology import resolve_topology

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from pretrain_xla.config import RunConfig
-from pretrain_xla.preflight.advise import remedies
 from pretrain_xla.preflight.search import Search
+from pretrain_xla.preflight.suggestions import remedies
 from pretrain_xla.preflight.topology import Topology, resolve_topology
 from pretrain_xla.preflight.trials import Trial, changed, flag
 from tests.preflight.conftest import make_config

@@ -18,8 +18,8 @@ import torch, torch_xla
 from pretrain_xla.config import build_config
 from pretrain_xla.model import GPT, initialize
 from pretrain_xla.model.stacked import of_each_layer
-from pretrain_xla.runtime.xla import XlaRuntime
-from pretrain_xla.train.build import arrange, build_examples, build_model
+from pretrain_xla.runtime.xla.runtime import XlaRuntime
+from pretrain_xla.run_folder.build import arrange, build_examples, build_model
 
 SIZES = dict(vocab_size=61, vocab_multiple=16, seq_length=11, d_model=32, num_layers=2, num_heads=4, d_ff=64, norm="rmsnorm",
              positions="rotary", attention="reference")

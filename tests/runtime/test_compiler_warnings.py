@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from pretrain_xla.preflight.client import ENVIRONMENT
-from pretrain_xla.runtime import compiler_warnings as compiler_warnings_module
-from pretrain_xla.runtime.compiler_warnings import compiler_warnings, in_words
+from pretrain_xla.runtime.xla import compiler_warnings as compiler_warnings_module
+from pretrain_xla.runtime.xla.compiler_warnings import compiler_warnings, in_words
 
 ROOT = Path(__file__).parents[2]
 WORDS = (
@@ -73,7 +73,7 @@ import sys
 import jax, jax.numpy as jnp, numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-from pretrain_xla.runtime.compiler_warnings import in_words, libtpu_log
+from pretrain_xla.runtime.xla.compiler_warnings import in_words, libtpu_log
 jax.config.update("jax_use_shardy_partitioner", False)
 mesh = Mesh(np.array(topologies.get_topology_desc("v5e:2x2", "tpu").devices).reshape(2, 2), ("a", "b"))
 def train(x):

@@ -34,7 +34,7 @@ from unittest import mock
 import numpy as np, torch, torch_xla
 import torch_xla.runtime as xr
 from pretrain_xla.config import build_config
-from pretrain_xla.runtime.xla import XlaRuntime
+from pretrain_xla.runtime.xla.runtime import XlaRuntime
 
 xr.use_spmd()
 HOSTS = (["CPU:0", "CPU:2"], ["CPU:3", "CPU:1"])

@@ -19,7 +19,7 @@ from pretrain_xla.errors import UserError
 from pretrain_xla.runtime import start
 from pretrain_xla.runtime.torch_runtime import TorchRuntime
 from pretrain_xla.runtime.torch_waits import watch_waits
-from pretrain_xla.train.guard import GraphGuard
+from pretrain_xla.train.graph_guard import GraphGuard
 
 Make = Callable[..., TorchRuntime]
 

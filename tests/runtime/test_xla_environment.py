@@ -13,7 +13,7 @@ import pytest
 
 from pretrain_xla.config import ParallelConfig
 from pretrain_xla.errors import UserError
-from pretrain_xla.runtime.xla_environment import (
+from pretrain_xla.runtime.xla.environment import (
     CHANGES_RESULTS,
     OVERLAP,
     clear_environment,
@@ -126,7 +126,7 @@ import os
 from torch_xla._internal import tpu
 from pretrain_xla.config import ParallelConfig
 from pretrain_xla.errors import UserError
-from pretrain_xla.runtime.xla_environment import prepare_environment
+from pretrain_xla.runtime.xla.environment import prepare_environment
 if tpu.num_available_chips():
     print("there is a TPU here")
 else:
@@ -147,7 +147,8 @@ runtime = start(RunConfig())
 # The runtime of a TPU VM, as far as it comes here: the PCI bus says v5e, and the rest is a CPU.
 import sys
 from pathlib import Path
-from pretrain_xla.runtime import tpu_chip, xla
+from pretrain_xla.runtime import tpu_chip
+from pretrain_xla.runtime.xla import runtime as xla
 plain, xla.xr.device_type = xla.xr.device_type, lambda: "TPU"
 for chip in ("v5e", "v3"):
     tpu_chip.PCI_DEVICES = Path(sys.argv[1]) / chip
@@ -200,7 +201,7 @@ def nothing(index):
 if __name__ == "__main__":
     config = build_config({"parallel": {"mp_start_method": "spawn"}}, "here")
     load_xla(config)
-    from pretrain_xla.runtime.xla_launch import launch
+    from pretrain_xla.runtime.xla.launch import launch
     say(launch, config, nothing)
     os.environ["GPU_NUM_DEVICES"] = "1"
     say(launch, config, nothing)

@@ -104,9 +104,9 @@ EXPECTED = {
 SCRIPT = """
 import json, sys
 import torch, torch_xla
-from pretrain_xla.runtime import xla_graphs as graphs
+from pretrain_xla.runtime.xla import graphs
 from pretrain_xla.runtime.base import GraphCounts
-from pretrain_xla.runtime.xla_compiled import CompiledFunction
+from pretrain_xla.runtime.xla.compiled import CompiledFunction
 
 torch_xla.runtime.use_spmd()  # as the trainer does, also with one device
 given = json.load(sys.stdin)

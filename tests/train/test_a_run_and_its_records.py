@@ -14,9 +14,9 @@ import torch
 
 from pretrain_xla.config import RunConfig
 from pretrain_xla.errors import UserError
-from pretrain_xla.train.checkpoint import CheckpointStore
-from pretrain_xla.train.guard import GraphGuard
-from pretrain_xla.train.metrics import read_metrics
+from pretrain_xla.run_folder.checkpoint import CheckpointStore
+from pretrain_xla.run_folder.metrics import read_metrics
+from pretrain_xla.train.graph_guard import GraphGuard
 from pretrain_xla.train.run import run
 
 Make = Callable[..., RunConfig]

@@ -13,7 +13,7 @@ from torch import Tensor
 from pretrain_xla.config import ModelConfig, RunConfig
 from pretrain_xla.errors import UserError
 from pretrain_xla.model import GPT, initialize
-from pretrain_xla.train.checkpoint import MARKER, CheckpointInfo, CheckpointStore
+from pretrain_xla.run_folder.checkpoint import MARKER, CheckpointInfo, CheckpointStore
 from pretrain_xla.train.loss_scale import LossScale
 from pretrain_xla.train.resume import Start, check_same_model, find_start
 

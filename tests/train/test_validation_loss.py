@@ -18,8 +18,7 @@ from pretrain_xla.evaluate import ValidationLoss, loss
 from pretrain_xla.model import GPT, initialize
 from pretrain_xla.model.documents import Examples, number_documents
 from pretrain_xla.runtime.torch_runtime import TorchRuntime
-
-from .conftest import TINY
+from tests.small_run import TINY
 
 Make = Callable[..., RunConfig]
 LENGTH = TINY["seq_length"]

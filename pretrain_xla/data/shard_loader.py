@@ -1,0 +1,316 @@
+"""Shards on their way to memory: each is made local, checked and mapped before the batches need it, and let go after.
+
+Batches say which shards they read now and which come next (`plan`). Ones that are mapped as they lie cost nothing. For
+the others one thread works ahead: a remote shard is fetched into the cache, in parts side by side; its checksum, where a
+manifest has one, is compared (a local shard's too, once in a process, at about a second for each GB); Parquet is decoded.
+No token of a shard is handed out before that is done. A shard that is needed and not ready is waited for.
+
+Whole shards or ranges? Sequences of a window of shards are shuffled together, so one process soon needs all of each; but
+one of many hosts needs few, and a validation a corner of one. So, with remote_reads=auto: a process that will read less
+than `WHOLE_SHARE` of the bytes asks for just the stretches that it needs (these cannot be compared with a checksum), and
+so does every process when the cache does not hold the shards of two windows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+import weakref
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from pretrain_xla.config import DataConfig
+from pretrain_xla.data import parquet
+from pretrain_xla.data.shards import Shard, checksum_of, map_shard
+from pretrain_xla.errors import UserError
+from pretrain_xla.storage.cache import CacheFullError, Entry, ShardCache
+from pretrain_xla.storage.files import filesystem
+from pretrain_xla.storage.remote import concurrently, read_range
+
+WHOLE_SHARE = 0.25
+PART_BYTES, PARTS_AT_A_TIME = 2**23, 8  # of a download: what it holds in memory at most
+
+_verified: set[tuple[object, ...]] = set()  # shards of this process that agreed with their checksum
+
+
+@dataclass
+class _Mapped:
+    """Tokens in memory, or none where they are to be read by ranges; and the cache's entry that they lie in."""
+
+    tokens: np.ndarray | None
+    entry: Entry | None = None
+
+
+@dataclass
+class _State:
+    """What the thread and its supply share, under the condition's lock."""
+
+    changed: threading.Condition = field(default_factory=threading.Condition)
+    wanted: list[int] = field(default_factory=list)
+    """Shards in the order in which they are needed."""
+    now: set[int] = field(default_factory=set)
+    """Those of them that are read now, so that there has to be room for them."""
+    ready: dict[int, _Mapped] = field(default_factory=dict)
+    errors: dict[int, BaseException] = field(default_factory=dict)
+    postponed: set[int] = field(default_factory=set)
+    """Not needed yet, and no room yet."""
+    awaited: Counter[int] = field(default_factory=Counter)
+    """By how many threads: these stay, with their errors, whatever another thread plans meanwhile."""
+    closing: threading.Event = field(default_factory=threading.Event)
+
+
+class Supply:
+    """The tokens of a dataset's shards, by number.
+
+    Args:
+        shards: from `open_shard`.
+        checksums: SHA-256 by name, of those that have one.
+        settings: cache_dir, cache_gb, remote_reads.
+    """
+
+    def __init__(self, shards: Sequence[Shard], checksums: Mapping[str, str], settings: DataConfig) -> None:
+        self._shards, self._settings = shards, settings
+        self._cache = ShardCache(settings.cache_dir or default_cache(), int(settings.cache_gb * 1e9))
+        self._maker = _Maker(shards, checksums, self._cache)
+        self._state = _State()
+        self._thread: threading.Thread | None = None
+        self.ranged = settings.remote_reads == "ranged"
+        """Whether remote shards are read by ranges."""
+        weakref.finalize(self, _close, self._state)
+
+    def choose(self, share: float, window: int) -> None:
+        """Decide between whole shards and ranges.
+
+        Args:
+            share: bytes that this process will read in the run, as a share of all.
+            window: shards that are in use at a time.
+
+        Raises:
+            UserError: remote_reads demands what cannot be.
+        """
+        mode = self._settings.remote_reads
+        cached = [shard for shard in self._shards if shard.is_remote or shard.format == "parquet"]
+        packed = next((shard for shard in cached if shard.format == "parquet"), None)
+        needed = sum(sorted(map(_cached_bytes, cached))[-2 * window :])
+        if not cached:
+            self.ranged = False
+            return
+        if packed and mode == "ranged":
+            raise UserError(f"{packed.path}: Parquet cannot be read by ranges: leave out remote_reads=ranged")
+        if needed > self._cache.capacity and (packed or mode == "whole"):
+            raise UserError(
+                f"{self._cache.directory}: cache_gb={self._settings.cache_gb:g} is too small for two windows of shards, "
+                f"{needed / 1e9:.3g} GB: raise cache_gb or lower shuffle_window={window}"
+            )
+        small = share < WHOLE_SHARE or needed > self._cache.capacity
+        self.ranged = mode == "ranged" or (mode == "auto" and small and packed is None)
+
+    def plan(self, now: Iterable[int], soon: Iterable[int]) -> None:
+        """Say which shards are read from here on; others are let go, and what comes soon is made ready meanwhile."""
+        now, state = list(now), self._state
+        with state.changed:
+            state.now = {*now, *state.awaited}
+            state.wanted = list(dict.fromkeys([*state.awaited, *now, *soon]))
+            state.postponed.clear()
+            for number in [number for number in state.errors if number not in state.awaited]:
+                del state.errors[number]  # what failed ahead of its time is tried again
+            for number in [number for number in state.ready if number not in state.wanted]:
+                _let_go(state.ready.pop(number))
+            state.changed.notify_all()
+        if any(self._needs_work(number) for number in state.wanted):
+            self._start()
+
+    def tokens(self, number: int) -> np.ndarray | None:
+        """A shard's tokens, mapped; waits until they are. None where they are to be read by ranges.
+
+        Raises:
+            UserError: it cannot be read, or differs from its checksum.
+        """
+        state = self._state
+        with state.changed:
+            if number not in state.ready and not self._needs_work(number):
+                state.ready[number] = _Mapped(
+                    None if self._shards[number].is_remote else map_shard(self._shards[number])
+                )
+            elif number not in state.ready:
+                state.now.add(number)
+                state.postponed.discard(number)
+                state.wanted = [number, *(other for other in state.wanted if other != number)]
+                state.changed.notify_all()
+                self._start()
+            state.awaited[number] += 1
+            while number not in state.ready and number not in state.errors:
+                state.changed.wait()
+            state.awaited -= Counter([number])  # which drops what nobody waits for
+            if number in state.errors:
+                raise state.errors[number]
+            return state.ready[number].tokens
+
+    def _needs_work(self, number: int) -> bool:
+        shard = self._shards[number]
+        return not (shard.is_remote and self.ranged) and self._maker.has_work(number)
+
+    def _start(self) -> None:
+        if self._thread is None:
+            # The thread must not hold `self`: then it could never be collected.
+            arguments = (self._state, self._maker)
+            self._thread = threading.Thread(target=_work, args=arguments, name="supply", daemon=True)
+            self._thread.start()
+
+
+class _Maker:
+    """Makes one shard ready: here, checked, decoded, mapped."""
+
+    def __init__(self, shards: Sequence[Shard], checksums: Mapping[str, str], cache: ShardCache) -> None:
+        self._shards, self._checksums, self._cache = shards, checksums, cache
+
+    def has_work(self, number: int) -> bool:
+        """Whether a shard is more than a file to be mapped."""
+        shard = self._shards[number]
+        checksum = self._checksums.get(shard.name)
+        unverified = checksum is not None and (shard.path, shard.stamp, checksum) not in _verified
+        return shard.is_remote or shard.format == "parquet" or unverified
+
+    def make(self, number: int, closing: threading.Event) -> _Mapped:
+        """Raises `CacheFullError` and `UserError`."""
+        shard = self._shards[number]
+        checksum = self._checksums.get(shard.name)
+        key = hashlib.sha256(json.dumps([shard.path, shard.size, shard.stamp, checksum]).encode()).hexdigest()[:20]
+        if shard.format == "parquet":
+            name, size = f"{key}-{shard.name}.ids", shard.tokens * shard.dtype.itemsize
+            entry = self._cache.obtain(name, size, lambda path: self._decode(shard, key, checksum, path, closing))
+            return _mapped_entry(shard, entry, 0)
+        if shard.is_remote:
+            entry = self._fetch(shard, key, checksum, closing)
+            return _mapped_entry(shard, entry, shard.offset)
+        self._verify(shard, shard.path, checksum)
+        return _Mapped(map_shard(shard))
+
+    def without_cache(self, number: int) -> _Mapped:
+        """What to do while other shards in use fill the cache: read this one by ranges.
+
+        Raises:
+            UserError: that cannot be done with Parquet.
+        """
+        shard = self._shards[number]
+        if shard.format == "parquet":
+            raise UserError(f"{self._cache.directory}: full of shards in use, no room for {shard.path}: raise cache_gb")
+        return _Mapped(None)
+
+    def _fetch(self, shard: Shard, key: str, checksum: str | None, closing: threading.Event) -> Entry:
+        def fill(path: str) -> None:
+            _download(shard, path, closing)
+            self._verify(shard, path, checksum)
+
+        return self._cache.obtain(f"{key}-{shard.name}", shard.size, fill)
+
+    def _decode(self, shard: Shard, key: str, checksum: str | None, path: str, closing: threading.Event) -> None:
+        raw = self._fetch(shard, key, checksum, closing) if shard.is_remote else None
+        if raw is None:
+            self._verify(shard, shard.path, checksum)
+        with open(path, "r+b") as file:
+            for ids in parquet.blocks(shard.path, raw.path if raw else shard.path, shard.dtype):
+                file.write(ids.data)
+            written = file.tell()
+        if raw:
+            raw.close()
+        if written != shard.tokens * shard.dtype.itemsize:
+            raise UserError(f"{shard.path}: {parquet.COLUMN} has empty or missing rows: tokenise it again")
+
+    def _verify(self, shard: Shard, path: str, checksum: str | None) -> None:
+        if checksum is None or (shard.path, shard.stamp, checksum) in _verified:
+            return
+        if checksum_of(*filesystem(path)) != checksum:
+            raise UserError(f"{shard.path}: differs from its checksum in dataset.json: copy it again or prepare again")
+        if not shard.is_remote:  # what was fetched once may be fetched again, and come otherwise
+            _verified.add((shard.path, shard.stamp, checksum))
+
+
+def default_cache() -> str:
+    """Where fetched shards stay unless cache_dir says otherwise."""
+    return os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "pretrain_xla", "shards")
+
+
+def _cached_bytes(shard: Shard) -> int:
+    decoded = shard.tokens * shard.dtype.itemsize if shard.format == "parquet" else 0
+    return decoded + (shard.size if shard.is_remote else 0)
+
+
+def _mapped_entry(shard: Shard, entry: Entry, offset: int) -> _Mapped:
+    if not shard.tokens:
+        return _Mapped(np.empty(0, shard.dtype), entry)
+    return _Mapped(np.frombuffer(entry.map(), shard.dtype, shard.tokens, offset), entry)
+
+
+def _download(shard: Shard, path: str, closing: threading.Event) -> None:
+    """A remote shard into a file that is there already, in parts side by side."""
+    fs, source = filesystem(shard.path)
+    descriptor = os.open(path, os.O_WRONLY)
+
+    def fetch(begin: int) -> None:
+        if closing.is_set():
+            raise InterruptedError("closing")
+        data = read_range(fs, source, begin, min(begin + PART_BYTES, shard.size))
+        os.pwrite(descriptor, data, begin)
+
+    try:
+        concurrently(fetch, range(0, shard.size, PART_BYTES), PARTS_AT_A_TIME)
+    except FileNotFoundError:
+        raise UserError(f"{shard.path}: was there when the run began, and is gone: put it back") from None
+    finally:
+        os.close(descriptor)
+
+
+def _work(state: _State, maker: _Maker) -> None:
+    """The thread: make ready what is wanted, in that order, until the supply is closed or collected."""
+    while True:
+        with state.changed:
+            while (number := _next(state)) is None and not state.closing.is_set():
+                state.changed.wait()
+            if number is None or state.closing.is_set():
+                return
+        made, error = _try(maker, number, state)
+        with state.changed:
+            if isinstance(error, CacheFullError):
+                if number not in state.now:  # else it was asked for just now: the next turn does without the cache
+                    state.postponed.add(number)
+            elif error is not None:
+                state.errors[number] = error
+            elif made is not None and number in state.wanted:
+                state.ready[number] = made
+            elif made is not None:
+                _let_go(made)
+            state.changed.notify_all()
+
+
+def _next(state: _State) -> int | None:
+    done = (state.ready, state.errors, state.postponed)
+    return next((number for number in state.wanted if not any(number in part for part in done)), None)
+
+
+def _try(maker: _Maker, number: int, state: _State) -> tuple[_Mapped | None, BaseException | None]:
+    try:
+        try:
+            return maker.make(number, state.closing), None
+        except CacheFullError as full:
+            return (maker.without_cache(number), None) if number in state.now else (None, full)
+    except BaseException as error:  # handed to whoever waits for the shard, whatever it is
+        return None, error
+
+
+def _let_go(mapped: _Mapped) -> None:
+    if mapped.entry is not None:
+        mapped.entry.close()
+
+
+def _close(state: _State) -> None:
+    state.closing.set()
+    with state.changed:
+        for mapped in state.ready.values():
+            _let_go(mapped)
+        state.changed.notify_all()

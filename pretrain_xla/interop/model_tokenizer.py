@@ -1,0 +1,90 @@
+"""The tokenizer that lies beside a model's weights, in whatever form, or why it cannot be used; no guess where there is one.
+
+Used are `tokenizer.json`, our own `bitbpe.json`, SentencePiece models, and GPT-2's pair of a vocabulary and a list of merges
+under either of its names. The rest is recognised by its name, so that a model with a tokenizer that we cannot read is left
+without one rather than with somebody else's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from pretrain_xla.errors import UserError
+from pretrain_xla.tokenizers.kinds import BITBPE_FILE, SPECIALS_FILE, TOKENIZER_FILE
+from pretrain_xla.tokenizers.vocab_merges import VOCABULARIES
+from pretrain_xla.untrusted import parse_object
+
+GPT2_VOCABULARY = 50257
+CONFIG_FILE = "tokenizer_config.json"
+WHOLE = (BITBPE_FILE, TOKENIZER_FILE)
+SENTENCEPIECE = ("tokenizer.model", "spiece.model")
+# Classes of transformers, without "Fast", that give the very ids of these files; others shift them or prepare the text.
+SENTENCEPIECE_CLASSES = {"Llama", "T5", "Gemma", "Reformer", "BertGeneration", "BigBird", "CodeLlama"}
+BPE_CLASSES = {"GPT2", "Roberta", "Bart", "CodeGen", "GPTNeoX"}
+# Nobody's in particular: what transformers writes for a tokenizer of any kind.
+ANY_CLASSES = {"", "PreTrained", "TokenizersBackend"}
+UNUSABLE = (
+    *VOCABULARIES,
+    *VOCABULARIES.values(),
+    "vocab.txt",
+    "sentencepiece.bpe.model",
+    "spm.model",
+    "bpe.codes",
+    "tekken.json",
+    "qwen.tiktoken",
+    "tokenizer.pkl",
+    "meta.pkl",
+    "tokenizer.bin",
+    CONFIG_FILE,
+    SPECIALS_FILE,
+    "added_tokens.json",
+)
+
+Find = Callable[[str], str | None]
+
+
+def tokenizer_beside(find: Find, vocab_size: int, where: str) -> tuple[str | None, tuple[str, ...]]:
+    """What `load_tokenizer` finds it by, or none; and a line on it where something was guessed or cannot be used.
+
+    Args:
+        find: the local path of a file beside the weights, or none where there is no such file.
+        vocab_size: ids of the model.
+        where: the model, for messages.
+    """
+    own = next(filter(None, map(find, WHOLE)), None)
+    if own is not None:
+        for name in (SPECIALS_FILE, CONFIG_FILE):
+            find(name)  # of the Hub: fetched beside it, for the end-of-text that they name
+        return own, ()
+    kinds = [(name, SENTENCEPIECE_CLASSES) for name in SENTENCEPIECE]
+    kinds += [(name, BPE_CLASSES) for name, merges in VOCABULARIES.items() if find(merges)]
+    for name, classes in kinds:
+        path = find(name)
+        if path is None:
+            continue
+        maker = _class_of(find)
+        if maker not in classes | ANY_CLASSES:
+            return None, (f"{where}: its {name} is read by {maker}Tokenizer alone, so it is left without a tokenizer",)
+        for other in (SPECIALS_FILE, CONFIG_FILE, "added_tokens.json"):
+            find(other)
+        return path, ()
+    unusable = next((name for name in UNUSABLE if find(name)), None)
+    if unusable is not None:
+        return None, (f"{where}: it has a tokenizer that cannot be used here ({unusable}), so it is left without one",)
+    if vocab_size != GPT2_VOCABULARY:
+        return None, ()
+    words = "it came with no tokenizer, and has as many ids as GPT-2: GPT-2's is taken for it, which is a guess"
+    return "gpt2", (f"{where}: {words} (--tokenizer says otherwise)",)
+
+
+def _class_of(find: Find) -> str:
+    """The class of transformers that the folder names for its tokenizer, without `Tokenizer` and `Fast`; "": none."""
+    path = find(CONFIG_FILE)
+    if path is None:
+        return ""
+    try:
+        with open(path, "rb") as file:
+            name = parse_object(file.read(), path).get("tokenizer_class")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    return str(name or "").removesuffix("Fast").removesuffix("Tokenizer")

@@ -1,0 +1,75 @@
+"""What stands before a text and after it, in a model that was trained elsewhere.
+
+Many were trained with a token before each text (`<s>`, `<bos>`), and are lost without it; some have several that end a text. We
+train with one after each document and none before it, so what we have trained gets none, whatever its tokenizer's file says.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from pretrain_xla.errors import UserError
+from pretrain_xla.interop.model_tokenizer import CONFIG_FILE
+from pretrain_xla.tokenizers.tokenizer import JsonTokenizer, SentencePieceTokenizer, Tokenizer
+from pretrain_xla.untrusted import parse_object
+
+GENERATION_FILE = "generation_config.json"
+Find = Callable[[str], str | None]
+
+
+def before_text(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The ids that a tokenizer's file puts before a text, for whoever asks it for more than the text."""
+    if isinstance(tokenizer, JsonTokenizer):
+        encoding = tokenizer.tokenizer.encode("a", add_special_tokens=True)
+        # What is added is no part of the text; of the ids before its first one only those.
+        added = [special == 1 for special in encoding.special_tokens_mask]
+        return tuple(encoding.ids[: added.index(False)] if False in added else ())
+    if isinstance(tokenizer, SentencePieceTokenizer) and tokenizer.model.bos_id() >= 0:
+        return (tokenizer.model.bos_id(),)
+    return ()
+
+
+def begins_texts(find: Find) -> bool:
+    """Whether a model of Hugging Face has something before its texts, where its tokenizer has something to put there."""
+    return _json(find, CONFIG_FILE).get("add_bos_token") is not False
+
+
+def ends_of(config: Mapping[str, Any], find: Find, vocab_size: int) -> tuple[int, ...]:
+    """The ids that end a text by a model's config.json and its generation_config.json, where they say any.
+
+    Args:
+        config: what config.json holds.
+        find: the local path of a file of the model, or none.
+        vocab_size: ids of the model; others are the defaults of some other model.
+    """
+    found: set[int] = set()
+    for tree in (config, _json(find, GENERATION_FILE)):
+        said = tree.get("eos_token_id")
+        found |= {token for token in (said if isinstance(said, list) else [said]) if type(token) is int}
+    return tuple(sorted(token for token in found if 0 <= token < vocab_size))
+
+
+def write_borders(folder: str, *, begins: bool, ends: Sequence[int]) -> None:
+    """Write beside a tokenizer what the two functions above read.
+
+    Args:
+        folder: of the tokenizer.
+        begins, ends: see `LoadedModel`.
+    """
+    for name, tree in ((CONFIG_FILE, {"add_bos_token": begins}), (GENERATION_FILE, {"eos_token_id": list(ends)})):
+        with open(os.path.join(folder, name), "w", encoding="utf-8") as file:
+            json.dump(tree, file)
+
+
+def _json(find: Find, name: str) -> dict[str, Any]:
+    path = find(name)
+    if path is None:
+        return {}
+    try:
+        with open(path, "rb") as file:
+            return parse_object(file.read(), path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None

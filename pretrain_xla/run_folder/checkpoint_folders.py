@@ -1,0 +1,86 @@
+"""The folders `step_00001000` below a root: which there are, what belongs into one, and how it is removed."""
+
+from __future__ import annotations
+
+import os
+import re
+
+from pretrain_xla.errors import UserError
+from pretrain_xla.run_folder.marker import MARKER
+from pretrain_xla.storage.files import filesystem, is_local
+
+PREFIX = "step_"
+# What DCP and we leave in one: a folder with anything else in it is not ours to remove.
+PARTS = re.compile(rf"\.metadata(\.tmp)?|__\d+_\d+\.distcp|{re.escape(MARKER)}(\.partial)?")
+
+
+def step_of(name: str) -> int | None:
+    """The step that a folder's name says; none: it is no checkpoint's name."""
+    number = name.removeprefix(PREFIX)
+    return int(number) if name.startswith(PREFIX) and number.isdecimal() else None
+
+
+class CheckpointFolders:
+    """Folders of checkpoints, complete or not.
+
+    root: path or URL, as a person wrote it. files: its fsspec file system.
+
+    Raises:
+        UserError: a URL of no known kind.
+    """
+
+    def __init__(self, root: str) -> None:
+        self.root = root.rstrip("/")
+        try:
+            self.files, self._path = filesystem(self.root)
+        except UserError as error:
+            raise UserError(f"checkpoints_dir={error}") from None
+
+    def url(self, step: int) -> str:
+        """A step's folder, for people and for DCP."""
+        return f"{self.root}/{PREFIX}{step:08d}"
+
+    def path(self, step: int) -> str:
+        """A step's folder on `files`."""
+        return f"{self._path}/{PREFIX}{step:08d}"
+
+    def marker(self, step: int) -> str:
+        """A step's marker on `files`."""
+        return f"{self.path(step)}/{MARKER}"
+
+    def all(self) -> list[int]:
+        """Steps of the folders, ascending.
+
+        Raises:
+            UserError: they cannot be listed.
+        """
+        try:
+            found = self.files.ls(self._path, detail=False) if self.files.exists(self._path) else []
+        except OSError as error:  # a bucket that is not there, or not ours
+            raise UserError(f"checkpoints_dir={self.root} cannot be listed: {error}") from None
+        steps = (step_of(entry.rstrip("/").rsplit("/", 1)[-1]) for entry in found)
+        return sorted(step for step in steps if step is not None)
+
+    def marked(self) -> list[int]:
+        """Steps of the folders that have a marker, ascending."""
+        return [step for step in self.all() if self.files.exists(self.marker(step))]
+
+    def is_remainder(self, step: int) -> bool:
+        """Whether a folder has no marker and nothing but parts of a checkpoint: broken off in writing, or in removing."""
+        if self._is_link(step):
+            return False
+        names = {entry.rstrip("/").rsplit("/", 1)[-1] for entry in self.files.ls(self.path(step), detail=False)}
+        return MARKER not in names and all(PARTS.fullmatch(name) for name in names)
+
+    def remove(self, step: int) -> None:
+        """Remove a folder, where it is there; of one that is a link, the link."""
+        if self._is_link(step):
+            os.unlink(self.path(step))  # what it points to is somebody else's
+            return
+        # The marker goes first, so that a half-removed folder is never taken for a checkpoint.
+        for path in (self.marker(step), self.path(step)):
+            if self.files.exists(path):  # a bucket has no empty folders
+                self.files.rm(path, recursive=True)
+
+    def _is_link(self, step: int) -> bool:
+        return is_local(self.files) and os.path.islink(self.path(step))

@@ -1,0 +1,147 @@
+"""Where a run's numbers go: `metrics.jsonl`, TensorBoard, Weights & Biases, and the console.
+
+`metrics.jsonl` is the record: one line a step, one a validation and one an evaluation. It is safe over restarts: when a run
+resumes at step s, lines of later steps (from a run that died after its last checkpoint) are dropped, and so is a last line that
+was cut off; `samples.txt` is treated alike. A disk that is full in the middle of a run does not end it (`appender.py`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import math
+import os
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from pretrain_xla.config import RunConfig
+from pretrain_xla.errors import UserError
+from pretrain_xla.run_folder.appender import Appender
+from pretrain_xla.run_folder.trackers import Row, TensorBoard, WandB
+from pretrain_xla.system_faults import disk_fault
+
+__all__ = ["MetricLog", "Row", "metrics_path", "read_metrics", "rewrite", "to_json"]
+
+SAMPLES_FILE = "samples.txt"
+_HEADING = "--- step "
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """JSON, which has neither NaN nor Infinity: null for what is no finite number."""
+    return json.dumps(_without_nan(value), indent=indent, allow_nan=False)
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_metrics(path: str) -> list[Row]:
+    """Lines of a `metrics.jsonl`, NaN where they have null; one that was cut off in writing is left out."""
+    rows = []
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue
+            if not isinstance(row, dict) or "step" not in row:
+                continue  # a line that was cut off can be a number as well
+            rows.append({name: math.nan if value is None else value for name, value in row.items()})
+    return rows
+
+
+def metrics_path(run_dir: str) -> str:
+    """Where a run's rows are."""
+    return os.path.join(run_dir, "metrics.jsonl")
+
+
+class MetricLog:
+    """Appends rows to `metrics.jsonl` and passes them to TensorBoard and Weights & Biases. Only the main process has one.
+
+    Args:
+        config: of the run.
+        resumed_step: updates made when the run begins; what is recorded of later ones is dropped.
+        warn: takes a line where something cannot be written; the run goes on.
+        wandb: gets the rows as well; closed with the rest.
+
+    Raises:
+        UserError: the record cannot be begun.
+    """
+
+    def __init__(
+        self, config: RunConfig, resumed_step: int, warn: Callable[[str], None] = print, wandb: WandB | None = None
+    ) -> None:
+        self.path, samples = metrics_path(config.run_dir), os.path.join(config.run_dir, SAMPLES_FILE)
+        kept: list[Row] = []
+        if resumed_step and os.path.exists(self.path):
+            kept = [row for row in read_metrics(self.path) if row["step"] <= resumed_step]
+        rewrite(self.path, [to_json(row) + "\n" for row in kept])
+        if os.path.exists(samples):
+            rewrite(samples, samples_until(samples, resumed_step))
+        self._file = Appender(self.path, warn)
+        self._samples = functools.cache(lambda: Appender(samples, warn))
+        self._tensorboard = TensorBoard(config, resumed_step, warn) if config.logging.tensorboard else None
+        self._trackers: list[TensorBoard | WandB] = [one for one in (self._tensorboard, wandb) if one is not None]
+
+    def write(self, rows: list[Row], *, kind: str) -> None:
+        """Record rows of one kind (`train`, `validation` or `evaluation`); each has a `step`."""
+        self._file.write("".join(to_json(row) + "\n" for row in rows).encode())
+        for tracker in self._trackers:
+            tracker.rows(rows, kind)
+
+    def write_sample(self, step: int, text: str) -> None:
+        """Record what the model wrote after `step`, in `samples.txt` and as TensorBoard text."""
+        self._samples().write(sample_entry(step, text).encode())
+        if self._tensorboard is not None:
+            self._tensorboard.text(step, text)
+
+    def close(self) -> None:
+        """Flush everything."""
+        self._file.close()
+        if self._samples.cache_info().currsize:
+            self._samples().close()
+        for tracker in self._trackers:
+            tracker.close()
+
+
+def rewrite(path: str, lines: Iterable[str]) -> None:
+    """Put other lines into a file, whole or not at all.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    try:
+        with open(path + ".tmp", "w", encoding="utf-8", newline="\n") as file:
+            file.writelines(lines)
+            file.flush()
+            os.fsync(file.fileno())  # else a machine that goes down may be left with neither the old file nor the new
+        os.replace(path + ".tmp", path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.unlink(path + ".tmp")
+        raise UserError(f"{path} cannot be written: {disk_fault(error) or error.strerror or error}") from None
+
+
+def sample_entry(step: int, text: str) -> str:
+    """What a sample is in `samples.txt`; a line of it that looks like the next one's heading is moved in."""
+    return f"{_HEADING}{step}\n" + f"{text}\n".replace(f"\n{_HEADING}", f"\n {_HEADING}")
+
+
+def samples_until(path: str, step: int) -> list[str]:
+    """Lines of a `samples.txt` up to the last sample of `step` or before; a run that goes on there writes the others again."""
+    kept = []
+    with open(path, encoding="utf-8", errors="replace", newline="\n") as file:
+        for line in file:
+            if (
+                line.startswith(_HEADING)
+                and (number := line[len(_HEADING) :].strip()).isdecimal()
+                and int(number) > step
+            ):
+                break
+            kept.append(line)
+    return kept

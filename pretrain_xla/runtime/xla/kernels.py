@@ -1,0 +1,163 @@
+"""Pallas kernels in the graph that torch_xla traces, and flash attention made of them.
+
+A kernel is a JAX function. JAX lowers it for TPUs once for each set of shapes, without a TPU being there, and the lowered
+computation is called from the traced graph. Interpreted, the same function lowers to plain operations, so that the tests run
+this file on a CPU.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import torch
+import torch_xla
+import torch_xla.core.xla_builder as xb
+import torch_xla.distributed.spmd as xs
+from torch import Tensor
+
+from pretrain_xla.kernels.flash_backward import backward
+from pretrain_xla.kernels.flash_forward import forward
+from pretrain_xla.kernels.flash_kernels import mosaic_version
+from pretrain_xla.kernels.flash_limits import Heads, supports
+from pretrain_xla.kernels.flash_prepare import Preparation
+from pretrain_xla.model.attention import HeadsSpec
+from pretrain_xla.model.remember import remembered
+from pretrain_xla.runtime.sharding import BATCH, Axis
+from pretrain_xla.runtime.xla.local_shards import part, whole
+
+JAX_TYPES = {torch.bfloat16: jnp.bfloat16, torch.float32: jnp.float32, torch.int32: jnp.int32}
+
+_computations: dict[Hashable, Any] = {}
+
+
+def call_jax(function: Callable[..., Any], key: Hashable, tensors: Sequence[Tensor], platform: str) -> list[Tensor]:
+    """The results of a JAX function on XLA tensors, as a part of the traced graph.
+
+    Args:
+        function: takes arrays, returns a flat tuple of arrays.
+        key: stands for the function: equal keys with equal shapes are the same computation.
+        tensors: its arguments.
+        platform: `tpu`, or `cpu` for an interpreted kernel.
+    """
+    shapes = tuple((tuple(tensor.shape), tensor.dtype) for tensor in tensors)
+    full_key = (key, shapes, platform)
+    if full_key not in _computations:
+        jax.config.update("jax_use_shardy_partitioner", False)
+        arguments = [jax.ShapeDtypeStruct(shape, JAX_TYPES[dtype]) for shape, dtype in shapes]
+        with mosaic_version():
+            traced = jax.jit(function, keep_unused=True).trace(*arguments)
+            lowered: Any = traced.lower(lowering_platforms=(platform,)).compiler_ir("hlo")
+        proto = lowered.as_serialized_hlo_module_proto()
+        _computations[full_key] = xb.computation_from_module_proto("kernel", proto)
+    results: list[Tensor] = torch_xla._XLAC._xla_user_computation("xla::kernel", list(tensors), _computations[full_key])
+    return results
+
+
+@dataclasses.dataclass
+class FlashAttention:
+    """`model.attention.Kernel` on TPUs.
+
+    chip: generation, as `v5e`. mesh: of the devices over which queries, keys and values are split, by rows and heads; none
+    where there is one device, or the tensors are one device's already. interpret: run without a TPU.
+    """
+
+    chip: str
+    mesh: xs.Mesh | None = None
+    interpret: bool = False
+
+    def __call__(
+        self,
+        query_BTF: Tensor,
+        key_BTS: Tensor,
+        value_BTS: Tensor,
+        spec: HeadsSpec,
+        norms: tuple[Tensor | None, Tensor | None],
+        rotary: tuple[Tensor, Tensor] | None,
+        segments_BT: Tensor | None,
+    ) -> Tensor | None:
+        """See `model.attention.Kernel`."""
+        tensor = 1 if self.mesh is None else self.mesh.shape()["tensor"]
+        heads = Heads(
+            spec.num_heads // tensor, spec.num_kv_heads // tensor, spec.head_dim, spec.scale, spec.softcap,
+            norm_eps=spec.norm_eps,
+        )  # fmt: skip
+        if supports(heads, query_BTF.shape[1], self.chip) is not None:
+            return None
+        tables = rotary if rotary is not None else (None, None)
+        result: Tensor = _Flash.apply(self, heads, query_BTF, key_BTS, value_BTS, *norms, *tables, segments_BT)
+        return result
+
+    def run(self, function: Any, heads: Heads, named: dict[str, Tensor | None], results: list[str]) -> list[Tensor]:
+        """Call a kernel with those tensors that are there, on each device's part of them."""
+        present = {name: tensor for name, tensor in named.items() if tensor is not None}
+        names = tuple(present)
+
+        def call(*arrays: Any) -> Any:
+            return function(dict(zip(names, arrays, strict=True)), heads, self.interpret)
+
+        key = (function, heads, names, self.interpret)
+        platform = "cpu" if self.interpret else "tpu"
+        if self.mesh is None:
+            return call_jax(call, key, list(present.values()), platform)
+        parts = [part(tensor, AXES[name], self.mesh) for name, tensor in present.items()]
+        return [
+            whole(part, AXES[name], self.mesh)
+            for name, part in zip(results, call_jax(call, key, parts, platform), strict=True)
+        ]
+
+
+COLUMNS: tuple[Axis, ...] = (BATCH, None, "tensor")
+AXES: dict[str, tuple[Axis, ...]] = {
+    **dict.fromkeys(("query", "key", "value", "out", "dout", "dquery", "dkey", "dvalue"), COLUMNS),
+    "logsumexp": (BATCH, "tensor", None, None),
+    **dict.fromkeys(("cos", "sin"), (None, None)),
+    "segments": (BATCH, None),
+    **dict.fromkeys(("query_norm", "key_norm"), (None,)),
+    # One row for each device, to be summed outside: what a device has summed is only its own share.
+    **dict.fromkeys(("dquery_norm", "dkey_norm"), ((*BATCH, "tensor"), None)),
+}
+"""Mesh axes of each dimension of what goes into a kernel and comes out."""
+
+
+def _preparation(arrays: dict[str, Any]) -> Preparation:
+    return Preparation(arrays.get("cos"), arrays.get("sin"), arrays.get("query_norm"), arrays.get("key_norm"))
+
+
+def _forward(arrays: dict[str, Any], heads: Heads, interpret: bool) -> Any:
+    inputs = (arrays["query"], arrays["key"], arrays["value"], arrays.get("segments"))
+    return forward(*inputs, heads, _preparation(arrays), interpret=interpret)
+
+
+def _backward(arrays: dict[str, Any], heads: Heads, interpret: bool) -> Any:
+    inputs = (arrays["query"], arrays["key"], arrays["value"], arrays.get("segments"))
+    outputs = (arrays["out"], arrays["logsumexp"], arrays["dout"])
+    dquery, dkey, dvalue, *dnorms = backward(*inputs, *outputs, heads, _preparation(arrays), interpret=interpret)
+    return dquery, dkey, dvalue, *(dnorm[None] for dnorm in dnorms if dnorm is not None)
+
+
+INPUTS = ("query", "key", "value", "query_norm", "key_norm", "cos", "sin", "segments")
+
+
+class _Flash(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, attention: FlashAttention, heads: Heads, *tensors: Tensor | None) -> Tensor:
+        named = dict(zip(INPUTS, tensors, strict=True))
+        out_BTF, logsumexp = remembered(lambda: attention.run(_forward, heads, named, ["out", "logsumexp"]), 2)
+        ctx.save_for_backward(*tensors, out_BTF, logsumexp)
+        ctx.attention, ctx.heads = attention, heads
+        return out_BTF
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        *tensors, out_BTF, logsumexp = ctx.saved_tensors
+        named = dict(zip(INPUTS, tensors, strict=True))
+        norms = [name for name in ("query_norm", "key_norm") if named[name] is not None]
+        results = ["dquery", "dkey", "dvalue", *(f"d{name}" for name in norms)]
+        named |= {"out": out_BTF, "logsumexp": logsumexp, "dout": grads[0]}
+        found = dict(zip(results, ctx.attention.run(_backward, ctx.heads, named, results), strict=True))
+        weights = [found[f"d{name}"].sum(0) if f"d{name}" in found else None for name in ("query_norm", "key_norm")]
+        return None, None, found["dquery"], found["dkey"], found["dvalue"], *weights, None, None, None

@@ -1,0 +1,385 @@
+"""TPU (and CPU) through PyTorch/XLA: SPMD over a mesh, or one replica a device in PJRT multiprocessing.
+
+Under SPMD one process a host sees one virtual device; parameters and batches carry shardings from `sharding.py` and the
+compiler writes the collectives. In multiprocessing each device has its own process (or thread), which computes on its own
+rows and averages gradients explicitly. Both trace the whole step lazily and compile it as one graph.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import resource
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch_xla
+import torch_xla.backends
+import torch_xla.core.xla_model as xm
+import torch_xla.distributed.spmd as xs
+import torch_xla.runtime as xr
+from torch import Tensor, nn
+
+from pretrain_xla.config import RunConfig
+from pretrain_xla.errors import UserError
+from pretrain_xla.kernels.flash_limits import WITHOUT_KERNELS, why_plain
+from pretrain_xla.model.attention import Attention
+from pretrain_xla.model.loops import Fence, Loop
+from pretrain_xla.model.split import WHOLE, Split
+from pretrain_xla.runtime.base import GraphCounts, GraphEvent
+from pretrain_xla.runtime.peak_flops import tpu_peak
+from pretrain_xla.runtime.rows import device_numbers, rows_of
+from pretrain_xla.runtime.sharding import ACTIVATIONS, BATCH, check_model_fits, lookup, parameter_axes, resolve_mesh
+from pretrain_xla.runtime.tpu_chip import find_chip
+from pretrain_xla.runtime.xla import graphs as xla_graphs
+from pretrain_xla.runtime.xla.compiled import CompiledFunction
+from pretrain_xla.runtime.xla.environment import no_such_device, prepare_environment
+from pretrain_xla.runtime.xla.gradients import accumulate
+from pretrain_xla.runtime.xla.local_shards import MeshSplit, on_parts, part, pinned, whole
+from pretrain_xla.runtime.xla.scan import xla_fence, xla_loop
+from pretrain_xla.runtime.xla.while_loop import RepeatedModule
+
+if TYPE_CHECKING:
+    from pretrain_xla.runtime.xla.kernels import FlashAttention
+
+
+class XlaRuntime:
+    """One process of the xla runtime; see `base.Runtime` for what each member means."""
+
+    name = "xla"
+
+    def __init__(self, config: RunConfig) -> None:
+        prepare_environment(config.parallel)
+        self.loop: Loop | None = xla_loop
+        self.fence: Fence = xla_fence
+        self.static_shapes = True
+        parallel = config.parallel
+        self.is_spmd = not parallel.is_multiprocess
+        if self.is_spmd and not xr.is_spmd():
+            # Before anything touches a device: torch_xla crashes otherwise.
+            xr.use_spmd()
+        try:
+            self.device = torch_xla.device()
+            xr.global_runtime_device_count()  # under SPMD the device is virtual, and only this opens the real ones
+        except RuntimeError as error:
+            raise no_such_device(error) from None
+        precision = {"highest": "highest", "high": "high", "medium": "default"}[config.train.matmul_precision]
+        # It warns of a second call even at the first one.
+        logging.getLogger("torch_xla.backends").setLevel(logging.ERROR)
+        torch_xla.backends.set_mat_mul_precision(precision)
+        kind = xr.device_type() or "CPU"
+        # A virtual device has no kind.
+        found = find_chip(None if self.is_spmd else xm.xla_device_kind(self.device)) if kind == "TPU" else None
+        self.device_name = f"{kind} (XLA)" if found is None else found.name
+        self._chip = found.chip if found else None
+        self.peak_flops = tpu_peak(self._chip) if self._chip else None
+        self.warnings: Sequence[str] = found.warnings if found else ()
+        self.compute_dtype = torch.bfloat16 if config.train.mixed_precision == "bf16" else torch.float32
+        if self.is_spmd:
+            self.process_index, self.process_count = xr.process_index(), xr.process_count()
+            self.device_count = xr.global_runtime_device_count()
+            sizes = (parallel.mesh_data, parallel.mesh_fsdp, parallel.mesh_tensor)
+            data, fsdp, tensor = resolve_mesh(sizes, self.device_count)
+            check_model_fits(config.model, tensor)
+        else:
+            if parallel.mesh_fsdp > 1 or parallel.mesh_tensor > 1:
+                raise UserError(
+                    f"mesh_fsdp={parallel.mesh_fsdp} and mesh_tensor={parallel.mesh_tensor} need SPMD: "
+                    "leave out --mp-start-method and --ddp"
+                )
+            self.process_index, self.process_count = xr.global_ordinal(), xr.world_size()
+            self.device_count = self.process_count
+            data, fsdp, tensor = self.process_count, 1, 1
+        self.is_main = self.process_index == 0
+        self.host_count = max(xr.process_count() // xr.local_process_count(), 1)
+        if parallel.compile_cache is not None and kind == "TPU":
+            xr.initialize_cache(os.path.join(parallel.compile_cache, f"process_{self.process_index}"), readonly=False)
+        self.mesh = {"data": data, "fsdp": fsdp, "tensor": tensor}
+        self._mesh: xs.Mesh | None = None
+        if self.is_spmd:
+            # One device too: what is not marked now gets a mark from its first graph, and the next one differs.
+            self._mesh = xs.Mesh(np.arange(self.device_count), (data, fsdp, tensor), tuple(self.mesh))
+        self.split: Split = WHOLE if self._mesh is None or self.device_count == 1 else MeshSplit(self._mesh)
+        # Dropout draws one mask for the whole batch, which devices on their own could not.
+        self._replicates = self.is_spmd and self.device_count == data > 1 and config.model.dropout == 0
+        plain = why_plain(config.model, self._chip, tensor)
+        self.attention = f"plain: {plain}" if plain else f"the kernel for {self._chip}"
+        self._uses_kernels = config.model.attention != "reference"
+        self._weights: dict[str, Tensor] | None = None
+        self._alone = False
+        self._kernel: FlashAttention | None = None
+        self._kernel_mesh = self._mesh if self.device_count > 1 else None
+        # A host may feed only its own rows when its devices hold whole rows, that is without a tensor axis.
+        self._feeds_own_rows = not self.is_spmd or tensor == 1
+        # In the order in which torch_xla gives them their parts of what this process feeds.
+        self._devices = device_numbers(torch_xla.real_devices()) if self.is_spmd else [self.process_index]
+        self._strict = config.train.strict_graph
+        self._counts = GraphCounts()
+        self._events: list[GraphEvent] = []
+        self._transfers = xla_graphs.HostTransferWatch(self._events.append)
+        self._fetcher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="fetch")
+
+    def rows(self, batch_size: int) -> np.ndarray:
+        """See `base.Runtime.rows`."""
+        shards = self.mesh["data"] * self.mesh["fsdp"]
+        if batch_size % shards:
+            raise UserError(
+                f"a batch of {batch_size} sequences does not divide over data x fsdp = {shards} devices: "
+                "change --train-batch-size / --eval-batch-size, or the mesh"
+            )
+        if not self._feeds_own_rows:
+            return np.arange(batch_size)
+        return rows_of(self._devices, self.device_count, batch_size)
+
+    def place_model(self, model: nn.Module) -> None:
+        """See `base.Runtime.place_model`."""
+        model.to(self.device)
+        if not self.is_spmd and self.process_count > 1:
+            xm.broadcast_master_param(model)  # threads of one process share torch's RNG, so replicas may differ
+        if self._mesh is not None:
+            for name, parameter in model.named_parameters():
+                xs.mark_sharding(parameter, self._mesh, parameter_axes(name))
+        self.pin_activations(model)
+        if self._chip is not None:
+            self.install_kernels(model, self._chip)
+        torch_xla.sync()
+
+    def install_kernels(self, model: nn.Module, chip: str) -> None:
+        """Let attention use its TPU kernel, on a generation of TPUs that has one, unless the config asks for plain attention.
+
+        Raises:
+            UserError: jax, which lowers the kernels, is not installed.
+        """
+        if chip in WITHOUT_KERNELS or not self._uses_kernels:
+            return
+        try:
+            from pretrain_xla.runtime.xla.kernels import FlashAttention
+        except ModuleNotFoundError as error:
+            raise UserError(
+                f"the TPU's attention kernels need {error.name}: pip install -r requirements-xla_tpu.txt, "
+                "or choose --attention reference"
+            ) from None
+        self._kernel = FlashAttention(chip, self._kernel_mesh)
+        for module in model.modules():
+            if isinstance(module, Attention):
+                module.kernel = self._kernel
+
+    def pin_activations(self, model: nn.Module) -> None:
+        """Under SPMD, mark the outputs of the modules that the sharding table names, and their gradients."""
+        if self._mesh is None:
+            return
+        for name, module in model.named_modules():
+            axes = lookup(ACTIVATIONS, name)
+            if axes is not None:
+                module.register_forward_hook(self._pin(self._mesh, axes))
+
+    def _pin(self, mesh: xs.Mesh, axes: tuple[Any, ...]) -> Callable[..., Tensor]:
+        def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+            if self._alone:
+                return output
+            return pinned(output, axes, mesh)
+
+        return hook
+
+    def forward(self, model: nn.Module) -> Callable[..., Tensor]:
+        """The model: it is traced and compiled as part of the step."""
+        self._model = model
+
+        def run(*arguments: Any) -> Tensor:
+            result: Tensor = (
+                model(*arguments)
+                if self._weights is None
+                else torch.func.functional_call(model, self._weights, arguments)
+            )
+            return result
+
+        return run
+
+    def place_like(self, host: Tensor, parameter: Tensor | None) -> Tensor:
+        """See `base.Runtime.place_like`."""
+        # Not `host.to(device)`: a 0-d 0, 1 or -1 would become a constant of the first graph that uses it, and not an input.
+        placed = self._send(host)
+        if self._mesh is not None and parameter is not None and host.shape == parameter.shape:
+            sharding = torch_xla._XLAC._get_xla_op_sharding(parameter)
+            if sharding is not None:
+                torch_xla._XLAC._xla_mark_sharding(placed, sharding)
+        return placed
+
+    def place_batch(self, tokens: np.ndarray) -> Tensor:
+        """See `base.Runtime.place_batch`."""
+        host = torch.from_numpy(tokens)
+        if self._mesh is None:
+            return host.to(self.device)
+        spec = xs.ShardingSpec(self._mesh, (BATCH, None, None), minibatch=self._feeds_own_rows)
+        return self._send(host, spec)
+
+    def _send(self, host: Tensor, spec: xs.ShardingSpec | None = None) -> Tensor:
+        sent: Any = xm.send_cpu_data_to_device([host], self.device, input_sharding=spec)
+        return sent[0]
+
+    def compile(
+        self, function: Callable[..., Tensor], name: str, state: Callable[[], Iterable[Tensor]]
+    ) -> Callable[..., Tensor]:
+        """See `base.Runtime.compile`. The function is traced at each call; its graph is compiled at the first."""
+        warn = self._warn if self._kernel_mesh is not None else None
+        return CompiledFunction(
+            function, name, state, self._counts, self._events.append, explain=self._strict, warn=warn
+        )
+
+    def _warn(self, text: str) -> None:
+        if self.is_main:
+            print(f"warning: {text}", file=sys.stderr, flush=True)
+
+    def repeat(self, module: nn.Module) -> RepeatedModule:
+        """See `base.Runtime.repeat`."""
+        return RepeatedModule(module)
+
+    def fuse(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function itself: the whole step is one graph already."""
+        return function
+
+    def gradients(
+        self,
+        loss: Callable[[Tensor], Tensor],
+        parameters: Sequence[Tensor],
+        tokens_BAS: Tensor,
+        scale: Tensor | None = None,
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """See `base.Runtime.gradients`; several micro-batches are one loop of the program, under SPMD the compiler reduces."""
+        if self._replicates:
+            return self._gradients_of_replicas(loss, parameters, tokens_BAS, scale)
+        name_of = {id(tensor): name for name, tensor in self._model.named_parameters()}
+        names = [name_of[id(tensor)] for tensor in parameters]
+
+        def using(values: list[Tensor]) -> AbstractContextManager[None]:
+            return self._with_weights(dict(zip(names, values, strict=True)), alone=False)
+
+        total, gradients = accumulate(loss, using, parameters, len(parameters), tokens_BAS, scale)
+        if not self.is_spmd and self.process_count > 1:
+            xm.all_reduce(xm.REDUCE_SUM, [g for g in gradients if g is not None], scale=1.0 / self.process_count)
+        return total, gradients
+
+    def _gradients_of_replicas(
+        self, loss: Callable[[Tensor], Tensor], parameters: Sequence[Tensor], tokens_BAS: Tensor, scale: Tensor | None
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """Under SPMD with whole weights everywhere: each device takes the gradients of its own rows, and they meet once.
+
+        Left to itself the partitioner reduces a gradient wherever one arises: twice for tied embeddings, and in every
+        micro-batch where it does not find out that the sum could wait.
+        """
+        assert self._mesh is not None
+        mesh = self._mesh
+        placed = dict(self._model.named_parameters()) | dict(self._model.named_buffers())
+        # Parameters first, in the order in which their gradients are asked for.
+        order = {id(tensor): index for index, tensor in enumerate(parameters)}
+        names = sorted(placed, key=lambda name: order.get(id(placed[name]), len(order)))
+
+        def using(values: list[Tensor]) -> AbstractContextManager[None]:
+            return self._with_weights(dict(zip(names, values, strict=True)), alone=True)
+
+        with on_parts(mesh):
+            values = [part(placed[name].detach(), (None,) * placed[name].dim(), mesh) for name in names]
+            rows = part(tokens_BAS, (BATCH, None, None), mesh)
+            total, gradients = accumulate(loss, using, values, len(parameters), rows, scale)
+
+        def mean(own: Tensor) -> Tensor:
+            return whole(own[None], (BATCH, *(None,) * own.dim()), mesh).mean(0)
+
+        return mean(total), [None if gradient is None else mean(gradient) for gradient in gradients]
+
+    @contextlib.contextmanager
+    def _with_weights(self, values: dict[str, Tensor], *, alone: bool) -> Iterator[None]:
+        """The model runs with these tensors. alone: they are one device's, so that nothing is marked or split."""
+        self._weights, self._alone = values, alone
+        if self._kernel is not None:
+            self._kernel.mesh = None if alone else self._kernel_mesh
+        try:
+            yield
+        finally:
+            self._weights, self._alone = None, False
+            if self._kernel is not None:
+                self._kernel.mesh = self._kernel_mesh
+
+    def mean(self, value: Tensor) -> Tensor:
+        """See `base.Runtime.mean`."""
+        if self.is_spmd or self.process_count == 1:
+            return value
+        reduced: Any = xm.all_reduce(xm.REDUCE_SUM, value, scale=1.0 / self.process_count)
+        return reduced
+
+    def all_rows(self, rows: Tensor) -> Tensor:
+        """See `base.Runtime.all_rows`. Under SPMD the rows are there already, but may lie on another host's devices."""
+        if self._mesh is not None:
+            return xs.mark_sharding_with_gradients(rows, self._mesh, (None,) * rows.dim())
+        gathered: Tensor = xm.all_gather(rows) if self.process_count > 1 else rows
+        return gathered
+
+    def seed(self, seed: int) -> None:
+        """See `base.Runtime.seed`. The seed is an input of the graph, so that a new one compiles nothing."""
+        offset = 0 if self.is_spmd else self.process_index * 0x9E3779B9
+        xm.set_rng_state((seed + offset) % 2**63, str(self.device))
+
+    def fetch(self, value: Tensor) -> Future[Tensor]:
+        """See `base.Runtime.fetch`; a thread waits for the value while this one traces the next steps."""
+        return self._fetcher.submit(lambda: value.detach().cpu())
+
+    def gather(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """See `base.Runtime.gather`. A sharded tensor is gathered on the devices first, on every host alike."""
+        if not self.is_spmd and not self.is_main:
+            return {}
+        with self.planned():
+            host = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
+        return host if self.is_main else {}
+
+    @contextlib.contextmanager
+    def watch(self) -> Iterator[None]:
+        """See `base.Runtime.watch`."""
+        with self._transfers:
+            yield
+
+    @contextlib.contextmanager
+    def planned(self) -> Iterator[None]:
+        """See `base.Runtime.planned`."""
+        self._transfers.paused += 1
+        try:
+            yield
+        finally:
+            self._transfers.paused -= 1
+
+    def take_events(self) -> list[GraphEvent]:
+        """See `base.Runtime.take_events`."""
+        events = list(self._events)
+        self._events.clear()
+        return events
+
+    def graph_counts(self) -> GraphCounts:
+        """See `base.Runtime.graph_counts`; `other` are graphs outside any compiled function (placing, gathering)."""
+        graphs = dict(self._counts.graphs)
+        graphs["other"] = xla_graphs.compilations() - sum(graphs.values())
+        return GraphCounts(graphs, xla_graphs.compile_seconds())
+
+    def memory_bytes(self) -> int:
+        """See `base.Runtime.memory_bytes`."""
+        if xr.device_type() == "CPU":
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        device: Any = torch_xla.real_devices()[0] if self.is_spmd else self.device
+        return int(xm.get_memory_info(device)["bytes_used"])
+
+    def wait(self) -> None:
+        """See `base.Runtime.wait`."""
+        xm.wait_device_ops()
+
+    def barrier(self) -> None:
+        """See `base.Runtime.barrier`. Under SPMD the hosts already meet in every collective of the step."""
+        if not self.is_spmd and self.process_count > 1:
+            xm.rendezvous("pretrain_xla")
+
+    def close(self) -> None:
+        """See `base.Runtime.close`."""
+        self._fetcher.shutdown(wait=True)

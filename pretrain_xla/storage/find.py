@@ -1,0 +1,121 @@
+"""Which files a path stands for: one file, all of those below a folder, or those that fit a pattern; on any file system.
+
+A name that is there is that file or folder, whatever signs are in it; only else are `*`, `?` and `[...]` a pattern. On this
+machine's disks, links to folders are followed as folders, and what cannot be read as a file (a link to nothing, a pipe) is no
+file, which the log says.
+"""
+
+from __future__ import annotations
+
+import glob
+import logging
+import os
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from fsspec.utils import glob_translate
+
+from pretrain_xla.errors import UserError
+from pretrain_xla.storage.files import is_local
+from pretrain_xla.storage.remote import call
+
+logger = logging.getLogger(__name__)
+
+
+def find_files(fs: Any, root: str, asked: str) -> list[str]:
+    """The files, in the order of their names; of a folder, without those whose names begin with a dot, or that lie in
+    folders whose names do.
+
+    Args:
+        fs: an fsspec file system.
+        root: file, folder or pattern on it.
+        asked: the same as a person wrote it, for errors.
+
+    Raises:
+        UserError: nothing there, or a folder that cannot be read.
+    """
+    kind = path_type(fs, root)
+    if kind == "file":
+        return [root]
+    if kind == "directory":
+        found = _walk(root, asked) if is_local(fs) else call(fs, "find", root)
+        below = sorted(file for file in found if "/." not in file.removeprefix(root))
+        if not below:
+            raise UserError(f"{asked}: the folder has no files")
+        return below
+    if glob.has_magic(root):
+        found = fitting(fs, root, asked)
+        if not found:
+            raise UserError(f"{asked}: no file fits this pattern")
+        return sorted(found)
+    if is_local(fs) and os.path.islink(root):
+        raise UserError(f"{asked}: a link to {os.readlink(root)}, where nothing is")
+    raise UserError(f"{asked}: no such file or folder{_hub_hint(asked)}")
+
+
+def path_type(fs: Any, path: str) -> str | None:
+    """`file`, `directory`, or none where there is nothing."""
+    try:
+        return str(call(fs, "info", path)["type"]) if not is_local(fs) else _local_type(path)
+    except OSError:
+        return None
+
+
+def fitting(fs: Any, root: str, asked: str) -> dict[str, Any]:
+    """Path → what a listing says of it (nothing locally), of each file that fits a pattern.
+
+    Raises:
+        UserError: a folder that cannot be read.
+    """
+    folder, pattern = split_pattern(root, lambda path: path_type(fs, path) == "directory")
+    if not is_local(fs):
+        found = call(fs, "glob", f"{glob.escape(folder)}/{pattern}" if folder else pattern, detail=True)
+        return {path: info for path, info in found.items() if info["type"] == "file"}
+    fits = re.compile(glob_translate(pattern)).match
+    depth = None if "**" in pattern else pattern.count("/")
+    files = _walk(folder or "/", asked, depth)
+    return {path: None for path in files if fits(path.removeprefix(folder).lstrip("/"))}
+
+
+def split_pattern(root: str, is_folder: Callable[[str], bool]) -> tuple[str, str]:
+    """The folder that a pattern begins with, taken by its letters as far as it is there, and the pattern in it."""
+    parts = root.split("/")
+    count = 0
+    while count < len(parts) - 1:
+        if glob.has_magic(parts[count]) and not is_folder("/".join(parts[: count + 1])):
+            break
+        count += 1
+    return "/".join(parts[:count]), "/".join(parts[count:])
+
+
+def _local_type(path: str) -> str | None:
+    if os.path.isdir(path):
+        return "directory"
+    return "file" if os.path.isfile(path) else None
+
+
+def _walk(folder: str, asked: str, depth: int | None = None, above: tuple[str, ...] = ()) -> Iterator[str]:
+    """The files below a local folder, `depth` folders down; a link back to a folder above is not followed for ever."""
+    above, others = (*above, os.path.realpath(folder)), []
+    try:
+        entries = list(os.scandir(folder))
+    except OSError as error:
+        raise UserError(f"{asked}: {folder} cannot be read: {error.strerror or error}") from None
+    for entry in entries:
+        path = f"{folder.rstrip('/')}/{entry.name}"
+        if entry.is_dir():
+            if depth != 0 and os.path.realpath(path) not in above:
+                yield from _walk(path, asked, None if depth is None else depth - 1, above)
+        elif entry.is_file():
+            yield path
+        elif depth is None:
+            others.append(entry.name)
+    if others:
+        logger.warning("%s: links to nothing, or no files, are left out: %s", folder, ", ".join(sorted(others)[:3]))
+
+
+def _hub_hint(asked: str) -> str:
+    """Two names and one slash are how datasets on the Hub are called."""
+    is_name = asked.count("/") == 1 and "." not in asked
+    return f" (for the dataset of this name on the Hub: hf:{asked})" if is_name else ""

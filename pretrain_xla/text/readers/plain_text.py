@@ -1,0 +1,70 @@
+"""Documents of text files: one, or several where lines that say `<|endoftext|>` divide it, or one a line."""
+
+from __future__ import annotations
+
+import io
+import logging
+from collections.abc import Iterator
+from typing import IO
+
+from pretrain_xla.errors import UserError
+from pretrain_xla.redact import redacted
+from pretrain_xla.text.open_file import LONGEST_DOCUMENT, lines_of
+from pretrain_xla.text.reading import Bad, Reading, is_utf8
+
+logger = logging.getLogger(__name__)
+
+SEPARATOR = "<|endoftext|>"
+START = "<|startoftext|>"
+"""What gpt-2-simple writes before each text, and `SEPARATOR` after it, on one line with it."""
+
+
+def read_text(stream: IO[str], where: str, reading: Reading) -> Iterator[str | Bad]:
+    """The documents of a text file.
+
+    Args:
+        stream: the text.
+        where: what to call it in an error.
+        reading: what the person says.
+
+    Raises:
+        UserError: a line or document that is too long to stand in memory.
+    """
+    lines = lines_of(stream, where)
+    for line, text in enumerate(lines, start=1) if reading.one_per_line else _divided(lines, where):
+        if reading.skips_bad and not is_utf8(text):
+            yield Bad(f"{where}:{line}: not UTF-8 text")
+        else:
+            yield text
+
+
+def _divided(lines: Iterator[str], where: str) -> Iterator[tuple[int, str]]:
+    """(first line, text) of each document."""
+    text, length, first, said = io.StringIO(), 0, 1, False
+    for number, line in enumerate(lines, start=1):
+        if line.strip() == SEPARATOR:
+            yield first, text.getvalue()
+            text, length, first = io.StringIO(), 0, number + 1
+            continue
+        if not said and (mark := _gpt_2_simple_s(line)):
+            said = True
+            logger.warning(
+                "%s:%d: %s on one line with text is text like any other, and divides nothing: write <|endoftext|> on a line of "
+                "its own, and take <|startoftext|> out",
+                redacted(where),
+                number,
+                mark,
+            )
+        length += text.write(line)
+        if length > LONGEST_DOCUMENT:
+            raise UserError(
+                f"{where}: a document of more than {LONGEST_DOCUMENT:,} characters: divide it by lines that say {SEPARATOR}"
+            )
+    yield first, text.getvalue()
+
+
+def _gpt_2_simple_s(line: str) -> str | None:
+    """The mark of gpt-2-simple that a line begins or ends with, beside text."""
+    if line.startswith(START):
+        return START
+    return SEPARATOR if line.rstrip().endswith(SEPARATOR) else None

@@ -1,0 +1,146 @@
+"""Where documents come from, as `prepare` sees it: a name, a version, and a way to read them from any place on."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pretrain_xla.errors import UserError
+from pretrain_xla.text.corpus import QUICKSTART, quickstart_documents, quickstart_version
+from pretrain_xla.text.documents import Document, open_text
+from pretrain_xla.text.reading import Reading
+
+
+@dataclass(frozen=True)
+class Source:
+    """Documents that can be read more than once."""
+
+    name: str
+    """What a person calls it."""
+    version: str
+    """Another string whenever the documents may be others; how `prepare` knows that a dataset is up to date."""
+    read: Callable[[Any], Iterator[Document]]
+    """The documents after a place (none: from the first one), in the same order every time."""
+    skipped: Callable[[], int] = lambda: 0
+    """How many bad documents have been skipped in all that was read of it so far."""
+
+    def documents(self) -> Iterator[str]:
+        """The text of every document."""
+        return (document.text for document in self.read(None))
+
+
+def source_of(name: str, version: str, texts: Callable[[], Iterable[str]]) -> Source:
+    """A source out of documents of one's own; to go on after a place, those before it are read again.
+
+    Args:
+        name: what a person calls it.
+        version: see `Source.version`.
+        texts: gives the documents, from the first one, in the same order every time.
+    """
+
+    def read(place: int | None) -> Iterator[Document]:
+        documents = (Document(text, number) for number, text in enumerate(texts(), start=1))
+        return itertools.islice(documents, place or 0, None)
+
+    return Source(name, version, read)
+
+
+def open_source(
+    name: str,
+    *,
+    text_column: str = "text",
+    streaming: bool = False,
+    cache_dir: str | None = None,
+    document_per_line: bool = False,
+    skip_bad_documents: bool = False,
+) -> Source:
+    """The source that a name stands for.
+
+    Args:
+        name: `quickstart`; the path, pattern or URL of text (see `open_text`); or `hf:DATASET[:CONFIG[:SPLIT]]`.
+        text_column: key or column that holds the text, in files of records and datasets; `a.b` for `b` within `a`.
+        streaming: of `hf:`, read over the network as it goes, instead of downloading first.
+        cache_dir: of `hf:`, where downloads are kept.
+        document_per_line: of text files, whether each line is a document.
+        skip_bad_documents: of files, whether to go on after a document that cannot be read.
+
+    Raises:
+        UserError: nothing there.
+    """
+    if name == QUICKSTART:
+        return source_of(name, quickstart_version(), quickstart_documents)
+    if name.startswith("hf:") and not name.startswith("hf://"):  # that is a file on the Hub
+        from pretrain_xla.text.hub import hub_source  # it is built on this module
+
+        return hub_source(name, text_column=text_column, streaming=streaming, cache_dir=cache_dir)
+    text = open_text(name, Reading(text_column, document_per_line, skip_bad_documents))
+    version = text.version + ("" if text_column == "text" else f":{text_column}")
+    return Source(name, version, text.read, lambda: text.bad.count)
+
+
+def join_sources(sources: Sequence[Source], weights: Sequence[float] = (), max_documents: int | None = None) -> Source:
+    """One source out of several.
+
+    Without weights, one after the other. With weights, each next document comes from the source that is furthest behind
+    its share of the characters so far, until the first source ends, so that the shares hold to the end. Training
+    shuffles anyway; what matters is how much there is of each.
+
+    Args:
+        sources: at least one.
+        weights: one for each source, in any unit; none: all of each.
+        max_documents: end after so many.
+
+    Raises:
+        UserError: weights that do not fit, or max_documents < 1.
+    """
+    if weights and (len(weights) != len(sources) or min(weights) <= 0):
+        raise UserError(f"weights={list(weights)}: give one over 0 for each of the {len(sources)} sources")
+    if max_documents is not None and max_documents < 1:
+        raise UserError(f"max_documents={max_documents}: ask for at least 1")
+
+    def skipped() -> int:
+        return sum(source.skipped() for source in sources)
+
+    joined = sources[0]
+    if len(sources) > 1:
+        read = functools.partial(_mix, sources, weights) if weights else functools.partial(_chain, sources)
+        version = " + ".join(source.version for source in sources)
+        shares = f" by {':'.join(f'{weight:g}' for weight in weights)}" if weights else ""
+        joined = Source(" + ".join(source.name for source in sources), version + shares, read, skipped)
+    if max_documents is None:
+        return joined
+    version = f"{joined.version}, first {max_documents}"
+    return Source(joined.name, version, functools.partial(_first, joined, max_documents), skipped)
+
+
+def _chain(sources: Sequence[Source], place: Sequence[Any] | None) -> Iterator[Document]:
+    number, inner = place or (0, None)
+    for index in range(number, len(sources)):
+        for document in sources[index].read(inner if index == number else None):
+            share = None if document.share is None else (index + document.share) / len(sources)
+            yield Document(document.text, [index, document.place], share)
+
+
+def _mix(sources: Sequence[Source], weights: Sequence[float], place: Sequence[Any] | None) -> Iterator[Document]:
+    """A place is each source's place, and the characters taken of each."""
+    places, taken = (list(part) for part in place) if place else ([None] * len(sources), [0] * len(sources))
+    readers = [source.read(inner) for source, inner in zip(sources, places, strict=True)]
+    shares: list[float | None] = [None] * len(sources)
+    while True:
+        index = min(range(len(sources)), key=lambda number: taken[number] / weights[number])
+        document = next(readers[index], None)
+        if document is None:
+            return
+        taken[index] += len(document.text)
+        places[index], shares[index] = document.place, document.share
+        known = [share for share in shares if share is not None]
+        yield Document(document.text, [list(places), list(taken)], max(known, default=None))
+
+
+def _first(source: Source, count: int, place: Sequence[Any] | None) -> Iterator[Document]:
+    done, inner = place or (0, None)
+    for number, document in enumerate(itertools.islice(source.read(inner), count - done), start=done + 1):
+        yield Document(document.text, [number, document.place], max(number / count, document.share or 0))

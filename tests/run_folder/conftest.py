@@ -1,0 +1,5 @@
+"""What these tests share: small configs, small models on a CPU, and shards of random tokens."""
+
+from tests.small_run import make_config, one_thread, runtime, tokens
+
+__all__ = ["make_config", "one_thread", "runtime", "tokens"]

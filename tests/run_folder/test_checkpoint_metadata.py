@@ -1,0 +1,214 @@
+"""A checkpoint by a stranger: it runs nothing, reads no other file and takes no memory that it does not fill."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import tracemalloc
+import zipfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.checkpoint import metadata as dcp_metadata
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
+
+from pretrain_xla.errors import UserError
+from pretrain_xla.run_folder.checkpoint import CheckpointInfo, CheckpointStore
+from pretrain_xla.run_folder.checkpoint_metadata import ForbiddenName, read_metadata
+
+from ..payload import Payload
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> CheckpointStore:
+    """A checkpoint of step 1, without checksums, as a stranger may leave them out."""
+    store = CheckpointStore(str(tmp_path / "run"), limit=1)
+    store.save({"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor(7)}, CheckpointInfo(1, None, "", {}))
+    store.close()
+    marker = tmp_path / "run" / "step_00000001" / "checkpoint.json"
+    marker.write_text('{"step": 1, "valid_loss": null, "data": "", "config": {}}')
+    return store
+
+
+def change(store: CheckpointStore, edit: Callable[[Any], object]) -> None:
+    """Read the metadata as DCP does, edit it, and write it back."""
+    path = Path(store.folder(1)) / ".metadata"
+    metadata = pickle.loads(path.read_bytes())
+    edit(metadata)
+    path.write_bytes(pickle.dumps(metadata))
+
+
+def in_place(metadata: Metadata, name: str, **changes: Any) -> None:
+    """Other fields in what is said of where a tensor is stored."""
+    for index, place in metadata.storage_data.items():
+        if index.fqn == name:
+            metadata.storage_data[index] = replace(place, **changes)
+
+
+def in_a_tensor_file(store: CheckpointStore, payload: Payload) -> None:
+    """As the pickle inside the file of tensor b, at the end of the data file."""
+    buffer = io.BytesIO()
+    torch.save(torch.tensor(7), buffer)
+    rebuilt = io.BytesIO()
+    with zipfile.ZipFile(buffer) as old, zipfile.ZipFile(rebuilt, "w") as new:
+        for item in old.infolist():
+            new.writestr(item, pickle.dumps(payload) if item.filename.endswith("data.pkl") else old.read(item))
+    append(store, "b", rebuilt.getvalue())
+
+
+def append(store: CheckpointStore, name: str, content: bytes) -> None:
+    data = Path(store.folder(1)) / "__0_0.distcp"
+    start = data.stat().st_size
+    data.write_bytes(data.read_bytes() + content)
+    change(store, lambda metadata: in_place(metadata, name, offset=start, length=len(content)))
+
+
+def as_a_bytes_item(store: CheckpointStore, payload: Payload) -> None:
+    """DCP reads such items with a pickle that runs."""
+    append(store, "b", pickle.dumps(payload))
+    change(store, lambda metadata: metadata.state_dict_metadata.update(b=BytesStorageMetadata()))
+
+
+PAYLOADS: dict[str, Callable[[CheckpointStore, Payload], object]] = {
+    "in place of all": lambda s, p: (Path(s.folder(1)) / ".metadata").write_bytes(pickle.dumps(p)),
+    "for the planner": lambda s, p: change(s, lambda m: setattr(m, "planner_data", p)),
+    "as a path": lambda s, p: change(s, lambda m: setattr(m.storage_meta, "checkpoint_id", p)),
+    "as a size": lambda s, p: change(s, lambda m: setattr(m.state_dict_metadata["a"], "size", p)),
+    "as a bytes item": as_a_bytes_item,
+    "in a tensor's file": in_a_tensor_file,
+}
+
+
+@pytest.mark.parametrize("place", PAYLOADS)
+def test_nothing_in_a_checkpoint_is_run(place: str, store: CheckpointStore, tmp_path: Path) -> None:
+    PAYLOADS[place](store, Payload(tmp_path / "ran"))
+    if place == "as a bytes item":
+        assert list(store.load(1)) == ["a"], "it is no tensor, and left alone"
+    else:
+        with pytest.raises(UserError, match=r"step_00000001 is (not loaded|damaged)") as caught:
+            store.load(1)
+        assert "\n" not in str(caught.value)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "os system",
+        "builtins getattr",
+        "builtins eval",
+        "torch load",
+        "torch hub.load",
+        "torch Size.__new__",
+        "torch.serialization load",
+        "torch.distributed.checkpoint.metadata Metadata.__init__",
+        "torch.distributed.checkpoint.metadata os.system",
+        "torch.distributed.checkpoint.filesystem pickle.loads",
+        "pathlib Path.mkdir",
+        "pathlib os",
+    ],
+)
+def test_no_other_name_is_known(name: str) -> None:
+    module, attribute = name.split()
+    pickled = (
+        pickle.PROTO
+        + b"\x04"
+        + b"".join(pickle.SHORT_BINUNICODE + bytes([len(word)]) + word.encode() for word in (module, attribute))
+    )
+    with pytest.raises(ForbiddenName, match=f"{module}.{attribute}"):
+        read_metadata(io.BytesIO(pickled + pickle.STACK_GLOBAL + pickle.STOP), {})
+
+
+def test_torchs_own_classes_are_not_touched() -> None:
+    """A pickle may set attributes of what it names: those are ours, and made for it alone."""
+    pickled = b"ctorch.distributed.checkpoint.metadata\nMetadata\n(N}Vversion\nVchanged\nst\x86b."
+    with pytest.raises((ValueError, pickle.UnpicklingError, TypeError)):
+        read_metadata(io.BytesIO(pickled), {})
+    assert dcp_metadata.Metadata.version is None
+
+
+LIES: dict[str, tuple[Callable[[Any], object], str]] = {
+    "10^15 elements": (
+        lambda m: setattr(m.state_dict_metadata["a"], "size", torch.Size([10**9, 10**6])),
+        "a is said to have 1,000,000,000,000,000 elements, and 6 are stored",
+    ),
+    "a chunk of 10^15": (
+        lambda m: (
+            setattr(m.state_dict_metadata["a"], "size", torch.Size([10**9, 10**6])),
+            setattr(m.state_dict_metadata["a"].chunks[0], "sizes", torch.Size([10**9, 10**6])),
+        ),
+        "a is said to have 1,000,000,000,000,000 elements, and [0-9,]+ bytes are stored",
+    ),
+    "more than the file": (lambda m: in_place(m, "a", length=10**16), "__0_0.distcp is cut off or not there"),
+    "before the file": (lambda m: in_place(m, "a", offset=-4), "__0_0.distcp is cut off or not there"),
+    "no chunk": (lambda m: m.state_dict_metadata["a"].chunks.clear(), "a is said to have 6 elements, and 0 are stored"),
+    "a chunk elsewhere": (
+        lambda m: setattr(m.state_dict_metadata["a"].chunks[0], "offsets", torch.Size([0, 1])),
+        "a is not stored in whole",
+    ),
+    "not stored": (lambda m: m.storage_data.pop(MetadataIndex("a", (0, 0))), "a is not stored in whole"),
+    "a file above": (lambda m: in_place(m, "a", relative_path="../secret"), "names a file elsewhere: '../secret'"),
+    "a file anywhere": (lambda m: in_place(m, "a", relative_path="/etc/passwd"), "names a file elsewhere"),
+    "compressed": (lambda m: in_place(m, "a", transform_descriptors=["stream.zstd"]), "its files are compressed"),
+    "no record": (lambda m: m.state_dict_metadata.update(a=3), "no TensorStorageMetadata"),
+    "no type": (lambda m: setattr(m.state_dict_metadata["a"].properties, "dtype", 3), "a tensor without a type"),
+    "no size": (lambda m: setattr(m.state_dict_metadata["a"], "size", (-2, 3)), "a size that is none"),
+    "a name that is none": (lambda m: m.state_dict_metadata.update({3: m.state_dict_metadata["a"]}), "no text"),
+    "nothing": (lambda m: setattr(m, "storage_data", None), "no Metadata with a storage_data"),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_what_is_not_stored_is_not_believed(lie: str, store: CheckpointStore) -> None:
+    edit, words = LIES[lie]
+    change(store, edit)
+    tracemalloc.start()
+    with pytest.raises(UserError, match=words) as caught:
+        store.load(1)
+    assert tracemalloc.get_traced_memory()[1] < 10**7
+    tracemalloc.stop()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("data/0", b"\7\0\0\0", "a tensor reaches beyond what is stored of it"),
+        ("byteorder", b"big", "a tensor is not stored as it is written here"),
+    ],
+)
+def test_a_tensor_does_not_reach_into_memory(name: str, content: bytes, words: str, store: CheckpointStore) -> None:
+    """Its file is long enough, and holds half of it: torch would read, or turn round, what lies behind."""
+    buffer, rebuilt = io.BytesIO(), io.BytesIO()
+    torch.save(torch.tensor(7), buffer)
+    with zipfile.ZipFile(buffer) as old, zipfile.ZipFile(rebuilt, "w") as new:
+        for item in old.infolist():
+            new.writestr(item, content if item.filename.endswith(name) else old.read(item))
+    append(store, "b", rebuilt.getvalue())
+    with pytest.raises(UserError, match=words):
+        store.load(1)
+
+
+def test_many_tensors_in_the_same_bytes(store: CheckpointStore) -> None:
+    """Each is stored, all together are not."""
+
+    def repeat(metadata: Any) -> None:
+        place = next(place for index, place in metadata.storage_data.items() if index.fqn == "a")
+        for number in range(1000):
+            metadata.state_dict_metadata[f"a{number}"] = metadata.state_dict_metadata["a"]
+            metadata.storage_data[MetadataIndex(f"a{number}", (0, 0))] = place
+
+    change(store, repeat)
+    with pytest.raises(UserError, match=r"its tensors are said to have 24,\d+ bytes, and"):
+        store.load(1)
+
+
+def test_what_was_written_is_read(store: CheckpointStore) -> None:
+    change(store, lambda metadata: None)
+    loaded = store.load(1)
+    assert torch.equal(loaded["a"], torch.arange(6.0).reshape(2, 3))
+    assert torch.equal(loaded["b"], torch.tensor(7))

@@ -1,0 +1,122 @@
+"""A disk that is full, which `/dev/full` and a limit on the size of files stand for: what is refused, and what goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import resource
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from pretrain_xla.config import RunConfig
+from pretrain_xla.errors import UserError
+from pretrain_xla.run_folder.appender import Appender
+from pretrain_xla.run_folder.checkpoint import CheckpointStore
+from pretrain_xla.run_folder.metrics import MetricLog, read_metrics
+from pretrain_xla.train.run import run
+
+Make = Callable[..., RunConfig]
+
+
+@contextlib.contextmanager
+def files_of(size: int) -> Iterator[None]:
+    """No file grows above this."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_lines_wait_until_there_is_room(tmp_path: Path) -> None:
+    path, heard = tmp_path / "rows", list[str]()
+    appender = Appender(str(path), heard.append)
+    line = b"x" * 9999 + b"\n"
+    with files_of(30_005):
+        for _ in range(5):
+            appender.write(line)
+        assert path.stat().st_size == 30_005
+    assert heard == [
+        f"{path} cannot be written (File too large): the run goes on and keeps the lines in memory until there is room"
+    ]
+    appender.write(b"last\n")
+    assert path.read_bytes() == line * 5 + b"last\n"
+    assert heard[1:] == [f"{path} is written again, nothing of it is lost"]
+    with files_of(50_005):
+        appender.write(b"a\nb\n")
+        appender.close()
+    assert heard[-1] == f"{path}: the last 2 lines could not be written and are lost"
+
+
+@pytest.mark.usefixtures("tokens", "runtime")
+@pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl"])
+def test_a_run_that_cannot_begin_its_record_is_refused(name: str, make_config: Make, tmp_path: Path) -> None:
+    run(make_config())
+    before = (tmp_path / "run" / name).read_bytes()
+    (tmp_path / "run" / f"{name}.tmp").symlink_to("/dev/full")
+    with pytest.raises(UserError, match=rf"{name} cannot be written: No space left on device: free some space"):
+        run(make_config(train={"train_steps": 3, "valid_steps": 1, "train_batch_size": 4, "eval_batch_size": 4}))
+    assert (tmp_path / "run" / name).read_bytes() == before
+
+
+@pytest.mark.usefixtures("tokens", "runtime")
+@pytest.mark.parametrize("name", ["loss.png", "summary.json"])
+def test_a_report_that_cannot_be_written_is_made_up_for(name: str, make_config: Make, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / f"{name}.tmp").symlink_to("/dev/full")
+    with pytest.raises(UserError, match=rf"{name} cannot be written: No space left on device: free some space"):
+        run(make_config())
+    assert CheckpointStore(str(folder / "checkpoints"), 1).steps() == [2]
+    run(make_config())
+    assert json.loads((folder / "summary.json").read_text())["steps"] == 2
+    assert (folder / "loss.png").stat().st_size > 10_000
+
+
+@pytest.mark.usefixtures("tokens", "runtime")
+def test_a_disk_that_fills_up_costs_neither_the_run_nor_a_row(
+    make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write, full = MetricLog.write, list[int]()
+
+    def fill(log: MetricLog, rows: list[dict[str, float]], *, kind: str) -> None:
+        if rows[-1]["step"] == 3 and kind == "train":
+            full.append(log._file._descriptor)
+            log._file._descriptor = os.open("/dev/full", os.O_WRONLY)
+        elif rows[-1]["step"] == 5 and full:
+            os.close(log._file._descriptor)
+            log._file._descriptor = full.pop()
+        write(log, rows, kind=kind)
+
+    monkeypatch.setattr(MetricLog, "write", fill)
+    run(make_config(train={"train_steps": 6, "valid_steps": 1, "train_batch_size": 2}, logging={"log_interval": 1}))
+    output = capfd.readouterr().out
+    assert "metrics.jsonl cannot be written (No space left on device): the run goes on" in output
+    assert "metrics.jsonl is written again" in output
+    rows = read_metrics(str(tmp_path / "run" / "metrics.jsonl"))
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4, 5, 6]
+    assert CheckpointStore(str(tmp_path / "run" / "checkpoints"), 1).steps() == [6]
+
+
+def test_samples_and_tensorboard_on_a_full_disk(
+    make_config: Make, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run").mkdir()
+    heard = list[str]()
+    log = MetricLog(make_config(logging={"tensorboard": True}), 0, heard.append)
+    (tmp_path / "run" / "samples.txt").symlink_to("/dev/full")
+    log.write_sample(1, "a text")
+    assert len(heard) == 1
+    assert "samples.txt cannot be written (No space left on device): the run goes on" in heard[0]
+    with files_of(4000):
+        for step in range(1, 26):
+            log.write([{"step": step, **{f"value_{number}": 1.0 for number in range(4)}}], kind="train")
+        log.close()
+    assert heard[1:-1] == ["TensorBoard events cannot be written (File too large): the run goes on without them"]
+    assert "samples.txt: the last 2 lines could not be written and are lost" in heard[-1]
+    assert "Traceback" not in capfd.readouterr().err
+    assert len(read_metrics(str(tmp_path / "run" / "metrics.jsonl"))) == 25

@@ -1,0 +1,129 @@
+"""Being asked to stop, with real signals."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pretrain_xla.errors import Interrupted
+from pretrain_xla.train.stop_signal import StopSignal
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+@pytest.fixture
+def heard() -> Iterator[list[int]]:
+    """Signals that went their usual way, which here is into a list."""
+    signals: list[int] = []
+
+    def note(number: int, _frame: Any) -> None:
+        signals.append(number)
+
+    previous = {number: signal.signal(number, note) for number in SIGNALS}
+    yield signals
+    for number, handler in previous.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_the_first_is_remembered_and_the_second_takes_its_usual_way(number: int, heard: list[int]) -> None:
+    with StopSignal(enabled=True) as stop:
+        assert stop.signal is None
+        os.kill(os.getpid(), number)
+        assert stop.signal == number
+        assert heard == []
+        os.kill(os.getpid(), number)
+        assert heard == [number]
+        with pytest.raises(Interrupted, match="stopped at step 7") as caught:
+            stop.leave("stopped at step 7")
+        assert caught.value.signal == number
+
+
+def test_afterwards_signals_go_their_usual_way(heard: list[int]) -> None:
+    with StopSignal(enabled=True) as stop:
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert heard == [signal.SIGTERM]
+    assert stop.signal is None
+    with pytest.raises(ZeroDivisionError), StopSignal(enabled=True):
+        raise ZeroDivisionError
+    os.kill(os.getpid(), signal.SIGINT)
+    assert heard == [signal.SIGTERM, signal.SIGINT]
+
+
+def test_where_it_is_not_enabled_it_hears_nothing(heard: list[int]) -> None:
+    with StopSignal(enabled=False) as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert heard == [signal.SIGTERM]
+    assert stop.signal is None
+
+
+def test_in_another_thread_it_keeps_quiet() -> None:
+    found: list[int | None] = []
+
+    def run() -> None:
+        with StopSignal(enabled=True) as stop:  # Python allows handlers in the main thread only
+            found.append(stop.signal)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert found == [None]
+
+
+SCRIPT = """
+import os, signal, time
+from pretrain_xla.train.stop_signal import StopSignal
+with StopSignal(enabled=True) as stop:
+    os.kill(os.getpid(), signal.SIGTERM)
+    print("saving", stop.signal, flush=True)
+    time.sleep(0.2)
+    os.kill(os.getpid(), signal.SIGTERM)
+    print("still there", flush=True)
+"""
+
+
+COMPILING = """
+import hashlib, os, signal, threading, time
+from pretrain_xla.train import stop_signal as signals
+signals.PATIENCE = 0.2
+def press():
+    for _ in range(2):
+        time.sleep(0.3)
+        os.kill(os.getpid(), signal.SIGINT)
+with signals.StopSignal(enabled=True, doing=lambda: "finishing step 1 and saving") as stop:
+    threading.Thread(target=press, daemon=True).start()
+    if not os.fork():
+        os._exit(signal.set_wakeup_fd(-1) != -1)  # a child does not speak for its parent
+    assert os.wait()[1] == 0
+    # As in a compiler, the main thread is away, without the interpreter's lock, and comes back to no handler for long.
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 200_000_000)
+"""
+
+
+def test_the_answer_comes_at_once_while_the_main_thread_is_in_a_compiler() -> None:
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-c", COMPILING]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.stderr.splitlines() == [
+        "finishing step 1 and saving; again to leave at once",
+        "left at once; the same command continues from the newest checkpoint",
+    ]
+    assert done.returncode == 128 + signal.SIGINT
+
+
+def test_a_second_sigterm_ends_the_process() -> None:
+    root = Path(__file__).parents[2]
+    environment = os.environ | {"PYTHONPATH": str(root)}
+    done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.stdout == f"saving {int(signal.SIGTERM)}\n"
+    assert done.stderr == "stopping; again to leave at once\n"
+    assert done.returncode == -signal.SIGTERM
