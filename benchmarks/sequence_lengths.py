@@ -25,7 +25,8 @@ from pretrain_xla.errors import UserError, guarded
 from pretrain_xla.prepare.encode import document_encoder
 from pretrain_xla.text.sources import open_source
 from pretrain_xla.tokenizers.bitbpe import BitBPETokenizer
-from pretrain_xla.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from pretrain_xla.tokenizers.load import load_tokenizer
+from pretrain_xla.tokenizers.tokenizer import Tokenizer
 from pretrain_xla.tokenizers.train import train_tokenizer
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"

@@ -44,7 +44,7 @@ from pretrain_xla.prepare.encode import document_encoder
 from pretrain_xla.text.corpus import quickstart_documents
 from pretrain_xla.text.sources import join_sources, open_source, source_of
 from pretrain_xla.tokenizers.bitbpe import BitBPETokenizer
-from pretrain_xla.tokenizers.tokenizer import load_tokenizer
+from pretrain_xla.tokenizers.load import load_tokenizer
 
 MODULE = "benchmarks.tokenize_speed"
 ROOT = Path(__file__).resolve().parents[1]

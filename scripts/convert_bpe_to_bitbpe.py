@@ -9,7 +9,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from a checkout that is not installed
 
 from pretrain_xla.errors import guarded
-from pretrain_xla.tokenizers.convert import convert_command
+from pretrain_xla.tokenizers.bitbpe_command import convert_command
 
 if __name__ == "__main__":
     guarded(convert_command)(sys.argv[1:])

@@ -23,7 +23,7 @@ from pretrain_xla.interop.command import export_command, import_command
 from pretrain_xla.prepare.command import PrepareFlags, TrainTokenizerFlags, prepare_command, train_tokenizer_command
 from pretrain_xla.prepare.inspect_command import inspect_command
 from pretrain_xla.quickstart import quickstart_command
-from pretrain_xla.tokenizers.convert import convert_command
+from pretrain_xla.tokenizers.bitbpe_command import convert_command
 
 ROOT = Path(__file__).resolve().parents[1]
 OURS: dict[str, set[str]] = {

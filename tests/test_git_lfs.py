@@ -12,7 +12,7 @@ from pretrain_xla.errors import UserError
 from pretrain_xla.interop.load import load_model
 from pretrain_xla.storage.files import filesystem
 from pretrain_xla.text.documents import open_text
-from pretrain_xla.tokenizers.tokenizer import load_tokenizer
+from pretrain_xla.tokenizers.load import load_tokenizer
 
 POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'4d7a' * 16}\nsize 12345\n"
 

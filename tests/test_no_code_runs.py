@@ -26,7 +26,7 @@ from pretrain_xla.interop.load import load_model
 from pretrain_xla.prepare.inspect import inspect
 from pretrain_xla.text.documents import read_documents
 from pretrain_xla.text.sources import open_source
-from pretrain_xla.tokenizers.tokenizer import load_tokenizer
+from pretrain_xla.tokenizers.load import load_tokenizer
 
 from .payload import Payload
 

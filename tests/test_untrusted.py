@@ -30,7 +30,7 @@ from pretrain_xla.storage.files import filesystem
 from pretrain_xla.text import open_file
 from pretrain_xla.text.documents import read_documents
 from pretrain_xla.text.readers import delimited, json_records, plain_text
-from pretrain_xla.tokenizers.tokenizer import load_tokenizer
+from pretrain_xla.tokenizers.load import load_tokenizer
 from pretrain_xla.tokenizers.train import train_tokenizer
 from pretrain_xla.untrusted import is_inside, parse_json
 
@@ -116,7 +116,7 @@ def test_a_manifest_leads_nowhere_else(changes: dict[str, Any], tmp_path: Path) 
 @pytest.mark.parametrize("base", ["../tokenizer.json", "/etc/x.json", "a/b.json", "https://h/t.json", "memory::x"])
 def test_a_bitbpe_file_leads_nowhere_else(base: str, tmp_path: Path) -> None:
     (tmp_path / "bitbpe.json").write_text(json.dumps({"base": base, "num_prefix_tokens": 64}))
-    refused(lambda: load_tokenizer(str(tmp_path)), "which is no file beside it")
+    refused(lambda: load_tokenizer(str(tmp_path)), "which is not a file in its folder")
 
 
 def test_depth_and_digits_are_one_line_wherever_json_is_read(tmp_path: Path) -> None:

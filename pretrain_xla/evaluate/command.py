@@ -25,7 +25,8 @@ from pretrain_xla.run_folder.metrics import to_json
 from pretrain_xla.run_folder.report import shown
 from pretrain_xla.runtime import Runtime, start
 from pretrain_xla.storage.files import filesystem, is_local, remove_empty, write_atomically
-from pretrain_xla.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from pretrain_xla.tokenizers.load import load_tokenizer
+from pretrain_xla.tokenizers.tokenizer import Tokenizer
 
 MEMORY = (
     "lower --batch-size, add --mixed-precision bf16, or share the weights out with --mesh-fsdp over more devices (xla); "

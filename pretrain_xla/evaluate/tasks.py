@@ -22,7 +22,7 @@ from pretrain_xla.evaluate.records import HubDataset, Record, find_file, read_hu
 from pretrain_xla.evaluate.rows import joined_rows, separate_rows, windows
 from pretrain_xla.evaluate.scorer import Row, Score
 from pretrain_xla.interop.special_tokens import before_text
-from pretrain_xla.tokenizers.same_tokenizer import TokenizerId, fingerprint, of_dataset
+from pretrain_xla.tokenizers.fingerprint import TokenizerId, dataset_tokenizer, fingerprint
 from pretrain_xla.tokenizers.tokenizer import Tokenizer
 
 
@@ -228,7 +228,7 @@ def _shards(name: str, task: Task, source: str | None, settings: Settings, reade
 
 def _check_made_with(dataset: TokenDataset, folder: str, reader: Reader) -> None:
     """Refuse shards that another tokenizer than the model's made, where both are known: their loss would say nothing."""
-    made = of_dataset(dataset.info)
+    made = dataset_tokenizer(dataset.info)
     if made == TokenizerId():
         return
     try:

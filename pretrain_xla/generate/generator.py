@@ -14,7 +14,8 @@ from pretrain_xla.interop.load import load_model
 from pretrain_xla.interop.special_tokens import before_text
 from pretrain_xla.model import GPT
 from pretrain_xla.runtime import Runtime, start
-from pretrain_xla.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from pretrain_xla.tokenizers.load import load_tokenizer
+from pretrain_xla.tokenizers.tokenizer import Tokenizer
 
 
 class Generator:

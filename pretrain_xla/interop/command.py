@@ -20,7 +20,8 @@ from pretrain_xla.redact import redacted, redacted_tree
 from pretrain_xla.run_folder.checkpoint import CheckpointInfo, CheckpointStore
 from pretrain_xla.run_folder.files import CONFIG_FILE, TOKENIZER_FOLDER
 from pretrain_xla.run_folder.finite import check_finite
-from pretrain_xla.tokenizers.tokenizer import is_stored, known_tokenizers, load_tokenizer
+from pretrain_xla.tokenizers.load import known_tokenizers, load_tokenizer
+from pretrain_xla.tokenizers.tokenizer import is_stored
 
 MODEL_HELP = (
     "run folder, checkpoints folder or one checkpoint (also a URL); Hugging Face folder; .safetensors or .pt file; name on "

@@ -17,7 +17,8 @@ from pretrain_xla.interop.special_tokens import before_text
 from pretrain_xla.interop.tensors import to_theirs
 from pretrain_xla.interop.tokenizer_files import write_tokenizer
 from pretrain_xla.run_folder.finite import check_finite
-from pretrain_xla.tokenizers.tokenizer import Tokenizer, known_tokenizers, load_tokenizer
+from pretrain_xla.tokenizers.load import known_tokenizers, load_tokenizer
+from pretrain_xla.tokenizers.tokenizer import Tokenizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -18,7 +18,7 @@ from pretrain_xla.interop.load import Description, describe
 from pretrain_xla.interop.tensors import fit_rows
 from pretrain_xla.model import parameter_count
 from pretrain_xla.run_folder.checkpoint import CheckpointStore
-from pretrain_xla.tokenizers.tokenizer import known_tokenizers, load_tokenizer
+from pretrain_xla.tokenizers.load import known_tokenizers, load_tokenizer
 
 # Settings that may change between a checkpoint and its continuation, because they do not change what the weights mean.
 FREE_MODEL_KEYS = {"dropout", "attention", "init"}

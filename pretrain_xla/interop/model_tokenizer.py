@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from pretrain_xla.errors import UserError
-from pretrain_xla.tokenizers.kinds import BITBPE_FILE, SPECIALS_FILE, TOKENIZER_FILE
+from pretrain_xla.tokenizers.tokenizer import BITBPE_FILE, SPECIALS_FILE, TOKENIZER_FILE
 from pretrain_xla.tokenizers.vocab_merges import VOCABULARIES
 from pretrain_xla.untrusted import parse_object
 

@@ -13,7 +13,9 @@ from typing import Any
 
 from pretrain_xla.errors import UserError
 from pretrain_xla.interop.model_tokenizer import CONFIG_FILE
-from pretrain_xla.tokenizers.tokenizer import JsonTokenizer, SentencePieceTokenizer, Tokenizer
+from pretrain_xla.tokenizers.json_tokenizer import JsonTokenizer
+from pretrain_xla.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
+from pretrain_xla.tokenizers.tokenizer import Tokenizer
 from pretrain_xla.untrusted import parse_object
 
 GENERATION_FILE = "generation_config.json"

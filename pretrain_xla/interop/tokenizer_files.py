@@ -17,15 +17,12 @@ from tokenizers import Regex, decoders, models, pre_tokenizers
 
 from pretrain_xla.interop import sentencepiece_json
 from pretrain_xla.interop.special_tokens import before_text
-from pretrain_xla.tokenizers.same_tokenizer import TEXT
-from pretrain_xla.tokenizers.tokenizer import (
-    END_OF_TEXT,
-    BytesTokenizer,
-    JsonTokenizer,
-    SentencePieceTokenizer,
-    TiktokenTokenizer,
-    Tokenizer,
-)
+from pretrain_xla.tokenizers.bytes_tokenizer import BytesTokenizer
+from pretrain_xla.tokenizers.fingerprint import TEXT
+from pretrain_xla.tokenizers.json_tokenizer import JsonTokenizer
+from pretrain_xla.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
+from pretrain_xla.tokenizers.tiktoken_tokenizer import TiktokenTokenizer
+from pretrain_xla.tokenizers.tokenizer import END_OF_TEXT, Tokenizer
 
 PROBE = (
     "Hello  world! It's 12345 o'clock,\n\n\tdon't YOU'LL see?\r\n  x_BTD = f(3.14e-5);  naïve café, Ελλάδα, Привет, "

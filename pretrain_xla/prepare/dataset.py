@@ -45,16 +45,9 @@ from pretrain_xla.storage.files import (
 )
 from pretrain_xla.text.sources import Source, open_source
 from pretrain_xla.text.split import LONG_DOCUMENT, split_document
-from pretrain_xla.tokenizers.kinds import SPECIALS_FILE, TOKENIZER_FILES
-from pretrain_xla.tokenizers.same_tokenizer import fingerprint
-from pretrain_xla.tokenizers.tokenizer import (
-    END_OF_TEXT,
-    Tokenizer,
-    is_stored,
-    known_tokenizers,
-    load_tokenizer,
-    stored_tokenizer,
-)
+from pretrain_xla.tokenizers.fingerprint import fingerprint
+from pretrain_xla.tokenizers.load import known_tokenizers, load_tokenizer, stored_tokenizer
+from pretrain_xla.tokenizers.tokenizer import END_OF_TEXT, SPECIALS_FILE, TOKENIZER_FILES, Tokenizer, is_stored
 from pretrain_xla.tokenizers.train import check_vocab_size, train_tokenizer
 
 TOKENIZER_FOLDER = "tokenizer"  # of the dataset's own copy

@@ -19,7 +19,8 @@ from pretrain_xla.data.index_files import META, Meta, read_meta
 from pretrain_xla.data.shards import read_beside
 from pretrain_xla.errors import UserError
 from pretrain_xla.storage.files import filesystem
-from pretrain_xla.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from pretrain_xla.tokenizers.load import load_tokenizer
+from pretrain_xla.tokenizers.tokenizer import Tokenizer
 
 _STRETCH = 2**22  # tokens at a time
 _LONGEST_SHOWN = 400  # tokens of a document that are decoded

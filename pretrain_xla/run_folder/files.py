@@ -10,7 +10,8 @@ from pretrain_xla.config_file import to_yaml
 from pretrain_xla.data.manifest import dataset_info
 from pretrain_xla.errors import UserError
 from pretrain_xla.run_folder.metrics import metrics_path, read_metrics, rewrite
-from pretrain_xla.tokenizers.tokenizer import is_stored, known_tokenizers, load_tokenizer, stored_tokenizer
+from pretrain_xla.tokenizers.load import known_tokenizers, load_tokenizer, stored_tokenizer
+from pretrain_xla.tokenizers.tokenizer import is_stored
 
 CONFIG_FILE = "config.yaml"
 TOKENIZER_FOLDER = "tokenizer"

@@ -11,8 +11,8 @@ from pretrain_xla.errors import UserError
 from pretrain_xla.redact import is_redacted
 from pretrain_xla.run_folder.files import find_tokenizer
 from pretrain_xla.run_folder.marker import CheckpointInfo
-from pretrain_xla.tokenizers.same_tokenizer import TokenizerId, of_dataset
-from pretrain_xla.tokenizers.tokenizer import known_tokenizers
+from pretrain_xla.tokenizers.fingerprint import TokenizerId, dataset_tokenizer
+from pretrain_xla.tokenizers.load import known_tokenizers
 
 
 def tokenizer_of_run(config: RunConfig) -> TokenizerId:
@@ -23,7 +23,7 @@ def tokenizer_of_run(config: RunConfig) -> TokenizerId:
     """
     data = config.data
     folders = [data.valid_dir] if config.train.do_test else [data.train_dir, data.valid_dir]
-    known = [(folder, of_dataset(info)) for folder in folders if (info := dataset_info(folder)) is not None]
+    known = [(folder, dataset_tokenizer(info)) for folder in folders if (info := dataset_info(folder)) is not None]
     if data.tokenizer is not None:
         known.append((f"tokenizer={data.tokenizer}", TokenizerId(name=data.tokenizer)))
     if not known:
@@ -56,7 +56,7 @@ def tokenizer_of_checkpoint(root: str, info: CheckpointInfo, config: RunConfig) 
     if not isinstance(folder, str) or not info.data or is_redacted(folder) or folder == config.data.train_dir:
         return TokenizerId()
     try:
-        return of_dataset(dataset_info(folder))
+        return dataset_tokenizer(dataset_info(folder))
     except UserError:
         return TokenizerId()
 

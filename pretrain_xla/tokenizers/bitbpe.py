@@ -1,20 +1,20 @@
-"""BitBPE (arXiv 2506.07541): fewer tokens for Chinese, Japanese and Korean, without a larger table of merges.
+"""BitBPE (arXiv 2506.07541): fewer tokens for Chinese, Japanese and Korean, without more merges.
 
-A byte-level or byte-fallback tokenizer spells a character that it has no token for as three byte tokens. The first of
-these bytes says little (nearly always the same as in the character before), so the 24 bits are cut anew:
+A byte-level or byte-fallback tokenizer spells such a character, where it has no token for it, as three byte tokens. The first
+byte carries little information (it is nearly always that of the character before), so the 24 bits are regrouped:
 
     b1 b2 b3  →  prefix b1 >> 2 (6 bits),  (b1 & 3) << 7 | b2 >> 1 (9 bits),  (b2 & 1) << 8 | b3 (9 bits)
 
-A prefix stays in force until another one or end-of-text comes, and is not repeated. So such a character costs two tokens
-instead of three, and one more where the prefix changes.
+A prefix stays in force until another one or end-of-text, and is not repeated. So such a character costs two tokens instead of
+three, and one more where the prefix changes.
 
-What is packed: three tokens that are single bytes, in a row, the first E0–EF and the others 80–BF; nothing else is
-touched. Such triples cannot overlap, so that packing is decided for all of them at once; and `unpack(pack(ids))` is `ids`
-for every sequence of the base tokenizer's ids, hence for every byte string, well-formed or not.
+Three consecutive single-byte tokens are packed, of which the first is E0–EF and the others are 80–BF; nothing else changes.
+Such triples cannot overlap, so they can all be found at once. `unpack(pack(ids))` is `ids` for every sequence of the base
+tokenizer's ids, hence for every byte string, well-formed or not.
 
-Where a sequence is cut, as training's windows do: characters before the first prefix are known to the model but for
-their two highest bits; decoded, each pair of them becomes U+FFFD, and so does half a pair. A continuation of a text must
-be decoded together with that text (`decode_after`).
+Where a sequence begins in the middle of a text, as a training window does, the prefix of its first characters is missing: each
+pair of nine-bit tokens before the first prefix decodes to U+FFFD, and so does half a pair. A continuation of a text must be
+decoded together with that text (`decode_after`).
 """
 
 from __future__ import annotations
@@ -28,18 +28,16 @@ import numpy as np
 
 from pretrain_xla.errors import UserError
 from pretrain_xla.storage.files import filesystem, remove, write_atomically
-from pretrain_xla.tokenizers.kinds import BITBPE_FILE, check_alone
-from pretrain_xla.tokenizers.tokenizer import Tokenizer, is_stored, known_tokenizers, load_tokenizer
-from pretrain_xla.untrusted import is_inside, parse_object
+from pretrain_xla.tokenizers.tokenizer import BITBPE_FILE, Tokenizer, is_stored, refuse_other_tokenizer
 
 NUM_PREFIX_TOKENS = (4, 8, 16, 32, 64)
-"""Lead bytes E0–EF give only four prefixes, 0x38–0x3B, which these keep apart; 64 has room for any."""
+"""Lead bytes E0–EF give four prefixes, 0x38–0x3B, which each of these numbers tells apart; 64 has an id for every six bits."""
 _NINE_BIT_TOKENS = 512
 
 
 @dataclass(frozen=True)
 class BitBPETokenizer:
-    """A tokenizer whose byte tokens are packed; ids: the base's, then the prefixes, then 512 of nine bits."""
+    """A tokenizer with packed byte tokens. Ids: the base's, then the prefixes, then 512 nine-bit tokens."""
 
     name: str
     base: Tokenizer
@@ -51,7 +49,7 @@ class BitBPETokenizer:
                 f"num_prefix_tokens={self.num_prefix_tokens}: give one of {', '.join(map(str, NUM_PREFIX_TOKENS))}"
             )
         if isinstance(self.base, BitBPETokenizer):
-            raise UserError(f"tokenizer {self.base.name!r} is BitBPE already: give the one that it was made from")
+            raise UserError(f"tokenizer {self.base.name!r} is BitBPE already: give the tokenizer that it was made from")
 
     @property
     def vocab_size(self) -> int:
@@ -78,15 +76,15 @@ class BitBPETokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """See `Tokenizer.decode`."""
-        # Ids that do not exist may be of any size; none of them stands for text.
+        # An id that does not exist may be any number, and becomes a byte that is not UTF-8.
         known = [token if 0 <= token < self.vocab_size else self.byte_ids[0xFF] for token in map(int, ids)]
         return self.base.decode(self.unpack(np.array(known, np.uint32)).tolist())
 
     def pack(self, ids_N: np.ndarray) -> np.ndarray:
-        """The base tokenizer's ids → BitBPE ids; prefixes begin anew after each end-of-text.
+        """The base tokenizer's ids → BitBPE ids; no prefix is in force after an end-of-text.
 
         Args:
-            ids_N: [tokens] uint32, any that the base has.
+            ids_N: [tokens] uint32, ids of the base.
         """
         byte_N = np.full(len(ids_N) + 2, -1, np.int16)
         byte_N[:-2] = self._byte_of_id[ids_N]
@@ -112,12 +110,12 @@ class BitBPETokenizer:
         """BitBPE ids → the base tokenizer's; a nine-bit token with no prefix or no partner becomes the byte FF.
 
         Args:
-            ids_N: [tokens] uint32, under `vocab_size`.
+            ids_N: [tokens] uint32, below `vocab_size`.
         """
         prefix_N = (ids_N >= self._prefixes) & (ids_N < self._nine_bits)
         nine_N = ids_N >= self._nine_bits
         position_N = np.arange(len(ids_N))
-        run_N = np.maximum.accumulate(np.where(nine_N, -1, position_N)) + 1  # where each run of nine-bit tokens began
+        run_N = np.maximum.accumulate(np.where(nine_N, -1, position_N)) + 1  # start of each run of nine-bit tokens
         first_N = nine_N & ((position_N - run_N) % 2 == 0) & np.append(nine_N[1:], False)[: len(ids_N)]
         in_force_N = np.maximum.accumulate(np.where(prefix_N | (ids_N == self.end_of_text), position_N, -1))
         whole_N = first_N & (in_force_N >= 0) & prefix_N[in_force_N]
@@ -144,15 +142,15 @@ class BitBPETokenizer:
         return base + str(self.num_prefix_tokens).encode()
 
     def save(self, folder: str) -> None:
-        """Write the base's file, where it is one, and `bitbpe.json` beside it, which makes the folder a BitBPE tokenizer.
+        """Write the base's file, if it has one, and `bitbpe.json`, which makes the folder a BitBPE tokenizer.
 
         Raises:
             UserError: the folder cannot be written.
         """
         base = self.base.name
         fs, root = filesystem(folder)
-        check_alone(fs, root, BITBPE_FILE, *((self.base.file_name,) if is_stored(self.base) else ()))
-        remove(fs, [f"{root}/{BITBPE_FILE}"])  # for the moment: beside it the base could not be saved
+        refuse_other_tokenizer(fs, root, BITBPE_FILE, *((self.base.file_name,) if is_stored(self.base) else ()))
+        remove(fs, [f"{root}/{BITBPE_FILE}"])  # written again below: the base refuses to be saved next to it
         if is_stored(self.base):
             self.base.save(folder)
             base = self.base.file_name
@@ -172,21 +170,3 @@ class BitBPETokenizer:
         table = np.full(self.base.vocab_size, -1, np.int16)
         table[list(self.byte_ids)] = np.arange(256)
         return table
-
-
-def load_bitbpe(name: str, fs: object, path: str) -> BitBPETokenizer:
-    """The tokenizer that a `bitbpe.json` describes.
-
-    Raises:
-        UserError: a damaged file, or one whose base is missing.
-    """
-    tree = parse_object(fs.cat_file(path), path)  # type: ignore[attr-defined]
-    try:
-        base, num_prefix_tokens = str(tree["base"]), int(tree["num_prefix_tokens"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"tokenizer {name!r}: {path} is damaged ({error!r}): convert it again") from None
-    stored = base not in known_tokenizers()  # a file's name, beside this one
-    if stored and ("/" in base or not is_inside(base)):
-        raise UserError(f"tokenizer {name!r}: {path} names {base!r}, which is no file beside it: do not trust it")
-    folder = name.removesuffix(BITBPE_FILE).rstrip("/") or "."
-    return BitBPETokenizer(name, load_tokenizer(f"{folder}/{base}" if stored else base), num_prefix_tokens)

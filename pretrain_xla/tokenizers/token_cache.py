@@ -1,7 +1,10 @@
-"""Pieces of text → token ids by a table of the pieces met so far, looked up for a whole array of pieces at once.
+"""A cache from pre-tokens to token ids, looked up for a whole array of pre-tokens at once.
 
-Text repeats its words: of a thousand pieces of English all but a few are in the table after the first megabyte, and only
-those few are given to the tokenizer itself. So the ids are the tokenizer's own, at the price of a hash look-up.
+Text repeats its words: after the first megabyte, all but a few of a thousand English pre-tokens are in the cache, and only
+those few are encoded by the tokenizer itself. So the ids are the tokenizer's own, at the cost of a hash look-up.
+
+Why not tiktoken's or `tokenizers`' own BPE: they encode one pre-token at a time, with a regular expression before it; see
+`pre_tokenizer.py` for what both files save. A tokenizer that does not split as GPT-2 does is used as it is.
 """
 
 from __future__ import annotations
@@ -10,36 +13,36 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from pretrain_xla.tokenizers.pre_tokenizer import BORDER_BYTE, PieceCutter
+from pretrain_xla.tokenizers.pre_tokenizer import BORDER_BYTE, PreTokenizer
 
-LONGEST_KEY = 15  # bytes of a piece in the table: two machine words, less a byte for the length
-_SLOT_BITS = 20  # 25 MB of slots, of which at most half are filled
-_COUNT_BITS = 32  # a value is where a piece's ids begin in the pool, and how many there are
+LONGEST_KEY = 15  # bytes of a pre-token in the cache: two 64-bit words, less a byte for the length
+_SLOT_BITS = 20  # 25 MB of slots; the cache is cleared when more than half are used
+_COUNT_BITS = 32  # a value is the offset of a pre-token's ids in the pool, and their count
 _MULTIPLIERS = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F), np.uint64(0xD6E8FEB86659FD93))
-# Masks of the bytes of a piece by its length, for the first and the second word; longer pieces have no key.
+# Masks of the bytes of a pre-token by its length, for the first and the second word; longer ones have no key.
 _FIRST_MASK = np.array([2 ** (8 * min(n, 8)) - 1 for n in range(LONGEST_KEY + 2)], np.uint64)
 _SECOND_MASK = np.array([2 ** (8 * max(n - 8, 0)) - 1 for n in range(LONGEST_KEY + 1)] + [0], np.uint64)
 
 
-class PieceTable:
-    """Encodes documents by their pieces.
+class TokenCache:
+    """Encodes documents by looking up their pre-tokens.
 
     Args:
-        cutter: cuts documents as the tokenizer does.
-        encode_pieces: the tokenizer, for single pieces: their ids, one after the other, and how many each has.
-        known: pieces whose ids need not be asked for.
-        end_of_text: id for the border after each document.
+        pre_tokenizer: splits documents as the tokenizer does.
+        encode_pre_tokens: the tokenizer, for single pre-tokens: all their ids concatenated, and how many each has.
+        known: pre-tokens whose id is known beforehand.
+        end_of_text: id of the border after each document.
     """
 
     def __init__(
         self,
-        cutter: PieceCutter,
-        encode_pieces: Callable[[Sequence[str]], tuple[np.ndarray, np.ndarray]],
+        pre_tokenizer: PreTokenizer,
+        encode_pre_tokens: Callable[[Sequence[str]], tuple[np.ndarray, np.ndarray]],
         known: Mapping[bytes, int],
         end_of_text: int,
     ) -> None:
-        self._cutter, self._encode_pieces = cutter, encode_pieces
-        self._known = {piece: token for piece, token in known.items() if len(piece) <= LONGEST_KEY}
+        self._pre_tokenizer, self._encode_pre_tokens = pre_tokenizer, encode_pre_tokens
+        self._known = {text: token for text, token in known.items() if len(text) <= LONGEST_KEY}
         self._known[bytes([BORDER_BYTE])] = end_of_text
         self._pool_size = self._kept = self._filled = 0
         self._clear()
@@ -51,7 +54,7 @@ class PieceTable:
             raw: documents in well-formed UTF-8, each followed by `BORDER_BYTE`.
         """
         raw_N = np.frombuffer(raw + bytes(16), np.uint8)
-        starts_P = self._cutter.starts(raw_N[:-16])
+        starts_P = self._pre_tokenizer.starts(raw_N[:-16])
         ends_P = np.append(starts_P[1:], len(raw))
         first_P, second_P, has_key_P = _keys(raw_N, starts_P, ends_P - starts_P)
         values_P = self._look_up(first_P, second_P, has_key_P)
@@ -61,27 +64,29 @@ class PieceTable:
             self._learn(raw, starts_P, ends_P, first_P, second_P, has_key_P, missing, values_P)
         ids = self._expand(values_P)
         if not has_key_P.all():
-            self._pool_size = max(size, self._kept)  # what has no key cannot be found again
+            self._pool_size = max(
+                size, self._kept
+            )  # drop the ids of those that have no key: they cannot be found again
         if self._filled > 2 ** (_SLOT_BITS - 1):
             self._clear()
         return ids
 
     def _clear(self) -> None:
-        """Forget everything but the known pieces."""
+        """Forget everything but the known pre-tokens."""
         slots = 2**_SLOT_BITS
         self._first, self._second = np.zeros(slots, np.uint64), np.zeros(slots, np.uint64)
         self._values = np.zeros(slots, np.int64)  # 0: an empty slot
         self._pool, self._pool_size, self._filled = np.zeros(2**16, np.uint32), 1, 0
-        pieces = list(self._known)
-        raw_N = np.frombuffer(b"".join(pieces) + bytes(16), np.uint8)
-        lengths_P = np.array([len(piece) for piece in pieces])
+        known = list(self._known)
+        raw_N = np.frombuffer(b"".join(known) + bytes(16), np.uint8)
+        lengths_P = np.array([len(text) for text in known])
         first_P, second_P, _ = _keys(raw_N, np.cumsum(lengths_P) - lengths_P, lengths_P)
         ids_P = np.array(list(self._known.values()), np.uint32)
-        self._insert(first_P, second_P, self._store(ids_P, np.ones(len(pieces), np.int64)))
+        self._insert(first_P, second_P, self._store(ids_P, np.ones(len(known), np.int64)))
         self._kept = self._pool_size
 
     def _look_up(self, first_P: np.ndarray, second_P: np.ndarray, has_key_P: np.ndarray) -> np.ndarray:
-        """Value of each piece; 0 where it is not in the table."""
+        """Value of each pre-token; 0 where it is not in the cache."""
         slots_P = _slots(first_P, second_P)
         values_P = self._values[slots_P]
         same_P = (self._first[slots_P] == first_P) & (self._second[slots_P] == second_P)
@@ -109,17 +114,17 @@ class PieceTable:
         missing: np.ndarray,
         values_P: np.ndarray,
     ) -> None:
-        """Ask the tokenizer for the pieces that are not in the table, put in those that fit, and fill in their values."""
+        """Encode the pre-tokens that are not in the cache, insert those that have a key, and fill in the values of all."""
         spans = zip(starts_P[missing].tolist(), ends_P[missing].tolist(), strict=True)
-        pieces = [raw[start:end] for start, end in spans]
-        number = {piece: index for index, piece in enumerate(dict.fromkeys(pieces))}
-        which = np.array([number[piece] for piece in pieces])
-        ids, counts = self._encode_pieces([piece.decode() for piece in number])
+        texts = [raw[start:end] for start, end in spans]
+        number = {text: index for index, text in enumerate(dict.fromkeys(texts))}
+        which = np.array([number[text] for text in texts])
+        ids, counts = self._encode_pre_tokens([text.decode() for text in number])
         example = np.zeros(len(number), np.int64)
         example[which] = missing
         keyed = has_key_P[example]
         values = np.zeros(len(number), np.int64)
-        # Those that are kept go first, so that the rest can be cut off the pool again.
+        # Those with a key are stored first, so that the rest can be dropped from the end of the pool.
         kept = np.repeat(keyed, counts)
         values[keyed] = self._store(ids[kept], counts[keyed])
         self._insert(first_P[example[keyed]], second_P[example[keyed]], values[keyed])
@@ -136,7 +141,7 @@ class PieceTable:
         return ((begin + np.cumsum(counts) - counts) << _COUNT_BITS) | counts
 
     def _insert(self, first_P: np.ndarray, second_P: np.ndarray, values_P: np.ndarray) -> None:
-        """Put in pieces that are not there; of those that want one slot, one gets it and the rest try the next."""
+        """Insert new pre-tokens; where several hash to one slot, one gets it and the rest try the next."""
         self._filled += len(values_P)
         slots_P = _slots(first_P, second_P)
         while len(slots_P):
@@ -160,12 +165,12 @@ class PieceTable:
 
 
 def _keys(raw_N: np.ndarray, starts_P: np.ndarray, lengths_P: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The bytes of each piece in two words, its length in the last byte, and whether it is short enough for that.
+    """The bytes of each pre-token as two words, with its length in the last byte, and whether it is short enough for that.
 
     Args:
-        raw_N: [bytes + 16] uint8: text and some more, to read past its end.
-        starts_P: [pieces] where each begins.
-        lengths_P: [pieces] bytes of each.
+        raw_N: [bytes + 16] uint8: text, and padding to read past its end.
+        starts_P: [pre-tokens] offset of each.
+        lengths_P: [pre-tokens] bytes of each.
     """
     words = np.ndarray((len(raw_N) - 7,), np.uint64, raw_N, strides=(1,))  # one at each byte, aligned or not
     has_key_P = lengths_P <= LONGEST_KEY

@@ -1,5 +1,6 @@
-"""Train a tokenizer on own documents, right-sized for a small model: byte-level BPE, GPT-2's kind, or SentencePiece with
-byte fallback. Both give back any text as it was.
+"""Trains a tokenizer on your own documents: byte-level BPE, as GPT-2's, or SentencePiece BPE with byte fallback.
+
+A small model needs a smaller vocabulary than GPT-2's. Both kinds are lossless on any text.
 """
 
 from __future__ import annotations
@@ -15,25 +16,26 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from pretrain_xla.errors import UserError
 from pretrain_xla.storage.files import filesystem, make_folder
 from pretrain_xla.text.documents import well_formed
-from pretrain_xla.tokenizers.kinds import (
+from pretrain_xla.tokenizers.json_tokenizer import JsonTokenizer
+from pretrain_xla.tokenizers.load import load_tokenizer
+from pretrain_xla.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
+from pretrain_xla.tokenizers.tokenizer import (
     END_OF_TEXT,
     SENTENCEPIECE_FILE,
     TOKENIZER_FILE,
-    JsonTokenizer,
-    SentencePieceTokenizer,
-    check_alone,
+    Tokenizer,
+    refuse_other_tokenizer,
 )
-from pretrain_xla.tokenizers.tokenizer import Tokenizer, load_tokenizer
 
 Kind = Literal["bpe", "sentencepiece"]
-_LONGEST_LINE = 10_000  # characters: SentencePiece leaves out sentences over a limit
+_LONGEST_LINE = 10_000  # characters: SentencePiece skips sentences over a limit, so longer lines are split
 
 
 def check_vocab_size(vocab_size: int, special_tokens: Sequence[str] = (), kind: Kind = "bpe") -> None:
-    """Refuse a vocabulary that has no room for every byte.
+    """Refuse a vocabulary that is too small for every byte.
 
     Raises:
-        UserError: fewer ids than 256 bytes and the special tokens need.
+        UserError: fewer ids than the 256 bytes and the special tokens need.
     """
     needed = 257 + len(set(special_tokens) - {END_OF_TEXT}) + (kind == "sentencepiece")
     if vocab_size < needed:
@@ -50,21 +52,20 @@ def train_tokenizer(
     min_frequency: int = 2,
     max_lines: int | None = None,
 ) -> Tokenizer:
-    """Train, save in a folder, and load it from there.
+    """Train a tokenizer, save it in a folder, and load it from there.
 
-    The same documents give the same file, byte for byte. Where the documents do not have enough pairs to merge, a
-    byte-level BPE ends up smaller than was asked for.
+    The same documents give the same file, byte for byte. A byte-level BPE is smaller than `vocab_size` where the documents do
+    not have enough pairs to merge.
 
     Args:
-        documents: the text to learn from; read once. Never all in memory for `bpe`; SentencePiece holds it all.
-        vocab_size: number of ids, with the bytes and the special tokens among them.
+        documents: the text to learn from; read once. `bpe` streams it; SentencePiece holds all of it in memory.
+        vocab_size: number of ids, including the bytes and the special tokens.
         output_dir: folder to write to; a local path or an fsspec URL.
         kind: `bpe` writes `tokenizer.json`, `sentencepiece` a `tokenizer.model`: BPE without normalisation, where
             characters that are too rare for a token fall back to bytes.
-        special_tokens: more of them, besides `<|endoftext|>`. Text never gives one: where it says the same, it is
-            ordinary text.
+        special_tokens: in addition to `<|endoftext|>`. Text never gives one: the same characters in text are ordinary text.
         min_frequency: for `bpe`: a pair that occurs less often is never merged.
-        max_lines: learn from so many lines of text and no more.
+        max_lines: learn from at most this many lines of text.
 
     Raises:
         UserError: a vocabulary that is too small or too large for the text, special tokens that text could give, or a
@@ -77,7 +78,7 @@ def train_tokenizer(
         raise UserError(f"min_frequency={min_frequency}: ask for at least 1")
     _check_special_tokens(special_tokens, kind)
     fs, root = filesystem(output_dir)
-    check_alone(fs, root, TOKENIZER_FILE if kind == "bpe" else SENTENCEPIECE_FILE)
+    refuse_other_tokenizer(fs, root, TOKENIZER_FILE if kind == "bpe" else SENTENCEPIECE_FILE)
     make_folder(fs, root)
     specials = list(dict.fromkeys([END_OF_TEXT, *special_tokens]))
     texts = _first_lines(map(well_formed, documents), max_lines)
@@ -89,13 +90,13 @@ def train_tokenizer(
 
 
 def _check_special_tokens(special_tokens: Sequence[str], kind: Kind) -> None:
-    """Refuse what text could give too: in byte-level BPE, whatever is one piece of text, as merges may end there."""
-    cut = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = {*cut.alphabet()}
+    """Refuse what text could give too: in byte-level BPE, any text that is one pre-token, as merges may produce it."""
+    splitter = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = {*splitter.alphabet()}
     for token in special_tokens:
         text = decoders.ByteLevel().decode([token])
-        if not token or (kind == "bpe" and alphabet.issuperset(token) and len(cut.pre_tokenize_str(text)) == 1):
-            raise UserError(f"special token {token!r}: text could give it as well: take one such as <|name|>")
+        if not token or (kind == "bpe" and alphabet.issuperset(token) and len(splitter.pre_tokenize_str(text)) == 1):
+            raise UserError(f"special token {token!r}: text could give it as well: use one such as <|name|>")
 
 
 def _first_lines(documents: Iterable[str], max_lines: int | None) -> Iterator[str]:
@@ -140,7 +141,7 @@ def _train_sentencepiece(texts: Iterable[str], vocab_size: int, specials: list[s
             vocab_size=vocab_size,
             model_type="bpe",
             byte_fallback=True,
-            # Text comes back as it was: nothing is normalised, no space is added or taken away.
+            # Lossless: nothing is normalised, no space is added or removed.
             normalization_rule_name="identity",
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,

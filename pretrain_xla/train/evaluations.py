@@ -10,7 +10,7 @@ from pretrain_xla.model import GPT
 from pretrain_xla.run_folder.build import build_examples
 from pretrain_xla.run_folder.files import tokenizer_of
 from pretrain_xla.runtime import Runtime
-from pretrain_xla.tokenizers.tokenizer import load_tokenizer
+from pretrain_xla.tokenizers.load import load_tokenizer
 from pretrain_xla.train.step import TrainStep
 
 

@@ -18,8 +18,8 @@ from pretrain_xla.run_folder.checkpoint import MARKER, CheckpointInfo, Checkpoin
 from pretrain_xla.run_folder.finite import check_finite, check_names
 from pretrain_xla.run_folder.own_tokenizer import check_same_tokenizer, tokenizer_of_checkpoint, tokenizer_of_run
 from pretrain_xla.run_folder.seen import other_data
-from pretrain_xla.tokenizers.same_tokenizer import TokenizerId
-from pretrain_xla.tokenizers.tokenizer import known_tokenizers
+from pretrain_xla.tokenizers.fingerprint import TokenizerId
+from pretrain_xla.tokenizers.load import known_tokenizers
 from pretrain_xla.train.loss_scale import LossScale
 
 

@@ -15,7 +15,8 @@ from pretrain_xla.generate.text import prompt_ids
 from pretrain_xla.model import GPT
 from pretrain_xla.run_folder.files import tokenizer_of
 from pretrain_xla.runtime import Runtime
-from pretrain_xla.tokenizers.tokenizer import decode_after, load_tokenizer
+from pretrain_xla.tokenizers.load import load_tokenizer
+from pretrain_xla.tokenizers.tokenizer import decode_after
 
 TOKENS = 100
 SAMPLING = Sampling(temperature=0.8, top_k=50)

@@ -21,7 +21,8 @@ from pretrain_xla.interop.tensors import to_ours
 from pretrain_xla.model import GPT
 from pretrain_xla.run_folder.checkpoint import CheckpointInfo, CheckpointStore
 from pretrain_xla.runtime.torch_runtime import TorchRuntime
-from pretrain_xla.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from pretrain_xla.tokenizers.load import load_tokenizer
+from pretrain_xla.tokenizers.tokenizer import Tokenizer
 from pretrain_xla.tokenizers.train import train_tokenizer
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"

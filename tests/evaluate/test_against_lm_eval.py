@@ -16,7 +16,7 @@ import transformers
 from pretrain_xla.evaluate import Evaluation, Settings
 from pretrain_xla.evaluate.evaluation import Result
 from pretrain_xla.evaluate.lm_eval_command import register
-from pretrain_xla.tokenizers.tokenizer import load_tokenizer
+from pretrain_xla.tokenizers.load import load_tokenizer
 from pretrain_xla.tokenizers.train import train_tokenizer
 
 from .conftest import ORIGINAL, SHARED, TEXT, Trio, silent

@@ -20,7 +20,7 @@ from pretrain_xla.evaluate import questions
 from pretrain_xla.evaluate.questions import Question
 from pretrain_xla.evaluate.records import Record, find_file, read_lines, read_records
 from pretrain_xla.evaluate.rows import cut, joined_rows, separate_rows
-from pretrain_xla.tokenizers.tokenizer import BytesTokenizer
+from pretrain_xla.tokenizers.bytes_tokenizer import BytesTokenizer
 
 from .conftest import ORIGINAL
 

@@ -17,7 +17,7 @@ from pretrain_xla.generate.generator import Generator
 from pretrain_xla.generate.sampling import Sampling
 from pretrain_xla.model import GPT
 from pretrain_xla.runtime.torch_runtime import TorchRuntime
-from pretrain_xla.tokenizers.tokenizer import BytesTokenizer
+from pretrain_xla.tokenizers.bytes_tokenizer import BytesTokenizer
 
 from .conftest import make_model
 

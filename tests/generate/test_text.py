@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pretrain_xla.generate.text import TextStream
-from pretrain_xla.tokenizers.tokenizer import BytesTokenizer
+from pretrain_xla.tokenizers.bytes_tokenizer import BytesTokenizer
 
 
 @given(text=st.text(st.sampled_from("abé漢😀"), max_size=12), stops=st.lists(st.text("abé漢", min_size=1, max_size=3)))

@@ -15,7 +15,9 @@ from pretrain_xla.interop.command import export_command, import_command
 from pretrain_xla.interop.load import load_model
 from pretrain_xla.interop.model_tokenizer import tokenizer_beside
 from pretrain_xla.interop.tokenizer_files import PROBE
-from pretrain_xla.tokenizers.tokenizer import JsonTokenizer, SentencePieceTokenizer, load_tokenizer
+from pretrain_xla.tokenizers.json_tokenizer import JsonTokenizer
+from pretrain_xla.tokenizers.load import load_tokenizer
+from pretrain_xla.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 from pretrain_xla.tokenizers.train import train_tokenizer
 
 from .test_missing_tokenizers import SHAPE

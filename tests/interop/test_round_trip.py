@@ -14,7 +14,7 @@ from pretrain_xla.errors import UserError
 from pretrain_xla.generate import Generator, Request, Sampling
 from pretrain_xla.interop.command import export_command, import_command
 from pretrain_xla.interop.load import load_model
-from pretrain_xla.tokenizers.tokenizer import load_tokenizer
+from pretrain_xla.tokenizers.load import load_tokenizer
 
 from .conftest import open_in_transformers
 

@@ -18,7 +18,7 @@ from pretrain_xla.generate import Generator, Request, Sampling
 from pretrain_xla.interop.command import import_command
 from pretrain_xla.interop.export import export_model
 from pretrain_xla.interop.load import load_model
-from pretrain_xla.tokenizers.tokenizer import load_tokenizer
+from pretrain_xla.tokenizers.load import load_tokenizer
 from pretrain_xla.tokenizers.train import train_tokenizer
 
 from .test_missing_tokenizers import SHAPE

@@ -11,8 +11,11 @@ import transformers
 from pretrain_xla.interop import tokenizer_files
 from pretrain_xla.interop.special_tokens import before_text
 from pretrain_xla.interop.tokenizer_files import ODD, PROBE, write_tokenizer
-from pretrain_xla.tokenizers.same_tokenizer import fingerprint
-from pretrain_xla.tokenizers.tokenizer import BytesTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
+from pretrain_xla.tokenizers.bytes_tokenizer import BytesTokenizer
+from pretrain_xla.tokenizers.fingerprint import fingerprint
+from pretrain_xla.tokenizers.load import load_tokenizer
+from pretrain_xla.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
+from pretrain_xla.tokenizers.tokenizer import Tokenizer
 from pretrain_xla.tokenizers.train import train_tokenizer
 
 CACHE = Path(__file__).parents[3] / "shared" / "data" / "tokenizers" / "tiktoken_cache"

@@ -25,7 +25,7 @@ from pretrain_xla.prepare.dataset import prepare
 from pretrain_xla.text.documents import Document, read_documents
 from pretrain_xla.text.sources import Source, open_source, source_of
 from pretrain_xla.text.split import LONG_DOCUMENT, split_document
-from pretrain_xla.tokenizers.tokenizer import load_tokenizer
+from pretrain_xla.tokenizers.load import load_tokenizer
 from pretrain_xla.tokenizers.train import train_tokenizer
 from tests.servers import Refusing
 
@@ -375,15 +375,16 @@ def test_disk_full_is_one_line_and_leaves_whole_shards_only(tmp_path):
     """The system itself refuses a write halfway through the third shard, as a full disk does."""
     (tmp_path / "a.txt").write_text("\n<|endoftext|>\n".join(DOCUMENTS))
     code = (
-        "import resource, sys; from pretrain_xla.data import shards, prepare; from pretrain_xla.errors import UserError\n"
+        "import resource, sys; from pretrain_xla.data import shards; from pretrain_xla.errors import UserError\n"
+        "from pretrain_xla.prepare import dataset, workers\n"
         "real, count = shards.write_shard, [0]\n"
         "def limited(*arguments):\n"
         "    count[0] += 1\n"
         "    if count[0] == 3: resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))\n"
         "    return real(*arguments)\n"
         "shards.write_shard = limited\n"
-        "from pretrain_xla.data import workers; workers._CHUNK_DOCUMENTS = 7\n"
-        "try: prepare.prepare(sys.argv[1], sys.argv[2], 'bytes', shard_size=5000, num_workers=1)\n"
+        "workers._CHUNK_DOCUMENTS = 7\n"
+        "try: dataset.prepare(sys.argv[1], sys.argv[2], 'bytes', shard_size=5000, num_workers=1)\n"
         "except UserError as error: sys.exit(str(error))\n"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "a.txt"), str(tmp_path / "out")]
@@ -440,7 +441,7 @@ def is_gone(group):
 def test_control_c_is_one_line_and_its_workers_are_gone(tmp_path):
     code = (
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a job in the background starts deaf
-        "import itertools, sys; from pretrain_xla.cli import guarded; from pretrain_xla.data import workers\n"
+        "import itertools, sys; from pretrain_xla.cli import guarded\n"
         "from pretrain_xla.prepare.dataset import prepare; from pretrain_xla.text.sources import source_of\n"
         "endless = source_of('test', '1', lambda: (f'document {number} ' * 900 for number in itertools.count()))\n"
         "if __name__ == '__main__':\n"

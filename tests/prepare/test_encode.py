@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from pretrain_xla.errors import UserError
 from pretrain_xla.prepare.encode import document_encoder
 from pretrain_xla.text.documents import well_formed
-from pretrain_xla.tokenizers import token_cache as piece_table
+from pretrain_xla.tokenizers import token_cache
 from pretrain_xla.tokenizers.bitbpe import BitBPETokenizer
+from pretrain_xla.tokenizers.load import load_tokenizer
 from pretrain_xla.tokenizers.pre_tokenizer import BORDER_BYTE
-from pretrain_xla.tokenizers.tokenizer import TiktokenTokenizer, load_tokenizer
+from pretrain_xla.tokenizers.tiktoken_tokenizer import TiktokenTokenizer
 from pretrain_xla.tokenizers.train import train_tokenizer
 
 CORPUS = [
@@ -75,7 +76,7 @@ def test_same_ids_as_the_tokenizer_itself(tokenizer, encode, texts):
     assert encode(texts).tolist() == wanted
 
 
-def test_long_pieces_long_texts_and_none(tokenizer, encode):
+def test_long_pre_tokens_long_texts_and_none(tokenizer, encode):
     texts = ["x" * 5000 + " " * 40 + "=" * 300, "", "日" * 50 + "\n" * 20, "the fox's " * 40_000]
     wanted = [token for text in texts for token in [*tokenizer.encode(text), tokenizer.end_of_text]]
     assert encode(texts).tolist() == encode(texts).tolist() == wanted
@@ -91,8 +92,8 @@ def test_survives_pickling(tokenizer):
     assert document_encoder(again)([text]).tolist() == [*tokenizer.encode(text), tokenizer.end_of_text]
 
 
-def test_full_table_forgets_and_goes_on(monkeypatch):
-    monkeypatch.setattr(piece_table, "_SLOT_BITS", 11)
+def test_full_cache_is_cleared_and_goes_on(monkeypatch):
+    monkeypatch.setattr(token_cache, "_SLOT_BITS", 11)
     tokenizer = small_gpt2()
     encode = document_encoder(tokenizer)
     for begin in range(0, 20_000, 1000):

@@ -16,7 +16,7 @@ from pretrain_xla.errors import UserError
 from pretrain_xla.run_folder.checkpoint import CheckpointStore
 from pretrain_xla.run_folder.files import find_tokenizer, write_run_files
 from pretrain_xla.run_folder.folders import writable_folders
-from pretrain_xla.tokenizers.tokenizer import load_tokenizer
+from pretrain_xla.tokenizers.load import load_tokenizer
 from pretrain_xla.tokenizers.train import train_tokenizer
 from pretrain_xla.train.run import run
 

@@ -20,8 +20,8 @@ from pretrain_xla.interop.from_checkpoint import adopt_architecture
 from pretrain_xla.interop.load import load_model
 from pretrain_xla.prepare.dataset import prepare
 from pretrain_xla.run_folder.own_tokenizer import tokenizer_of_run
-from pretrain_xla.tokenizers.same_tokenizer import TokenizerId, fingerprint
-from pretrain_xla.tokenizers.tokenizer import load_tokenizer
+from pretrain_xla.tokenizers.fingerprint import TokenizerId, fingerprint
+from pretrain_xla.tokenizers.load import load_tokenizer
 from pretrain_xla.tokenizers.train import train_tokenizer
 from pretrain_xla.train import run as runs
 from pretrain_xla.train.resume import find_start

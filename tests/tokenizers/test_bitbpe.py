@@ -16,7 +16,8 @@ from pretrain_xla.prepare.dataset import prepare
 from pretrain_xla.run_folder.files import find_tokenizer, write_run_files
 from pretrain_xla.text.sources import source_of
 from pretrain_xla.tokenizers.bitbpe import NUM_PREFIX_TOKENS, BitBPETokenizer
-from pretrain_xla.tokenizers.tokenizer import decode_after, load_tokenizer
+from pretrain_xla.tokenizers.load import load_tokenizer
+from pretrain_xla.tokenizers.tokenizer import decode_after
 from pretrain_xla.tokenizers.train import train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -20,7 +20,9 @@ from tokenizers import models
 from pretrain_xla.errors import UserError
 from pretrain_xla.prepare.command import train_tokenizer_command
 from pretrain_xla.prepare.dataset import prepare
-from pretrain_xla.tokenizers.tokenizer import JsonTokenizer, _say_no_chance, decode_after, is_stored, load_tokenizer
+from pretrain_xla.tokenizers.json_tokenizer import JsonTokenizer
+from pretrain_xla.tokenizers.load import _warn_deterministic, load_tokenizer
+from pretrain_xla.tokenizers.tokenizer import decode_after, is_stored
 from pretrain_xla.tokenizers.train import train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -121,29 +123,29 @@ def test_gpt2_vectors_of_llama_cpp(shared):
 
 
 @pytest.fixture(scope="module")
-def pieces(tmp_path_factory):
+def spiece(tmp_path_factory):
     folder = str(tmp_path_factory.mktemp("sentencepiece"))
     return train_tokenizer(CORPUS, 330, folder, kind="sentencepiece", special_tokens=["<|user|>"])
 
 
 @given(st.text(alphabet=st.characters(codec="utf-8", exclude_characters="\u2581")))
-def test_trained_sentencepiece_is_lossless_on_any_text(pieces, text):
-    ids = pieces.encode(text)
-    assert pieces.decode(ids) == text
-    assert pieces.end_of_text not in ids
-    assert pieces.encode_batch([text, text]) == [ids, ids]
+def test_trained_sentencepiece_is_lossless_on_any_text(spiece, text):
+    ids = spiece.encode(text)
+    assert spiece.decode(ids) == text
+    assert spiece.end_of_text not in ids
+    assert spiece.encode_batch([text, text]) == [ids, ids]
 
 
-def test_trained_sentencepiece(pieces, tmp_path):
+def test_trained_sentencepiece(spiece, tmp_path):
     again = train_tokenizer(iter(CORPUS), 330, str(tmp_path), kind="sentencepiece", special_tokens=["<|user|>"])
-    assert again.content == pieces.content
-    assert (pieces.vocab_size, pieces.end_of_text) == (330, 1)
-    assert len(pieces.encode("the quick dog")) < len("the quick dog")
-    assert len(pieces.encode("<|user|>")) > 1
-    assert pieces.decode([*pieces.encode("a b"), 1, 2, 2, *pieces.encode("c"), 999, -1]) == (
+    assert again.content == spiece.content
+    assert (spiece.vocab_size, spiece.end_of_text) == (330, 1)
+    assert len(spiece.encode("the quick dog")) < len("the quick dog")
+    assert len(spiece.encode("<|user|>")) > 1
+    assert spiece.decode([*spiece.encode("a b"), 1, 2, 2, *spiece.encode("c"), 999, -1]) == (
         "a b<|endoftext|><|user|><|user|>c\ufffd\ufffd"
     )
-    assert len(set(pieces.byte_ids)) == 256
+    assert len(set(spiece.byte_ids)) == 256
 
 
 @pytest.mark.parametrize("name", ["sentencepiece_4096.model", "sentencepiece_32000.model"])
@@ -288,8 +290,8 @@ USUAL = [
 ]
 
 
-def test_a_regular_expression_without_end_is_one_line(tmp_path):
-    """Tried in a child before it is used; and one that slips through ends in a line where it is met."""
+def test_a_regular_expression_that_does_not_finish_is_one_line(tmp_path):
+    """Tried in a child process before it is used; one that passes there ends in one line on the text where it fails."""
     train_tokenizer(["abc " * 9], 260, str(tmp_path), min_frequency=1)
     path = tmp_path / "tokenizer.json"
     tree = json.loads(path.read_text())
@@ -304,7 +306,7 @@ def test_a_regular_expression_without_end_is_one_line(tmp_path):
     for pattern in HOSTILE:
         path.write_text(with_patterns(USUAL[0], pattern))
         begun = time.monotonic()
-        with pytest.raises(UserError, match=r"its regular expression .* without end") as error:
+        with pytest.raises(UserError, match=r"its regular expression .* unlimited time or memory") as error:
             load_tokenizer(str(path))
         assert repr(pattern[:60]) in str(error.value)
         assert time.monotonic() - begun < 30
@@ -377,17 +379,17 @@ def test_text_cannot_forge_the_end_of_a_document(tmp_path, kind, declared):
 
 
 def test_unknown_text_does_not_end_a_document(tmp_path):
-    with pytest.raises(UserError, match="stands for unknown text as well"):
+    with pytest.raises(UserError, match="both the end of a text and the token for unknown text"):
         json_tokenizer(tmp_path / "own", "WordLevel", unk_token=END)
 
 
 @pytest.mark.parametrize("kind", ["BPE", "Unigram"])
-def test_encoding_by_chance_is_turned_off_and_said(tmp_path, caplog, kind):
+def test_stochastic_encoding_is_turned_off_and_said(tmp_path, caplog, kind):
     chance = {"dropout": 0.5} if kind == "BPE" else {"nbest_size": 8, "alpha": 0.1}
-    _say_no_chance.cache_clear()
+    _warn_deterministic.cache_clear()
     tokenizer = json_tokenizer(tmp_path / "own", kind, **chance)
     assert len({tuple(tokenizer.encode("a a </ </ s> a aaaa")) for _ in range(50)}) == 1
-    assert ["by chance" in record.getMessage() for record in caplog.records] == [True]
+    assert ["stochastic encoding (dropout) is turned off" in record.getMessage() for record in caplog.records] == [True]
     assert (
         "dropout" not in tokenizer.content.decode()
         or json.loads(tokenizer.tokenizer.to_str())["model"]["dropout"] is None

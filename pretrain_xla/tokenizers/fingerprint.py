@@ -1,9 +1,9 @@
-"""Whether two tokenizers are one: by what they make of text, not by where they lie or what they are called.
+"""Fingerprint of a tokenizer: whether two are the same, by the ids they give, whatever their names and files.
 
-A model that was trained on one tokenizer's ids reads another's as noise, and nothing in the numbers says so: the ids fit. So a
-dataset and a checkpoint record a fingerprint of their tokenizer: a checksum over the ids of a text that is hard to cut, and
-the id that ends a document. GPT-2's encoding has the same one as tiktoken's, as a `tokenizer.json` of any version of the
-library, and as an export; two vocabularies that were learned from different text do not agree on all of it.
+A model trained on one tokenizer's ids reads another's as noise, and nothing shows it: the ids are all valid. So a dataset and
+a checkpoint record a fingerprint of their tokenizer: a checksum of the ids of a text that is hard to tokenize, and of the
+end-of-text id. GPT-2's is the same from tiktoken, from a `tokenizer.json` of any version of the library, and from an export;
+two vocabularies that were learned from different text do not agree on all of it.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from dataclasses import dataclass
 
 from pretrain_xla.data.manifest import DatasetInfo
 from pretrain_xla.errors import UserError
-from pretrain_xla.tokenizers.tokenizer import Tokenizer, known_tokenizers, load_tokenizer
+from pretrain_xla.tokenizers.load import known_tokenizers, load_tokenizer
+from pretrain_xla.tokenizers.tokenizer import Tokenizer
 
-# Fingerprints of it are stored with datasets and checkpoints: another text would make strangers of them all.
+# Never change it: datasets and checkpoints store fingerprints of this text.
 TEXT = """\
 Call me Ishmael. Some years ago, never mind how long precisely, having little or no money in my purse, and nothing particular to
 interest me on shore, I thought I would sail about a little and see the watery part of the world. It is a way I have of driving
@@ -44,18 +45,17 @@ Größe, naïve café, señor, Œuvre, Ελλάδα, Привет мир, שלו
 
 @dataclass(frozen=True)
 class TokenizerId:
-    """Which tokenizer something was made with, as far as that is known.
-
-    fingerprint: as recorded; none: it was not. name: what `load_tokenizer` finds it by; none: nobody says.
-    """
+    """Which tokenizer a dataset or model was made with, as far as that is known."""
 
     fingerprint: str | None = None
+    """As recorded; None means that it was not."""
     name: str | None = None
+    """The name that `load_tokenizer` loads it by; None means unknown."""
 
     def differs(self, other: TokenizerId) -> bool:
-        """Whether the two are certainly not one; false also where that cannot be found out.
+        """Whether the two are certainly different; false where that cannot be determined.
 
-        Loads a tokenizer where there is no fingerprint, unless both have the same well-known name.
+        Loads a tokenizer whose fingerprint was not recorded, unless both have the same built-in name.
         """
         if self.name == other.name and self.name in known_tokenizers():
             return False
@@ -63,7 +63,7 @@ class TokenizerId:
         return own is not None and (theirs := other.found()) is not None and own != theirs
 
     def found(self) -> str | None:
-        """The fingerprint, recorded or of the tokenizer of that name; none where it cannot be loaded."""
+        """The fingerprint as recorded, or of the tokenizer of that name; None where it cannot be loaded."""
         if self.fingerprint is not None or self.name is None:
             return self.fingerprint
         try:
@@ -73,7 +73,7 @@ class TokenizerId:
 
 
 def fingerprint(tokenizer: Tokenizer) -> str:
-    """Of what a tokenizer makes of text.
+    """16 hexadecimal digits that identify what a tokenizer encodes text to.
 
     Raises:
         UserError: it cannot encode.
@@ -82,6 +82,6 @@ def fingerprint(tokenizer: Tokenizer) -> str:
     return hashlib.sha256(" ".join(map(str, ids)).encode()).hexdigest()[:16]
 
 
-def of_dataset(info: DatasetInfo | None) -> TokenizerId:
-    """What a dataset was made with; nothing is known where there is no manifest."""
+def dataset_tokenizer(info: DatasetInfo | None) -> TokenizerId:
+    """The tokenizer of a dataset; unknown where there is no manifest."""
     return TokenizerId(info.tokenizer_fingerprint, info.tokenizer_name) if info is not None else TokenizerId()

@@ -1,9 +1,9 @@
-"""Regular expressions in a `tokenizer.json`, tried before they are used.
+"""Regular expressions of a `tokenizer.json`, tried in a child process before they are used.
 
-`tokenizers` matches by backtracking: an expression such as `(x+x+)+y` takes longer with each character, until the library
-gives up with a trace, and one with nested counts can take all memory when it is compiled. Whether an expression is one of
-these cannot be told by looking at it, so a child process tries it on what usually brings it out, runs of one character, with
-little time and memory. One that only fails on other text is met when it comes: then encoding ends in one line (see
+`tokenizers` matches by backtracking. An expression such as `(x+x+)+y` takes longer with each character, until the library gives
+up with a stack trace, and one with nested counts can take all memory when it is compiled. That cannot be seen from the
+expression. So a child process with little time and memory tries each one on the text that usually triggers this, runs of one
+character. An expression that fails only on other text passes: encoding that text then ends in a one-line error (see
 `JsonTokenizer`), and one that is only slow there stays slow.
 """
 
@@ -17,11 +17,11 @@ from typing import Any
 
 from pretrain_xla.errors import UserError
 
-SECONDS = 20.0  # for a child that needs a fraction of one, on a machine that is busy
-_RUN = 1000  # characters: work that grows with the third power goes over the limit of the library
-_USUAL = "aA0 \n_-'é漢!"
-_MOST_PATTERNS = 64
-_FAILED = 3  # exit status; any other says nothing of the expressions
+SECONDS = 20.0  # the child needs a fraction of a second, but the host may be busy
+_RUN = 1000  # characters: work that grows with the third power exceeds the library's limit
+_COMMON = "aA0 \n_-'é漢!"
+_MAX_PATTERNS = 64
+_FAILED = 3  # exit status; any other says nothing about the expressions
 _CHILD = """
 import json, resource, sys
 from tokenizers import Regex, pre_tokenizers
@@ -38,11 +38,11 @@ for number, (pattern, texts) in enumerate(json.load(sys.stdin)):
 
 
 def check_patterns(name: str, tree: Any) -> None:
-    """Refuse a tokenizer whose regular expressions do not end in time.
+    """Refuse a tokenizer whose regular expressions do not finish in time.
 
     Args:
-        name: the tokenizer, for messages.
-        tree: what its `tokenizer.json` holds.
+        name: of the tokenizer, for messages.
+        tree: the content of its `tokenizer.json`.
 
     Raises:
         UserError: naming the expression.
@@ -51,13 +51,13 @@ def check_patterns(name: str, tree: Any) -> None:
         bad = _first_bad(patterns)
         if bad is not None:
             raise UserError(
-                f"tokenizer {name!r}: its regular expression {bad[:60]!r} fails, or takes time or memory without end, on plain "
+                f"tokenizer {name!r}: its regular expression {bad[:60]!r} fails, or takes unlimited time or memory, on plain "
                 "text: do not use it"
             )
 
 
 def _patterns(tree: Any) -> list[str]:
-    """Every expression in the tree, but for its model, which has none and is large."""
+    """Every expression in the tree; its model is left out, as it has none and is large."""
     waiting = [value for key, value in tree.items() if key != "model"] if isinstance(tree, dict) else []
     found = []
     while waiting:
@@ -73,8 +73,8 @@ def _patterns(tree: Any) -> list[str]:
 
 @functools.lru_cache(maxsize=8)
 def _first_bad(patterns: tuple[str, ...]) -> str | None:
-    if len(patterns) > _MOST_PATTERNS:
-        return patterns[_MOST_PATTERNS]
+    if len(patterns) > _MAX_PATTERNS:
+        return patterns[_MAX_PATTERNS]
     trials = [(pattern, _texts(pattern)) for pattern in patterns]
     command = [sys.executable, "-c", _CHILD.format(failed=_FAILED)]
     started = ""
@@ -94,12 +94,12 @@ def _first_bad(patterns: tuple[str, ...]) -> str | None:
 
 
 def _texts(pattern: str) -> list[str]:
-    """Runs of the letters of the expression itself, and of one of each usual kind.
+    """A run of each letter in the expression, and of one common character of each kind.
 
-    What follows a run stops an expression there, which must then go back; and it has all that an expression may insist on,
-    without which the library does not begin.
+    The tail after a run makes the expression fail there, so that it must backtrack. The tail also contains every character that
+    the expression may require, without which the library does not start matching.
     """
     own = dict.fromkeys(character for character in pattern[:200] if character.isprintable())
-    tail = "\x01" + "".join(own) + _USUAL
-    runs = sorted({*_USUAL, *filter(str.isalnum, own)})
+    tail = "\x01" + "".join(own) + _COMMON
+    runs = sorted({*_COMMON, *filter(str.isalnum, own)})
     return [character * _RUN + tail for character in runs]

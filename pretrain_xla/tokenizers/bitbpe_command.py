@@ -1,4 +1,4 @@
-"""The words of `convert_bpe_to_bitbpe.py`: make a BitBPE tokenizer out of another one, and try it."""
+"""Command-line interface of `convert_bpe_to_bitbpe.py`: makes a BitBPE tokenizer from another one, and tests it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.table import Table
 from pretrain_xla.command_line import parse
 from pretrain_xla.errors import UserError
 from pretrain_xla.tokenizers.bitbpe import BitBPETokenizer
-from pretrain_xla.tokenizers.tokenizer import load_tokenizer
+from pretrain_xla.tokenizers.load import load_tokenizer
 
 EXAMPLES = {
     "English": "The quick brown fox jumps over the lazy dog.",
@@ -30,17 +30,17 @@ class ConvertFlags:
     """Pack the byte tokens of a tokenizer: BitBPE, shorter Chinese, Japanese and Korean. See docs/tokenizers.md."""
 
     input_path: str
-    """tokenizer.json, SentencePiece .model, a folder with one, a tiktoken name, or `bytes`."""
+    """tokenizer.json, SentencePiece .model, a folder with one of these, a tiktoken name, or `bytes`."""
     output_path: str
-    """Folder to write to; it is then a --tokenizer everywhere."""
+    """Folder to write to; every --tokenizer flag accepts it."""
     num_prefix_tokens: int = 64
-    """Ids set aside for prefixes: 4, 8, 16, 32 or 64. Four occur; 64 has one for each number of six bits."""
+    """Ids reserved for prefixes: 4, 8, 16, 32 or 64. Only four occur; 64 has one for each value of six bits."""
     test_conversion: bool = False
-    """Try it on text of several languages and on random bytes, and show the lengths."""
+    """Test it on text in several languages and on random bytes, and show the lengths."""
 
 
 def convert_command(arguments: Sequence[str]) -> None:
-    """Parse, convert, and, if asked, try what was written.
+    """Parse the flags, convert, and, if asked, test what was written.
 
     Raises:
         UserError: no such tokenizer, one without byte tokens, or a folder that cannot be written.
@@ -58,10 +58,10 @@ def convert_command(arguments: Sequence[str]) -> None:
 
 
 def check_conversion(tokenizer: BitBPETokenizer) -> None:
-    """Compare a BitBPE tokenizer with its base on text and on random bytes, and print how long texts become.
+    """Compare a BitBPE tokenizer with its base on text and on random bytes, and print the lengths in tokens.
 
     Raises:
-        UserError: something does not come back as it was.
+        UserError: something is not decoded to what was encoded.
     """
     base, table = tokenizer.base, Table()
     for heading in ("text", "base", "BitBPE", "change"):
@@ -69,16 +69,18 @@ def check_conversion(tokenizer: BitBPETokenizer) -> None:
     for name, text in EXAMPLES.items():
         plain, packed = base.encode(text), tokenizer.encode(text)
         if tokenizer.decode(packed) != base.decode(plain):
-            raise UserError(f"tokenizer {tokenizer.name!r}: {name} text does not come back: report this as a defect")
+            raise UserError(f"tokenizer {tokenizer.name!r}: {name} text does not survive: report this as a bug")
         table.add_row(name, str(len(plain)), str(len(packed)), f"{len(packed) / len(plain) - 1:+.0%}")
     Console().print(table)
     rng = np.random.default_rng(0)
     for length in rng.integers(0, _LONGEST, _RANDOM_STRINGS):
-        # Half of them out of the bytes that are packed, which random ones seldom are.
+        # Half of them consist of bytes that can be packed, as random bytes seldom can.
         raw = (
             rng.integers(0, 256, length) if length % 2 else rng.choice([*range(0x80, 0xC0), *range(0xE0, 0xF0)], length)
         )
         ids = np.array(tokenizer.byte_ids, np.uint32)[raw]
         if not np.array_equal(tokenizer.unpack(tokenizer.pack(ids)), ids):
-            raise UserError(f"tokenizer {tokenizer.name!r}: bytes {bytes(raw.tolist())!r} do not come back: report it")
-    print(f"every text and {_RANDOM_STRINGS} random byte strings came back as they were")
+            raise UserError(
+                f"tokenizer {tokenizer.name!r}: bytes {bytes(raw.tolist())!r} do not survive: report this as a bug"
+            )
+    print(f"every text and {_RANDOM_STRINGS} random byte strings came back unchanged")
