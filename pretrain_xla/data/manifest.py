@@ -88,7 +88,7 @@ class DatasetInfo(_Record):
     tokenizer: Inside
     """A name that `load_tokenizer` knows, or a file relative to the dataset's folder. Read `tokenizer_name` instead."""
     tokenizer_fingerprint: str | None = None
-    """See `same_tokenizer`; none in datasets from before there was one."""
+    """See `tokenizers/fingerprint.py`; None in datasets from before there was one."""
     vocab_size: int
     end_of_text: int
     dtype: Literal["uint16", "uint32"]

@@ -1,1 +1,1 @@
-"""Documents, tokenizer, shards: what makes a dataset to train on, and what looks into one."""
+"""Makes datasets of token shards from documents, and inspects them."""

@@ -1,4 +1,4 @@
-"""The words of `prepare`, `prepare_fineweb.py`, `train-tokenizer` and `convert_bpe_to_bitbpe.py`."""
+"""Command-line interface of `prepare`, `prepare_fineweb.py` and `train-tokenizer`."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ class ReadingFlags:
     """How sources are read."""
 
     weights: str | None = None
-    """Share of the characters that comes from each source, such as 7:3, until one source ends; none: all of each."""
+    """Share of the characters that comes from each source, such as 7:3, until one source ends; None means all of each."""
     text_column: str = "text"
-    """Key or column that holds the text, in JSON, CSV, Parquet, Arrow and datasets; a.b for b within a."""
+    """Key or column with the text, in JSON, CSV, Parquet, Arrow and datasets; a.b for b within a."""
     document_per_line: bool = False
-    """Of text files: each line is a document."""
+    """In text files, each line is a document."""
     skip_bad_documents: bool = False
-    """Of files: skip and count documents that cannot be read (no JSON, no text under the key, not UTF-8), instead of ending."""
+    """In files, skip and count unreadable documents (not JSON, no text under the key, not UTF-8) instead of stopping."""
     streaming: bool = False
-    """Read hf: datasets over the network as it goes, instead of downloading them first."""
+    """Stream hf: datasets over the network instead of downloading them first."""
     cache_dir: str | None = None
-    """Where downloaded hf: datasets are kept; none: where `datasets` keeps them."""
+    """Folder for downloaded hf: datasets; None means the default of `datasets`."""
     max_documents: int | None = None
-    """End after so many documents."""
+    """Stop after this many documents."""
 
     def open(self, names: Sequence[str]) -> Source:
-        """All of the sources as one."""
+        """Open all sources as one."""
         opened = [
             open_source(
                 name,
@@ -62,35 +62,35 @@ class ReadingFlags:
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareFlags(ReadingFlags):
-    """Turn text into token shards, in train/ and valid/, with a dataset.json beside them. Broken off, it goes on."""
+    """Turn text into token shards, in train/ and valid/, with a dataset.json beside them. Resumes if interrupted."""
 
     paths: Annotated[
         tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE [SOURCE ...] OUTPUT-DIR")
     ] = ()
-    """Text, JSON, CSV, Parquet or Arrow, packed or in a .tar or .zip: a file, a folder, a pattern with *, a URL of one;
-    hf:DATASET[:CONFIG[:SPLIT]] for a dataset on the Hugging Face Hub; or `quickstart`, the documentation inside Python.
-    Last, the folder to write to."""
+    """Text, JSON, CSV, Parquet or Arrow, compressed or in a .tar or .zip: a file, a folder, a pattern with *, or a URL;
+    hf:DATASET[:CONFIG[:SPLIT]] for a dataset on the Hugging Face Hub; or `quickstart`, Python's built-in documentation.
+    The last argument is the folder to write to."""
     tokenizer: str | None = None
-    """tiktoken name, tokenizer.json, SentencePiece .model, bitbpe.json, a folder with one, or `bytes`; none: gpt2."""
+    """tiktoken name, tokenizer.json, SentencePiece .model, bitbpe.json, a folder with one, or `bytes`; None means gpt2."""
     train_vocab_size: int | None = None
-    """Instead of --tokenizer: train a BPE of so many ids on the text first."""
+    """Instead of --tokenizer: first train a BPE with this many ids on the text."""
     shard_size: int = 100_000_000
     """Tokens in a shard."""
     valid_fraction: float | None = None
-    """Share of the documents held out for validation; none: 0.05, and of a dataset of the Hub 0.01 (of ten billion tokens more
-    than any validation reads)."""
+    """Share of the documents held out for validation; None means 0.05, or 0.01 for a dataset on the Hub (of ten billion tokens,
+    that is more than any validation reads)."""
     format: WrittenFormat = "npy"
-    """Of the shards: .npy; .bin as llm.c reads it; Parquet with a column input_ids."""
+    """Of the shards: .npy, .bin as llm.c reads it, or Parquet with a column input_ids."""
     seed: int = 0
-    """Another one holds out other documents."""
+    """A different seed holds out different documents."""
     num_workers: int | None = None
-    """Processes that tokenise; none: one a core. The shards do not depend on it."""
+    """Processes that tokenize; None means one per core. The shards do not depend on it."""
     overwrite: bool = False
-    """Replace a dataset that was made otherwise."""
+    """Replace a dataset that was made with other settings."""
 
 
 def prepare_command(arguments: Sequence[str]) -> None:
-    """Parse, prepare, and say what is there now.
+    """Parse the flags, prepare, and print a summary.
 
     Raises:
         UserError: see `prepare`.
@@ -115,7 +115,7 @@ def prepare_command(arguments: Sequence[str]) -> None:
 
 
 def default_fraction(sources: Sequence[str]) -> float:
-    """Share of the documents to hold out where nobody says it: datasets of the Hub are large."""
+    """Default share of the documents to hold out: less of a dataset on the Hub, as these are large."""
     return 0.01 if any(source.startswith("hf:") for source in sources) else 0.05
 
 
@@ -124,27 +124,27 @@ class FinewebFlags:
     """Download FineWeb's sample of ten billion tokens, and write it as token shards to train/ and valid/."""
 
     seed: int = 0
-    """Another one holds out other documents."""
+    """A different seed holds out different documents."""
     fineweb_edu: bool = False
     """FineWeb-Edu instead of FineWeb."""
     streaming: bool = False
-    """Read over the network as it goes, instead of downloading first."""
+    """Stream over the network instead of downloading first."""
     tokenizer: str = "gpt2"
     """tiktoken name, tokenizer.json, SentencePiece .model, bitbpe.json, a folder with one, or `bytes`."""
     shard_size: int = 100_000_000
     """Tokens in a shard."""
     output_dir: str | None = None
-    """Folder to write to; none: fineweb_edu, where training looks by default, or fineweb."""
+    """Folder to write to; None means fineweb_edu, where training looks by default, or fineweb."""
     num_workers: int = 1
-    """Processes that tokenise. The shards do not depend on it."""
+    """Processes that tokenize. The shards do not depend on it."""
     cache_dir: str | None = None
-    """Where downloads are kept; none: where `datasets` keeps them."""
+    """Folder for downloads; None means the default of `datasets`."""
     overwrite: bool = False
-    """Replace a dataset that was made otherwise."""
+    """Replace a dataset that was made with other settings."""
 
 
 def prepare_fineweb_command(arguments: Sequence[str]) -> None:
-    """Parse, prepare, and say what is there now; one hundredth of the documents is held out.
+    """Parse the flags, prepare, and print a summary; 1% of the documents is held out.
 
     Raises:
         UserError: see `prepare`.
@@ -166,7 +166,7 @@ def prepare_fineweb_command(arguments: Sequence[str]) -> None:
 
 
 def show_dataset(info: DatasetInfo) -> None:
-    """A small table of a dataset, and how to train on it."""
+    """Print a table of a dataset, and the flags to train on it."""
     root = os.path.relpath(info.root) if "://" not in info.root else info.root
     root = redacted(root)
     print(f"{root}: {info.vocab_size:,} token ids by {info.tokenizer}, stored as {info.dtype}")
@@ -177,32 +177,32 @@ def show_dataset(info: DatasetInfo) -> None:
         table.add_row(name, f"{split.documents:,}", f"{split.tokens:,}", f"{len(split.shards):,}")
     Console().print(table)
     if info.skipped_documents:
-        print(f"documents that could not be read, and were skipped: {info.skipped_documents:,}")
+        print(f"documents skipped because they could not be read: {info.skipped_documents:,}")
     print(f"train on it: --train-dir {root}/train --valid-dir {root}/valid --vocab-size {info.vocab_size}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainTokenizerFlags(ReadingFlags):
-    """Train a tokenizer; the folder it writes is then a --tokenizer everywhere."""
+    """Train a tokenizer; every --tokenizer flag accepts the folder that it writes."""
 
     source: tuple[str, ...]
     """One or more: text, JSON, CSV, Parquet, Arrow (file, folder, pattern, URL), hf:DATASET[:CONFIG[:SPLIT]], `quickstart`."""
     output_dir: str
     """Folder to write tokenizer.json or tokenizer.model to."""
     kind: Kind = "bpe"
-    """bpe: byte-level, GPT-2's kind; sentencepiece: BPE of characters, with byte fallback for rare ones."""
+    """bpe: byte-level, as GPT-2; sentencepiece: BPE of characters, with byte fallback for rare ones."""
     vocab_size: int = 32768
-    """Number of ids, with the 256 bytes and the special tokens among them."""
+    """Number of ids, including the 256 bytes and the special tokens."""
     special_tokens: tuple[str, ...] = ()
-    """More of them, besides <|endoftext|>."""
+    """In addition to <|endoftext|>."""
     min_frequency: int | None = None
-    """bpe: a pair that occurs less often is never merged; none: 2."""
+    """For bpe: a pair that occurs less often is never merged; None means 2."""
     max_lines: int | None = None
-    """Learn from so many lines of text and no more."""
+    """Learn from at most this many lines of text."""
 
 
 def train_tokenizer_command(arguments: Sequence[str]) -> None:
-    """Parse, train, and say what is there now.
+    """Parse the flags, train, and print a summary.
 
     Raises:
         UserError: see `train_tokenizer`.

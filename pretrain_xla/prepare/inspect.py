@@ -1,8 +1,8 @@
-"""What is in a folder of shards: counts, how often each id comes up, how long documents are, and what is wrong.
+"""Inspects a folder of shards: token counts, id frequencies, document lengths, and faults.
 
-Everything is read once, from first to last, whatever its format and wherever it lies, in stretches of bounded size. A
-document ends with the end-of-text id (as `prepare` writes) or begins with it (as build-nanogpt does): which of the two
-is seen from the very first id. Faults are collected, not raised, so that one look shows all of them.
+Shards of any format and at any URL are read from first to last, in blocks of bounded size. A document ends with the end-of-text
+id (as `prepare` writes) or begins with it (as build-nanogpt does); the very first id shows which. Faults are collected, not
+raised, so that all of them are shown at once.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from pretrain_xla.storage.files import filesystem
 from pretrain_xla.tokenizers.load import load_tokenizer
 from pretrain_xla.tokenizers.tokenizer import Tokenizer
 
-_STRETCH = 2**22  # tokens at a time
-_LONGEST_SHOWN = 400  # tokens of a document that are decoded
-_NOT_A_VOCABULARY = 2**24  # ids above are not counted one by one
+_BLOCK = 2**22  # tokens read at a time
+_MAX_SHOWN = 400  # tokens of a document that are decoded
+_MAX_COUNTED_ID = 2**24  # no vocabulary is larger; higher ids are not counted one by one
 
 
 @dataclass
@@ -39,15 +39,15 @@ class Inspection:
     vocab_size: int | None = None
     end_of_text: int | None = None
     counts: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
-    """[ids] how often each comes up."""
+    """[ids] occurrences of each id."""
     document_lengths: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
-    """[documents], end-of-text not counted; what a shard cuts in two counts as one."""
+    """[documents] without end-of-text; a document that is divided between two shards counts as one."""
     documents: list[str] = field(default_factory=list)
-    """The first ones, decoded, and cut where they are long."""
+    """The first documents, decoded and truncated."""
     faults: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
-        """For `--json`: plain numbers, and histograms instead of arrays."""
+        """For `--json`: plain numbers, and percentiles instead of arrays."""
         lengths = self.document_lengths
         quantiles = (0, 10, 25, 50, 75, 90, 99, 100)
         values = np.percentile(lengths, quantiles) if len(lengths) else []
@@ -84,19 +84,19 @@ def inspect(
 
     Args:
         path: folder, file or pattern; local, or a URL.
-        tokenizer: to decode with, and to check ids against; none: the manifest's, or, of what others write with ids
-            that GPT-2 has, gpt2.
-        documents: how many of the first to decode.
-        verify: compare all checksums of the manifest as well, those of other splits too.
-        settings: where and how to keep remote shards.
-        progress: called with tokens read and tokens in all.
+        tokenizer: to decode with, and to check ids against; None means the manifest's, or, without a manifest and if all ids
+            are GPT-2's, gpt2.
+        documents: how many documents to decode, from the first one.
+        verify: also compare all checksums of the manifest, including those of other splits.
+        settings: where and how to cache remote shards.
+        progress: called with tokens read and tokens in total.
 
     Raises:
-        UserError: nothing there that can be opened at all.
+        UserError: there are no shards, or they cannot be opened.
     """
     dataset = open_shards(path, 2**32, settings=settings)
-    known = ("name", "format", "tokens")
-    shards = [{key: getattr(shard, key) for key in known} | {"dtype": shard.dtype.name} for shard in dataset.shards]
+    keys = ("name", "format", "tokens")
+    shards = [{key: getattr(shard, key) for key in keys} | {"dtype": shard.dtype.name} for shard in dataset.shards]
     result = Inspection(path, shards, tokens=dataset.tokens)
     try:
         listed_max_ids(dataset)
@@ -118,13 +118,13 @@ def inspect(
     return result
 
 
-def stretches(dataset: TokenDataset, faults: list[str]) -> Iterator[tuple[int, np.ndarray]]:
-    """(shard, tokens) from first to last; what cannot be read becomes a fault, and its shard ends there."""
+def blocks(dataset: TokenDataset, faults: list[str]) -> Iterator[tuple[int, np.ndarray]]:
+    """(shard index, tokens) from first to last; a read error becomes a fault and ends its shard."""
     for number, shard in enumerate(dataset.shards):
         dataset.supply.plan([number], [number + 1] if number + 1 < len(dataset.shards) else [])
-        for start in range(0, shard.tokens, _STRETCH):
+        for start in range(0, shard.tokens, _BLOCK):
             try:
-                length = min(_STRETCH, shard.tokens - start)
+                length = min(_BLOCK, shard.tokens - start)
                 ids = dataset.gather(number, np.array([start]), length)[0].view(np.uint32)
             except UserError as error:
                 faults.append(str(error))
@@ -133,14 +133,14 @@ def stretches(dataset: TokenDataset, faults: list[str]) -> Iterator[tuple[int, n
 
 
 def _read(dataset: TokenDataset, result: Inspection, progress: Callable[[int, int], None]) -> int | None:
-    """Count ids; returns the very first."""
+    """Count ids; returns the very first id."""
     counts, done, first = np.zeros(2**16, np.int64), 0, None
-    for number, ids in stretches(dataset, result.faults):
+    for number, ids in blocks(dataset, result.faults):
         first = int(ids[0]) if first is None else first
         highest = int(ids.max())
         result.max_id = max(result.max_id, highest)
         result.shards[number]["max_id"] = max(result.shards[number].get("max_id", 0), highest)
-        found = np.bincount(ids[ids < _NOT_A_VOCABULARY])
+        found = np.bincount(ids[ids < _MAX_COUNTED_ID])
         if len(found) > len(counts):
             counts = np.pad(counts, (0, len(found) - len(counts)))
         counts[: len(found)] += found
@@ -167,7 +167,7 @@ def _tokenizer(dataset: TokenDataset, result: Inspection, asked: str | None) -> 
 
 
 def _meta(dataset: TokenDataset, result: Inspection) -> Meta | None:
-    """The vocabulary of characters that nanoGPT leaves beside its shards."""
+    """The character vocabulary that nanoGPT writes next to its shards."""
     fs, folder = filesystem(dataset.directory)
     raw = read_beside(fs, folder, META)
     try:
@@ -178,20 +178,20 @@ def _meta(dataset: TokenDataset, result: Inspection) -> Meta | None:
 
 
 def _measure_characters(dataset: TokenDataset, result: Inspection, meta: Meta) -> None:
-    """The beginning, in characters: such a text has no end-of-text, and so no documents."""
+    """Decode the beginning; a text of characters has no end-of-text, and so no documents."""
     result.tokenizer, result.vocab_size = META, meta.vocab_size
     for shard in result.shards:
         if shard.get("max_id", 0) >= meta.vocab_size:
             result.faults.append(f"{shard['name']}: has id {shard['max_id']}, but {META} has {meta.vocab_size}")
     if not result.faults and dataset.shards[0].tokens:
-        count = min(_LONGEST_SHOWN, dataset.shards[0].tokens)
+        count = min(_MAX_SHOWN, dataset.shards[0].tokens)
         result.documents.append(meta.decode(dataset.gather(0, np.array([0]), count)[0].tolist()) + " ...")
 
 
 def _measure(
     dataset: TokenDataset, result: Inspection, tokenizer: Tokenizer, first: int | None, documents: int
 ) -> None:
-    """Lengths of documents, the first of them decoded, and ids that the tokenizer does not have."""
+    """Document lengths, the first documents decoded, and ids that the tokenizer does not have."""
     for shard in result.shards:
         if shard.get("max_id", 0) >= tokenizer.vocab_size:
             result.faults.append(
@@ -200,19 +200,19 @@ def _measure(
     end = tokenizer.end_of_text
     if result.tokens and (end >= len(result.counts) or not result.counts[end]):
         result.faults.append(
-            f"no end-of-text ({end}) in it: documents run into one another, or the tokenizer is another"
+            f"no end-of-text ({end}) in it: documents are not separated, or this is not their tokenizer"
         )
     result.document_lengths = _lengths(dataset, end, opens=first == end)
     for start, length in _first_spans(result.document_lengths[:documents], opens=first == end):
-        if start + min(length, _LONGEST_SHOWN) <= dataset.shards[0].tokens and not result.faults:
-            ids = dataset.gather(0, np.array([start]), min(length, _LONGEST_SHOWN))[0].tolist()
-            result.documents.append(tokenizer.decode(ids) + (" ..." if length > _LONGEST_SHOWN else ""))
+        if start + min(length, _MAX_SHOWN) <= dataset.shards[0].tokens and not result.faults:
+            ids = dataset.gather(0, np.array([start]), min(length, _MAX_SHOWN))[0].tolist()
+            result.documents.append(tokenizer.decode(ids) + (" ..." if length > _MAX_SHOWN else ""))
 
 
 def _lengths(dataset: TokenDataset, end: int, opens: bool) -> np.ndarray:
-    """Tokens between end-of-text ids: before each of them, or after it where they open documents."""
+    """Tokens before each end-of-text id, or after it where it opens documents."""
     borders, before = [np.array([-1])], 0
-    for _, ids in stretches(dataset, []):
+    for _, ids in blocks(dataset, []):
         borders.append(np.flatnonzero(ids == end) + before)
         before += len(ids)
     if borders[-1].size == 0 or borders[-1][-1] != before - 1 or opens:

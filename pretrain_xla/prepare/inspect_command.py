@@ -1,4 +1,4 @@
-"""The words of `inspect`: tables and bars on the terminal, a plot, or JSON."""
+"""Command-line interface of `inspect`: tables and histograms on the terminal, a plot, or JSON."""
 
 from __future__ import annotations
 
@@ -29,36 +29,36 @@ _BAR = 40
 
 @dataclass(frozen=True)
 class InspectFlags:
-    """Look into token shards of any known format: counts, histograms, first documents, and checks."""
+    """Inspect token shards of any known format: counts, histograms, first documents, and checks."""
 
     path: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PATH")]
-    """A dataset's folder, for all of its splits; or a folder of shards, a file, or a pattern with *. Local, or a URL."""
+    """A dataset's folder, for all of its splits; or a folder of shards, a file, or a pattern with *. Local path or URL."""
     tokenizer: str | None = None
-    """Tokenizer of the ids; none: the manifest's, or gpt2."""
+    """Tokenizer of the ids; None means the manifest's, or gpt2."""
     documents: int = 3
-    """First documents to show."""
+    """Number of documents to show."""
     verify: bool = False
-    """Compare the checksums of all shards that the manifest lists, other splits included."""
+    """Compare the checksums of all shards that the manifest lists, including other splits."""
     plot: str | None = None
-    """Draw the histograms into this PNG file, one for each split; none: no plot."""
+    """Save the histograms as this PNG file, one for each split; None means no plot."""
     json: bool = False
-    """Print JSON instead of tables; of a dataset, under the names of its splits."""
+    """Print JSON instead of tables; for a dataset, keyed by split."""
     cache_dir: str | None = None
-    """Folder where shards from elsewhere stay; none: ~/.cache/pretrain_xla/shards."""
+    """Folder where remote shards are cached; None means ~/.cache/pretrain_xla/shards."""
 
 
 def inspect_command(arguments: Sequence[str]) -> int:
-    """Parse, look, and show; returns 1 where something is wrong with the shards, else 0.
+    """Parse the flags, inspect, and print; returns 1 if the shards have faults, else 0.
 
     Raises:
-        UserError: see `inspect`; or the plot cannot be written.
+        UserError: see `inspect`, or the plot cannot be written.
     """
     flags = parse(InspectFlags, arguments, program="python -m pretrain_xla inspect", command="inspect")
     if flags.plot:
         check_plot(flags.plot)
     splits = _splits(flags.path)
     found = {
-        split: _inspect(flags, path, verify=flags.verify and not number)  # the first time it is all splits
+        split: _inspect(flags, path, verify=flags.verify and not number)  # once checks all splits
         for number, (split, path) in enumerate(splits.items())
     }
     plots = {split: _plot_of(split, flags.plot) for split in found}
@@ -77,7 +77,7 @@ def inspect_command(arguments: Sequence[str]) -> int:
 
 
 def _splits(path: str) -> dict[str, str]:
-    """The splits of a whole dataset by name, or the path itself under no name."""
+    """Path of each split of a dataset; for anything else, the path itself under an empty name."""
     fs, root = filesystem(path)
     info = dataset_info(path)
     if info is None or info.root != url(fs, root):
@@ -143,7 +143,7 @@ def show(found: Inspection, plotted: str | None) -> None:
 
 
 def length_histogram(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(edges, counts) over powers of two, from the shortest document to the longest."""
+    """(edges, counts) with powers of two as edges, from the shortest document to the longest."""
     top = int(lengths.max()).bit_length()
     edges = np.concatenate([[0], 2 ** np.arange(top + 1)])
     edges = edges[int(lengths.min()).bit_length() :]
@@ -151,10 +151,10 @@ def length_histogram(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def check_plot(path: str) -> None:
-    """Refuse a file that no plot can be written to, before anything is read.
+    """Refuse a path that no plot can be written to, before anything is read.
 
     Raises:
-        UserError: no such folder, or a format that is not known.
+        UserError: no such folder, or an unknown format.
     """
     from matplotlib.backend_bases import FigureCanvasBase
 
@@ -166,7 +166,7 @@ def check_plot(path: str) -> None:
 
 
 def plot(found: Inspection, path: str) -> None:
-    """Draw how long documents are, and how often ids come up by rank.
+    """Plot document lengths, and id frequencies by rank.
 
     Raises:
         UserError: the file cannot be written.
@@ -194,7 +194,7 @@ def plot(found: Inspection, path: str) -> None:
     for axis in (documents, ids):
         axis.grid(alpha=0.3)
     title = os.path.relpath(found.path) if "://" not in found.path else redacted(found.path)
-    figure.suptitle(title.replace("$", r"\$"))  # else what lies between two of them is taken for mathematics
+    figure.suptitle(title.replace("$", r"\$"))  # otherwise text between two of them is typeset as mathematics
     try:
         figure.savefig(path, dpi=120)
     except OSError as error:
@@ -210,7 +210,7 @@ def _bars(labels: list[str], counts: np.ndarray, heading: str) -> None:
 
 
 def _some(shards: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """All, or where they are many the first and last ten."""
+    """All shards, or if there are many, the first and last ten."""
     if len(shards) <= 24:
         return shards
     gap = {"name": f"... {len(shards) - 20} more", "format": "", "dtype": "", "tokens": 0}

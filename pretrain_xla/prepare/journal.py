@@ -1,9 +1,9 @@
-"""What a preparation has finished, so that a killed one can go on: `dataset.json.partial`, and parts of shards.
+"""Records the progress of `prepare`, so that it can be resumed after a kill: `dataset.json.partial` and `unfinished/`.
 
-Whenever a shard is whole, the tokens that wait for the next shards are written to `unfinished/`, and then the journal:
-which shards there are, which parts hold what waits, and where in the source to go on. The journal is replaced in one
-move; what it does not name (a shard or part written after it) is written again, with the same bytes. What this costs: a
-tenth more to write, and after a kill the time for one shard.
+Whenever a shard is complete, the tokens buffered for the next shards are written to files in `unfinished/`. Then the journal is
+written: which shards there are, which files hold the buffered tokens, and where in the source to resume. The journal is
+replaced atomically; what it does not list (written after it) is written again, with the same bytes. This costs a tenth more
+writing, and a kill costs the time for one shard.
 """
 
 from __future__ import annotations
@@ -24,33 +24,33 @@ PARTS = "unfinished"  # folder
 
 
 class SplitProgress(BaseModel):
-    """What there is of a split."""
+    """The shards of a split so far, and the tokens after them."""
 
     model_config = ConfigDict(frozen=True)
 
     written: SplitInfo
     parts: tuple[FileName, ...]
-    """Files in `unfinished/` that hold, in this order, the tokens after the last shard."""
+    """Files in `unfinished/` that hold, in this order, the tokens buffered after the last shard."""
     waiting: int
-    """Tokens in the parts."""
+    """Number of tokens in `parts`."""
 
 
 class Progress(BaseModel):
-    """What there is of a dataset."""
+    """An unfinished dataset, and where to resume."""
 
     model_config = ConfigDict(frozen=True)
 
     recipe: Recipe
     place: Any = None
-    """Where in the source to go on."""
+    """Where in the source to resume."""
     skipped: int = 0
-    """Bad documents that were skipped before it."""
+    """Bad documents skipped before `place`."""
     splits: dict[FileName, SplitProgress] = {}
-    """Empty until there is a shard."""
+    """Empty until the first shard is complete."""
 
 
 def read_progress(fs: Any, root: str) -> Progress | None:
-    """What an interrupted preparation left; none where there is nothing, or nothing that can be used."""
+    """The progress of an interrupted preparation; None where there is none, or it is damaged."""
     path = f"{root}/{UNFINISHED}"
     if not fs.isfile(path):
         return None
@@ -61,13 +61,13 @@ def read_progress(fs: Any, root: str) -> Progress | None:
 
 
 class Journal:
-    """Keeps the progress of a dataset in its folder.
+    """Writes the progress of a dataset to its folder.
 
     Args:
         fs: an fsspec file system.
         root: the dataset's folder on it.
         recipe: of the dataset.
-        writers: split → writer.
+        writers: the shard writer of each split.
     """
 
     def __init__(self, fs: Any, root: str, recipe: Recipe, writers: Mapping[str, ShardWriter]) -> None:
@@ -76,55 +76,56 @@ class Journal:
         self._number = 0
 
     def restore(self, progress: Progress) -> bool:
-        """Set the writers to where they were; false, and nothing is changed, where a file is missing or damaged."""
+        """Restore the writers; False, with nothing changed, where a file is missing or damaged."""
         waiting = {}
         try:
-            for split, left in progress.splits.items():
-                for shard in left.written.shards:
+            for split, saved in progress.splits.items():
+                for shard in saved.written.shards:
                     if open_shard(self._fs, f"{self._root}/{split}/{shard.name}").tokens != shard.tokens:
                         return False
-                waiting[split] = np.concatenate([self._writers[split].waiting(), *map(self._read_part, left.parts)])
-                if len(waiting[split]) != left.waiting:
+                waiting[split] = np.concatenate([self._writers[split].waiting(), *map(self._read_part, saved.parts)])
+                if len(waiting[split]) != saved.waiting:
                     return False
         except UserError:
             return False
-        for split, left in progress.splits.items():
-            self._writers[split].restore(left.written, waiting[split])
+        for split, saved in progress.splits.items():
+            self._writers[split].restore(saved.written, waiting[split])
         self._splits = dict(progress.splits)
-        parts = (part for left in self._splits.values() for part in left.parts)
+        parts = (part for saved in self._splits.values() for part in saved.parts)
         self._number = 1 + max((int(part.partition(".")[0]) for part in parts), default=-1)
         return True
 
     def due(self) -> bool:
-        """Whether a shard was finished since the last entry."""
+        """Whether a shard was completed since the last entry."""
         return any(writer.written.shards != self._shards(split) for split, writer in self._writers.items())
 
     def enter(self, place: Any, skipped: int = 0) -> None:
-        """Write down what there is.
+        """Write an entry.
 
         Args:
-            place: where in the source to go on; the writers have everything before it.
+            place: where in the source to resume; the writers have received everything before it.
             skipped: bad documents before it.
 
         Raises:
             UserError: the folder cannot be written.
         """
-        before = {part for left in self._splits.values() for part in left.parts}
+        before = {part for saved in self._splits.values() for part in saved.parts}
         self._splits = {split: self._save(split, writer) for split, writer in self._writers.items()}
         progress = Progress(recipe=self._recipe, place=place, skipped=skipped, splits=self._splits)
         write_atomically(self._fs, f"{self._root}/{UNFINISHED}", [progress.model_dump_json(indent=2).encode()])
-        kept = {part for left in self._splits.values() for part in left.parts}
+        kept = {part for saved in self._splits.values() for part in saved.parts}
         remove(self._fs, [self._part(name) for name in before - kept])
 
     def _shards(self, split: str) -> tuple[Any, ...]:
         return self._splits[split].written.shards if split in self._splits else ()
 
     def _save(self, split: str, writer: ShardWriter) -> SplitProgress:
-        """Write the tokens that wait to a part: those that are new, or all, once the parts have gone into a shard."""
-        tokens, left = writer.waiting(), self._splits.get(split)
-        parts, saved = (
-            ((), 0) if left is None or left.written.shards != writer.written.shards else (left.parts, left.waiting)
-        )
+        """Write the buffered tokens to a new part: those not saved yet, or all, once the old parts are in a shard."""
+        tokens, before = writer.waiting(), self._splits.get(split)
+        parts: tuple[str, ...] = ()
+        saved = 0
+        if before is not None and before.written.shards == writer.written.shards:
+            parts, saved = before.parts, before.waiting
         if len(tokens) > saved:
             name = f"{self._number:06d}.{split}.npy"
             self._number += 1
@@ -141,7 +142,7 @@ class Journal:
 
 
 def write_start(fs: Any, root: str, recipe: Recipe) -> None:
-    """Mark a dataset as unfinished, with nothing in it yet.
+    """Mark a dataset as unfinished, before anything is written.
 
     Raises:
         UserError: the folder cannot be written.
@@ -150,7 +151,7 @@ def write_start(fs: Any, root: str, recipe: Recipe) -> None:
 
 
 def clear_journal(fs: Any, root: str) -> None:
-    """Remove the parts, and the journal last.
+    """Remove `unfinished/`, and the journal last.
 
     Raises:
         UserError: a file cannot be removed.

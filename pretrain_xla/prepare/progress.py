@@ -1,4 +1,4 @@
-"""How far tokenising is, for the person who waits."""
+"""Progress of tokenization, as a line on the terminal."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LINE_SECONDS = 60.0  # between lines where there is no terminal
 
 
 class ProgressLine:
-    """A line of progress on standard error: one that moves on a terminal, elsewhere a new one every minute."""
+    """Progress on standard error: a live line on a terminal, otherwise a new line every minute."""
 
     def __init__(self, show: bool) -> None:
         console = Console(stderr=True)
@@ -23,10 +23,16 @@ class ProgressLine:
         times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
         hide = not (show and console.is_terminal)
         self._progress = Progress(*columns, *times, console=console, transient=True, disable=hide)
-        self._task = self._progress.add_task("tokenising", total=None)
+        self._task = self._progress.add_task("tokenizing", total=None)
 
     def advance(self, documents: int, tokens: int, share: float | None) -> None:
-        """So many more are done. share: of the whole source that is done by now, where it is known."""
+        """Count more documents and tokens.
+
+        Args:
+            documents: since the last call.
+            tokens: since the last call.
+            share: of the source that has been read in total, 0 to 1; None means unknown.
+        """
         self._documents += documents
         self._tokens += tokens
         now = time.monotonic()

@@ -1,8 +1,8 @@
 """Documents → token arrays on all cores, in the order of the documents.
 
-One process reads, the others cut, hash and encode. Chunks of about a million characters go out by pipe and come back as
-arrays of ids; a few are under way for each worker, so that none waits for the reader while the reader keeps up, and what
-comes back is used in the order in which it went out. So the result does not depend on how many workers there are.
+One process reads; the others split and encode. Chunks of about a million characters are sent to them, and come back as arrays
+of ids. A few chunks are in flight for each worker, so that none idles while the reader keeps up. Results are used in the order
+in which the chunks were sent, so that they do not depend on the number of workers.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from pretrain_xla.text.split import split_document
 from pretrain_xla.tokenizers.tokenizer import Tokenizer
 
 _CHUNK_CHARACTERS, _CHUNK_DOCUMENTS = 2**20, 4096
-_ALONE = 4  # chunks that are encoded before any process is started: a small corpus is done by then
-_AHEAD = 3  # chunks under way for each worker
+_CHUNKS_BEFORE_WORKERS = 4  # encoded here before any process is started, which is enough for a small corpus
+_CHUNKS_PER_WORKER = 3  # in flight
 
 
 @dataclass(frozen=True)
@@ -40,21 +40,21 @@ class Encoded:
     """The tokens of one split in a chunk."""
 
     tokens: np.ndarray
-    """End-of-text after each document; of the type that the vocabulary is stored in."""
+    """Ids, with end-of-text after each document, in the type that shards of this vocabulary have."""
     documents: int
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """A stretch of the documents, encoded."""
+    """Consecutive documents, encoded."""
 
     splits: dict[str, Encoded]
     last: Document
-    """The last document; its `place` is where to go on after this chunk."""
+    """The last document; its `place` is where to resume after this chunk."""
 
 
 class ChunkEncoder:
-    """What a worker does: texts → tokens of each split."""
+    """Texts → tokens of each split, as each worker computes it."""
 
     def __init__(self, tokenizer: Tokenizer, valid_fraction: float, seed: int) -> None:
         self._encode = document_encoder(tokenizer)
@@ -62,7 +62,7 @@ class ChunkEncoder:
         self._valid_fraction, self._seed = valid_fraction, seed
 
     def encode(self, texts: Sequence[str]) -> dict[str, Encoded]:
-        """Split and encode so many documents."""
+        """Divide documents between the splits, and encode them."""
         parts: dict[str, list[str]] = {split: [] for split in SPLITS}
         for text in texts:
             for split, part in split_document(text, self._valid_fraction, self._seed):
@@ -73,21 +73,21 @@ class ChunkEncoder:
 def encode_chunks(
     documents: Iterable[Document], tokenizer: Tokenizer, valid_fraction: float, seed: int, num_workers: int
 ) -> Generator[Chunk, None, None]:
-    """Encode documents on several cores; closing the iterator ends the processes.
+    """Encode documents on several cores; closing the generator ends the processes.
 
     Args:
-        documents: in the order in which their tokens come out.
-        tokenizer: anything that can be pickled.
+        documents: the tokens are in the order of these.
+        tokenizer: sent to the workers by pickling.
         valid_fraction: see `split_document`.
         seed: see `split_document`.
-        num_workers: processes that encode; with 1, this one does it all.
+        num_workers: processes that encode; 1 means this process alone.
 
     Raises:
-        UserError: a worker was killed; or as `documents` does.
+        UserError: a worker was killed, or `documents` raises it.
     """
     chunks = _chunks(documents)
     encoder = ChunkEncoder(tokenizer, valid_fraction, seed)
-    for chunk in chunks if num_workers == 1 else itertools.islice(chunks, _ALONE):
+    for chunk in chunks if num_workers == 1 else itertools.islice(chunks, _CHUNKS_BEFORE_WORKERS):
         yield Chunk(encoder.encode([document.text for document in chunk]), chunk[-1])
     first = next(chunks, None)
     if first is not None:
@@ -111,27 +111,27 @@ def _chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:
 def _in_processes(
     chunks: Iterator[list[Document]], encoder: ChunkEncoder, arguments: tuple[Any, ...], num_workers: int
 ) -> Iterator[Chunk]:
-    # Not forked from this process: it may have threads, and what they hold locked would stay so in a copy.
+    # Not forked from this process: it may have threads, and locks that they hold would stay locked in the fork.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    pool = ProcessPoolExecutor(num_workers, context, _begin, arguments)
-    under_way: collections.deque[tuple[Future[dict[str, Encoded]], Document]] = collections.deque()
-    begun = False
+    pool = ProcessPoolExecutor(num_workers, context, _start_worker, arguments)
+    in_flight: collections.deque[tuple[Future[dict[str, Encoded]], Document]] = collections.deque()
+    workers_ready = False
     try:
         for chunk in chunks:
             texts, last = [document.text for document in chunk], chunk[-1]
-            begun = begun or (len(under_way) >= num_workers and under_way[0][0].done())
-            if begun or len(under_way) < num_workers:
-                under_way.append((pool.submit(_encode, texts), last))
-            else:  # it takes a second until the processes are there
-                under_way.append((_done(encoder.encode(texts)), last))
-            while len(under_way) >= _AHEAD * num_workers:
-                yield _result(*under_way.popleft())
-        while under_way:
-            yield _result(*under_way.popleft())
+            workers_ready = workers_ready or (len(in_flight) >= num_workers and in_flight[0][0].done())
+            if workers_ready or len(in_flight) < num_workers:
+                in_flight.append((pool.submit(_encode, texts), last))
+            else:  # starting the processes takes about a second
+                in_flight.append((_done(encoder.encode(texts)), last))
+            while len(in_flight) >= _CHUNKS_PER_WORKER * num_workers:
+                yield _result(*in_flight.popleft())
+        while in_flight:
+            yield _result(*in_flight.popleft())
     except BrokenProcessPool:
         raise UserError(
-            "a worker process was killed (most often for want of memory): give the same command again to go on; "
+            "a worker process was killed (most often for lack of memory): give the same command again to resume; "
             "fewer --num-workers need less memory"
         ) from None
     finally:
@@ -148,18 +148,18 @@ def _done(encoded: dict[str, Encoded]) -> Future[dict[str, Encoded]]:
     return future
 
 
-_encoder: ChunkEncoder | None = None  # of a worker process
+_encoder: ChunkEncoder | None = None  # in a worker process
 
 
-def _begin(tokenizer: Tokenizer, valid_fraction: float, seed: int) -> None:
+def _start_worker(tokenizer: Tokenizer, valid_fraction: float, seed: int) -> None:
     global _encoder
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that reads; it ends the others
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is handled by the reading process, which ends the workers
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
     _encoder = ChunkEncoder(tokenizer, valid_fraction, seed)
 
 
-def _end_with_parent() -> None:
-    """A parent that is killed cannot end its workers."""
+def _exit_with_parent() -> None:
+    """End this worker when its parent is killed, which then cannot do it."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     wait([parent.sentinel])

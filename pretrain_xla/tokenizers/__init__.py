@@ -1,1 +1,1 @@
-"""Text to token ids and back: the tokenizers that there are, and how new ones are trained."""
+"""Text ↔ token ids: the kinds of tokenizers, loading them, and training new ones."""

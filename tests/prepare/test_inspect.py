@@ -99,7 +99,7 @@ def test_faults_are_named_and_all_shown(prepared, tmp_path, capsys):
     report = json.loads(capsys.readouterr().out)
     assert report["faults"] == [
         "a.bin: has id 300, but bytes has 257",
-        "no end-of-text (256) in it: documents run into one another, or the tokenizer is another",
+        "no end-of-text (256) in it: documents are not separated, or this is not their tokenizer",
     ]
     assert report["most_frequent_ids"] == [[1, 100], [2, 100], [3, 100], [300, 100]]
     (tmp_path / "a.bin").write_bytes((tmp_path / "a.bin").read_bytes()[:-1])
