@@ -56,7 +56,7 @@ def measure(size: Size, rounds: int) -> None:
     from pretrain_xla.generate.decoder import Decoder
     from pretrain_xla.generate.sampling import Sampling
     from pretrain_xla.interop.load import load_model
-    from pretrain_xla.model import GPT
+    from pretrain_xla.model import GPT, Execution
     from pretrain_xla.runtime import Runtime, start
 
     greedy = Sampling(temperature=0)
@@ -88,7 +88,7 @@ def measure(size: Size, rounds: int) -> None:
         runtimes[kind] = start(build_config(tree, "benchmark"))
         model = GPT(loaded.config)
         model.load_state_dict(loaded.tensors, strict=True)
-        runtimes[kind].place_model(model.eval())
+        model = runtimes[kind].prepare_model(model.eval(), Execution())
         decoders[kind] = Decoder(model, runtimes[kind])
 
     @torch.no_grad()

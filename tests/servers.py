@@ -151,7 +151,7 @@ class _Proxied(BaseHTTPRequestHandler):
             self.connection.shutdown(socket.SHUT_RDWR)
             self.close_connection = True
 
-    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = do_PATCH = _pass_on  # noqa: N815
+    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = do_PATCH = _pass_on
 
     def log_message(self, format: str, *arguments: object) -> None:
         pass
@@ -179,7 +179,7 @@ class _Refused(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(content)
 
-    do_GET = do_POST = do_PUT = do_DELETE = _refuse  # noqa: N815
+    do_GET = do_POST = do_PUT = do_DELETE = _refuse
 
     def log_message(self, format: str, *arguments: object) -> None:
         pass
@@ -217,7 +217,7 @@ class _File(BaseHTTPRequestHandler):
             )
         self._send(200, content, "application/octet-stream")
 
-    do_HEAD = do_GET  # noqa: N815
+    do_HEAD = do_GET
 
     def _send(self, status: int, content: bytes, kind: str, span: str | None = None) -> None:
         self.send_response(status)

@@ -16,9 +16,8 @@ from pretrain_xla.errors import UserError, out_of_memory
 from pretrain_xla.evaluate.evaluation import Evaluation, Result
 from pretrain_xla.evaluate.tasks import TASKS, Settings, check_task
 from pretrain_xla.interop.load import LoadedModel, load_model
-from pretrain_xla.model import GPT
+from pretrain_xla.model import GPT, Execution
 from pretrain_xla.redact import redacted, redacted_tree
-from pretrain_xla.run_folder.build import build_model
 from pretrain_xla.run_folder.console import Console
 from pretrain_xla.run_folder.folders import probe
 from pretrain_xla.run_folder.metrics import to_json
@@ -92,7 +91,7 @@ def _evaluate(flags: EvaluateFlags) -> None:
         mixed_precision=flags.mixed_precision,
         mesh=(flags.mesh_fsdp, flags.mesh_tensor),
     )
-    runtime.place_model(model)
+    model = runtime.prepare_model(model, Execution())
     try:
         console = Console(enabled=runtime.is_main)
         if runtime.is_main:
@@ -151,7 +150,7 @@ def build(
     }
     config = build_config(tree, loaded.where)
     machine = start(config)
-    model = build_model(config, machine)
+    model = GPT(config.model, machine.compute_dtype)
     model.load_state_dict(loaded.tensors, strict=True)
     return machine, model.eval()
 

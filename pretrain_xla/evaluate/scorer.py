@@ -71,7 +71,7 @@ class Scorer:
     """A placed model that scores rows.
 
     Args:
-        model: placed by `runtime.place_model`.
+        model: prepared by `runtime.prepare_model`.
         runtime: its machine.
         batch_size: rows of full length in a batch, over all devices; rounded up to a multiple of those that split it.
         top_k: each k for which hits are counted, besides 1.

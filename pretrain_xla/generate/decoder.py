@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pretrain_xla.generate.cache import ExtendCache, FillCache, Places
 from pretrain_xla.generate.sampling import Rules, choose
 from pretrain_xla.generate.window import bucket
 from pretrain_xla.model import GPT
-from pretrain_xla.model.cache import Places, extend, fill
 from pretrain_xla.runtime import Runtime
 
 TURNS = 32
@@ -63,8 +63,8 @@ class OneToken(nn.Module):
         cache = carried[3 + len(seen) :]
         first_B, numbers_5, stops_N = fixed
         places = Places(slot_1, first_B)
-        attends = extend(self.model.config, cache, places)
-        x_B1D = self.model.hidden(token_B[:, None], places.positions(), attends)
+        segments = ExtendCache(self.model.config, places, cache)
+        x_B1D = self.model.hidden(token_B[:, None], places.positions(), segments)
         logits_BV = self.model.logits(x_B1D)[:, -1, : self.choices]
         next_B = choose(logits_BV, self.rules, numbers_5, slices[0], *seen)
         alive_B = alive_B & (next_B[:, None] != stops_N).all(-1)
@@ -156,11 +156,10 @@ class Decoder:
             tokens_BT: Tensor, first_B: Tensor, last_1: Tensor, numbers_5: Tensor, chance_B: Tensor, *seen: Tensor
         ) -> Tensor:
             places = Places(torch.arange(tokens_BT.shape[1], device=tokens_BT.device), first_B)
-            cache: list[Tensor] = []
-            attends = fill(model.config, places, slots, cache)
-            x_BTD = model.hidden(tokens_BT, places.positions(), attends)
+            cache = FillCache(model.config, places, slots)
+            x_BTD = model.hidden(tokens_BT, places.positions(), cache)
             logits_BV = model.logits(x_BTD.index_select(1, last_1))[:, 0, :choices]
-            self._cache = cache
+            self._cache = cache.tensors
             return choose(logits_BV, rules, numbers_5, chance_B, *seen)
 
         compiled: Callable[..., Tensor] = self.runtime.compile(prefill, "prefill", state=lambda: self._cache)

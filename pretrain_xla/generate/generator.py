@@ -12,7 +12,7 @@ from pretrain_xla.generate.decoder import Decoder
 from pretrain_xla.generate.text import TextStream, prompt_ids
 from pretrain_xla.interop.load import load_model
 from pretrain_xla.interop.special_tokens import before_text
-from pretrain_xla.model import GPT
+from pretrain_xla.model import GPT, Execution
 from pretrain_xla.runtime import Runtime, start
 from pretrain_xla.tokenizers.load import load_tokenizer
 from pretrain_xla.tokenizers.tokenizer import Tokenizer
@@ -39,15 +39,15 @@ class Generator:
             before: ids that it has learnt to see before every text.
             ends: ids that end a text, besides the tokenizer's end-of-text.
         """
-        self.model, self.tokenizer, self.runtime = model.eval(), tokenizer, runtime
+        self.tokenizer, self.runtime = tokenizer, runtime
         self._before, self._ends = tuple(before), tuple(ends)
         if tokenizer.vocab_size > model.config.vocab_size:
             raise UserError(
                 f"tokenizer {tokenizer.name!r} has {tokenizer.vocab_size} tokens and the model {model.config.vocab_size}: "
                 "it is not the model's; name the right one with --tokenizer"
             )
-        runtime.place_model(model)
-        self._decoder = Decoder(model, runtime, tokenizer.vocab_size)
+        self.model = runtime.prepare_model(model.eval(), Execution())
+        self._decoder = Decoder(self.model, runtime, tokenizer.vocab_size)
 
     @staticmethod
     def load(path: str, *, tokenizer: str | None, runtime: str, device: str, which: str = "newest") -> Generator:

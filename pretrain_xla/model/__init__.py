@@ -1,7 +1,8 @@
-"""The transformer: plain `torch.nn`, the same on every machine; it knows no mesh, no file and no runtime.
+"""The transformer: plain `torch.nn`, the same on every machine; it knows no mesh, no file, no compiler and no runtime.
 
-Read `gpt.py` first; `attention.py`, `feed_forward.py`, `norms.py` and `positions.py` are its parts, `layers.py` the two
-kinds of matrix, `initialization.py` and `flops.py` what is done to a model and counted of it.
+Read `gpt.py` first, with `attention.py`, `layers.py` and `loss.py`: that is all of it. `initialization.py` gives it its first
+values; `documents.py` keeps documents of one row apart; `flops.py` counts it, and `trace.py` draws it. `xla/` is the version
+for TPUs, put in by `optimize_for_xla`; `torch_rewrite.py` has what saves memory in plain PyTorch.
 """
 
 from pretrain_xla.model.execution import Execution

@@ -23,7 +23,8 @@ import torch_xla.core.xla_builder as xb
 from torch import Tensor, nn
 
 from pretrain_xla.config import RunConfig
-from pretrain_xla.run_folder.build import arrange, build_examples, build_model, build_optimizer
+from pretrain_xla.model import GPT
+from pretrain_xla.run_folder.build import build_examples, build_optimizer, execution_of
 from pretrain_xla.runtime.sharding import BATCH, Axis, parameter_axes, ways
 from pretrain_xla.runtime.xla.runtime import XlaRuntime
 from pretrain_xla.train.step import METRICS, TrainStep
@@ -66,7 +67,7 @@ class AbstractRuntime(XlaRuntime):
 
     def __init__(self, config: RunConfig, chip: str) -> None:
         super().__init__(config)
-        self.chip = chip
+        self._chip = chip  # whose kernels are traced, though no such device is here
         self.placed: list[tuple[Argument, Tensor]] = []
 
     def placeholder(self, name: str, kind: str, shape: Iterable[int], dtype: torch.dtype, axes: Any) -> Tensor:
@@ -78,7 +79,7 @@ class AbstractRuntime(XlaRuntime):
         return tensor.clone()
 
     def place_model(self, model: nn.Module) -> None:
-        """Placeholders for parameters and buffers; the sharding marks on activations as in a real run."""
+        """Placeholders for parameters and buffers."""
         for name, parameter in model.named_parameters():
             owner, leaf = _owner(model, name)
             tensor = self.placeholder(name, "parameter", parameter.shape, parameter.dtype, parameter_axes(name))
@@ -86,8 +87,6 @@ class AbstractRuntime(XlaRuntime):
         for name, buffer in model.named_buffers():
             owner, leaf = _owner(model, name)
             owner._buffers[leaf] = self.placeholder(name, "other", buffer.shape, buffer.dtype, (None,) * buffer.dim())
-        self.pin_activations(model)
-        self.install_kernels(model, self.chip)
 
 
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
@@ -121,9 +120,8 @@ def _trace(config: RunConfig, chip: str) -> TracedStep:
     runtime = AbstractRuntime(config, chip)
     runtime.rows(config.train.train_batch_size)  # which refuses a batch that does not divide
     with torch.device("meta"):
-        model = build_model(config, runtime)
-        arrange(model)
-    runtime.place_model(model)
+        plain = GPT(config.model, runtime.compute_dtype)
+        model = runtime.prepare_model(plain, execution_of(config))
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
 
     def place(name: str, _parameter: Tensor) -> Tensor:

@@ -4,33 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from pretrain_xla.config import RunConfig
 from pretrain_xla.data.dataset import TokenDataset
 from pretrain_xla.errors import UserError
 from pretrain_xla.model import GPT, Execution
 from pretrain_xla.model.documents import Examples
-from pretrain_xla.model.stacked import StackedBlocks, is_stacked
+from pretrain_xla.model.xla.stacked import is_stacked
 from pretrain_xla.optim import AdamW, learning_rate
 from pretrain_xla.optim.adamw import decayed
-from pretrain_xla.runtime import Runtime
 
 
-def build_model(config: RunConfig, runtime: Runtime) -> GPT:
-    """The model on the current default device, its weights not yet set, run in the way that the config and machine ask for."""
-    train = config.train
-    execution = Execution(
-        train.rematerialization, train.scan_layers, train.loss_chunk, runtime.loop, runtime.fence, runtime.split
-    )
-    return GPT(config.model, runtime.compute_dtype, execution)
-
-
-def arrange(model: GPT) -> None:
-    """Hold the parameters as the way of running wants them; to be called once they have their values."""
-    scanned = model.execution.scan_layers and model.execution.loop is not None
-    if scanned and isinstance(model.blocks, nn.ModuleList):
-        model.blocks = StackedBlocks(model.blocks)
+def execution_of(config: RunConfig) -> Execution:
+    """The way of running the model that the config asks for."""
+    return Execution(config.train.rematerialization, config.train.scan_layers, config.train.loss_chunk)
 
 
 def build_optimizer(config: RunConfig, model: GPT, place: Callable[[str, Tensor], Tensor]) -> AdamW:

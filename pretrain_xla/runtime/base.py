@@ -6,7 +6,7 @@ CPU; alone or DDP). Model, optimizer, data and trainer are written against this 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -16,8 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pretrain_xla.model.loops import Fence, Loop
-from pretrain_xla.model.split import Split
+from pretrain_xla.model import GPT, Execution
+
+Forward = Callable[..., Tensor]
+"""A model as the step calls it, with the arguments of `GPT.forward`."""
+
+Loss = Callable[[Forward, Tensor], Tensor]
+"""(model, micro-batch [rows, T + 1]) → mean loss of the micro-batch (0-d, fp32)."""
 
 
 @dataclass(frozen=True)
@@ -88,14 +93,8 @@ class Runtime(Protocol):
     """Whether this process writes the files and speaks to the person."""
     mesh: dict[str, int]
     """Axis name → devices along it."""
-    loop: Loop | None
-    """A loop that compiles into one, for the model to use; none: there is no such thing here."""
     static_shapes: bool
     """Whether a new shape costs a compilation, so that lengths are better padded to a few."""
-    fence: Fence
-    """Keeps the compiler from merging a second computation with the first."""
-    split: Split
-    """How a batch lies on devices in what is traced, for the model to cut it where they end."""
 
     def rows(self, batch_size: int) -> np.ndarray:
         """Numbers of the rows of a global batch that this process reads, in the order in which `place_batch` takes them.
@@ -104,11 +103,16 @@ class Runtime(Protocol):
             UserError: `batch_size` does not divide over the devices that split the batch.
         """
 
-    def place_model(self, model: nn.Module) -> None:
-        """Move the model to the devices, in place, sharded by the table."""
+    def prepare_model(self, model: GPT, execution: Execution) -> GPT:
+        """The version of a model that runs here, on the devices, sharded by the table; `model` is used up.
 
-    def forward(self, model: nn.Module) -> Callable[..., Tensor]:
-        """The model as the step calls it (compiled, wrapped for gradient reduction …)."""
+        Args:
+            model: built, with its values.
+            execution: what is computed again in the backward pass, and what in one loop.
+        """
+
+    def forward(self, model: GPT) -> Any:
+        """A prepared model as the step calls it (compiled, wrapped for gradient reduction …): a `Forward`."""
 
     def place_like(self, host: Tensor, parameter: Tensor | None) -> Tensor:
         """A host tensor on the devices, laid out like `parameter` if it has its shape, else whole on every device."""
@@ -127,21 +131,23 @@ class Runtime(Protocol):
 
     def gradients(
         self,
-        loss: Callable[[Tensor], Tensor],
-        parameters: Sequence[Tensor],
+        loss: Loss,
+        forward: Any,
+        parameters: Mapping[str, Tensor],
         tokens_BAS: Tensor,
         scale: Tensor | None = None,
     ) -> tuple[Tensor, list[Tensor | None]]:
         """Mean loss over the micro-batches, and its gradients, reduced once over all replicas.
 
         Args:
-            loss: mean loss of one micro-batch `[rows, T + 1]`; it calls what `forward` gave.
-            parameters: what to differentiate by.
+            loss: mean loss of one micro-batch; it is passed the model on the tensors that it is to be differentiated by.
+            forward: what `forward` gave.
+            parameters: all parameters of the model, by name: what to differentiate by.
             tokens_BAS: `[rows, micro-batches, T + 1]` of this process.
-            scale: factor on the loss before differentiation (fp16), or none.
+            scale: factor on the loss before differentiation (fp16). None: 1.
 
         Returns:
-            The unscaled loss of this process's rows (0-d, fp32), and each parameter's gradient, none where none reached it.
+            The unscaled loss of this process's rows (0-d, fp32), and each parameter's gradient, or None where none reached it.
         """
 
     def mean(self, value: Tensor) -> Tensor:

@@ -1,8 +1,7 @@
 """One table from parameter name to mesh axes.
 
-It drives XLA SPMD here, and whatever else lays tensors over devices later. A pattern is matched by
-`fnmatch` against the parameter's name, the first match wins, and every parameter must match one: a new layer that is
-forgotten here is an error, not a silently replicated tensor.
+It drives XLA SPMD. A pattern is matched by `fnmatch` against the parameter's name, the first match wins, and every parameter
+must match one: a new layer that is forgotten here is an error, not a silently replicated tensor.
 
 The tensor axis follows Megatron-LM (Shoeybi et al. 2019): the first product of a pair is split by output, the second by
 input, so one all-reduce closes each of attention and feed-forward. The fsdp axis takes the other dimension of each
@@ -17,7 +16,7 @@ from fnmatch import fnmatchcase
 
 from pretrain_xla.config import ModelConfig
 from pretrain_xla.errors import UserError
-from pretrain_xla.model.stacked import is_stacked
+from pretrain_xla.model.xla.stacked import is_stacked
 
 Axis = str | tuple[str, ...] | None
 
@@ -45,7 +44,7 @@ ACTIVATIONS: dict[str, tuple[Axis, ...]] = {
     "embedding": (BATCH, None, None),
     "blocks.*": (BATCH, None, None),
 }
-"""Module whose output is pinned → axes of that output [B, T, D]: keeps the compiler from gathering the batch."""
+"""Module → axes of its output [B, T, D], whose sharding is constrained: it keeps the compiler from gathering the batch."""
 
 
 def lookup(table: dict[str, tuple[Axis, ...]], name: str) -> tuple[Axis, ...] | None:

@@ -9,7 +9,7 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -22,9 +22,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pretrain_xla.config import ModelConfig, RunConfig
 from pretrain_xla.errors import UserError
-from pretrain_xla.model.loops import Fence, Loop, no_fence
-from pretrain_xla.model.split import WHOLE, Split
-from pretrain_xla.runtime.base import GraphCounts, GraphEvent, Repeat
+from pretrain_xla.model import GPT, Execution
+from pretrain_xla.model.torch_rewrite import optimize_for_torch
+from pretrain_xla.runtime.base import Forward, GraphCounts, GraphEvent, Loss, Repeat
 from pretrain_xla.runtime.launched import RENDEZVOUS, launched
 from pretrain_xla.runtime.peak_flops import gpu_peak
 from pretrain_xla.runtime.rows import rows_of
@@ -61,9 +61,6 @@ class TorchRuntime:
         self._compiles = config.train.compile
         if self._compiles:
             _check_compiler()
-        self.loop: Loop | None = None
-        self.fence: Fence = no_fence
-        self.split: Split = WHOLE
         self.static_shapes = False
         self._replica: DistributedDataParallel | None = None
         self.warnings: Sequence[str] = ()
@@ -116,9 +113,9 @@ class TorchRuntime:
             )
         return rows_of([self.process_index], self.process_count, batch_size)
 
-    def place_model(self, model: nn.Module) -> None:
-        """See `base.Runtime.place_model`."""
-        model.to(self.device)
+    def prepare_model(self, model: GPT, execution: Execution) -> GPT:
+        """See `base.Runtime.prepare_model`."""
+        return optimize_for_torch(model, execution).to(self.device)
 
     def forward(self, model: nn.Module) -> Callable[..., Tensor]:
         """See `base.Runtime.forward`; torch.compile inside DDP, so that gradient buckets still overlap the backward."""
@@ -191,8 +188,9 @@ class TorchRuntime:
 
     def gradients(
         self,
-        loss: Callable[[Tensor], Tensor],
-        parameters: Sequence[Tensor],
+        loss: Loss,
+        forward: Forward,
+        parameters: Mapping[str, Tensor],
         tokens_BAS: Tensor,
         scale: Tensor | None = None,
     ) -> tuple[Tensor, list[Tensor | None]]:
@@ -202,11 +200,11 @@ class TorchRuntime:
         for index in range(count):
             waits = self._replica is not None and index < count - 1
             with self._replica.no_sync() if waits and self._replica is not None else contextlib.nullcontext():
-                value = loss(tokens_BAS[:, index]) / count
+                value = loss(forward, tokens_BAS[:, index]) / count
                 (value if scale is None else value * scale).backward()
             total = total + value.detach()
-        gradients = [parameter.grad for parameter in parameters]
-        for parameter in parameters:
+        gradients = [parameter.grad for parameter in parameters.values()]
+        for parameter in parameters.values():
             parameter.grad = None  # the next backward makes new ones, so no memory holds them between steps
         return total, gradients
 

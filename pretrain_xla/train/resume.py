@@ -13,7 +13,7 @@ from pretrain_xla.errors import UserError
 from pretrain_xla.interop import hub
 from pretrain_xla.interop.from_checkpoint import FREE_MODEL_KEYS, check_fits, fit_tensors
 from pretrain_xla.interop.load import Description, describe
-from pretrain_xla.model.stacked import of_all_layers
+from pretrain_xla.model.xla.stacked import stack_layers
 from pretrain_xla.run_folder.checkpoint import MARKER, CheckpointInfo, CheckpointStore, open_checkpoint
 from pretrain_xla.run_folder.finite import check_finite, check_names
 from pretrain_xla.run_folder.own_tokenizer import check_same_tokenizer, tokenizer_of_checkpoint, tokenizer_of_run
@@ -55,7 +55,7 @@ class Start:
         Raises:
             UserError: it is not there although others are or updates were made, or it is of another shape.
         """
-        saved = of_all_layers(f"optimizer.{name}", self.tensors)
+        saved = stack_layers(f"optimizer.{name}", self.tensors)
         shape = () if name == "step" else tuple(parameter.shape)
         if self.tests or (
             saved is None and self.step == 0 and not any(n.startswith("optimizer.") for n in self.tensors)

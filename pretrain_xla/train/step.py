@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pretrain_xla.config import RunConfig
+from pretrain_xla.model import GPT
 from pretrain_xla.model.documents import Examples
 from pretrain_xla.optim import AdamW
 from pretrain_xla.optim.adamw import clip_by_global_norm
@@ -36,7 +37,7 @@ class TrainStep:
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: AdamW, runtime: Runtime, config: RunConfig, examples: Examples | None = None
+        self, model: GPT, optimizer: AdamW, runtime: Runtime, config: RunConfig, examples: Examples | None = None
     ) -> None:
         self.model = model
         self.optimizer = optimizer
@@ -73,7 +74,8 @@ class TrainStep:
             The history with this step's metrics at its end.
         """
         scale = None if self.loss_scale is None else self.loss_scale.scale
-        total, gradients = self.runtime.gradients(self._loss, self.optimizer.parameters, tokens_BAS, scale)
+        parameters = dict(zip(self.optimizer.names, self.optimizer.parameters, strict=True))
+        total, gradients = self.runtime.gradients(self.examples.loss, self.forward, parameters, tokens_BAS, scale)
         missing = [name for name, g in zip(self.optimizer.names, gradients, strict=True) if g is None]
         assert not missing, f"no gradient reached {missing}"
         loss, counted = self.runtime.mean(total), self.examples.counted(tokens_BAS)
@@ -84,9 +86,6 @@ class TrainStep:
         norm, rate = self._update(gradients, counted)
         metrics_M = torch.stack([loss, norm, rate])
         return torch.cat([history_NM[1:], metrics_M[None]])
-
-    def _loss(self, tokens_BS: Tensor) -> Tensor:
-        return self.examples.loss(self.forward, tokens_BS)
 
     def _clip_and_update(self, gradients: list[Tensor], counted: Tensor | None) -> tuple[Tensor, Tensor]:
         overflow: Tensor | None = None

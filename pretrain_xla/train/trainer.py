@@ -23,10 +23,10 @@ from pretrain_xla.data.find_shards import Split
 from pretrain_xla.data.prefetch import pipeline
 from pretrain_xla.errors import UserError
 from pretrain_xla.interop.upload import Uploader
-from pretrain_xla.model import initialize, parameter_count
-from pretrain_xla.model.stacked import of_each_layer
+from pretrain_xla.model import GPT, initialize, parameter_count
+from pretrain_xla.model.xla.stacked import unstack_layers
 from pretrain_xla.redact import redacted_tree
-from pretrain_xla.run_folder.build import arrange, build_examples, build_model, build_optimizer
+from pretrain_xla.run_folder.build import build_examples, build_optimizer, execution_of
 from pretrain_xla.run_folder.checkpoint import CheckpointInfo
 from pretrain_xla.run_folder.console import Console
 from pretrain_xla.run_folder.metrics import MetricLog, Row
@@ -63,13 +63,12 @@ class Trainer:
         if self.tokenizer_fingerprint is None and self.start.info is not None:
             self.tokenizer_fingerprint = self.start.info.tokenizer
         self.batches = self._batches(train_data)
-        self.model = build_model(config, runtime)
+        model = GPT(config.model, runtime.compute_dtype)
         if self.start.step == 0 and not self.start.tensors:
-            initialize(self.model, train.seed)
+            initialize(model, train.seed)
         else:
-            self.start.load_model(self.model)
-        arrange(self.model)
-        runtime.place_model(self.model)
+            self.start.load_model(model)
+        self.model = runtime.prepare_model(model, execution_of(config))
         self.optimizer = build_optimizer(
             config,
             self.model,
@@ -279,7 +278,7 @@ class Trainer:
                 seen=self._seen(done),
                 tokenizer=self.tokenizer_fingerprint,
             )
-            self.start.store.save(of_each_layer(host), info)
+            self.start.store.save(unstack_layers(host), info)
 
     def _push_to_hub(self, stack: ExitStack) -> None:
         """Have each checkpoint pushed, where that is asked for; the stack waits for the last one."""

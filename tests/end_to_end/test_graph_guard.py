@@ -13,11 +13,11 @@ import sys
 sys.argv = ["run_pretrain_xla.py", *sys.argv[1:]]
 import torch
 from pretrain_xla.cli import run_pretrain
-from pretrain_xla.model.feed_forward import FeedForward
+from pretrain_xla.model.xla.attention import XlaFeedForward
 from pretrain_xla.train.trainer import Trainer
 
 calls = {"steps": 0}
-plain_forward, plain_step = FeedForward.forward, Trainer._one_step
+plain_forward, plain_step = XlaFeedForward.forward, Trainer._one_step
 
 def step(self, done, tokens):
     calls["steps"] = done
@@ -28,25 +28,25 @@ Trainer._one_step = step
 FAULTS = {
     # A Python float that becomes 1.0, which XLA bakes into the graph.
     "changing float": """
-def faulty(self, x):
-    return plain_forward(self, x) * (0.5 if calls["steps"] < 5 else 1.0)  # FAULT
-FeedForward.forward = faulty
+def faulty(self, x, *save):
+    return plain_forward(self, x, *save) * (0.5 if calls["steps"] < 5 else 1.0)  # FAULT
+XlaFeedForward.forward = faulty
 """,
     # A shape that changes: one more row for one step.
     "changing shape": """
-def faulty(self, x):
+def faulty(self, x, *save):
     rows = 2 if calls["steps"] == 6 else 1
     noise = torch.ones(rows, 1, device=x.device).sum(0)  # FAULT
-    return plain_forward(self, x) * noise
-FeedForward.forward = faulty
+    return plain_forward(self, x, *save) * noise
+XlaFeedForward.forward = faulty
 """,
     "item in the step": """
-def faulty(self, x):
-    out = plain_forward(self, x)
+def faulty(self, x, *save):
+    out = plain_forward(self, x, *save)
     if calls["steps"] == 5:
         out.sum().item()  # FAULT
     return out
-FeedForward.forward = faulty
+XlaFeedForward.forward = faulty
 """,
     "item in the loop": """
 def faulty(self, done, tokens):
@@ -56,12 +56,12 @@ def faulty(self, done, tokens):
 Trainer._one_step = faulty
 """,
     "operation without a lowering": """
-def faulty(self, x):
-    out = plain_forward(self, x)
+def faulty(self, x, *save):
+    out = plain_forward(self, x, *save)
     if calls["steps"] == 5:
         out = out + torch.special.erfcx(x).mean() * 0.0  # FAULT
     return out
-FeedForward.forward = faulty
+XlaFeedForward.forward = faulty
 """,
 }
 EXPECTED = {

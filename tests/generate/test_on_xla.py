@@ -18,7 +18,7 @@ from pretrain_xla.config import build_config
 from pretrain_xla.generate.continuation import Continuation, Request
 from pretrain_xla.generate.decoder import Decoder
 from pretrain_xla.generate.sampling import Sampling
-from pretrain_xla.model import GPT, initialize
+from pretrain_xla.model import GPT, Execution, initialize
 from pretrain_xla.runtime import start
 
 MODEL = dict(vocab_size=97, vocab_multiple=16, seq_length=300, d_model=32, num_layers=2, num_heads=4, d_ff=48, init="normal")
@@ -33,7 +33,7 @@ initialize(model, 1)
 for parameter in model.parameters():
     if parameter.dim() == 2:
         parameter.data.mul_(5)
-runtime.place_model(model.eval())
+model = runtime.prepare_model(model.eval(), Execution())
 decoder = Decoder(model, runtime)
 texts = [[3, 4, 5], [7, 8, 9, 10, 11, 12, 13], [90]]
 

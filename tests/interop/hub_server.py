@@ -80,7 +80,7 @@ class Handler(BaseHTTPRequestHandler):
                 return
         self.answer(404, {"error": f"no route for {self.command} {path}"})
 
-    do_GET = do_POST = do_PUT = do_HEAD = route  # noqa: N815 - http.server's names
+    do_GET = do_POST = do_PUT = do_HEAD = route
 
     def answer(self, status: int, tree: Any = None, **headers: str) -> None:
         body = b"" if tree is None else json.dumps(tree).encode()

@@ -1,13 +1,29 @@
 import pytest
 import torch
 
-from pretrain_xla.model.attention import attend
+from pretrain_xla.config import ModelConfig
+from pretrain_xla.model.attention import Attention, Heads
+from pretrain_xla.model.attention import attend as attend_with
 
 
 def heads(num_heads, kv_heads, length=9, width=6):
     generator = torch.Generator().manual_seed(1)
     shapes = ((2, num_heads, length, width), (2, kv_heads, length, width), (2, kv_heads, length, width))
     return [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
+
+
+def attend(query, key, value, *, implementation, scale, softcap=None, dropout=0.0, segments_BT=None):
+    H, K = query.shape[1], key.shape[1]
+    config = ModelConfig(
+        num_heads=H,
+        num_kv_heads=K,
+        head_dim=query.shape[-1],
+        d_model=12 * H,
+        query_scale=scale,
+        attention_softcap=softcap,
+        attention=implementation,
+    )
+    return attend_with(Heads(query, key, value), segments_BT, config, dropout)
 
 
 def by_hand(query_BHTE, key_BKTE, value_BKTE, scale, softcap):
@@ -59,15 +75,11 @@ def test_tokens_attend_within_their_document(implementation, softcap):
 
 
 @pytest.mark.parametrize("implementation", ["reference", "sdpa"])
-def test_dropout_acts_in_training_only(implementation):
+def test_dropout_keeps_the_mean(implementation):
     inputs = [x.detach() for x in heads(4, 4)]
     plain_BHTE = attend(*inputs, implementation=implementation, scale=0.3)
-    evaluated_BHTE = attend(*inputs, implementation=implementation, scale=0.3, dropout=0.5)
-    torch.testing.assert_close(evaluated_BHTE, plain_BHTE)
     torch.manual_seed(0)
-    trained = [
-        attend(*inputs, implementation=implementation, scale=0.3, dropout=0.5, training=True) for _ in range(600)
-    ]
+    trained = [attend(*inputs, implementation=implementation, scale=0.3, dropout=0.5) for _ in range(600)]
     assert not torch.equal(trained[0], trained[1])
     torch.testing.assert_close(torch.stack(trained).mean(0), plain_BHTE, atol=0.35, rtol=0.0)
 
@@ -76,3 +88,11 @@ def test_a_softcap_without_a_fused_kernel_is_the_reference():
     heads = torch.randn(3, 1, 2, 8, 4, generator=torch.Generator().manual_seed(0))
     capped = [attend(*heads, implementation=name, scale=0.5, softcap=1.0) for name in ("sdpa", "reference")]
     assert torch.equal(*capped)
+
+
+def test_no_dropout_in_evaluation():
+    config = ModelConfig(num_heads=2, d_model=16, dropout=0.5)
+    attention = Attention(config, torch.float32)
+    inputs = Heads(*(x.detach() for x in heads(2, 2, width=8)))
+    assert not torch.equal(attention.attend(inputs, None), attend_with(inputs, None, config))
+    assert torch.equal(attention.eval().attend(inputs, None), attend_with(inputs, None, config))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,7 +12,9 @@ from torch import Tensor
 from pretrain_xla.config import ModelConfig
 from pretrain_xla.model import GPT, Execution, cross_entropy, initialize
 from pretrain_xla.model.documents import Examples, number_documents, positions_within
-from pretrain_xla.model.loops import python_loop
+from pretrain_xla.model.torch_rewrite import optimize_for_torch
+from pretrain_xla.model.xla import XlaContext, optimize_for_xla
+from pretrain_xla.model.xla.stacked import unstack_layers
 
 END = 0
 ROW = torch.tensor([[5, 1, END, END, 7, 8, 9, END, 3, 2, 1, 4], [6] * 12], dtype=torch.int32)
@@ -49,16 +52,18 @@ MODELS: dict[str, dict[str, Any]] = {
     "soft-caps": {"positions": "rotary", "num_kv_heads": 1, "attention_softcap": 2.0, "logit_softcap": 3.0},
     "no positions": {"positions": "none"},
 }
-EXECUTIONS = {
-    "plain": Execution(),
-    "scan": Execution(scan_layers=True, loop=python_loop),
-    "selective": Execution("selective", loop=python_loop),
-    "torch selective": Execution("selective"),
-    "torch full": Execution("full"),
+WAYS: dict[str, Callable[[GPT], GPT]] = {
+    "plain": lambda model: model,
+    "xla": lambda model: optimize_for_xla(model, Execution(), XlaContext()),
+    "xla, scan": lambda model: optimize_for_xla(model, Execution(scan_layers=True), XlaContext()),
+    "xla, selective": lambda model: optimize_for_xla(model, Execution("selective"), XlaContext()),
+    "torch, selective": lambda model: optimize_for_torch(model, Execution("selective")),
+    "torch, full": lambda model: optimize_for_torch(model, Execution("full")),
+    "torch, chunked loss": lambda model: optimize_for_torch(model, Execution(loss_chunk=5)),
 }
 
 
-def make(kind: str, attention: str, execution: Execution | None = None) -> GPT:
+def make(kind: str, attention: str) -> GPT:
     sizes: dict[str, Any] = {
         "vocab_size": 61,
         "seq_length": 12,
@@ -67,7 +72,7 @@ def make(kind: str, attention: str, execution: Execution | None = None) -> GPT:
         "num_heads": 4,
         "d_ff": 40,
     }
-    model = GPT(ModelConfig(**sizes, **MODELS[kind], attention=attention), execution=execution)
+    model = GPT(ModelConfig(**sizes, **MODELS[kind], attention=attention))
     initialize(model, seed=3)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -75,14 +80,20 @@ def make(kind: str, attention: str, execution: Execution | None = None) -> GPT:
     return model
 
 
-def apart(model: GPT, targets_BT: Tensor) -> list[Tensor]:
+def named_gradients(model: GPT, loss: Tensor) -> dict[str, Tensor]:
+    names = [name for name, _ in model.named_parameters()]
+    gradients = dict(zip(names, torch.autograd.grad(loss, list(model.parameters())), strict=True))
+    return unstack_layers(gradients) | {"loss": loss.detach()}
+
+
+def apart(model: GPT, targets_BT: Tensor) -> dict[str, Tensor]:
     """Summed loss of each document of `ROW` alone, and its gradients: what no mask, segment or reset has touched."""
     loss = torch.zeros(())
     for row, targets, numbers in zip(ROW, targets_BT, number_documents(ROW, END), strict=True):
         for number in numbers.unique():
             own = numbers == number
             loss = loss + own.sum() * cross_entropy(model(row[own][None]), targets[own][None])
-    return [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
+    return named_gradients(model, loss)
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -100,28 +111,29 @@ def test_logits_are_those_of_each_document_alone(kind: str, attention: str) -> N
 
 
 @pytest.mark.parametrize("kind", ["learned", "rotary"])
-@pytest.mark.parametrize("way", EXECUTIONS)
+@pytest.mark.parametrize("way", WAYS)
 def test_loss_and_gradients_are_those_of_each_document_alone(kind: str, way: str) -> None:
     targets_BT = ROW.roll(-1, 1)
     expected = apart(make(kind, "reference"), targets_BT)
-    model = make(kind, "sdpa", EXECUTIONS[way])
+    model = WAYS[way](make(kind, "sdpa"))
     loss = ROW.numel() * model(ROW, targets_BT, number_documents(ROW, END))
-    found = [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
-    for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-5)
+    found = named_gradients(model, loss)
+    assert found.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], atol=2e-5, rtol=1e-5)
 
 
 def test_examples_are_the_next_tokens_of_a_document() -> None:
     model, rows_BS = make("learned", "sdpa"), torch.cat([ROW, ROW[:, :1]], dim=1)
-    expected = apart(model, rows_BS[:, 1:])[0] / ROW.numel()
+    expected = apart(model, rows_BS[:, 1:])["loss"] / ROW.numel()
     torch.testing.assert_close(Examples(END).loss(model, rows_BS).detach(), expected)
     assert Examples(END).counted(rows_BS) is None
     torch.testing.assert_close(Examples().loss(model, rows_BS), model(rows_BS[:, :-1], rows_BS[:, 1:]))
 
 
-@pytest.mark.parametrize("execution", [Execution(), Execution(loss_chunk=5)])
-def test_tokens_left_out_of_the_loss(execution: Execution) -> None:
-    model, rows_BS = make("learned", "sdpa", execution), torch.cat([ROW, ROW[:, :1]], dim=1)
+@pytest.mark.parametrize("way", ["plain", "torch, chunked loss"])
+def test_tokens_left_out_of_the_loss(way: str) -> None:
+    model, rows_BS = WAYS[way](make("learned", "sdpa")), torch.cat([ROW, ROW[:, :1]], dim=1)
     examples = Examples(ignored=(END, 6))
     targets_BT = rows_BS[:, 1:].long()
     losses_BT = -model(rows_BS[:, :-1]).log_softmax(-1).gather(-1, targets_BT[..., None])[..., 0]

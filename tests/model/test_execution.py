@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,8 +12,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pretrain_xla.config import ModelConfig
 from pretrain_xla.model import GPT, Execution, cross_entropy, initialize
-from pretrain_xla.model.loops import python_loop
-from pretrain_xla.model.loss import Head, _cut, linear_cross_entropy
+from pretrain_xla.model.torch_rewrite import optimize_for_torch
+from pretrain_xla.model.xla import XlaContext, optimize_for_xla
+from pretrain_xla.model.xla.linear_loss import Head, _cut, linear_cross_entropy
+from pretrain_xla.model.xla.stacked import unstack_layers
 
 SIZES: dict[str, Any] = {
     "vocab_size": 61, "vocab_multiple": 16, "seq_length": 12, "d_model": 24, "num_layers": 3, "num_heads": 4, "d_ff": 40,
@@ -28,61 +31,76 @@ MODELS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def loss_and_gradients(model: GPT, ignored: bool = False) -> list[Tensor]:
+def loss_and_gradients(model: GPT, ignored: bool = False) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     tokens_BT = torch.randint(0, 61, (2, 12), generator=generator, dtype=torch.int32)
     targets_BT = tokens_BT.roll(-1, 1).clone()
     if ignored:
         targets_BT[0, 3:7] = -100
     loss = model(tokens_BT, targets_BT)
-    return [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
+    names = [name for name, _ in model.named_parameters()]
+    gradients = dict(zip(names, torch.autograd.grad(loss, list(model.parameters())), strict=True))
+    return unstack_layers(gradients) | {"loss": loss.detach()}
 
 
-def make(options: dict[str, Any], execution: Execution) -> GPT:
-    model = GPT(ModelConfig(**SIZES, **options), execution=execution)
+Way = Callable[[GPT], GPT]
+
+
+def make(options: dict[str, Any], way: Way = lambda model: model) -> GPT:
+    model = GPT(ModelConfig(**SIZES, **options))
     initialize(model, seed=3)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
-    return model
+    return way(model)
 
 
-EXECUTIONS = {
-    "fused loss": Execution(loop=python_loop),
-    "chunked loss": Execution(loss_chunk=5),
-    "selective": Execution("selective", loop=python_loop),
-    "full": Execution("full", loop=python_loop),
-    "scan": Execution(scan_layers=True, loop=python_loop),
-    "scan, full, chunked": Execution("full", scan_layers=True, loss_chunk=8, loop=python_loop),
-    "torch selective": Execution("selective"),
-    "torch full": Execution("full"),
+def on_xla(*options: Any) -> Way:
+    return lambda model: optimize_for_xla(model, Execution(*options), XlaContext())
+
+
+def on_torch(*options: Any) -> Way:
+    return lambda model: optimize_for_torch(model, Execution(*options))
+
+
+WAYS = {
+    "xla": on_xla(),
+    "xla, selective": on_xla("selective"),
+    "xla, full": on_xla("full"),
+    "xla, scan": on_xla("none", True),
+    "xla, selective scan": on_xla("selective", True),
+    "xla, full scan, chunked loss": on_xla("full", True, 8),
+    "torch, chunked loss": on_torch("none", False, 5),
+    "torch, selective": on_torch("selective"),
+    "torch, full, chunked loss": on_torch("full", False, 5),
 }
 
 
 @pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize("way", EXECUTIONS)
+@pytest.mark.parametrize("way", WAYS)
 def test_same_loss_and_gradients(kind: str, way: str) -> None:
-    expected = loss_and_gradients(make(MODELS[kind], Execution()), ignored=True)
-    found = loss_and_gradients(make(MODELS[kind], EXECUTIONS[way]), ignored=True)
-    for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    expected = loss_and_gradients(make(MODELS[kind]), ignored=True)
+    found = loss_and_gradients(make(MODELS[kind], WAYS[way]), ignored=True)
+    assert found.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-6)
 
 
 def test_what_is_computed_again() -> None:
     """Selective repeats no matrix product; full repeats those of the blocks, but for the last, which nothing waits for."""
 
-    def operations(execution: Execution) -> int:
+    def operations(*options: Any) -> int:
         with FlopCounterMode(display=False) as counter:
-            loss_and_gradients(make(MODELS["gpt2"], execution))
+            loss_and_gradients(make(MODELS["gpt2"], on_torch(*options)))
         return counter.get_total_flops()
 
     products = 2 * 24 * 3 * (4 * 24 * 24 + 24 * 40)
-    assert operations(Execution("selective")) == operations(Execution())
-    assert operations(Execution("full")) - operations(Execution()) == products
+    assert operations("selective") == operations()
+    assert operations("full") - operations() == products
 
 
 def test_without_gradients_nothing_is_kept() -> None:
-    model = make(MODELS["gpt2"], Execution("selective", scan_layers=True, loop=python_loop))
+    model = make(MODELS["gpt2"], on_xla("selective", True))
     tokens_BT = torch.zeros(1, 12, dtype=torch.int32)
     with torch.no_grad():
         loss = model(tokens_BT, tokens_BT)

@@ -205,16 +205,20 @@ def test_tokens_one_by_one_over_a_cache_give_the_same_logits(tiny, build, batch,
     config = tiny(positions=positions, qk_norm=True, num_kv_heads=2)
     model = build(config)
     tokens_BT, _ = batch(config)
-    caches = [[] for _ in model.blocks]
+    layers = [[] for _ in model.blocks]
 
-    def attend_to(cache, query_BHTE, key_BKTE, value_BKTE):
-        cache.append((key_BKTE, value_BKTE))
-        keys, values = (torch.cat(part, dim=2).repeat_interleave(2, dim=1) for part in zip(*cache, strict=True))
-        return torch.nn.functional.scaled_dot_product_attention(query_BHTE, keys, values)
+    class Cache:
+        def __init__(self):
+            self.next = iter(layers)
 
-    attends = [lambda q, k, v, cache=cache: attend_to(cache, q, k, v) for cache in caches]
+        def attend(self, heads):
+            layer = next(self.next)
+            layer.append(heads[1:])
+            keys, values = (torch.cat(part, dim=2).repeat_interleave(2, dim=1) for part in zip(*layer, strict=True))
+            return torch.nn.functional.scaled_dot_product_attention(heads.query_BHTE, keys, values)
+
     steps = [
-        model.logits(model.hidden(tokens_BT[:, t : t + 1], positions=torch.tensor([t]), attends=attends))
+        model.logits(model.hidden(tokens_BT[:, t : t + 1], torch.tensor([t]), Cache()))
         for t in range(config.seq_length)
     ]
     torch.testing.assert_close(torch.cat(steps, dim=1), model(tokens_BT), atol=1e-5, rtol=1e-5)

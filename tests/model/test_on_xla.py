@@ -12,8 +12,11 @@ SCRIPT = """
 import torch, torch_xla
 import torch_xla.debug.metrics as met
 from pretrain_xla.config import ModelConfig
-from pretrain_xla.model import GPT, initialize
-from pretrain_xla.model.layers import Linear
+from pretrain_xla.model import GPT, Execution, initialize
+from pretrain_xla.model.xla import optimize_for_xla
+from pretrain_xla.model.xla.context import XlaContext
+from pretrain_xla.model.xla.linear import ProductBiasLinear
+from pretrain_xla.runtime.xla.scan import XlaScan, xla_barrier
 
 SIZES = dict(vocab_size=61, vocab_multiple=16, seq_length=12, d_model=24, num_layers=1, num_heads=4, d_ff=40)
 GPT2 = {}
@@ -24,9 +27,10 @@ device = torch_xla.device()
 for options in (GPT2, GEMMA):
     model = GPT(ModelConfig(**SIZES, **options))
     initialize(model, 0)
+    fast = optimize_for_xla(model, Execution(), XlaContext(XlaScan(), xla_barrier))
     tokens_BT = torch.randint(0, 61, (2, 12), dtype=torch.int32)
     results = []
-    for place in (device, "cpu"):
+    for place, model in ((device, fast), ("cpu", model)):
         model.to(place)
         model.zero_grad()
         logits_BTV, loss = model(tokens_BT.to(place)), model(tokens_BT.to(place), tokens_BT.roll(-1, 1).to(place))
@@ -37,8 +41,7 @@ for options in (GPT2, GEMMA):
         results.append([logits_BTV.detach().cpu(), loss.detach().cpu(), *(p.grad.cpu() for p in model.parameters())])
     for on_xla, on_cpu in zip(*results, strict=True):
         torch.testing.assert_close(on_xla, on_cpu, atol=1e-5, rtol=1e-5)
-compiled = []
-model.to(device)
+compiled, model = [], fast.to(device)
 for _ in range(3):
     model.zero_grad()
     model(tokens_BT.to(device), tokens_BT.roll(-1, 1).to(device)).backward()
@@ -47,7 +50,7 @@ for _ in range(3):
 assert compiled[1] == compiled[2], compiled
 fallbacks = [name for name in met.counter_names() if name.startswith("aten::")]
 assert not fallbacks, fallbacks
-linear, x_BTF = Linear(24, 16, bias=True, sum_by_product=True).to(device), torch.randn(2, 40, 24).to(device).bfloat16()
+linear, x_BTF = ProductBiasLinear(24, 16, bias=True).to(device), torch.randn(2, 40, 24).to(device).bfloat16()
 torch.nn.init.ones_(linear.weight), torch.nn.init.zeros_(linear.bias)
 output = linear(x_BTF)
 assert "AddBias" in str(output.grad_fn)

@@ -7,9 +7,10 @@ from torch import Tensor
 
 from pretrain_xla.config import ModelConfig, OptimConfig, RunConfig
 from pretrain_xla.model import GPT, Execution, initialize
-from pretrain_xla.model.loops import python_loop
-from pretrain_xla.model.stacked import StackedBlocks, is_stacked, of_all_layers, of_each_layer
-from pretrain_xla.run_folder.build import arrange, build_optimizer
+from pretrain_xla.model.attention import Heads
+from pretrain_xla.model.xla import XlaContext, optimize_for_xla
+from pretrain_xla.model.xla.stacked import StackedBlocks, is_stacked, stack_layers, unstack_layers
+from pretrain_xla.run_folder.build import build_optimizer
 from pretrain_xla.runtime.sharding import parameter_axes
 
 CONFIG = ModelConfig(
@@ -27,14 +28,12 @@ TOKENS_BT = torch.arange(24, dtype=torch.int32).view(2, 12)
 
 
 def make(*, stacked: bool) -> GPT:
-    execution = Execution("full", scan_layers=True, loop=python_loop) if stacked else Execution(loop=python_loop)
-    model = GPT(CONFIG, execution=execution)
+    model = GPT(CONFIG)
     initialize(model, seed=3)
     with torch.no_grad():
         for index, parameter in enumerate(model.parameters()):
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index)))
-    arrange(model)
-    return model
+    return optimize_for_xla(model, Execution("full", scan_layers=stacked), XlaContext())
 
 
 def gradients(model: GPT) -> dict[str, Tensor]:
@@ -47,8 +46,8 @@ def test_stacked_is_the_same_model() -> None:
     plain, stacked = make(stacked=False), make(stacked=True)
     assert isinstance(stacked.blocks, StackedBlocks)
     assert len(list(stacked.named_parameters())) < len(list(plain.named_parameters()))
-    assert len(stacked.blocks) == len(plain.blocks)
-    found, expected = of_each_layer(gradients(stacked)), gradients(plain)
+    assert len(stacked.blocks) == len(list(plain.blocks.children()))
+    found, expected = unstack_layers(gradients(stacked)), gradients(plain)
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-6)
@@ -57,25 +56,27 @@ def test_stacked_is_the_same_model() -> None:
 def test_each_block_can_be_called_by_itself() -> None:
     """As generation does, with its cache in place of attention over these tokens."""
 
-    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+    class Cache:
+        def attend(self, heads: Heads) -> Tensor:
+            return torch.nn.functional.scaled_dot_product_attention(*heads, is_causal=True)
 
-    plain, stacked = (make(stacked=one).hidden(TOKENS_BT, attends=[attend] * 3) for one in (False, True))
+    plain, stacked = (make(stacked=one).hidden(TOKENS_BT, segments=Cache()) for one in (False, True))
     torch.testing.assert_close(stacked, plain)
+    torch.testing.assert_close(plain, make(stacked=True).hidden(TOKENS_BT))
 
 
 def test_names_on_disk_are_those_of_the_layers() -> None:
     state = {name: parameter.detach() for name, parameter in make(stacked=False).named_parameters()}
     stacked = {name: parameter.detach() for name, parameter in make(stacked=True).named_parameters()}
-    apart = of_each_layer(stacked)
+    apart = unstack_layers(stacked)
     assert apart.keys() == state.keys()
     assert all(torch.equal(apart[name], tensor) for name, tensor in state.items())
     assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in apart.values() if tensor.dim() == 1)
     for name, tensor in stacked.items():
-        together = of_all_layers(name, apart)
+        together = stack_layers(name, apart)
         assert together is not None
         assert torch.equal(together, tensor)
-    assert of_all_layers("blocks.all.nothing", apart) is None
+    assert stack_layers("blocks.all.nothing", apart) is None
 
 
 def test_optimizer_and_mesh_take_a_layer_for_what_it_is() -> None:

@@ -17,9 +17,9 @@ from pathlib import Path
 import torch, torch_xla
 from pretrain_xla.config import build_config
 from pretrain_xla.model import GPT, initialize
-from pretrain_xla.model.stacked import of_each_layer
+from pretrain_xla.model.xla.stacked import unstack_layers
 from pretrain_xla.runtime.xla.runtime import XlaRuntime
-from pretrain_xla.run_folder.build import arrange, build_examples, build_model
+from pretrain_xla.run_folder.build import build_examples, execution_of
 
 SIZES = dict(vocab_size=61, vocab_multiple=16, seq_length=11, d_model=32, num_layers=2, num_heads=4, d_ff=64, norm="rmsnorm",
              positions="rotary", attention="reference")
@@ -44,7 +44,7 @@ def config_of(mesh, model, train):
 
 def gradients_of(config, runtime):
     '''The loss and each gradient, by name; without a runtime those of the reference, in plain torch.'''
-    model = GPT(config.model) if runtime is None else build_model(config, runtime)
+    model = GPT(config.model)
     initialize(model, 3)
     accumulation, examples = config.train.gradient_accum_step, build_examples(config, None)
     generator = torch.Generator().manual_seed(0)
@@ -54,17 +54,14 @@ def gradients_of(config, runtime):
         loss = torch.stack([examples.loss(model, ids_BS) for ids_BS in ids_BAS.unbind(1)]).mean()
         gradients = torch.autograd.grad(loss, list(model.parameters()))
     else:
-        arrange(model)
-        runtime.place_model(model)
+        model = runtime.prepare_model(model, execution_of(config))
         runtime.seed(5)
         forward, ids_BAS = runtime.forward(model), runtime.place_batch(ids_BAS.numpy())
-        loss, gradients = runtime.gradients(
-            lambda ids_BS: examples.loss(forward, ids_BS), list(model.parameters()), ids_BAS
-        )
+        loss, gradients = runtime.gradients(examples.loss, forward, dict(model.named_parameters()), ids_BAS)
         torch_xla.sync()
     names = [name for name, _ in model.named_parameters()]
     tensors = dict(zip(names, (gradient.cpu() for gradient in gradients), strict=True))
-    return of_each_layer(tensors) | {"loss": loss.detach().cpu()}
+    return unstack_layers(tensors) | {"loss": loss.detach().cpu()}
 
 for case, (mesh, model, train) in CASES.items():
     config = config_of(mesh, model, train)

@@ -15,11 +15,12 @@ import torch_xla.core.xla_model as xm
 import torch_xla.debug.metrics as met
 import torch_xla.distributed.spmd as xs
 import torch_xla.runtime as xr
-from pretrain_xla.model.loops import python_loop
+from pretrain_xla.model.xla.context import python_scan
 DEVICES = int(os.environ["CPU_NUM_DEVICES"])
 if DEVICES > 1:
     xr.use_spmd()
-from pretrain_xla.runtime.xla.scan import xla_fence, xla_loop
+from pretrain_xla.runtime.xla.scan import XlaScan, xla_barrier
+xla_scan = XlaScan()
 device = torch_xla.device()
 generator = torch.Generator().manual_seed(0)
 def noise(*shape): return torch.randn(*shape, generator=generator)
@@ -42,10 +43,10 @@ def outer(loop, x_IJ, weights_NJJ, bias_J):
     carried, results = loop(body, start, [weights_NJJ], [0.5 * weights_NJJ], [weights_NJJ.square()])
     return [*carried, *results]
 
-expected = outer(python_loop, x_IJ, weights_NJJ, bias_J)
+expected = outer(python_scan, x_IJ, weights_NJJ, bias_J)
 compiled = []
 for _ in range(3):
-    found = outer(xla_loop, *(tensor.to(device) for tensor in (x_IJ, weights_NJJ, bias_J)))
+    found = outer(xla_scan, *(tensor.to(device) for tensor in (x_IJ, weights_NJJ, bias_J)))
     torch_xla.sync()
     compiled.append(met.counter_value("UncachedCompile"))
     for one, other in zip(found, expected, strict=True):
@@ -56,13 +57,13 @@ ones_J, drop = torch.ones(64, device=device), lambda x: torch.nn.functional.drop
 body = lambda carried, slices: (carried, [drop(ones_J * slices[0])])
 def outer(carried, slices):
     first_J = drop(ones_J)
-    _, (inner_NJ,) = xla_loop(body, carried, [slices[0] + torch.zeros(3, 1, device=device)])
+    _, (inner_NJ,) = xla_scan(body, carried, [slices[0] + torch.zeros(3, 1, device=device)])
     return carried, [torch.cat([first_J[None], inner_NJ, drop(ones_J)[None]])]
 
 def draw(seed):
     xm.set_rng_state(seed, str(device))
-    _, (masks_NJ,) = xla_loop(body, [ones_J], [torch.ones(3, 1).to(device)])
-    _, (nested_MNJ,) = xla_loop(outer, [ones_J], [torch.ones(2, 1).to(device)])
+    _, (masks_NJ,) = xla_scan(body, [ones_J], [torch.ones(3, 1).to(device)])
+    _, (nested_MNJ,) = xla_scan(outer, [ones_J], [torch.ones(2, 1).to(device)])
     rows_RJ = torch.ones(4, 64).to(device)
     if DEVICES > 1:
         xs.mark_sharding(rows_RJ, xs.Mesh(np.arange(DEVICES), (DEVICES,), ("rows",)), ("rows", None))
@@ -77,21 +78,20 @@ assert torch.equal(draw(7), masks_NJ)
 
 numbers_N = torch.arange(4.0)
 echo = lambda carried, slices: (carried, [torch.stack(slices)])
-for loop, x_N in ((python_loop, numbers_N), (xla_loop, numbers_N.to(device))):
+for loop, x_N in ((python_scan, numbers_N), (xla_scan, numbers_N.to(device))):
     _, (seen_N3,) = loop(echo, [x_N.sum()], [x_N], [x_N], [x_N])
     assert seen_N3.tolist() == [[0, 3, 2], [1, 2, 1], [2, 1, 0], [3, 0, 3]], (loop, seen_N3)
     _, (seen_N3,) = loop(echo, [x_N.sum()], [x_N[:1]], [x_N[:1]], [x_N[:1]])
     assert seen_N3.tolist() == [[0, 0, 0]], (loop, seen_N3)
 
-first, second = xla_fence([noise(2).to(device), noise(3).to(device)])
+first, second = xla_barrier([noise(2).to(device), noise(3).to(device)])
 assert first.shape == (2,) and second.shape == (3,)
 """
 
 KERNEL = """
 from pretrain_xla.config import ModelConfig
 from pretrain_xla.model import GPT, Execution, initialize
-from pretrain_xla.model.attention import Attention
-from pretrain_xla.model import stack
+from pretrain_xla.model.xla import XlaContext, layer_scan, optimize_for_xla
 from pretrain_xla.model.documents import number_documents
 from pretrain_xla.runtime.xla import kernels as xla_kernels
 from pretrain_xla.runtime.xla.kernels import FlashAttention
@@ -102,20 +102,17 @@ MODERN = dict(norm="rmsnorm_zero_centered", positions="rotary", bias=False, qk_n
               attention_softcap=3.0)
 tokens_BT = torch.randint(0, 61, (4, 128), generator=generator, dtype=torch.int32)
 mesh = xs.Mesh(np.arange(4), (2, 2, 1), ("data", "fsdp", "tensor"))
-LOOPED = Execution("selective", True, loop=xla_loop, fence=xla_fence)
-stack.LARGE = 0  # as for weights that do not fit on the chip
-for options, execution, documents in ((GPT2, Execution(loop=xla_loop), False), (MODERN, LOOPED, True)):
+SCANNED = Execution("selective", scan_layers=True)
+layer_scan.LARGE = 0  # as for weights that do not fit on the chip
+for options, execution, documents in ((GPT2, Execution(), False), (MODERN, SCANNED, True)):
     results = []
     for kernel in (None, FlashAttention("v5e", mesh, interpret=True)):
-        model = GPT(ModelConfig(**SIZES, **options), execution=execution)
+        model = GPT(ModelConfig(**SIZES, **options))
         initialize(model, 0)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
-        model.to(device)
-        for module in model.modules():
-            if isinstance(module, Attention):
-                module.kernel = kernel
+        model = optimize_for_xla(model, execution, XlaContext(XlaScan(), xla_barrier, kernel=kernel)).to(device)
         ids_BT = tokens_BT.to(device)
         xs.mark_sharding(ids_BT, mesh, (("data", "fsdp"), None))
         segments_BT = number_documents(ids_BT, 3) if documents else None
@@ -131,9 +128,8 @@ assert len(xla_kernels._computations) == 4, "each kernel ran, forward and backwa
 ACCUMULATION = """
 import statistics
 from pretrain_xla.config import build_config
-from pretrain_xla.model import initialize
+from pretrain_xla.model import GPT, Execution, initialize
 from pretrain_xla.runtime import start
-from pretrain_xla.run_folder.build import build_model
 
 SIZES = dict(vocab_size=61, vocab_multiple=16, seq_length=12, d_model=16, num_layers=1, num_heads=2, d_ff=16, dropout=0.5)
 
@@ -141,16 +137,16 @@ def spread(micro_batches):
     train = {"train_batch_size": 4, "gradient_accum_step": micro_batches}
     config = build_config({"model": SIZES, "train": train}, "test")
     runtime = start(config)
-    model = build_model(config, runtime)
+    model = GPT(config.model)
     initialize(model, 0)
     for parameter in model.parameters():
         parameter.data.mul_(10)
-    runtime.place_model(model)
-    forward, parameters = runtime.forward(model), list(model.parameters())
+    model = runtime.prepare_model(model, Execution())
+    forward, parameters = runtime.forward(model), dict(model.named_parameters())
     row_S = torch.randint(0, 61, (13,), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
     batch = runtime.place_batch(row_S.expand(4, micro_batches, 13).contiguous().numpy())
-    loss = lambda tokens_BS: forward(tokens_BS[:, :-1], tokens_BS[:, 1:])
-    step = runtime.compile(lambda tokens: runtime.gradients(loss, parameters, tokens)[0] * 1, "step", state=tuple)
+    loss = lambda forward, tokens_BS: forward(tokens_BS[:, :-1], tokens_BS[:, 1:])
+    step = runtime.compile(lambda tokens: runtime.gradients(loss, forward, parameters, tokens)[0] * 1, "step", state=tuple)
     losses = []
     for seed in range(100):
         runtime.seed(seed)

@@ -142,8 +142,9 @@ def test_alone_there_is_nothing_to_reduce_or_compile(make: Make) -> None:
 def test_gradients_are_the_mean_over_micro_batches(make: Make) -> None:
     runtime, weight, unused = make(), nn.Parameter(torch.tensor([2.0])), nn.Parameter(torch.ones(1))
     tokens_BAS = torch.tensor([[[1.0], [3.0]]])
-    loss = lambda tokens_BS: (weight * tokens_BS).sum() ** 2  # noqa: E731
-    total, gradients = runtime.gradients(loss, [weight, unused], tokens_BAS, scale=torch.tensor(10.0))
+    loss = lambda _forward, tokens_BS: (weight * tokens_BS).sum() ** 2  # noqa: E731
+    parameters = {"weight": weight, "unused": unused}
+    total, gradients = runtime.gradients(loss, None, parameters, tokens_BAS, scale=torch.tensor(10.0))
     assert float(total) == (4 + 36) / 2
     assert gradients[0] is not None
     assert float(gradients[0]) == 10 * (2 * 2 * 1 + 2 * 2 * 9) / 2
@@ -160,7 +161,8 @@ def test_in_a_process_group(make: Make, monkeypatch: pytest.MonkeyPatch) -> None
         model = nn.Linear(3, 1)
         wrapped = runtime.forward(model)
         x = torch.randn(4, 3)
-        total, (gradient,) = runtime.gradients(lambda x_BI: wrapped(x_BI).sum(), [model.weight], torch.stack([x, x], 1))
+        loss = lambda forward, x_BI: forward(x_BI).sum()  # noqa: E731
+        total, (gradient,) = runtime.gradients(loss, wrapped, {"weight": model.weight}, torch.stack([x, x], 1))
         torch.testing.assert_close(total, 2 * (model(x).sum() / 2).detach())
         assert gradient is not None
         torch.testing.assert_close(gradient[0], x.sum(0))

@@ -19,15 +19,17 @@ import torch_xla.core.xla_builder as xb
 import torch_xla.distributed.spmd as xs
 from torch import Tensor
 
+from pretrain_xla.config import ModelConfig
 from pretrain_xla.kernels.flash_backward import backward
 from pretrain_xla.kernels.flash_forward import forward
 from pretrain_xla.kernels.flash_kernels import mosaic_version
 from pretrain_xla.kernels.flash_limits import Heads, supports
 from pretrain_xla.kernels.flash_prepare import Preparation
-from pretrain_xla.model.attention import HeadsSpec
-from pretrain_xla.model.remember import remembered
+from pretrain_xla.model.attention import attention_scale
+from pretrain_xla.model.xla.attention import KernelInputs
+from pretrain_xla.model.xla.saved import Save
 from pretrain_xla.runtime.sharding import BATCH, Axis
-from pretrain_xla.runtime.xla.local_shards import part, whole
+from pretrain_xla.runtime.xla.local_shards import global_tensor, local_shard
 
 JAX_TYPES = {torch.bfloat16: jnp.bfloat16, torch.float32: jnp.float32, torch.int32: jnp.int32}
 
@@ -57,38 +59,30 @@ def call_jax(function: Callable[..., Any], key: Hashable, tensors: Sequence[Tens
     return results
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class FlashAttention:
-    """`model.attention.Kernel` on TPUs.
+    """`model.xla.attention.AttentionKernel` on TPUs.
 
-    chip: generation, as `v5e`. mesh: of the devices over which queries, keys and values are split, by rows and heads; none
-    where there is one device, or the tensors are one device's already. interpret: run without a TPU.
+    chip: generation, as `v5e`. mesh: of the devices over which queries, keys and values are split, by rows and heads. None:
+    the tensors are one device's. interpret: run without a TPU.
     """
 
     chip: str
     mesh: xs.Mesh | None = None
     interpret: bool = False
 
-    def __call__(
-        self,
-        query_BTF: Tensor,
-        key_BTS: Tensor,
-        value_BTS: Tensor,
-        spec: HeadsSpec,
-        norms: tuple[Tensor | None, Tensor | None],
-        rotary: tuple[Tensor, Tensor] | None,
-        segments_BT: Tensor | None,
-    ) -> Tensor | None:
-        """See `model.attention.Kernel`."""
+    def __call__(self, inputs: KernelInputs, config: ModelConfig, save: Save) -> Tensor | None:
+        """See `model.xla.attention.AttentionKernel`."""
         tensor = 1 if self.mesh is None else self.mesh.shape()["tensor"]
         heads = Heads(
-            spec.num_heads // tensor, spec.num_kv_heads // tensor, spec.head_dim, spec.scale, spec.softcap,
-            norm_eps=spec.norm_eps,
+            config.num_heads // tensor, config.kv_heads // tensor, config.heads_dim, attention_scale(config),
+            config.attention_softcap, norm_eps=config.norm_eps,
         )  # fmt: skip
-        if supports(heads, query_BTF.shape[1], self.chip) is not None:
+        if supports(heads, inputs.query_BTF.shape[1], self.chip) is not None:
             return None
-        tables = rotary if rotary is not None else (None, None)
-        result: Tensor = _Flash.apply(self, heads, query_BTF, key_BTS, value_BTS, *norms, *tables, segments_BT)
+        projections = (inputs.query_BTF, inputs.key_BTS, inputs.value_BTS)
+        norms, tables = (inputs.query_norm_E, inputs.key_norm_E), inputs.rotary or (None, None)
+        result: Tensor = _Flash.apply(self, heads, save, *projections, *norms, *tables, inputs.segments_BT)
         return result
 
     def run(self, function: Any, heads: Heads, named: dict[str, Tensor | None], results: list[str]) -> list[Tensor]:
@@ -103,10 +97,10 @@ class FlashAttention:
         platform = "cpu" if self.interpret else "tpu"
         if self.mesh is None:
             return call_jax(call, key, list(present.values()), platform)
-        parts = [part(tensor, AXES[name], self.mesh) for name, tensor in present.items()]
+        shards = [local_shard(tensor, AXES[name], self.mesh) for name, tensor in present.items()]
         return [
-            whole(part, AXES[name], self.mesh)
-            for name, part in zip(results, call_jax(call, key, parts, platform), strict=True)
+            global_tensor(shard, AXES[name], self.mesh)
+            for name, shard in zip(results, call_jax(call, key, shards, platform), strict=True)
         ]
 
 
@@ -144,9 +138,9 @@ INPUTS = ("query", "key", "value", "query_norm", "key_norm", "cos", "sin", "segm
 
 class _Flash(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, attention: FlashAttention, heads: Heads, *tensors: Tensor | None) -> Tensor:
+    def forward(ctx: Any, attention: FlashAttention, heads: Heads, save: Save, *tensors: Tensor | None) -> Tensor:
         named = dict(zip(INPUTS, tensors, strict=True))
-        out_BTF, logsumexp = remembered(lambda: attention.run(_forward, heads, named, ["out", "logsumexp"]), 2)
+        out_BTF, logsumexp = save.outputs(lambda: attention.run(_forward, heads, named, ["out", "logsumexp"]), 2)
         ctx.save_for_backward(*tensors, out_BTF, logsumexp)
         ctx.attention, ctx.heads = attention, heads
         return out_BTF
@@ -160,4 +154,4 @@ class _Flash(torch.autograd.Function):
         named |= {"out": out_BTF, "logsumexp": logsumexp, "dout": grads[0]}
         found = dict(zip(results, ctx.attention.run(_backward, ctx.heads, named, results), strict=True))
         weights = [found[f"d{name}"].sum(0) if f"d{name}" in found else None for name in ("query_norm", "key_norm")]
-        return None, None, found["dquery"], found["dkey"], found["dvalue"], *weights, None, None, None
+        return None, None, None, found["dquery"], found["dkey"], found["dvalue"], *weights, None, None, None

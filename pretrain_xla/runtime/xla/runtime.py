@@ -12,10 +12,9 @@ import logging
 import os
 import resource
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,10 +28,11 @@ from torch import Tensor, nn
 from pretrain_xla.config import RunConfig
 from pretrain_xla.errors import UserError
 from pretrain_xla.kernels.flash_limits import WITHOUT_KERNELS, why_plain
-from pretrain_xla.model.attention import Attention
-from pretrain_xla.model.loops import Fence, Loop
-from pretrain_xla.model.split import WHOLE, Split
-from pretrain_xla.runtime.base import GraphCounts, GraphEvent
+from pretrain_xla.model import GPT, Execution
+from pretrain_xla.model.xla import XlaContext, XlaGPT, optimize_for_xla
+from pretrain_xla.model.xla.attention import AttentionKernel
+from pretrain_xla.model.xla.context import ONE_DEVICE
+from pretrain_xla.runtime.base import GraphCounts, GraphEvent, Loss
 from pretrain_xla.runtime.peak_flops import tpu_peak
 from pretrain_xla.runtime.rows import device_numbers, rows_of
 from pretrain_xla.runtime.sharding import ACTIVATIONS, BATCH, check_model_fits, lookup, parameter_axes, resolve_mesh
@@ -40,13 +40,10 @@ from pretrain_xla.runtime.tpu_chip import find_chip
 from pretrain_xla.runtime.xla import graphs as xla_graphs
 from pretrain_xla.runtime.xla.compiled import CompiledFunction
 from pretrain_xla.runtime.xla.environment import no_such_device, prepare_environment
-from pretrain_xla.runtime.xla.gradients import accumulate
-from pretrain_xla.runtime.xla.local_shards import MeshSplit, on_parts, part, pinned, whole
-from pretrain_xla.runtime.xla.scan import xla_fence, xla_loop
+from pretrain_xla.runtime.xla.gradients import TracedModel, accumulate
+from pretrain_xla.runtime.xla.local_shards import MeshLayout, constrain_sharding, global_tensor, local_shard
+from pretrain_xla.runtime.xla.scan import XlaScan, xla_barrier
 from pretrain_xla.runtime.xla.while_loop import RepeatedModule
-
-if TYPE_CHECKING:
-    from pretrain_xla.runtime.xla.kernels import FlashAttention
 
 
 class XlaRuntime:
@@ -56,8 +53,6 @@ class XlaRuntime:
 
     def __init__(self, config: RunConfig) -> None:
         prepare_environment(config.parallel)
-        self.loop: Loop | None = xla_loop
-        self.fence: Fence = xla_fence
         self.static_shapes = True
         parallel = config.parallel
         self.is_spmd = not parallel.is_multiprocess
@@ -105,16 +100,14 @@ class XlaRuntime:
         if self.is_spmd:
             # One device too: what is not marked now gets a mark from its first graph, and the next one differs.
             self._mesh = xs.Mesh(np.arange(self.device_count), (data, fsdp, tensor), tuple(self.mesh))
-        self.split: Split = WHOLE if self._mesh is None or self.device_count == 1 else MeshSplit(self._mesh)
+        # Where there are several devices to lay a batch over.
+        self._spread = self._mesh if self.device_count > 1 else None
+        self._scan, self._local_scan = XlaScan(), XlaScan(self._mesh)
         # Dropout draws one mask for the whole batch, which devices on their own could not.
         self._replicates = self.is_spmd and self.device_count == data > 1 and config.model.dropout == 0
         plain = why_plain(config.model, self._chip, tensor)
         self.attention = f"plain: {plain}" if plain else f"the kernel for {self._chip}"
         self._uses_kernels = config.model.attention != "reference"
-        self._weights: dict[str, Tensor] | None = None
-        self._alone = False
-        self._kernel: FlashAttention | None = None
-        self._kernel_mesh = self._mesh if self.device_count > 1 else None
         # A host may feed only its own rows when its devices hold whole rows, that is without a tensor axis.
         self._feeds_own_rows = not self.is_spmd or tensor == 1
         # In the order in which torch_xla gives them their parts of what this process feeds.
@@ -137,27 +130,49 @@ class XlaRuntime:
             return np.arange(batch_size)
         return rows_of(self._devices, self.device_count, batch_size)
 
+    def prepare_model(self, model: GPT, execution: Execution) -> XlaGPT:
+        """See `base.Runtime.prepare_model`.
+
+        Raises:
+            UserError: jax, which lowers the kernels, is not installed.
+        """
+        prepared = optimize_for_xla(model, execution, self._context(local=False))
+        self.place_model(prepared)
+        self._constrain_activations(prepared)
+        return prepared
+
     def place_model(self, model: nn.Module) -> None:
-        """See `base.Runtime.place_model`."""
+        """Move parameters and buffers to the devices, in place, sharded by the table."""
         model.to(self.device)
         if not self.is_spmd and self.process_count > 1:
             xm.broadcast_master_param(model)  # threads of one process share torch's RNG, so replicas may differ
         if self._mesh is not None:
             for name, parameter in model.named_parameters():
                 xs.mark_sharding(parameter, self._mesh, parameter_axes(name))
-        self.pin_activations(model)
-        if self._chip is not None:
-            self.install_kernels(model, self._chip)
         torch_xla.sync()
 
-    def install_kernels(self, model: nn.Module, chip: str) -> None:
-        """Let attention use its TPU kernel, on a generation of TPUs that has one, unless the config asks for plain attention.
+    def forward(self, model: nn.Module) -> TracedModel:
+        """See `base.Runtime.forward`."""
+        if not (self._replicates and isinstance(model, XlaGPT)):
+            return TracedModel(model)
+        with torch.device("meta"):
+            plain = GPT(model.config, model.compute_dtype)
+            return TracedModel(model, optimize_for_xla(plain, model.execution, self._context(local=True)))
 
-        Raises:
-            UserError: jax, which lowers the kernels, is not installed.
+    def _context(self, *, local: bool) -> XlaContext:
+        """What a model is traced in: over the global batch, or over one device's local shard of it."""
+        if local:
+            return XlaContext(self._local_scan, xla_barrier, ONE_DEVICE, self._kernel(None))
+        layout = ONE_DEVICE if self._spread is None else MeshLayout(self._spread)
+        return XlaContext(self._scan, xla_barrier, layout, self._kernel(self._spread))
+
+    def _kernel(self, mesh: xs.Mesh | None) -> AttentionKernel | None:
+        """Attention's TPU kernel, on a generation that has one, unless the config asks for plain attention.
+
+        mesh: over which its inputs are split. None: they are one device's.
         """
-        if chip in WITHOUT_KERNELS or not self._uses_kernels:
-            return
+        if self._chip is None or self._chip in WITHOUT_KERNELS or not self._uses_kernels:
+            return None
         try:
             from pretrain_xla.runtime.xla.kernels import FlashAttention
         except ModuleNotFoundError as error:
@@ -165,41 +180,16 @@ class XlaRuntime:
                 f"the TPU's attention kernels need {error.name}: pip install -r requirements-xla_tpu.txt, "
                 "or choose --attention reference"
             ) from None
-        self._kernel = FlashAttention(chip, self._kernel_mesh)
-        for module in model.modules():
-            if isinstance(module, Attention):
-                module.kernel = self._kernel
+        return FlashAttention(self._chip, mesh)
 
-    def pin_activations(self, model: nn.Module) -> None:
-        """Under SPMD, mark the outputs of the modules that the sharding table names, and their gradients."""
+    def _constrain_activations(self, model: nn.Module) -> None:
+        """Under SPMD, constrain the sharding of what the modules named in the sharding table give, and of its gradient."""
         if self._mesh is None:
             return
         for name, module in model.named_modules():
             axes = lookup(ACTIVATIONS, name)
             if axes is not None:
-                module.register_forward_hook(self._pin(self._mesh, axes))
-
-    def _pin(self, mesh: xs.Mesh, axes: tuple[Any, ...]) -> Callable[..., Tensor]:
-        def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
-            if self._alone:
-                return output
-            return pinned(output, axes, mesh)
-
-        return hook
-
-    def forward(self, model: nn.Module) -> Callable[..., Tensor]:
-        """The model: it is traced and compiled as part of the step."""
-        self._model = model
-
-        def run(*arguments: Any) -> Tensor:
-            result: Tensor = (
-                model(*arguments)
-                if self._weights is None
-                else torch.func.functional_call(model, self._weights, arguments)
-            )
-            return result
-
-        return run
+                module.register_forward_hook(_constrain_output(self._mesh, axes))
 
     def place_like(self, host: Tensor, parameter: Tensor | None) -> Tensor:
         """See `base.Runtime.place_like`."""
@@ -227,7 +217,7 @@ class XlaRuntime:
         self, function: Callable[..., Tensor], name: str, state: Callable[[], Iterable[Tensor]]
     ) -> Callable[..., Tensor]:
         """See `base.Runtime.compile`. The function is traced at each call; its graph is compiled at the first."""
-        warn = self._warn if self._kernel_mesh is not None else None
+        warn = self._warn if self._spread is not None else None
         return CompiledFunction(
             function, name, state, self._counts, self._events.append, explain=self._strict, warn=warn
         )
@@ -246,65 +236,53 @@ class XlaRuntime:
 
     def gradients(
         self,
-        loss: Callable[[Tensor], Tensor],
-        parameters: Sequence[Tensor],
+        loss: Loss,
+        forward: TracedModel,
+        parameters: Mapping[str, Tensor],
         tokens_BAS: Tensor,
         scale: Tensor | None = None,
     ) -> tuple[Tensor, list[Tensor | None]]:
         """See `base.Runtime.gradients`; several micro-batches are one loop of the program, under SPMD the compiler reduces."""
         if self._replicates:
-            return self._gradients_of_replicas(loss, parameters, tokens_BAS, scale)
-        name_of = {id(tensor): name for name, tensor in self._model.named_parameters()}
-        names = [name_of[id(tensor)] for tensor in parameters]
+            return self._gradients_of_replicas(loss, forward, parameters, tokens_BAS, scale)
+        names, values = list(parameters), list(parameters.values())
 
-        def using(values: list[Tensor]) -> AbstractContextManager[None]:
-            return self._with_weights(dict(zip(names, values, strict=True)), alone=False)
+        def forward_on(given: list[Tensor]) -> Callable[..., Tensor]:
+            return forward.on(dict(zip(names, given, strict=True)))
 
-        total, gradients = accumulate(loss, using, parameters, len(parameters), tokens_BAS, scale)
+        total, gradients = accumulate(loss, forward_on, values, len(values), tokens_BAS, scale, self._scan)
         if not self.is_spmd and self.process_count > 1:
             xm.all_reduce(xm.REDUCE_SUM, [g for g in gradients if g is not None], scale=1.0 / self.process_count)
         return total, gradients
 
     def _gradients_of_replicas(
-        self, loss: Callable[[Tensor], Tensor], parameters: Sequence[Tensor], tokens_BAS: Tensor, scale: Tensor | None
+        self,
+        loss: Loss,
+        forward: TracedModel,
+        parameters: Mapping[str, Tensor],
+        tokens_BAS: Tensor,
+        scale: Tensor | None,
     ) -> tuple[Tensor, list[Tensor | None]]:
-        """Under SPMD with whole weights everywhere: each device takes the gradients of its own rows, and they meet once.
+        """Under SPMD with weights that every device has: each takes the gradients of its own rows, and they are reduced once.
 
         Left to itself the partitioner reduces a gradient wherever one arises: twice for tied embeddings, and in every
         micro-batch where it does not find out that the sum could wait.
         """
         assert self._mesh is not None
-        mesh = self._mesh
-        placed = dict(self._model.named_parameters()) | dict(self._model.named_buffers())
-        # Parameters first, in the order in which their gradients are asked for.
-        order = {id(tensor): index for index, tensor in enumerate(parameters)}
-        names = sorted(placed, key=lambda name: order.get(id(placed[name]), len(order)))
+        mesh, buffers = self._mesh, dict(forward.model.named_buffers())
+        placed = dict(parameters) | buffers
 
-        def using(values: list[Tensor]) -> AbstractContextManager[None]:
-            return self._with_weights(dict(zip(names, values, strict=True)), alone=True)
+        def forward_on(given: list[Tensor]) -> Callable[..., Tensor]:
+            return forward.on(dict(zip(placed, given, strict=True)), local=True)
 
-        with on_parts(mesh):
-            values = [part(placed[name].detach(), (None,) * placed[name].dim(), mesh) for name in names]
-            rows = part(tokens_BAS, (BATCH, None, None), mesh)
-            total, gradients = accumulate(loss, using, values, len(parameters), rows, scale)
+        values = [local_shard(tensor.detach(), (None,) * tensor.dim(), mesh) for tensor in placed.values()]
+        rows = local_shard(tokens_BAS, (BATCH, None, None), mesh)
+        total, gradients = accumulate(loss, forward_on, values, len(parameters), rows, scale, self._local_scan)
 
         def mean(own: Tensor) -> Tensor:
-            return whole(own[None], (BATCH, *(None,) * own.dim()), mesh).mean(0)
+            return global_tensor(own[None], (BATCH, *(None,) * own.dim()), mesh).mean(0)
 
         return mean(total), [None if gradient is None else mean(gradient) for gradient in gradients]
-
-    @contextlib.contextmanager
-    def _with_weights(self, values: dict[str, Tensor], *, alone: bool) -> Iterator[None]:
-        """The model runs with these tensors. alone: they are one device's, so that nothing is marked or split."""
-        self._weights, self._alone = values, alone
-        if self._kernel is not None:
-            self._kernel.mesh = None if alone else self._kernel_mesh
-        try:
-            yield
-        finally:
-            self._weights, self._alone = None, False
-            if self._kernel is not None:
-                self._kernel.mesh = self._kernel_mesh
 
     def mean(self, value: Tensor) -> Tensor:
         """See `base.Runtime.mean`."""
@@ -383,3 +361,12 @@ class XlaRuntime:
     def close(self) -> None:
         """See `base.Runtime.close`."""
         self._fetcher.shutdown(wait=True)
+
+
+def _constrain_output(mesh: xs.Mesh, axes: tuple[Any, ...]) -> Callable[..., Tensor]:
+    """A forward hook."""
+
+    def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+        return constrain_sharding(output, axes, mesh)
+
+    return hook

@@ -1,96 +1,132 @@
-"""`model.loops.Loop` as one XLA while loop: the body is traced once, whatever the number of turns.
+"""`Scan` as one XLA while loop: the body is traced once, whatever the number of iterations.
 
 The body may hold anything that can be traced, autograd included: it runs eagerly on placeholders, and what it computed is
-lowered to a computation of its own, which the loop then calls with each turn's slices. (`torch_xla.experimental.scan` does
-the same around AOTAutograd; here the body decides itself what it differentiates and what it keeps.)
+lowered to a computation of its own, which the loop calls with each iteration's slices. `torch_xla.experimental.scan` does the
+same around AOTAutograd, which differentiates the body as a whole; here the body decides what it differentiates and what it
+saves (figures: docs/LOG.md).
 
 Tensors that the body uses without being passed them (tables, numbers) become loop invariants. Weights must be passed: finding
 one again in the graph gives its data another owner, and the next step would not update it in place. Random numbers: every
-turn gets a seed of its own.
+iteration gets a seed of its own.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch_xla
 import torch_xla.core.xla_builder as xb
 import torch_xla.core.xla_model as xm
+import torch_xla.distributed.spmd as xs
 from torch import Tensor
 
-from pretrain_xla.model.loops import Body, turns
-from pretrain_xla.runtime.xla.local_shards import backward_here, belonging, everywhere
+from pretrain_xla.model.xla.context import Body, scan_length
+from pretrain_xla.runtime.xla.local_shards import backward_in_this_thread, local_shard, mark_manual
 
 
-def xla_loop(
-    body: Body,
-    carried: Sequence[Tensor],
-    slices: Sequence[Tensor] = (),
-    backwards: Sequence[Tensor] = (),
-    before: Sequence[Tensor] = (),
-) -> tuple[list[Tensor], list[Tensor]]:
-    """See `model.loops.Loop`. What comes out has no gradient history: a body that needs gradients takes them inside."""
-    count, sliced = turns(slices, backwards, before), [*slices, *backwards, *before]
-    with torch.no_grad():
-        fake_carried = [xb.create_placeholder_tensor(tensor.shape, tensor.dtype) for tensor in carried]
-        fake_slices = [xb.create_placeholder_tensor(tensor.shape[1:], tensor.dtype) for tensor in sliced]
-    # Times 1, because marking a sharding replaces the data of a placeholder in place, and the loop would lose its input;
-    # the compiler drops it.
-    with _nested(), backward_here():
-        new_carried, results = body(
-            [_touch(tensor) for tensor in fake_carried], [_touch(tensor) for tensor in fake_slices]
-        )
-    assert [tensor.shape for tensor in new_carried] == [tensor.shape for tensor in carried]
-    assert [tensor.dtype for tensor in new_carried] == [tensor.dtype for tensor in carried]
-    outputs = [*new_carried, *results]
+class XlaScan:
+    """See `model.xla.context.Scan`. What comes out has no gradient history: a body that needs gradients takes them inside.
 
-    context = torch_xla._XLAC.lowering.LoweringContext("loop_body")
-    context.build([output.detach() for output in outputs])
-    invariants = dict(context.device_parameter_id_tensor_mapping())
-    number_of: list[int] = []
-    for fake in (*fake_carried, *fake_slices):
-        number_of.append(context.tensor_parameter_id(fake))
-        invariants.pop(number_of[-1], None)
-    seed = seed_parameter(context, invariants)
-    if seed is not None:
-        invariants[seed] = torch.randint(0, 2**62, (count,), dtype=torch.int64, device=invariants[seed].device)
+    mesh: that whose devices' local shards the traced code computes on. None: it computes on global tensors.
+    """
 
-    carried = [belonging(tensor) for tensor in carried]
-    zeros = [torch.zeros((count, *result.shape), dtype=result.dtype, device=result.device) for result in results]
-    stacked = [belonging(tensor) for tensor in zeros]
-    inputs = [*carried, *sliced, *stacked, *(_invariant(tensor) for tensor in invariants.values())]
-    n_carried, n_slices, n_results = len(carried), len(sliced), len(results)
-    # Where each parameter of the body's computation stands among the loop's inputs.
-    place = {number: index for index, number in enumerate(number_of) if number != -1}
-    place |= {number: n_carried + n_slices + n_results + index for index, number in enumerate(invariants)}
-    layout = _Layout(
-        count, n_carried, len(slices), len(backwards), len(before), n_results,
-        tuple(place[number] for number in range(len(place))), None if seed is None else place[seed],
-    )  # fmt: skip
-    # The body's hash as a graph, not that of its text: a weight that has been updated in place is transposed anew for each use,
-    # and the text of the second step would be another one.
-    key = torch_xla._XLAC._get_graph_hash(outputs), layout, tuple((tensor.shape, tensor.dtype) for tensor in inputs)
-    if key not in _programs:
-        # An XLA computation has a name, and so a hash, of its own: the same loop must be the same object at each step.
-        _programs[key] = _build(xb.computation_from_module_proto("loop_body", context.hlo()), layout, inputs)
-    program = _programs[key]
-    final = torch_xla._XLAC._xla_user_computation("xla::loop", inputs, program)[1:]
-    start = n_carried + n_slices
-    return list(final[:n_carried]), list(final[start : start + n_results])
+    def __init__(self, mesh: xs.Mesh | None = None) -> None:
+        self._mesh = mesh
+        self._depth = 0  # scans whose bodies are being traced, one in the other
+
+    def __call__(
+        self,
+        body: Body,
+        carry: Sequence[Tensor],
+        slices: Sequence[Tensor] = (),
+        backwards: Sequence[Tensor] = (),
+        before: Sequence[Tensor] = (),
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """See `model.xla.context.Scan`."""
+        count, sliced = scan_length(slices, backwards, before), [*slices, *backwards, *before]
+        with torch.no_grad():
+            fake_carry = [xb.create_placeholder_tensor(tensor.shape, tensor.dtype) for tensor in carry]
+            fake_slices = [xb.create_placeholder_tensor(tensor.shape[1:], tensor.dtype) for tensor in sliced]
+        outputs, n_results = self._trace(body, fake_carry, fake_slices)
+        n_carried, n_slices = len(carry), len(sliced)
+        assert [tensor.shape for tensor in outputs[:n_carried]] == [tensor.shape for tensor in carry]
+        assert [tensor.dtype for tensor in outputs[:n_carried]] == [tensor.dtype for tensor in carry]
+
+        context = torch_xla._XLAC.lowering.LoweringContext("loop_body")
+        context.build([output.detach() for output in outputs])
+        invariants = dict(context.device_parameter_id_tensor_mapping())
+        number_of: list[int] = []
+        for fake in (*fake_carry, *fake_slices):
+            number_of.append(context.tensor_parameter_id(fake))
+            invariants.pop(number_of[-1], None)
+        seed = seed_parameter(context, invariants)
+        if seed is not None:
+            invariants[seed] = torch.randint(0, 2**62, (count,), dtype=torch.int64, device=invariants[seed].device)
+
+        carry = [self._own(tensor) for tensor in carry]
+        results = outputs[n_carried:]
+        zeros = [torch.zeros((count, *result.shape), dtype=result.dtype, device=result.device) for result in results]
+        stacked = [self._own(tensor) for tensor in zeros]
+        inputs = [*carry, *sliced, *stacked, *(self._invariant(tensor) for tensor in invariants.values())]
+        # Where each parameter of the body's computation stands among the loop's inputs.
+        place = {number: index for index, number in enumerate(number_of) if number != -1}
+        place |= {number: n_carried + n_slices + n_results + index for index, number in enumerate(invariants)}
+        layout = _Layout(
+            count, n_carried, len(slices), len(backwards), len(before), n_results,
+            tuple(place[number] for number in range(len(place))), None if seed is None else place[seed],
+        )  # fmt: skip
+        # The body's hash as a graph, not that of its text: a weight that has been updated in place is transposed anew for each
+        # use, and the text of the second step would be another one.
+        key = torch_xla._XLAC._get_graph_hash(outputs), layout, tuple((t.shape, t.dtype) for t in inputs)
+        if key not in _programs:
+            # An XLA computation has a name, and so a hash, of its own: the same loop must be the same object at each step.
+            _programs[key] = _build(xb.computation_from_module_proto("loop_body", context.hlo()), layout, inputs)
+        final = torch_xla._XLAC._xla_user_computation("xla::loop", inputs, _programs[key])[1:]
+        start = n_carried + n_slices
+        return list(final[:n_carried]), list(final[start : start + n_results])
+
+    def _trace(self, body: Body, carry: list[Tensor], slices: list[Tensor]) -> tuple[list[Tensor], int]:
+        """The body on placeholders: the new carry and the results, and how many results there are."""
+        # Times 1, because marking a sharding replaces the data of a placeholder in place, and the loop would lose its input;
+        # the compiler drops it.
+        self._depth += 1
+        try:
+            with backward_in_this_thread():
+                new_carry, results = body([_touch(tensor) for tensor in carry], [_touch(tensor) for tensor in slices])
+        finally:
+            self._depth -= 1
+        return [*new_carry, *results], len(results)
+
+    def _own(self, tensor: Tensor) -> Tensor:
+        """A tensor that enters a loop, among local shards marked as one.
+
+        The partitioner finds out by itself for what a calculation reads, but not for what enters a loop.
+        """
+        return tensor if self._mesh is None else mark_manual(tensor.clone())
+
+    def _invariant(self, tensor: Tensor) -> Tensor:
+        """A tensor of the graph that the body found by itself, on the device.
+
+        Among local shards, a number (a factor, an epsilon) becomes one device's own on its way into the outermost loop; of
+        weights the body itself has taken local shards.
+        """
+        tensor = tensor.to(torch_xla.device())
+        if self._mesh is None or tensor.dim() or self._depth:
+            return tensor
+        return local_shard(tensor, (), self._mesh)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Layout:
     """A loop without its tensors. Its inputs: what is carried, the slices, the stacked results, the invariants.
 
-    arguments: for each parameter of the body, its input. seeds: the input that holds a seed for each turn, if any.
+    arguments: for each parameter of the body, its input. seeds: the input that holds a seed for each iteration, if any.
     """
 
-    turns: int
+    iterations: int
     carried: int
     slices: int
     backwards: int
@@ -108,74 +144,49 @@ def _build(body: Any, layout: _Layout, inputs: Sequence[Tensor]) -> Any:
     parameters = [xb.mkparam(builder, index, xb.tensor_shape(tensor)) for index, tensor in enumerate(inputs)]
     first = xb.Op.scalar(builder, 0, dtype=xb.Type.S32)
 
-    def going(turn: xb.Op, *_state: xb.Op) -> xb.Op:
-        return turn < xb.Op.scalar(turn.builder(), layout.turns, dtype=xb.Type.S32)
+    def going(iteration: xb.Op, *_state: xb.Op) -> xb.Op:
+        return iteration < xb.Op.scalar(iteration.builder(), layout.iterations, dtype=xb.Type.S32)
 
-    def one_turn(turn: xb.Op, *state: xb.Op) -> tuple[xb.Op, ...]:
-        one = xb.Op.scalar(turn.builder(), 1, dtype=xb.Type.S32)
-        last = xb.Op.scalar(turn.builder(), layout.turns - 1, dtype=xb.Type.S32)
-        indices = [turn] * layout.slices + [last - turn] * layout.backwards
-        indices += [(turn < last).select(last - one - turn, last)] * layout.before
+    def one_iteration(iteration: xb.Op, *state: xb.Op) -> tuple[xb.Op, ...]:
+        one = xb.Op.scalar(iteration.builder(), 1, dtype=xb.Type.S32)
+        last = xb.Op.scalar(iteration.builder(), layout.iterations - 1, dtype=xb.Type.S32)
+        indices = [iteration] * layout.slices + [last - iteration] * layout.backwards
+        indices += [(iteration < last).select(last - one - iteration, last)] * layout.before
         values = list(state)
         for position, index in enumerate(indices, start=layout.carried):
-            values[position] = _fresh(element(state[position], index), turn)
+            values[position] = _fresh(element(state[position], index), iteration)
         first_result = layout.carried + len(indices)
         if layout.seeds is not None:
-            values[layout.seeds] = element(state[layout.seeds], turn)
+            values[layout.seeds] = element(state[layout.seeds], iteration)
         result = xb.Op.call(body, [values[place] for place in layout.arguments])
         outputs = [result.get_tuple_element(index) for index in range(layout.carried + layout.results)]
         new_state = list(state)
         for position, value in enumerate(outputs[: layout.carried]):
             new_state[position] = value
         for position, value in enumerate(outputs[layout.carried :], start=first_result):
-            new_state[position] = with_element(state[position], value, turn)
-        return (turn + one, *new_state)
+            new_state[position] = with_element(state[position], value, iteration)
+        return (iteration + one, *new_state)
 
-    return xb.Op.mkwhile([first, *parameters], going, one_turn).build("loop")
+    return xb.Op.mkwhile([first, *parameters], going, one_iteration).build("loop")
 
 
-def _fresh(value: xb.Op, turn: xb.Op) -> xb.Op:
+def _fresh(value: xb.Op, iteration: xb.Op) -> xb.Op:
     """A matrix, times a one of which the compiler does not know that it is one.
 
-    Else it casts the whole stack to the body's type before the loop, a copy that costs a few per cent of a layer and half
-    of the weights' memory. So the cast is a part of the product that reads the slice, which costs nothing.
+    Else it casts the stacked layers to the body's type before the loop, a copy that takes time and half of the weights' memory.
+    So the cast is a part of the product that reads the slice, which costs nothing.
     """
     shape = value.shape()
     if len(shape.sizes) != 2 or shape.dtype != xb.Type.F32:
         return value
-    return value * (turn >= xb.Op.scalar(turn.builder(), 0, dtype=xb.Type.S32)).cast(xb.Type.F32)
+    return value * (iteration >= xb.Op.scalar(iteration.builder(), 0, dtype=xb.Type.S32)).cast(xb.Type.F32)
 
 
-def xla_fence(tensors: list[Tensor]) -> list[Tensor]:
-    """See `model.loops.Fence`."""
+def xla_barrier(tensors: list[Tensor]) -> list[Tensor]:
+    """See `model.xla.context.Barrier`."""
     passed = [tensor.clone() for tensor in tensors]
     xm.optimization_barrier_(passed)
     return passed
-
-
-def _invariant(tensor: Tensor) -> Tensor:
-    """A tensor of the graph that the body found by itself, on the device.
-
-    Among parts, a number (a factor, an epsilon) becomes one device's own on its way into the outermost loop; weights the
-    body itself has turned into parts.
-    """
-    tensor = tensor.to(torch_xla.device())
-    return everywhere(tensor) if tensor.dim() == 0 and _Depth.loops == 0 else tensor
-
-
-class _Depth:
-    """How many loops' bodies are being traced; of the process, see `xla_parts._Inside`."""
-
-    loops = 0
-
-
-@contextmanager
-def _nested() -> Iterator[None]:
-    _Depth.loops += 1
-    try:
-        yield
-    finally:
-        _Depth.loops -= 1
 
 
 def _touch(tensor: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pretrain_xla.config import ModelConfig
-from pretrain_xla.model.attention import Attend
+from pretrain_xla.model.attention import Heads, attention_scale
 
 FAR_BELOW = -1e30
 """A score that softmax turns into 0; finite, so that no row of scores can become NaN."""
@@ -46,52 +46,64 @@ class Places:
         return (row_BTS | own_TS)[:, None]
 
 
-def fill(config: ModelConfig, places: Places, slots: int, cache: list[Tensor]) -> list[Attend]:
-    """For each block: attention of a prompt over itself.
+class FillCache:
+    """Attention of a prompt over itself, which makes a cache; `model.attention.KeyValueCache`.
+
+    Attributes:
+        tensors: keys and values `[B, K, S, E]` of each layer that has attended.
+    """
+
+    def __init__(self, config: ModelConfig, places: Places, slots: int) -> None:
+        """Begin.
+
+        Args:
+            config: the architecture.
+            places: of the prompt, in slots 0 … T - 1.
+            slots: S of the cache to make, at least T. 0: make none.
+        """
+        self.tensors: list[Tensor] = []
+        self._config, self._slots, self._length = config, slots, len(places.slots)
+        self._allowed_B1TT = places.allowed(self._length)
+
+    def attend(self, heads: Heads) -> Tensor:
+        """See `KeyValueCache.attend`."""
+        if self._slots:
+            # New tensors: an update of a slice in place leaves XLA with the whole as a second result.
+            padding = (0, 0, 0, self._slots - self._length)
+            self.tensors.extend(F.pad(new_BKTE, padding) for new_BKTE in (heads.key_BKTE, heads.value_BKTE))
+        return attend_where(heads, self._allowed_B1TT, self._config)
+
+
+class ExtendCache:
+    """Attention of new tokens over a cache, which their keys and values join first, in place; `model.attention.KeyValueCache`.
 
     Args:
         config: the architecture.
-        places: of the prompt, in slots 0 … T - 1.
-        slots: S of the cache to make, at least T; 0: make none.
-        cache: an empty list, to which each block adds its keys and its values `[B, K, S, E]`.
+        places: of the new tokens.
+        tensors: those of `FillCache`.
     """
-    length = len(places.slots)
-    allowed_B1TT = places.allowed(length)
 
-    def attend(query_BHTE: Tensor, key_BKTE: Tensor, value_BKTE: Tensor) -> Tensor:
-        if slots:
-            # New tensors: an update of a part in place leaves XLA with the whole as a second result.
-            cache.extend(F.pad(new_BKTE, (0, 0, 0, slots - length)) for new_BKTE in (key_BKTE, value_BKTE))
-        return attend_where(query_BHTE, key_BKTE, value_BKTE, allowed_B1TT, config)
+    def __init__(self, config: ModelConfig, places: Places, tensors: Sequence[Tensor]) -> None:
+        self._config, self._slots = config, places.slots
+        self._layers = iter(zip(tensors[::2], tensors[1::2], strict=True))
+        self._allowed_B1TS = places.allowed(tensors[0].shape[2])
 
-    return [attend] * config.num_layers
-
-
-def extend(config: ModelConfig, cache: Sequence[Tensor], places: Places) -> list[Attend]:
-    """For each block: attention of new tokens over the cache of `fill`, which their keys and values join first, in place."""
-    allowed_B1TS = places.allowed(cache[0].shape[2])
-
-    def attend_of(key_BKSE: Tensor, value_BKSE: Tensor) -> Attend:
-        def attend(query_BHTE: Tensor, key_BKTE: Tensor, value_BKTE: Tensor) -> Tensor:
-            key_BKSE.index_copy_(2, places.slots, key_BKTE)
-            value_BKSE.index_copy_(2, places.slots, value_BKTE)
-            return attend_where(query_BHTE, key_BKSE, value_BKSE, allowed_B1TS, config)
-
-        return attend
-
-    return [attend_of(cache[2 * index], cache[2 * index + 1]) for index in range(config.num_layers)]
+    def attend(self, heads: Heads) -> Tensor:
+        """See `KeyValueCache.attend`."""
+        key_BKSE, value_BKSE = next(self._layers)
+        key_BKSE.index_copy_(2, self._slots, heads.key_BKTE)
+        value_BKSE.index_copy_(2, self._slots, heads.value_BKTE)
+        return attend_where(Heads(heads.query_BHTE, key_BKSE, value_BKSE), self._allowed_B1TS, self._config)
 
 
-def attend_where(
-    query_BHTE: Tensor, key_BKSE: Tensor, value_BKSE: Tensor, allowed_B1TS: Tensor, config: ModelConfig
-) -> Tensor:
+def attend_where(heads: Heads, allowed_B1TS: Tensor, config: ModelConfig) -> Tensor:
     """Attention of T queries over S keys where `allowed`: heads_BHTE.
 
     PyTorch's fused kernels where `attention.attend` would take them, else written out in fp32 as the reference is; the query
     heads of a group are laid end to end, so that keys and values are never repeated.
     """
-    scale = config.query_scale or config.heads_dim**-0.5
-    softcap = config.attention_softcap
+    query_BHTE, key_BKSE, value_BKSE = heads
+    scale, softcap = attention_scale(config), config.attention_softcap
     B, H, T, E = query_BHTE.shape
     K, S = key_BKSE.shape[1:3]
     if config.attention == "sdpa" and softcap is None and query_BHTE.device.type != "xla":

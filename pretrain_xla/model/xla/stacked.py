@@ -48,15 +48,7 @@ class StackedBlocks(nn.Module):
             yield partial(_call, self.all, slices)
 
 
-def stack(blocks: StackedBlocks | nn.ModuleList) -> tuple[nn.Module, list[Tensor]]:
-    """A block to call, and its parameters in their order, each of all layers, the last layer first."""
-    if isinstance(blocks, StackedBlocks):
-        return blocks.all, list(blocks.all.parameters())
-    columns = zip(*(block.parameters() for block in blocks), strict=True)
-    return blocks[0], [torch.stack(column[::-1]) for column in columns]
-
-
-def of_each_layer(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def unstack_layers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The same tensors by the names that they have where blocks are not stacked, as checkpoints have them."""
     found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -69,7 +61,7 @@ def of_each_layer(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def of_all_layers(name: str, tensors: Mapping[str, Tensor]) -> Tensor | None:
+def stack_layers(name: str, tensors: Mapping[str, Tensor]) -> Tensor | None:
     """The tensor of that name, put together where it is one of all layers; none if it is not there."""
     if ALL not in name:
         return tensors.get(name)
