@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
+import doctest
 import re
 import shlex
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -19,6 +22,45 @@ from pretrain_xla.prepare.command import default_fraction
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *(path for path in sorted(ROOT.glob("docs/*.md")) if path.name != "LOG.md")]
+EVERY_PAGE = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "docs" / "LOG.md"]
+NAMED = re.compile(r"(?P<path>[\w./-]+\.(?:py|yaml))(?:::?(?P<name>[\w.]+))?")
+"""A file, `path.py`, something defined in it, `path.py:Class.method`, or a test, `path.py::test_name`."""
+
+FOLDER = r"(pretrain_xla|tests|benchmarks|configs|docs|scripts)/[\w/-]*[\w/]"
+
+
+def prose(page: Path) -> str:
+    """A page without its blocks of code."""
+    return re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+def find(path: str, page: Path) -> Path | None:
+    """The file or folder that a page means: from the repository's root, from the package, or from the page."""
+    return next((base / path for base in (ROOT, ROOT / "pretrain_xla", page.parent) if (base / path).exists()), None)
+
+
+@cache
+def defined(path: Path) -> set[str]:
+    """Names that a Python file defines, those in its classes as `Class.name`."""
+
+    def names(body: Sequence[ast.stmt], prefix: str) -> set[str]:
+        found: set[str] = set()
+        for node in body:
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                found.add(prefix + node.name)
+            if isinstance(node, ast.ClassDef):
+                found |= names(node.body, f"{prefix}{node.name}.")
+            targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+            found |= {prefix + target.id for target in targets if isinstance(target, ast.Name)}
+        return found
+
+    return names(ast.parse(path.read_text(encoding="utf-8")).body, "")
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def commands(pages: Sequence[Path] = PAGES) -> list[tuple[str, list[str]]]:
@@ -90,10 +132,10 @@ def test_of_a_dataset_of_the_hub_a_hundredth_is_held_out() -> None:
 
 def test_the_price_of_the_loop_over_layers_is_one() -> None:
     help_text = TrainConfig.model_fields["scan_layers"].description or ""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "use.md").read_text(encoding="utf-8")
     said = re.search(r"takes (\d to \d%) longer", help_text)
     assert said
-    assert f"for {said[1]} of a step" in readme
+    assert f"for {said[1]} of a step" in page
 
 
 def test_configs_docs_and_defaults_name_one_folder_for_fineweb_edu() -> None:
@@ -102,3 +144,55 @@ def test_configs_docs_and_defaults_name_one_folder_for_fineweb_edu() -> None:
         named |= set(re.findall(r"[\w./-]*fineweb_edu\w*(?=[/ `\n]|$)", path.read_text(encoding="utf-8")))
     assert named <= {"fineweb_edu", "scripts/prepare_fineweb.py"}, named
     assert DataConfig().train_dir == "fineweb_edu/train"
+
+
+@pytest.mark.parametrize("page", EVERY_PAGE, ids=lambda page: page.name)
+def test_every_link_leads_somewhere(page: Path) -> None:
+    wrong = []
+    for text, target in re.findall(r"\[([^\]]+)\]\(([^)\s]+)\)", prose(page)):
+        if target.startswith("https://"):
+            continue
+        path, _, anchor = target.partition("#")
+        file = page.parent / path if path else page
+        named = NAMED.fullmatch(text.strip("`"))
+        if (
+            not file.exists()
+            or (anchor and anchor not in anchors(file))
+            or (named and not f"/{path}".endswith(f"/{named['path']}"))
+        ):
+            wrong.append(f"[{text}]({target})")
+    assert not wrong
+
+
+@pytest.mark.parametrize("page", EVERY_PAGE, ids=lambda page: page.name)
+def test_every_file_and_function_that_is_named_is_there(page: Path) -> None:
+    wrong = []
+    for word in (word for span in re.findall(r"`([^`]+)`", prose(page)) for word in span.split()):
+        named = NAMED.fullmatch(word)
+        if named and (named["path"].endswith(".py") or "/" in named["path"]):
+            file = find(named["path"], page)
+            if file is None or (named["name"] is not None and named["name"] not in defined(file)):
+                wrong.append(word)
+        elif re.fullmatch(FOLDER, word) and find(word, page) is None:
+            wrong.append(word)
+    assert not wrong
+
+
+def test_every_script_of_a_command_is_there() -> None:
+    seen = 0
+    for name, words in commands(EVERY_PAGE):
+        for word in words:
+            if re.fullmatch(r"[\w/-]+\.py|configs/\S+\.yaml|tests/\S+", word):
+                assert (ROOT / word).exists(), f"{name}: {word}"
+                seen += 1
+    assert seen >= 30
+
+
+def test_the_session_in_learn_prints_what_it_says() -> None:
+    page = ROOT / "docs" / "learn.md"
+    text = re.sub(r"^```.*$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    session = doctest.DocTestParser().get_doctest(text, {}, page.name, str(page), 0)
+    assert len(session.examples) >= 50
+    said: list[str] = []
+    doctest.DocTestRunner(verbose=False).run(session, out=said.append)
+    assert not said, "".join(said)
