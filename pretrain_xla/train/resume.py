@@ -214,9 +214,11 @@ def check_same_model(info: CheckpointInfo, model: ModelConfig, folder: str) -> N
     saved, wanted = info.config.get("model"), model.model_dump(mode="json")
     if not isinstance(saved, dict):
         raise UserError(f"{folder}/{MARKER} does not say which model it is of: name another --checkpoints-dir")
+    # An option that came later than the checkpoint has its default there.
+    had = ModelConfig().model_dump(mode="json") | saved
     for key, value in wanted.items():
-        if key not in FREE_MODEL_KEYS and saved.get(key) != value:
+        if key not in FREE_MODEL_KEYS and had[key] != value:
             raise UserError(
-                f"{folder} is a checkpoint of another model: its {key} is {saved.get(key)}, this run's is {value}; "
+                f"{folder} is a checkpoint of another model: its {key} is {had[key]}, this run's is {value}; "
                 "name another --checkpoints-dir, or give the run the model of the checkpoint"
             )

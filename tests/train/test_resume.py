@@ -181,6 +181,15 @@ def test_what_does_not_change_the_weights_may_change() -> None:
         check_same_model(info, ModelConfig(norm_eps=1e-6), "folder")
 
 
+def test_an_option_that_came_later_than_the_checkpoint_has_its_default_there() -> None:
+    saved = ModelConfig().model_dump(mode="json")
+    del saved["qk_norm"]
+    info = CheckpointInfo(1, None, "data", {"model": saved})
+    check_same_model(info, ModelConfig(), "folder")
+    with pytest.raises(UserError, match="its qk_norm is False, this run's is True"):
+        check_same_model(info, ModelConfig(qk_norm=True), "folder")
+
+
 def test_the_loss_scale_continues(make_config: Make) -> None:
     saved = {"loss_scale.scale": torch.tensor(1024.0), "loss_scale.good_steps": torch.tensor(7, dtype=torch.int32)}
     store = CheckpointStore(make_config().checkpoints_dir, 1)
