@@ -23,7 +23,7 @@ from pretrain_xla.config_file import load_yaml
 from pretrain_xla.errors import UserError
 from pretrain_xla.redact import is_redacted
 
-# Leaves of config.py that `--help` shows; `--help-all` shows every one.
+# Leaves of the config that `--help` shows; `--help-all` shows every one.
 USUAL = frozenset(
     """
     vocab_size seq_length d_model num_layers num_heads d_ff dropout activation tie_weights

@@ -17,7 +17,8 @@ from pretrain_xla.data.shards import WrittenFormat
 from pretrain_xla.errors import UserError
 from pretrain_xla.prepare.dataset import prepare
 from pretrain_xla.redact import redacted
-from pretrain_xla.text.sources import Source, join_sources, open_source
+from pretrain_xla.text.source import Source
+from pretrain_xla.text.sources import join_sources, open_source
 from pretrain_xla.tokenizers.train import Kind, train_tokenizer
 
 

@@ -22,7 +22,8 @@ from pretrain_xla.prepare.progress import ProgressLine
 from pretrain_xla.prepare.workers import encode_chunks
 from pretrain_xla.redact import redacted
 from pretrain_xla.storage.files import filesystem, remove
-from pretrain_xla.text.sources import Source, open_source
+from pretrain_xla.text.source import Source
+from pretrain_xla.text.sources import open_source
 from pretrain_xla.text.split import LONG_DOCUMENT, split_document
 from pretrain_xla.tokenizers.fingerprint import fingerprint
 from pretrain_xla.tokenizers.load import known_tokenizers, load_tokenizer, stored_tokenizer

@@ -14,12 +14,27 @@ import os
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from pretrain_xla.run_folder.seen import Seen
 from pretrain_xla.storage.files import is_local, write_atomically
 
 MARKER = "checkpoint.json"
 VERSION = 2
 """Of the marker: 1 carried the last validation loss, of whatever step; 2 that of these very weights, or none."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """tokens: seen in the whole run, whatever the data. position: in the order of the present data. seed, shuffle_window: of
+    that order."""
+
+    tokens: int
+    position: int
+    seed: int
+    shuffle_window: int
+
+    def __post_init__(self) -> None:
+        for key, number in vars(self).items():
+            if type(number) is not int or not (key == "shuffle_window") <= number < 2**62:
+                raise ValueError(f"{key} is {number!r}")
 
 
 @dataclass(frozen=True)

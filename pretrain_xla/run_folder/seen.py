@@ -9,37 +9,18 @@ data, or with sequences of another length, the position means nothing: there the
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pretrain_xla.config import RunConfig, build_config
 from pretrain_xla.data.batches import position_after
 from pretrain_xla.redact import redacted_tree
-
-if TYPE_CHECKING:
-    from pretrain_xla.run_folder.marker import CheckpointInfo
+from pretrain_xla.run_folder.marker import CheckpointInfo, Seen
 
 WITHOUT_EFFECT = {
     "init", "train_dir", "cache_dir", "cache_gb", "remote_reads", "prefetch_batches", "do_test", "from_checkpoint",
     "preflight_only", "use_syncfree_optim", "strict_graph", "topology", "compile_cache",
 }  # fmt: skip
 """Settings of which nothing that follows depends in a run that goes on."""
-
-
-@dataclass(frozen=True)
-class Seen:
-    """tokens: seen in the whole run, whatever the data. position: in the order of the present data. seed, shuffle_window: of
-    that order."""
-
-    tokens: int
-    position: int
-    seed: int
-    shuffle_window: int
-
-    def __post_init__(self) -> None:
-        for key, number in vars(self).items():
-            if type(number) is not int or not (key == "shuffle_window") <= number < 2**62:
-                raise ValueError(f"{key} is {number!r}")
 
 
 def seen_so_far(info: CheckpointInfo | None, config: RunConfig, data: str, sequences: int) -> Seen:

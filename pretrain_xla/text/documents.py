@@ -21,13 +21,13 @@ from pretrain_xla.redact import redacted
 from pretrain_xla.storage.files import VERSION_KEYS, filesystem, is_local, url
 from pretrain_xla.storage.find import find_files, path_type
 from pretrain_xla.storage.remote import REQUESTS_AT_A_TIME, call, concurrently, describe
+from pretrain_xla.text.archives import read_tar, read_zip
 from pretrain_xla.text.open_file import UNPACK_ERRORS, bare_name, open_file, packing, unpacked
-from pretrain_xla.text.readers.archives import read_tar, read_zip
 from pretrain_xla.text.readers.columns import read_column
-from pretrain_xla.text.readers.streams import read_stream
 from pretrain_xla.text.reading import Bad, BadDocuments, Reading
 from pretrain_xla.text.recognise import WORDS, Kind, kind_by_name, look
 from pretrain_xla.text.selection import TextFile, select
+from pretrain_xla.text.streams import read_stream
 
 logger = logging.getLogger(__name__)
 _NAMED = 3  # files of a sort that are named in the log

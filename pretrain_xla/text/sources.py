@@ -5,31 +5,14 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from pretrain_xla.errors import UserError
 from pretrain_xla.text.corpus import QUICKSTART, quickstart_documents, quickstart_version
 from pretrain_xla.text.documents import Document, open_text
+from pretrain_xla.text.hub import hub_source
 from pretrain_xla.text.reading import Reading
-
-
-@dataclass(frozen=True)
-class Source:
-    """Documents that can be read more than once."""
-
-    name: str
-    """What a person calls it."""
-    version: str
-    """Another string whenever the documents may be others; how `prepare` knows that a dataset is up to date."""
-    read: Callable[[Any], Iterator[Document]]
-    """The documents after a place (none: from the first one), in the same order every time."""
-    skipped: Callable[[], int] = lambda: 0
-    """How many bad documents have been skipped in all that was read of it so far."""
-
-    def documents(self) -> Iterator[str]:
-        """The text of every document."""
-        return (document.text for document in self.read(None))
+from pretrain_xla.text.source import Source
 
 
 def source_of(name: str, version: str, texts: Callable[[], Iterable[str]]) -> Source:
@@ -73,8 +56,6 @@ def open_source(
     if name == QUICKSTART:
         return source_of(name, quickstart_version(), quickstart_documents)
     if name.startswith("hf:") and not name.startswith("hf://"):  # that is a file on the Hub
-        from pretrain_xla.text.hub import hub_source  # it is built on this module
-
         return hub_source(name, text_column=text_column, streaming=streaming, cache_dir=cache_dir)
     text = open_text(name, Reading(text_column, document_per_line, skip_bad_documents))
     version = text.version + ("" if text_column == "text" else f":{text_column}")

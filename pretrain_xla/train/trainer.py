@@ -29,10 +29,11 @@ from pretrain_xla.redact import redacted_tree
 from pretrain_xla.run_folder.build import build_examples, build_optimizer, execution_of
 from pretrain_xla.run_folder.checkpoint import CheckpointInfo
 from pretrain_xla.run_folder.console import Console
+from pretrain_xla.run_folder.marker import Seen
 from pretrain_xla.run_folder.metrics import MetricLog, Row
 from pretrain_xla.run_folder.own_tokenizer import tokenizer_of_run
 from pretrain_xla.run_folder.report import perplexity, shown, summarised_steps, write_report
-from pretrain_xla.run_folder.seen import Seen, seen_so_far, what_changed
+from pretrain_xla.run_folder.seen import seen_so_far, what_changed
 from pretrain_xla.run_folder.trackers import WandB
 from pretrain_xla.runtime import Runtime
 from pretrain_xla.train.evaluations import build_evaluation, build_validation

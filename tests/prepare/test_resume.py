@@ -20,7 +20,8 @@ from pretrain_xla.data.dataset import open_dataset
 from pretrain_xla.errors import UserError
 from pretrain_xla.prepare.dataset import prepare
 from pretrain_xla.text.documents import Document, read_documents
-from pretrain_xla.text.sources import Source, open_source, source_of
+from pretrain_xla.text.source import Source
+from pretrain_xla.text.sources import open_source, source_of
 from tests.prepare.corpus import DOCUMENTS, source, tree
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -17,8 +17,9 @@ from pretrain_xla.interop.families import FAMILIES
 from pretrain_xla.interop.model_card import model_card
 from pretrain_xla.interop.model_source import LoadedModel
 from pretrain_xla.run_folder.checkpoint import CheckpointInfo, CheckpointStore
+from pretrain_xla.run_folder.marker import Seen
 from pretrain_xla.run_folder.metrics import read_metrics
-from pretrain_xla.run_folder.seen import Seen, seen_so_far, tokens_seen, what_changed
+from pretrain_xla.run_folder.seen import seen_so_far, tokens_seen, what_changed
 from pretrain_xla.runtime.torch_runtime import TorchRuntime
 from pretrain_xla.train.trainer import Trainer
 from tests.small_run import TINY

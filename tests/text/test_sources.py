@@ -24,7 +24,8 @@ from pretrain_xla.errors import UserError
 from pretrain_xla.prepare.dataset import prepare
 from pretrain_xla.text.documents import Document, read_documents
 from pretrain_xla.text.hub import _batches as hub_batches
-from pretrain_xla.text.sources import Source, join_sources, open_source, source_of
+from pretrain_xla.text.source import Source
+from pretrain_xla.text.sources import join_sources, open_source, source_of
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXTS = [f"text {number} " + "日本 and more " * (number % 5) for number in range(2500)]

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch_xla.experimental import plugins
 
-from pretrain_xla.runtime.xla.environment import gpu_count
+from pretrain_xla.runtime.xla.gpu_count import gpu_count
 
 
 class CudaPlugin(plugins.DevicePlugin):

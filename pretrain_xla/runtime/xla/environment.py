@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import importlib.util
 import os
 import sys
@@ -10,6 +9,7 @@ import warnings
 
 from pretrain_xla.config import ParallelConfig
 from pretrain_xla.errors import UserError
+from pretrain_xla.runtime.xla.gpu_count import gpu_count
 
 DEVICES = ("CPU", "TPU", "CUDA")
 
@@ -164,13 +164,3 @@ def _cuda_plugin() -> str:
             "or GPU_NUM_DEVICES to the number of GPUs if there are some"
         )
     return library
-
-
-def gpu_count() -> int:
-    """GPUs to use on this host: GPU_NUM_DEVICES, or those that CUDA_VISIBLE_DEVICES or the system shows."""
-    if "GPU_NUM_DEVICES" in os.environ:
-        return int(os.environ["GPU_NUM_DEVICES"])
-    if "CUDA_VISIBLE_DEVICES" in os.environ:
-        return len([word for word in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if word.strip()])
-    # The second: Windows' subsystem for Linux.
-    return len(glob.glob("/dev/nvidia[0-9]*") + glob.glob("/dev/dxg"))

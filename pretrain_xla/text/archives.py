@@ -20,10 +20,10 @@ from typing import Any
 from pretrain_xla.errors import UserError
 from pretrain_xla.storage.remote import describe
 from pretrain_xla.text.open_file import UNPACK_ERRORS, packing, unpacked
-from pretrain_xla.text.readers.streams import READERS, read_stream
 from pretrain_xla.text.reading import Bad, Reading
 from pretrain_xla.text.recognise import kind_by_name, look
 from pretrain_xla.text.selection import is_about
+from pretrain_xla.text.streams import READERS, read_stream
 
 logger = logging.getLogger(__name__)
 _DEEPEST = 3  # archives within archives; more is no corpus
