@@ -6,6 +6,7 @@ import ast
 import doctest
 import re
 import shlex
+import tomllib
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -176,6 +177,18 @@ def test_every_file_and_function_that_is_named_is_there(page: Path) -> None:
         elif re.fullmatch(FOLDER, word) and find(word, page) is None:
             wrong.append(word)
     assert not wrong
+
+
+def test_the_order_of_imports_is_that_of_the_contract() -> None:
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"][
+        "contracts"
+    ]
+    layers = [line.replace("pretrain_xla.", "").split(" | ") for line in contracts[0]["layers"]]
+    order = next(span for span in re.findall(r"`([^`]+)`", prose(ROOT / "CONTRIBUTING.md")) if span.startswith("cli →"))
+    for rooms in " ".join(order.split()).split(" → "):
+        upper = [number for number, layer in enumerate(layers) if set(rooms.split(", ")) <= set(layer)]
+        assert len(upper) == 1, rooms
+        layers = layers[upper[0] + 1 :]
 
 
 def test_every_script_of_a_command_is_there() -> None:
