@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from pretrain_xla.cli import main
 from pretrain_xla.config import DataConfig, TrainConfig
 from pretrain_xla.config_file import load_yaml
 from pretrain_xla.errors import UserError
@@ -22,8 +23,8 @@ from pretrain_xla.generate.command import generate_command
 from pretrain_xla.prepare.command import default_fraction
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *(path for path in sorted(ROOT.glob("docs/*.md")) if path.name != "LOG.md")]
-EVERY_PAGE = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "docs" / "LOG.md"]
+EVERY_PAGE = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
+PAGES = [page for page in EVERY_PAGE if page.name != "LOG.md"]
 NAMED = re.compile(r"(?P<path>[\w./-]+\.(?:py|yaml))(?:::?(?P<name>[\w.]+))?")
 """A file, `path.py`, something defined in it, `path.py:Class.method`, or a test, `path.py::test_name`."""
 
@@ -69,6 +70,7 @@ def commands(pages: Sequence[Path] = PAGES) -> list[tuple[str, list[str]]]:
     found = []
     for page in pages:
         for block in re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+            block = re.sub(r"\$\w+", "1", block)  # a variable of the shell: a number
             for line in block.replace("\\\n", " ").splitlines():
                 words = [word for word in shlex.split(line, comments=True) if word != "…"]
                 if "python" in words or "torchrun" in words:
@@ -114,6 +116,22 @@ def test_every_command_of_the_docs_for_a_model_fails_on_the_model_alone(
         assert "Hub" in str(caught.value)
         seen += 1
     assert seen >= 5
+
+
+def test_every_flag_of_the_other_commands_is_in_their_help(capsys: pytest.CaptureFixture[str]) -> None:
+    used: dict[str, set[str]] = {}
+    for _, words in commands():
+        if words[1:3] == ["-m", "pretrain_xla"] or words[2:4] == ["-m", "pretrain_xla"]:
+            command, *arguments = words[words.index("pretrain_xla") + 1 :]
+            used.setdefault(command, set()).update(w.partition("=")[0] for w in arguments if w.startswith("--"))
+    del used["lm-eval"]  # its flags are lm-eval's
+    assert used.keys() >= {"prepare", "preflight", "export", "import", "train-tokenizer", "inspect", "trace"}
+    for command, flags in used.items():
+        for help_flag in ("--help", "--help-all") if command in ("preflight", "trace", "train") else ("--help",):
+            with pytest.raises(SystemExit):
+                main([command, help_flag])
+        shown = set(re.findall(r"--[\w-]+", capsys.readouterr().out))
+        assert flags <= shown, command
 
 
 def test_the_recipe_for_tinystories_fits_its_config() -> None:
