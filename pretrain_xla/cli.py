@@ -142,13 +142,13 @@ def _adopt(tree: dict[str, Any], stated: frozenset[str], where: str) -> tuple[Ru
     begins_anew = tree["train"]["from_checkpoint"] is None
     if begins_anew and "vocab_size" in stated:
         return build_config(tree, where), []
-    from pretrain_xla.interop.from_checkpoint import adopt_architecture, adopt_tokenizer, adopt_vocabulary
+    from pretrain_xla.interop.from_checkpoint import resolve_architecture, resolve_tokenizer, resolve_vocabulary
 
     if begins_anew:
-        return adopt_vocabulary(tree, stated, where)
+        return resolve_vocabulary(tree, stated, where)
 
-    config, notes = adopt_architecture(tree, stated, where)
-    config, more = adopt_tokenizer(config, stated)
+    config, notes = resolve_architecture(tree, stated, where)
+    config, more = resolve_tokenizer(config, stated)
     return config, notes + more
 
 

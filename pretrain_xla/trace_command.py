@@ -10,7 +10,7 @@ import rich.console
 from rich.table import Table
 
 from pretrain_xla.flags import parse_flags
-from pretrain_xla.interop.from_checkpoint import adopt_architecture
+from pretrain_xla.interop.from_checkpoint import resolve_architecture
 from pretrain_xla.model.trace import Node, Shape, folded, trace_model
 
 PROGRAM = "python -m pretrain_xla trace"
@@ -29,7 +29,7 @@ def trace_command(arguments: Sequence[str]) -> None:
     """
     own = [argument for argument in arguments if argument == "--json"]
     rest = [argument for argument in arguments if argument != "--json"]
-    config = parse_flags(rest, program=PROGRAM, description=DESCRIPTION, build=adopt_architecture).config.model
+    config = parse_flags(rest, program=PROGRAM, description=DESCRIPTION, build=resolve_architecture).config.model
     tree = folded(trace_model(config))
     if own:
         print(json.dumps({"seq_length": config.seq_length, "model": dataclasses.asdict(tree)}, indent=2))

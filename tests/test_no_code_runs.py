@@ -1,5 +1,5 @@
 """Whatever is read of others, nothing in it runs: a payload at each door that can be tried. `torch.distributed.checkpoint`'s is
-tried in `interop/test_strangers_checkpoint.py`, YAML's in `test_untrusted.py`.
+tried in `interop/test_untrusted_checkpoint.py`, YAML's in `test_untrusted.py`.
 """
 
 from __future__ import annotations

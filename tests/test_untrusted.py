@@ -23,8 +23,8 @@ from pretrain_xla.data.formats import layout
 from pretrain_xla.data.manifest import dataset_info
 from pretrain_xla.errors import UserError
 from pretrain_xla.evaluate import records
+from pretrain_xla.interop.config_json import read_config
 from pretrain_xla.interop.load import load_model
-from pretrain_xla.interop.mapping import read_config
 from pretrain_xla.prepare.journal import read_progress
 from pretrain_xla.storage.files import filesystem
 from pretrain_xla.text import open_file

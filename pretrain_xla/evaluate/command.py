@@ -104,7 +104,7 @@ def _evaluate(flags: EvaluateFlags) -> None:
             Settings(flags.data_dir, flags.limit, flags.stride),
             batch_size=flags.batch_size,
             top_k=flags.top_k,
-            begins=loaded.begins,
+            begins=loaded.adds_bos,
         )
         results = evaluation(console.progress)
         if runtime.is_main:

@@ -53,7 +53,7 @@ class Evaluation:
         settings: see `Settings`.
         batch_size: rows of full length in a batch, over all devices.
         top_k: each k of the top-k accuracies.
-        begins: see `LoadedModel.begins`.
+        begins: see `LoadedModel.adds_bos`.
 
     Raises:
         UserError: an unknown task, no items, items that are not the task's, or a tokenizer that is not the model's.

@@ -70,9 +70,9 @@ class PretrainXlaLM(TemplateLM):
         if machine.process_count > 1:
             raise UserError("lm-eval runs in one process here, which uses all devices of its mesh: start it only once")
         self._tokenizer = tokenizer_of(loaded, tokenizer)
-        self._before = before_text(self._tokenizer) if loaded.begins else ()
+        self._before = before_text(self._tokenizer) if loaded.adds_bos else ()
         self._generator = Generator(  # places the model
-            model, self._tokenizer, machine, before=self._before, ends=loaded.ends
+            model, self._tokenizer, machine, before=self._before, ends=loaded.eos_ids
         )
         rows = DEFAULT_BATCH_SIZE if str(batch_size).startswith("auto") else int(batch_size)
         self._scorer = Scorer(model, machine, rows)

@@ -46,7 +46,7 @@ class Reader:
 
     load_tokenizer: gives its tokenizer; not called where no task has text, nor shards that say how they were made.
     max_length: tokens that it takes. vocab_size: ids that it has. top_k: each k of the top-k accuracies.
-    begins: see `LoadedModel.begins`.
+    begins: see `LoadedModel.adds_bos`.
     """
 
     load_tokenizer: Callable[[], Tokenizer]

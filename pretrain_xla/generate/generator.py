@@ -72,8 +72,8 @@ class Generator:
         config = build_config({"model": found.config.model_dump(), "parallel": parallel}, found.where)
         model = GPT(config.model)
         model.load_state_dict(found.tensors, strict=True)
-        before = before_text(loaded) if found.begins else ()
-        return Generator(model, loaded, start(config), before=before, ends=found.ends)
+        before = before_text(loaded) if found.adds_bos else ()
+        return Generator(model, loaded, start(config), before=before, ends=found.eos_ids)
 
     def prompt_ids(self, prompt: str) -> list[int]:
         """See `text.prompt_ids`."""

@@ -32,7 +32,7 @@ PLAIN: dict[str, tuple[Any, ...] | Callable[[Any], bool]] = {
 }
 
 
-def traits(config: ModelConfig) -> dict[str, Any]:
+def architecture_options(config: ModelConfig) -> dict[str, Any]:
     """Option → value, for each key of `PLAIN`; none where it is what an architecture expects."""
     values = {name: getattr(config, name) for name in PLAIN}
     if config.query_scale is not None and math.isclose(config.query_scale, config.heads_dim**-0.5, rel_tol=1e-9):
@@ -46,6 +46,6 @@ def traits(config: ModelConfig) -> dict[str, Any]:
     return values
 
 
-def allowed(takes: Any, value: Any) -> bool:
-    """Whether a table's entry, a tuple of values or a test, takes the value."""
-    return bool(takes(value)) if callable(takes) else value in takes
+def allowed(accepted: Any, value: Any) -> bool:
+    """Whether a table's entry, a tuple of values or a test, accepted the value."""
+    return bool(accepted(value)) if callable(accepted) else value in accepted

@@ -10,11 +10,11 @@ from pretrain_xla.config import ModelConfig, RunConfig, build_config
 from pretrain_xla.config_file import to_yaml
 from pretrain_xla.errors import UserError
 from pretrain_xla.interop import hub
+from pretrain_xla.interop.config_json import choose_family
 from pretrain_xla.interop.export import DTYPES, export_model, make_empty_folder
-from pretrain_xla.interop.from_checkpoint import adopt_architecture, fit_tensors, usable_tokenizer
-from pretrain_xla.interop.load import LoadedModel, describe, load_model
-from pretrain_xla.interop.mapping import choose
-from pretrain_xla.interop.special_tokens import write_borders
+from pretrain_xla.interop.from_checkpoint import fit_tensors, resolve_architecture, usable_tokenizer
+from pretrain_xla.interop.load import LoadedModel, find_model, load_model
+from pretrain_xla.interop.special_tokens import write_special_tokens
 from pretrain_xla.model import parameter_count
 from pretrain_xla.redact import redacted, redacted_tree
 from pretrain_xla.run_folder.checkpoint import CheckpointInfo, CheckpointStore
@@ -58,7 +58,7 @@ def export_command(arguments: Sequence[str]) -> None:
     loaded.print_notes()
     for note in export_model(loaded, flags.out, dtype=flags.dtype, title=flags.push_to):
         print(f"note: {redacted(note)}")
-    what = f"{choose(loaded.config).architecture}, {_size(loaded.config)}, {flags.dtype}"
+    what = f"{choose_family(loaded.config).architecture}, {_size(loaded.config)}, {flags.dtype}"
     print(f"{redacted(loaded.where)} -> {flags.out}: {what}")
     if flags.push_to:
         message = f"Export of {os.path.basename(redacted(loaded.where))}"
@@ -87,8 +87,8 @@ def import_command(arguments: Sequence[str]) -> None:
     flags = parser.parse_args(list(arguments))
     given = {leaf: getattr(flags, leaf) for leaf in (*IMPORT_LEAVES, "activation") if getattr(flags, leaf) is not None}
     tree = {"model": given, "train": {"from_checkpoint": flags.model}}
-    config, notes = adopt_architecture(tree, frozenset(given), "command line")
-    found = describe(flags.model, stated=given)
+    config, notes = resolve_architecture(tree, frozenset(given), "command line")
+    found = find_model(flags.model, stated=given)
     tokenizer, left_out = usable_tokenizer(found)
     for note in (*notes, *left_out):
         print(f"note: {redacted(note)}")
@@ -96,7 +96,7 @@ def import_command(arguments: Sequence[str]) -> None:
     check_finite(weights, found.where)
     make_empty_folder(flags.out)
     tensors = fit_tensors(weights, config.model)
-    made = LoadedModel(config.model, tensors, tokenizer, found.where, begins=found.begins, ends=found.ends)
+    made = LoadedModel(config.model, tensors, tokenizer, found.where, adds_bos=found.adds_bos, eos_ids=found.eos_ids)
     write_run(made, flags.out)
     print(
         f"{redacted(found.where)} -> {flags.out}: {_size(config.model)}; evaluate, train or generate from that folder"
@@ -122,7 +122,7 @@ def write_run(loaded: LoadedModel, folder: str) -> None:
     tokenizer = load_tokenizer(name) if name is not None else None
     if tokenizer is not None and is_stored(tokenizer):
         tokenizer.save(os.path.join(folder, TOKENIZER_FOLDER))
-        write_borders(os.path.join(folder, TOKENIZER_FOLDER), begins=loaded.begins, ends=loaded.ends)
+        write_special_tokens(os.path.join(folder, TOKENIZER_FOLDER), adds_bos=loaded.adds_bos, eos_ids=loaded.eos_ids)
     store = CheckpointStore(config.checkpoints_dir, limit=1)
     tensors = {f"model.{name}": tensor for name, tensor in loaded.tensors.items()}
     try:

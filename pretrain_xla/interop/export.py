@@ -10,11 +10,11 @@ import torch
 from huggingface_hub import save_torch_state_dict
 
 from pretrain_xla.errors import UserError
+from pretrain_xla.interop.config_json import choose_family, write_config
 from pretrain_xla.interop.load import LoadedModel
-from pretrain_xla.interop.mapping import choose, write_config
 from pretrain_xla.interop.model_card import model_card
 from pretrain_xla.interop.special_tokens import before_text
-from pretrain_xla.interop.tensors import to_theirs
+from pretrain_xla.interop.tensors import to_hugging_face
 from pretrain_xla.interop.tokenizer_files import write_tokenizer
 from pretrain_xla.run_folder.finite import check_finite
 from pretrain_xla.tokenizers.load import known_tokenizers, load_tokenizer
@@ -42,26 +42,28 @@ def export_model(
         UserError: no architecture computes this model, its weights hold NaN or infinity, or the folder cannot be written.
     """
     config = loaded.config
-    family = choose(config)
+    family = choose_family(config)
     check_finite(loaded.tensors, loaded.where)
     make_empty_folder(folder)
     tokenizer, notes = _tokenizer(loaded)
     end = tokenizer.end_of_text if tokenizer is not None else None
-    before = before_text(tokenizer) if tokenizer is not None and loaded.begins else ()
-    others = sorted({*loaded.ends} - {end}) if end is not None else []
+    before = before_text(tokenizer) if tokenizer is not None and loaded.adds_bos else ()
+    others = sorted({*loaded.eos_ids} - {end}) if end is not None else []
     # Named even where there is none: the defaults of some architectures are ids of other people's tokenizers.
-    ends = {"bos_token_id": before[0] if before else end, "eos_token_id": [end, *others] if others else end}
+    special_ids = {"bos_token_id": before[0] if before else end, "eos_token_id": [end, *others] if others else end}
     name = str(DTYPES[dtype]).removeprefix("torch.")
-    tree = write_config(family, config) | ends | {"pad_token_id": None, "torch_dtype": name, "use_cache": True}
+    tree = write_config(family, config) | special_ids | {"pad_token_id": None, "torch_dtype": name, "use_cache": True}
     try:
-        tensors = to_theirs(loaded.tensors, config, family.layout)
+        tensors = to_hugging_face(loaded.tensors, config, family.layout)
         tensors = {name: tensor.to(DTYPES[dtype]) for name, tensor in tensors.items()}
         save_torch_state_dict(tensors, folder, max_shard_size=shard_size, metadata={"format": "pt"})
         write_json(os.path.join(folder, "config.json"), tree)
         _share(folder)
-        write_json(os.path.join(folder, "generation_config.json"), {k: v for k, v in ends.items() if v is not None})
+        write_json(
+            os.path.join(folder, "generation_config.json"), {k: v for k, v in special_ids.items() if v is not None}
+        )
         if tokenizer is not None:
-            notes += write_tokenizer(tokenizer, folder, config.seq_length, begins=loaded.begins)
+            notes += write_tokenizer(tokenizer, folder, config.seq_length, adds_bos=loaded.adds_bos)
         with open(os.path.join(folder, "README.md"), "w", encoding="utf-8") as file:
             title = title or os.path.basename(os.path.abspath(folder))
             file.write(model_card(loaded, family, title, has_tokenizer=tokenizer is not None))

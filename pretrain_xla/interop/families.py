@@ -13,7 +13,7 @@ from typing import Any
 
 from pretrain_xla.config import ModelConfig
 from pretrain_xla.interop.architecture_options import ANY
-from pretrain_xla.interop.keys import GELU, GEMMA_GELU, GPT2_GELU, SCALAR, SILU, Key, root
+from pretrain_xla.interop.config_keys import GELU, GEMMA_GELU, GPT2_GELU, SCALAR, SILU, Key, is_inverse_root
 from pretrain_xla.interop.layouts import (
     ATTENTION,
     BIGCODE_LAYOUT,
@@ -47,14 +47,14 @@ class Family:
 
     model_type: str
     architecture: str
-    takes: Options
+    options: Options
     keys: Keys
     layout: Layout
-    demands: Mapping[str, Any] = field(default_factory=dict)
+    required: Mapping[str, Any] = field(default_factory=dict)
     extra: Callable[[ModelConfig], dict[str, Any]] = lambda config: {}
     bias: Callable[[Mapping[str, Any]], bool] = lambda raw: False
     exported: bool = True
-    silent: Mapping[str, Any] = field(default_factory=dict)
+    omitted: Mapping[str, Any] = field(default_factory=dict)
 
 
 def _rope(config: ModelConfig) -> dict[str, Any]:
@@ -114,7 +114,7 @@ GEMMA2_KEYS = GEMMA_KEYS | {
     "final_logit_softcapping": Key("logit_softcap", 30.0),
 }
 
-LLAMA_TAKES: Options = {
+LLAMA_OPTIONS: Options = {
     "norm": ("rmsnorm",),
     "positions": ("rotary",),
     "gated": (True,),
@@ -122,24 +122,24 @@ LLAMA_TAKES: Options = {
     "num_kv_heads": ANY,
     "head_dim": ANY,
 }
-GPT2_TAKES: Options = {"norm": ("layernorm",), "positions": ("learned", "none"), "gated": (False,), "bias": ANY}
+GPT2_OPTIONS: Options = {"norm": ("layernorm",), "positions": ("learned", "none"), "gated": (False,), "bias": ANY}
 NO_BIAS: Options = {"bias": (False,)}
-UNEVEN: Options = {"num_heads": ANY}
-GEMMA_TAKES: Options = LLAMA_TAKES | NO_BIAS | {"norm": ("rmsnorm_zero_centered",), "scale_embeddings": (True,)}
-CAPS: Options = {"query_scale": root, "attention_softcap": ANY, "logit_softcap": ANY}
+UNEVEN_HEADS: Options = {"num_heads": ANY}
+GEMMA_OPTIONS: Options = LLAMA_OPTIONS | NO_BIAS | {"norm": ("rmsnorm_zero_centered",), "scale_embeddings": (True,)}
+SOFTCAPS: Options = {"query_scale": is_inverse_root, "attention_softcap": ANY, "logit_softcap": ANY}
 MULTIPLIERS = {"residual_multiplier": 1.0, "logits_scaling": 1.0}
 DROPOUT = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
 WINDOW = {"sliding_window": 4096}
-GPT2_DEMANDS = {"scale_attn_weights": True, "add_cross_attention": False}
+GPT2_REQUIRED = {"scale_attn_weights": True, "add_cross_attention": False}
 
 FAMILIES = (
     Family(
         "gpt2",
         "GPT2LMHeadModel",
-        GPT2_TAKES,
+        GPT2_OPTIONS,
         GPT2_KEYS,
         GPT2_LAYOUT,
-        demands=GPT2_DEMANDS | {"scale_attn_by_inverse_layer_idx": False},
+        required=GPT2_REQUIRED | {"scale_attn_by_inverse_layer_idx": False},
         # `n_ctx` is what transformers called `n_positions` before, and what llama.cpp's converter asks for.
         extra=lambda config: dict.fromkeys(DROPOUT, config.dropout) | {"n_ctx": config.seq_length},
         bias=lambda raw: True,
@@ -147,7 +147,7 @@ FAMILIES = (
     Family(
         "llama",
         "LlamaForCausalLM",
-        LLAMA_TAKES,
+        LLAMA_OPTIONS,
         LLAMA_KEYS | HEAD_DIM,
         LLAMA_LAYOUT,
         extra=lambda config: _rope(config) | _biases(config),
@@ -156,39 +156,39 @@ FAMILIES = (
     Family(
         "qwen3",
         "Qwen3ForCausalLM",
-        LLAMA_TAKES | NO_BIAS | UNEVEN | {"qk_norm": (True,)},
+        LLAMA_OPTIONS | NO_BIAS | UNEVEN_HEADS | {"qk_norm": (True,)},
         LLAMA_KEYS | {"head_dim": Key("heads_dim", 128)},
         QWEN3_LAYOUT,
-        demands={"use_sliding_window": False, "attention_bias": False},
+        required={"use_sliding_window": False, "attention_bias": False},
         extra=_rope,
     ),
     Family(
         "gemma",
         "GemmaForCausalLM",
-        GEMMA_TAKES | UNEVEN,
+        GEMMA_OPTIONS | UNEVEN_HEADS,
         GEMMA_KEYS | {"hidden_act": GEMMA_GELU},
         LLAMA_LAYOUT,
-        demands={"attention_bias": False},
+        required={"attention_bias": False},
         extra=_rope,
     ),
     Family(
         "gemma2",
         "Gemma2ForCausalLM",
-        GEMMA_TAKES | CAPS | {"post_norm": (True,)},
+        GEMMA_OPTIONS | SOFTCAPS | {"post_norm": (True,)},
         GEMMA2_KEYS,
         Layout("model.layers", OUTER, ATTENTION | FEED_FORWARD | GEMMA_NORMS),
-        demands={"attention_bias": False},
-        silent=WINDOW,
+        required={"attention_bias": False},
+        omitted=WINDOW,
         extra=lambda config: _rope(config) | _full_attention(config),
     ),
     Family(
         "granite",
         "GraniteForCausalLM",
-        {name: values for name, values in LLAMA_TAKES.items() if name != "head_dim"}
+        {name: values for name, values in LLAMA_OPTIONS.items() if name != "head_dim"}
         | {"query_scale": ANY, "scale_embeddings": ANY},
         LLAMA_KEYS | {"attention_multiplier": Key("scale", 1.0), "embedding_multiplier": Key("embedding_scale", 1.0)},
         LLAMA_LAYOUT,
-        demands=MULTIPLIERS,
+        required=MULTIPLIERS,
         extra=lambda config: _rope(config) | _biases(config),
         bias=_has_biases,
     ),
@@ -212,50 +212,50 @@ FAMILIES = (
         {"norm": ("layernorm",), "positions": ("rotary",), "gated": (True,), "bias": (False,), "num_kv_heads": ANY},
         {key: value for key, value in LLAMA_KEYS.items() if key not in RMS} | {"layer_norm_eps": Key("norm_eps", 1e-5)},
         Layout("model.layers", OUTER, LLAMA_LAYOUT.inner, always_biased=NORM_MODULES),
-        demands={"use_parallel_residual": False, "qk_layernorm": False},
+        required={"use_parallel_residual": False, "qk_layernorm": False},
         extra=lambda config: {
             "use_qkv_bias": False,
             "partial_rotary_factor": 1.0,
             "rope_parameters": _rope(config)["rope_parameters"] | {"partial_rotary_factor": 1.0},
         },
         bias=lambda raw: True,
-        silent={"partial_rotary_factor": 0.25},
+        omitted={"partial_rotary_factor": 0.25},
     ),
     Family(
         "gpt_bigcode",
         "GPTBigCodeForCausalLM",
-        GPT2_TAKES | {"num_kv_heads": (1,)},
+        GPT2_OPTIONS | {"num_kv_heads": (1,)},
         GPT2_KEYS,
         BIGCODE_LAYOUT,
-        demands=GPT2_DEMANDS | {"multi_query": True},
+        required=GPT2_REQUIRED | {"multi_query": True},
         extra=lambda config: dict.fromkeys(DROPOUT, config.dropout),
         bias=lambda raw: True,
     ),
     Family(
         "arcee",
         "ArceeForCausalLM",
-        LLAMA_TAKES | {"gated": (False,)},
+        LLAMA_OPTIONS | {"gated": (False,)},
         LLAMA_KEYS | HEAD_DIM,
         Layout("model.layers", OUTER, ATTENTION | PLAIN_FEED_FORWARD | NORMS),
         extra=lambda config: _rope(config) | _biases(config),
         bias=_has_biases,
-        silent={"hidden_act": "relu2", "rms_norm_eps": 1e-5},
+        omitted={"hidden_act": "relu2", "rms_norm_eps": 1e-5},
     ),
     Family(
         "smollm3",
         "SmolLM3ForCausalLM",
-        LLAMA_TAKES | UNEVEN | {"positions": ("none",)},
+        LLAMA_OPTIONS | UNEVEN_HEADS | {"positions": ("none",)},
         LLAMA_KEYS | HEAD_DIM | TIED | {"no_rope_layers": Key("positions_by_layer")},
         LLAMA_LAYOUT,
-        demands={"use_sliding_window": False},
+        required={"use_sliding_window": False},
         extra=lambda config: _rope(config) | _biases(config),
         bias=_has_biases,
-        silent={"rope_theta": 2_000_000.0},
+        omitted={"rope_theta": 2_000_000.0},
     ),
     Family(
         "apertus",
         "ApertusForCausalLM",
-        LLAMA_TAKES | NO_BIAS | UNEVEN | {"gated": (False,), "qk_norm": (True,)},
+        LLAMA_OPTIONS | NO_BIAS | UNEVEN_HEADS | {"gated": (False,), "qk_norm": (True,)},
         LLAMA_KEYS | HEAD_DIM,
         Layout(
             "model.layers",
@@ -265,9 +265,9 @@ FAMILIES = (
             | PLAIN_FEED_FORWARD
             | {"attention_norm": "attention_layernorm", "feed_forward_norm": "feedforward_layernorm"},
         ),
-        demands={"attention_bias": False},
+        required={"attention_bias": False},
         extra=_rope,
-        silent={
+        omitted={
             "hidden_act": "xielu",
             "rms_norm_eps": 1e-5,
             "rope_theta": 12_000_000.0,
@@ -277,7 +277,7 @@ FAMILIES = (
     Family(
         "vaultgemma",
         "VaultGemmaForCausalLM",
-        GEMMA_TAKES | CAPS,
+        GEMMA_OPTIONS | SOFTCAPS,
         GEMMA2_KEYS,
         Layout(
             "model.layers",
@@ -286,25 +286,25 @@ FAMILIES = (
             | FEED_FORWARD
             | {"attention_norm": "input_layernorm", "feed_forward_norm": "pre_feedforward_layernorm"},
         ),
-        demands={"attention_bias": False},
+        required={"attention_bias": False},
         extra=lambda config: _rope(config) | _full_attention(config),
-        silent=WINDOW,
+        omitted=WINDOW,
     ),
     Family(
         "gemma3_text",
         "Gemma3ForCausalLM",
-        GEMMA_TAKES | CAPS | {"post_norm": (True,), "qk_norm": (True,)},
+        GEMMA_OPTIONS | SOFTCAPS | {"post_norm": (True,), "qk_norm": (True,)},
         GEMMA2_KEYS
         | {"attn_logit_softcapping": Key("attention_softcap"), "final_logit_softcapping": Key("logit_softcap")},
         Layout("model.layers", OUTER, ATTENTION | HEAD_NORMS | FEED_FORWARD | GEMMA_NORMS),
-        demands={"attention_bias": False, "use_bidirectional_attention": False},
+        required={"attention_bias": False, "use_bidirectional_attention": False},
         extra=_rope_by_layer_type,
-        silent=WINDOW | {"rope_theta": 1_000_000.0, "rope_local_base_freq": 10_000.0, "sliding_window_pattern": 6},
+        omitted=WINDOW | {"rope_theta": 1_000_000.0, "rope_local_base_freq": 10_000.0, "sliding_window_pattern": 6},
     ),
     Family(
         "hyperclovax",
         "HyperCLOVAXForCausalLM",
-        LLAMA_TAKES | {"query_scale": ANY, "scale_embeddings": ANY, "post_norm": ANY},
+        LLAMA_OPTIONS | {"query_scale": ANY, "scale_embeddings": ANY, "post_norm": ANY},
         LLAMA_KEYS
         | HEAD_DIM
         | {
@@ -317,23 +317,23 @@ FAMILIES = (
             OUTER,
             LLAMA_LAYOUT.inner | {"attention_post_norm": "post_norm1", "feed_forward_post_norm": "post_norm2"},
         ),
-        demands=MULTIPLIERS,
+        required=MULTIPLIERS,
         extra=lambda config: _rope(config) | _biases(config),
         bias=_has_biases,
     ),
     Family(
         "mistral",
         "MistralForCausalLM",
-        LLAMA_TAKES | NO_BIAS,
+        LLAMA_OPTIONS | NO_BIAS,
         LLAMA_KEYS | HEAD_DIM,
         LLAMA_LAYOUT,
         exported=False,
-        silent=WINDOW,
+        omitted=WINDOW,
     ),
     Family(
         "qwen2",
         "Qwen2ForCausalLM",
-        LLAMA_TAKES,
+        LLAMA_OPTIONS,
         LLAMA_KEYS,
         LLAMA_LAYOUT,
         bias=lambda raw: True,

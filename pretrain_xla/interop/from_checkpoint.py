@@ -14,7 +14,7 @@ from torch import Tensor
 from pretrain_xla.config import ModelConfig, RunConfig, build_config
 from pretrain_xla.data.manifest import MANIFEST, dataset_info
 from pretrain_xla.errors import UserError
-from pretrain_xla.interop.load import Description, describe
+from pretrain_xla.interop.load import ModelSource, find_model
 from pretrain_xla.interop.tensors import fit_rows
 from pretrain_xla.model import parameter_count
 from pretrain_xla.run_folder.checkpoint import CheckpointStore
@@ -26,7 +26,7 @@ FREE_MODEL_KEYS = {"dropout", "attention", "init"}
 USUAL_PADDING = 128
 
 
-def adopt_architecture(tree: Mapping[str, Any], stated: frozenset[str], where: str) -> tuple[RunConfig, list[str]]:
+def resolve_architecture(tree: Mapping[str, Any], stated: frozenset[str], where: str) -> tuple[RunConfig, list[str]]:
     """The config of a run, with the architecture of the model that it begins from, where it names one.
 
     Args:
@@ -43,8 +43,8 @@ def adopt_architecture(tree: Mapping[str, Any], stated: frozenset[str], where: s
     """
     source = tree["train"]["from_checkpoint"]
     if source is None:
-        return adopt_vocabulary(tree, stated, where)
-    found = describe(source, stated={leaf: tree["model"][leaf] for leaf in stated & tree["model"].keys()})
+        return resolve_vocabulary(tree, stated, where)
+    found = find_model(source, stated={leaf: tree["model"][leaf] for leaf in stated & tree["model"].keys()})
     own = {key: value for key, value in tree["model"].items() if key in FREE_MODEL_KEYS | stated}
     model = {key: value for key, value in found.config.model_dump().items() if key not in FREE_MODEL_KEYS} | own
     notes = [f"the model is that of {found.where}: {parameter_count(found.config):,} parameters", *found.notes]
@@ -57,11 +57,11 @@ def adopt_architecture(tree: Mapping[str, Any], stated: frozenset[str], where: s
     return config, notes
 
 
-def adopt_vocabulary(tree: Mapping[str, Any], stated: frozenset[str], where: str) -> tuple[RunConfig, list[str]]:
+def resolve_vocabulary(tree: Mapping[str, Any], stated: frozenset[str], where: str) -> tuple[RunConfig, list[str]]:
     """The config of a run that begins from nothing or goes on, with the vocabulary of its data where no person gave one.
 
     A run that goes on keeps the one of its checkpoint, which may be larger. Arguments and errors are those of
-    `adopt_architecture`.
+    `resolve_architecture`.
     """
     model, folders = tree["model"], [tree["data"][key] for key in ("train_dir", "valid_dir")]
     try:
@@ -81,7 +81,7 @@ def adopt_vocabulary(tree: Mapping[str, Any], stated: frozenset[str], where: str
     return made, [f"vocab_size {size} is that of {source} (--vocab-size says otherwise)"]
 
 
-def adopt_tokenizer(config: RunConfig, stated: frozenset[str]) -> tuple[RunConfig, list[str]]:
+def resolve_tokenizer(config: RunConfig, stated: frozenset[str]) -> tuple[RunConfig, list[str]]:
     """The config with the tokenizer of `from_checkpoint`, where neither a person nor the shards name one; and a line on it.
 
     Raises:
@@ -89,7 +89,7 @@ def adopt_tokenizer(config: RunConfig, stated: frozenset[str]) -> tuple[RunConfi
     """
     if config.train.from_checkpoint is None or "tokenizer" in stated or dataset_info(config.data.train_dir) is not None:
         return config, []
-    found = describe(config.train.from_checkpoint, stated=config.model.model_dump())
+    found = find_model(config.train.from_checkpoint, stated=config.model.model_dump())
     name, notes = usable_tokenizer(found)
     if name is None:
         return config, [*notes, f"neither {found.where} nor the shards name a tokenizer: gpt2 is taken for text"]
@@ -99,7 +99,7 @@ def adopt_tokenizer(config: RunConfig, stated: frozenset[str]) -> tuple[RunConfi
     return config.model_copy(update={"data": data}), [f"the shards name no tokenizer: that of {found.where} is taken"]
 
 
-def usable_tokenizer(found: Description) -> tuple[str | None, list[str]]:
+def usable_tokenizer(found: ModelSource) -> tuple[str | None, list[str]]:
     """The tokenizer that a model came with; none, with a line on it, where it cannot be loaded here."""
     if found.tokenizer is not None and found.tokenizer not in known_tokenizers():
         try:
@@ -109,7 +109,7 @@ def usable_tokenizer(found: Description) -> tuple[str | None, list[str]]:
     return found.tokenizer, []
 
 
-def check_fits(found: Description, wanted: ModelConfig) -> None:
+def check_fits(found: ModelSource, wanted: ModelConfig) -> None:
     """Refuse to put one model's weights into another.
 
     Raises:
@@ -123,10 +123,10 @@ def check_fits(found: Description, wanted: ModelConfig) -> None:
     had, has = saved.model_dump(mode="json"), wanted.model_dump(mode="json")
     for key, value in has.items():
         if key not in may_differ and had[key] != value:
-            raise UserError(another_model(found.where, key, had[key], value))
+            raise UserError(mismatch_message(found.where, key, had[key], value))
 
 
-def another_model(where: str, key: str, had: Any, wanted: Any) -> str:
+def mismatch_message(where: str, key: str, had: Any, wanted: Any) -> str:
     """The words for a checkpoint that does not fit."""
     return (
         f"{where} is a checkpoint of another model: its {key} is {had}, this run's is {wanted}; leave {key} out to take it "

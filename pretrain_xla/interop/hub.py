@@ -40,7 +40,7 @@ def is_name(text: str) -> bool:
     return NAME.fullmatch(text) is not None
 
 
-def reported(function: Callable[Concatenate[str, P], R]) -> Callable[Concatenate[str, P], R]:
+def reports_user_errors(function: Callable[Concatenate[str, P], R]) -> Callable[Concatenate[str, P], R]:
     """Turn the Hub's and the network's errors into a `UserError` of one line; the first argument is the repository."""
 
     @functools.wraps(function)
@@ -53,7 +53,7 @@ def reported(function: Callable[Concatenate[str, P], R]) -> Callable[Concatenate
     return call
 
 
-@reported
+@reports_user_errors
 def find(repository: str, name: str) -> str | None:
     """Fetch one file of a repository into the cache, and its path there; none: the repository has no such file.
 
@@ -72,7 +72,7 @@ def find(repository: str, name: str) -> str | None:
         return None
 
 
-@reported
+@reports_user_errors
 def download_checkpoint(repository: str, which: str = "newest") -> str:
     """Fetch one checkpoint of a run that was pushed to the Hub, with the run's tokenizer; the folder of it in the cache.
 
@@ -92,7 +92,7 @@ def download_checkpoint(repository: str, which: str = "newest") -> str:
     return f"{root}/{folder}"
 
 
-@reported
+@reports_user_errors
 def steps(repository: str) -> list[int]:
     """Steps of the complete checkpoints in a repository, ascending; empty where there is no such repository.
 
@@ -114,7 +114,7 @@ def _markers(repository: str, found: Sequence[int]) -> CheckpointStore:
     return CheckpointStore(f"{root}/{CHECKPOINTS}", limit=1)
 
 
-@reported
+@reports_user_errors
 def check_writable(repository: str) -> None:
     """Find out before anything is trained that we are logged in and may write there; the repository is made, private.
 
@@ -129,7 +129,7 @@ def check_writable(repository: str) -> None:
     api.auth_check(repository, write=True)
 
 
-@reported
+@reports_user_errors
 def push_folder(repository: str, folder: str, message: str) -> str:
     """Upload a folder in one commit; returns the address of the repository.
 
@@ -140,7 +140,7 @@ def push_folder(repository: str, folder: str, message: str) -> str:
     return f"{huggingface_hub.constants.ENDPOINT}/{repository}"
 
 
-@reported
+@reports_user_errors
 def push_checkpoint(repository: str, store: CheckpointStore, step: int, files: Mapping[str, str]) -> None:
     """Upload one checkpoint and the run's small files in one commit, which also removes those that the run no longer keeps.
 
@@ -177,7 +177,7 @@ def folder_name(step: int) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    """The cause, in one line, with the mend that it calls for."""
+    """The cause, in one line, with the fix that it calls for."""
     if isinstance(error, LocalTokenNotFoundError):
         return f"you are not logged in: {LOG_IN}"
     status = getattr(getattr(error, "response", None), "status_code", None)

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from pretrain_xla.errors import UserError
-from pretrain_xla.interop.keys import MEANINGS
+from pretrain_xla.interop.config_keys import OUR_ACTIVATIONS
 
 HEADS_KEYS = ("n_head", "num_heads", "num_attention_heads", "n_heads", "num_head", "heads")
 # (layers, width) → heads of GPT-2 as published, in its four sizes.
@@ -24,7 +24,7 @@ ACTIVATION_KEYS = ("activation_function", "activation", "hidden_act", "act")
 PLAIN_GELU = ("gelu", "GELU")
 
 
-def heads_of(
+def infer_heads(
     tensors: Mapping[str, Tensor], shape: Mapping[str, Any], stated: Mapping[str, Any], path: str
 ) -> tuple[int, str | None]:
     """The number of heads, and a line where it is taken for that of a published GPT-2.
@@ -57,7 +57,7 @@ def heads_of(
     )
 
 
-def activation_of(
+def infer_activation(
     shape: Mapping[str, Any], stated: Mapping[str, Any], *, transposed: bool, masked: bool
 ) -> tuple[str, str | None]:
     """Our name of the activation, and a line where it is a guess.
@@ -69,10 +69,10 @@ def activation_of(
         masked: whether the masks of attention were saved, as code from before PyTorch 2 does.
     """
     said = next((shape[key] for key in ACTIVATION_KEYS if isinstance(shape.get(key), str)), None)
-    if said in MEANINGS and said not in PLAIN_GELU:
-        return MEANINGS[said], None
+    if said in OUR_ACTIVATIONS and said not in PLAIN_GELU:
+        return OUR_ACTIVATIONS[said], None
     if said == "gelu" and "activation_function" in shape:  # transformers' name of the exact form
-        return MEANINGS[said], None
+        return OUR_ACTIVATIONS[said], None
     if "activation" in stated:
         return str(stated["activation"]), None
     if said is not None and said not in PLAIN_GELU:

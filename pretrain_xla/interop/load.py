@@ -1,6 +1,6 @@
 """One way in for every door: whatever a person names as a model becomes our config and our tensors, on the host.
 
-`describe` says what it is without reading its tensors (of a model on the Hub it fetches `config.json` alone), so that a
+`find_model` says what it is without reading its tensors (of a model on the Hub it fetches `config.json` alone), so that a
 command line can take the architecture from it; `load_model` reads it whole.
 """
 
@@ -18,18 +18,18 @@ from pretrain_xla.config import PRETRAINED_MODELS, build_config
 from pretrain_xla.data.manifest import dataset_info
 from pretrain_xla.errors import UserError
 from pretrain_xla.interop import hub
-from pretrain_xla.interop.hugging_face import describe_folder
-from pretrain_xla.interop.model_source import Description, LoadedModel
+from pretrain_xla.interop.hugging_face_folder import hugging_face_source
+from pretrain_xla.interop.model_source import LoadedModel, ModelSource
 from pretrain_xla.interop.model_tokenizer import GPT2_VOCABULARY
-from pretrain_xla.interop.special_tokens import begins_texts, ends_of
-from pretrain_xla.interop.state_dict import describe_file
+from pretrain_xla.interop.special_tokens import adds_bos_token, eos_token_ids
+from pretrain_xla.interop.weights_file import weights_file_source
 from pretrain_xla.model import GPT
 from pretrain_xla.redact import is_redacted
 from pretrain_xla.run_folder.checkpoint import MARKER, CheckpointInfo, open_checkpoint
 from pretrain_xla.run_folder.files import find_tokenizer
 from pretrain_xla.run_folder.finite import check_names
 
-__all__ = ["Description", "LoadedModel", "describe", "load_model"]
+__all__ = ["LoadedModel", "ModelSource", "find_model", "load_model"]
 
 WEIGHT_FILES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 
@@ -47,10 +47,10 @@ def load_model(name_or_path: str, which: str = "newest", stated: Mapping[str, An
     Raises:
         UserError: nothing there, or something that is damaged, holds NaN or infinity, or that our model cannot compute.
     """
-    return describe(name_or_path, which, stated).load()
+    return find_model(name_or_path, which, stated).load()
 
 
-def describe(name_or_path: str, which: str = "newest", stated: Mapping[str, Any] | None = None) -> Description:
+def find_model(name_or_path: str, which: str = "newest", stated: Mapping[str, Any] | None = None) -> ModelSource:
     """Find a model and say what it is; arguments and errors are those of `load_model`."""
     if "://" in name_or_path:
         return _checkpoint(name_or_path, which)
@@ -58,7 +58,7 @@ def describe(name_or_path: str, which: str = "newest", stated: Mapping[str, Any]
     if os.path.isfile(path):
         if not path.endswith(WEIGHT_FILES):
             raise UserError(f"{name_or_path}: is no file of weights ({', '.join(WEIGHT_FILES)})")
-        return describe_file(path, stated or {})
+        return weights_file_source(path, stated or {})
     if os.path.isdir(path):
         return _folder(path, which)
     if name_or_path in PRETRAINED_MODELS:
@@ -70,28 +70,28 @@ def describe(name_or_path: str, which: str = "newest", stated: Mapping[str, Any]
             # `runs/quickstrat` looks like a name on the Hub.
             parent, name = os.path.split(path)
             near = difflib.get_close_matches(name, os.listdir(parent) if os.path.isdir(parent) else [], n=1)
-            mend = f"; did you mean {parent}/{near[0]}? And" if near else ", and"
-            raise UserError(f"{name_or_path}: no such folder here{mend} {error}") from None
+            fix = f"; did you mean {parent}/{near[0]}? And" if near else ", and"
+            raise UserError(f"{name_or_path}: no such folder here{fix} {error}") from None
     raise UserError(
         f"{name_or_path}: no such file or folder, and no name on the Hub, which is {', '.join(PRETRAINED_MODELS)} or owner/name"
     )
 
 
-def _folder(path: str, which: str) -> Description:
+def _folder(path: str, which: str) -> ModelSource:
     def find(name: str) -> str | None:
         inside = os.path.join(path, name)
         return inside if os.path.isfile(inside) else None
 
     if find("config.json"):
-        return describe_folder(find, path)
+        return hugging_face_source(find, path)
     _refuse_adapter(find, path)
     return _checkpoint(path, which)
 
 
-def _hub(repository: str, which: str) -> Description:
+def _hub(repository: str, which: str) -> ModelSource:
     """A model of the Hub: in Hugging Face's form, or a run of ours that was pushed there."""
     if hub.find(repository, "config.json"):
-        return describe_folder(lambda name: hub.find(repository, name), repository)
+        return hugging_face_source(lambda name: hub.find(repository, name), repository)
     _refuse_adapter(lambda name: hub.find(repository, name), repository)
     return _checkpoint(hub.download_checkpoint(repository, which), which)
 
@@ -109,7 +109,7 @@ def _refuse_adapter(find: Callable[[str], str | None], where: str) -> None:
         )
 
 
-def _checkpoint(path: str, which: str) -> Description:
+def _checkpoint(path: str, which: str) -> ModelSource:
     notes: list[str] = []
     store, step = open_checkpoint(path, which, notes.append)
     folder, info = store.folder(step), store.info(step)
@@ -127,18 +127,20 @@ def _checkpoint(path: str, which: str) -> Description:
     tokenizer, guesses = _tokenizer_of(store.root, info, config.vocab_size)
     notes += [f"{folder}: {guess}" for guess in guesses]
     # What was imported and has seen no data of ours is still what it was.
-    begins, ends = _borders_of(tokenizer, config.vocab_size) if not info.data else (False, ())
-    return Description(config, tokenizer, folder, read, (store, step), notes=tuple(notes), begins=begins, ends=ends)
+    adds_bos, eos_ids = _special_tokens_of(tokenizer, config.vocab_size) if not info.data else (False, ())
+    return ModelSource(
+        config, tokenizer, folder, read, (store, step), notes=tuple(notes), adds_bos=adds_bos, eos_ids=eos_ids
+    )
 
 
-def _borders_of(tokenizer: str | None, vocab_size: int) -> tuple[bool, tuple[int, ...]]:
+def _special_tokens_of(tokenizer: str | None, vocab_size: int) -> tuple[bool, tuple[int, ...]]:
     """What the import of a model left beside its tokenizer's file on what stands before and after its texts."""
 
     def find(name: str) -> str | None:
         beside = os.path.join(os.path.dirname(tokenizer or ""), name)
         return beside if tokenizer is not None and os.path.isfile(beside) and os.path.isfile(tokenizer) else None
 
-    return begins_texts(find), ends_of({}, find, vocab_size)
+    return adds_bos_token(find), eos_token_ids({}, find, vocab_size)
 
 
 def _tokenizer_of(checkpoints_dir: str, info: CheckpointInfo, vocab_size: int) -> tuple[str | None, list[str]]:

@@ -31,8 +31,8 @@ class LoadedModel:
     where: str
     info: CheckpointInfo | None = None
     notes: tuple[str, ...] = ()
-    begins: bool = False
-    ends: tuple[int, ...] = ()
+    adds_bos: bool = False
+    eos_ids: tuple[int, ...] = ()
 
     def print_notes(self) -> None:
         """Show the notes where they are in nobody's way."""
@@ -41,7 +41,7 @@ class LoadedModel:
 
 
 @dataclass(frozen=True)
-class Description:
+class ModelSource:
     """A model that is found and not yet read.
 
     read: its tensors, as in `LoadedModel`. checkpoint: where it is one of ours, its store and step; what a run continues from.
@@ -55,8 +55,8 @@ class Description:
     checkpoint: tuple[CheckpointStore, int] | None = None
     guessed: frozenset[str] = frozenset()
     notes: tuple[str, ...] = ()
-    begins: bool = False
-    ends: tuple[int, ...] = ()
+    adds_bos: bool = False
+    eos_ids: tuple[int, ...] = ()
 
     def load(self) -> LoadedModel:
         """Read the tensors.
@@ -70,4 +70,6 @@ class Description:
             info = store.info(step)
         tensors = self.read()
         check_finite(tensors, self.where)
-        return LoadedModel(self.config, tensors, self.tokenizer, self.where, info, self.notes, self.begins, self.ends)
+        return LoadedModel(
+            self.config, tensors, self.tokenizer, self.where, info, self.notes, self.adds_bos, self.eos_ids
+        )

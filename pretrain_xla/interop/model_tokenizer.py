@@ -43,7 +43,7 @@ UNUSABLE = (
 Find = Callable[[str], str | None]
 
 
-def tokenizer_beside(find: Find, vocab_size: int, where: str) -> tuple[str | None, tuple[str, ...]]:
+def find_model_tokenizer(find: Find, vocab_size: int, where: str) -> tuple[str | None, tuple[str, ...]]:
     """What `load_tokenizer` finds it by, or none; and a line on it where something was guessed or cannot be used.
 
     Args:

@@ -34,12 +34,12 @@ def before_text(tokenizer: Tokenizer) -> tuple[int, ...]:
     return ()
 
 
-def begins_texts(find: Find) -> bool:
+def adds_bos_token(find: Find) -> bool:
     """Whether a model of Hugging Face has something before its texts, where its tokenizer has something to put there."""
     return _json(find, CONFIG_FILE).get("add_bos_token") is not False
 
 
-def ends_of(config: Mapping[str, Any], find: Find, vocab_size: int) -> tuple[int, ...]:
+def eos_token_ids(config: Mapping[str, Any], find: Find, vocab_size: int) -> tuple[int, ...]:
     """The ids that end a text by a model's config.json and its generation_config.json, where they say any.
 
     Args:
@@ -54,14 +54,14 @@ def ends_of(config: Mapping[str, Any], find: Find, vocab_size: int) -> tuple[int
     return tuple(sorted(token for token in found if 0 <= token < vocab_size))
 
 
-def write_borders(folder: str, *, begins: bool, ends: Sequence[int]) -> None:
+def write_special_tokens(folder: str, *, adds_bos: bool, eos_ids: Sequence[int]) -> None:
     """Write beside a tokenizer what the two functions above read.
 
     Args:
         folder: of the tokenizer.
         begins, ends: see `LoadedModel`.
     """
-    for name, tree in ((CONFIG_FILE, {"add_bos_token": begins}), (GENERATION_FILE, {"eos_token_id": list(ends)})):
+    for name, tree in ((CONFIG_FILE, {"add_bos_token": adds_bos}), (GENERATION_FILE, {"eos_token_id": list(eos_ids)})):
         with open(os.path.join(folder, name), "w", encoding="utf-8") as file:
             json.dump(tree, file)
 

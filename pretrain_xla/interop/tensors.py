@@ -25,7 +25,7 @@ def shapes(config: ModelConfig) -> dict[str, torch.Size]:
         return {name: parameter.shape for name, parameter in GPT(config).named_parameters()}
 
 
-def to_theirs(tensors: Mapping[str, Tensor], config: ModelConfig, layout: Layout) -> dict[str, Tensor]:
+def to_hugging_face(tensors: Mapping[str, Tensor], config: ModelConfig, layout: Layout) -> dict[str, Tensor]:
     """Our tensors under their names; rows of padding are cropped, and biases that we have not are zero."""
     source = {name: tensor.detach() for name, tensor in tensors.items()}
     for name in TABLES:
@@ -40,11 +40,13 @@ def to_theirs(tensors: Mapping[str, Tensor], config: ModelConfig, layout: Layout
     for theirs, ours in _names(source, config, layout).items():
         parts = [source[name] for name in ours]
         tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
-        result[theirs] = _turned(tensor, layout, theirs)
+        result[theirs] = _transposed(tensor, layout, theirs)
     return result
 
 
-def to_ours(tensors: Mapping[str, Tensor], config: ModelConfig, layout: Layout, where: str) -> dict[str, Tensor]:
+def from_hugging_face(
+    tensors: Mapping[str, Tensor], config: ModelConfig, layout: Layout, where: str
+) -> dict[str, Tensor]:
     """Their tensors under our names, whole and in fp32; the embedding gets its rows of padding (zeros, and masked).
 
     A longer table of learned positions is cut to `seq_length`. A bias that they have not is zero; one that we have not
@@ -67,7 +69,7 @@ def to_ours(tensors: Mapping[str, Tensor], config: ModelConfig, layout: Layout, 
             continue
         if tensor is None:
             raise UserError(f"{where}: tensor {theirs!r} is missing")
-        tensor = _turned(tensor, layout, theirs)
+        tensor = _transposed(tensor, layout, theirs)
         sizes = [_rows(name, tensor, config, expected) for name in ours]
         wanted = (sum(sizes), *expected[ours[0]][1:])
         if tuple(tensor.shape) != wanted:
@@ -153,7 +155,7 @@ def _biased(config: ModelConfig, layout: Layout) -> list[str]:
     return outer + [f"blocks.{index}.{module}" for index in range(config.num_layers) for module in inner]
 
 
-def _turned(tensor: Tensor, layout: Layout, theirs: str) -> Tensor:
+def _transposed(tensor: Tensor, layout: Layout, theirs: str) -> Tensor:
     """A layer's matrix the other way round where this layout stores them so."""
     turned = layout.transposed and tensor.dim() == 2 and theirs.startswith(layout.layers)
     return tensor.t().contiguous() if turned else tensor

@@ -32,17 +32,17 @@ PROBE = (
 ODD = ("", "  ", "\n\n", " a", "a  b  ", "<s> </s> <unk> <0x0A> <|endoftext|>", "\u3000x\x00\x01", "ａｂｃ ｶﾞ ﷺ")
 
 
-def write_tokenizer(tokenizer: Tokenizer, folder: str, seq_length: int, *, begins: bool = False) -> list[str]:
+def write_tokenizer(tokenizer: Tokenizer, folder: str, seq_length: int, *, adds_bos: bool = False) -> list[str]:
     """Write the files of a tokenizer into a folder; returns a note where it cannot be written, and is left out.
 
     Args:
         tokenizer: the model's.
         folder: where to.
         seq_length: tokens that the model takes.
-        begins: see `LoadedModel.begins`; without, transformers adds nothing to a text, as nothing was in training.
+        begins: see `LoadedModel.adds_bos`; without, transformers adds nothing to a text, as nothing was in training.
     """
     made = _as_json(tokenizer)
-    if made is not None and not begins:
+    if made is not None and not adds_bos:
         made = _adding_nothing(made)
     if made is None or any(made.encode(text) != tokenizer.encode(text) for text in (PROBE, TEXT, *ODD)):
         return [

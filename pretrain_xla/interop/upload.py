@@ -25,12 +25,12 @@ class Uploader:
         repository: `owner/name`.
         run_dir: the run's folder, whose config.yaml and tokenizer go along.
         store: its checkpoints, on this machine; what is written there from now on is pushed.
-        say: where a warning goes.
+        warn: where a warning goes.
     """
 
-    def __init__(self, repository: str, run_dir: str, store: CheckpointStore, say: Callable[[str], None]) -> None:
+    def __init__(self, repository: str, run_dir: str, store: CheckpointStore, warn: Callable[[str], None]) -> None:
         self.repository = repository
-        self._run_dir, self._store, self._say = run_dir, store, say
+        self._run_dir, self._store, self._warn = run_dir, store, warn
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hub")
         self._lock = threading.Lock()
         self._waiting: int | None = None
@@ -75,7 +75,7 @@ class Uploader:
         try:
             push_checkpoint(self.repository, self._store, step, self._files())
         except UserError as error:
-            self._say(f"the checkpoint of step {step} was not pushed: {error}")
+            self._warn(f"the checkpoint of step {step} was not pushed: {error}")
             return False
         return True
 
@@ -83,7 +83,7 @@ class Uploader:
         try:
             missing = self._store.kept() - set(steps(self.repository))
         except UserError as error:
-            self._say(str(error))
+            self._warn(str(error))
             return
         for step in sorted(missing):
             if not self._push(step):

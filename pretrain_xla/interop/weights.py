@@ -2,7 +2,7 @@
 
 PyTorch files are pickles, and are read with `weights_only=True`: a downloaded file can bring tensors, never code. Trainers
 also put the class of their configuration in (`GPTConfig` of nanoGPT's relatives, argparse's `Namespace`). Such a name is read
-as `Values`, which holds what was saved and can do nothing; the class itself is never looked for.
+as `SavedObject`, which holds what was saved and can do nothing; the class itself is never looked for.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ WEIGHTS = (SINGLE[0], INDEX[0], SINGLE[1], INDEX[1])
 SETTINGS = re.compile(r"(\w+\.)+(\w*Config|ModelArgs|CfgNode|Namespace|SimpleNamespace)")
 
 
-class Values:
+class SavedObject:
     """What was saved of an object whose class is not looked up: its attributes by name, in `values`."""
 
-    def __new__(cls, *arguments: Any) -> Values:
+    def __new__(cls, *arguments: Any) -> SavedObject:
         """An empty one; positional arguments have no names, and are left out."""
         made = object.__new__(cls)
         made.values = {}
@@ -60,7 +60,7 @@ def read_file(path: str) -> dict[str, Any]:
         tree = dict(load_file(path)) if path.endswith(".safetensors") else _unpickle(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: cannot be read ({_brief(error)})") from None
-    if isinstance(tree, Values):
+    if isinstance(tree, SavedObject):
         tree = tree.values
     if not isinstance(tree, dict):
         raise UserError(f"{path}: holds a {type(tree).__name__}, not a state dict")
@@ -111,7 +111,7 @@ def _unpickle(path: str) -> Any:
     """A PyTorch file, mapped into memory where its format allows that (the one of 2020 and after does)."""
     is_zip = zipfile.is_zipfile(path)
     foreign = _check_zip(path) if is_zip else _names_in_old(path)
-    settings = [(Values, name) for name in foreign if SETTINGS.fullmatch(name)]
+    settings = [(SavedObject, name) for name in foreign if SETTINGS.fullmatch(name)]
     try:
         with torch.serialization.safe_globals(settings):  # type: ignore[arg-type]
             tree = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)

@@ -17,7 +17,7 @@ from pretrain_xla.config import RunConfig
 from pretrain_xla.config_file import to_yaml
 from pretrain_xla.errors import UserError
 from pretrain_xla.flags import parse_flags
-from pretrain_xla.interop.from_checkpoint import adopt_architecture
+from pretrain_xla.interop.from_checkpoint import resolve_architecture
 from pretrain_xla.preflight.render import console, render
 from pretrain_xla.preflight.search import Search
 from pretrain_xla.preflight.suggestions import advise
@@ -110,7 +110,7 @@ def _own_flags(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]
 
 
 def _config(arguments: Sequence[str]) -> RunConfig:
-    return parse_flags(arguments, program=PROGRAM, description=DESCRIPTION, build=adopt_architecture).config
+    return parse_flags(arguments, program=PROGRAM, description=DESCRIPTION, build=resolve_architecture).config
 
 
 def _compiler(own: argparse.Namespace, topology: Topology, total: int = 1) -> Compiler:

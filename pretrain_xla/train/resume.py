@@ -12,7 +12,7 @@ from pretrain_xla.config import ModelConfig, RunConfig
 from pretrain_xla.errors import UserError
 from pretrain_xla.interop import hub
 from pretrain_xla.interop.from_checkpoint import FREE_MODEL_KEYS, check_fits, fit_tensors
-from pretrain_xla.interop.load import Description, describe
+from pretrain_xla.interop.load import ModelSource, find_model
 from pretrain_xla.model.xla.stacked import stack_layers
 from pretrain_xla.run_folder.checkpoint import MARKER, CheckpointInfo, CheckpointStore, open_checkpoint
 from pretrain_xla.run_folder.finite import check_finite, check_names
@@ -150,7 +150,7 @@ def _from_model(config: RunConfig, store: CheckpointStore, data_fingerprint: str
         UserError: it is another model's, its numbers are none, or it has no steps left to make.
     """
     assert config.train.from_checkpoint is not None
-    found = describe(config.train.from_checkpoint, stated=config.model.model_dump())
+    found = find_model(config.train.from_checkpoint, stated=config.model.model_dump())
     check_fits(found, config.model)
     only = config.train.weights_only and not config.train.do_test
     say(f"beginning with the weights of {found.where}" if only else f"continuing from {found.where}")
@@ -173,7 +173,7 @@ def _from_model(config: RunConfig, store: CheckpointStore, data_fingerprint: str
     return Start(store, step, tensors, found.where, tests=config.train.do_test, info=info)
 
 
-def _from_weights(found: Description, config: RunConfig, store: CheckpointStore) -> Start:
+def _from_weights(found: ModelSource, config: RunConfig, store: CheckpointStore) -> Start:
     weights = found.read()
     check_finite(weights, found.where)
     tensors = {f"model.{name}": tensor for name, tensor in fit_tensors(weights, config.model).items()}
@@ -199,7 +199,7 @@ def _check_data(
         say(f"{folder} was trained on other shards; this run continues on {where}")
 
 
-def _check_tokenizer_beside(found: Description, config: RunConfig) -> None:
+def _check_tokenizer_beside(found: ModelSource, config: RunConfig) -> None:
     """The same for a model from elsewhere. A name without a file is a guess there, and refuses nothing."""
     if found.tokenizer is not None and found.tokenizer not in known_tokenizers():
         check_same_tokenizer(TokenizerId(name=found.tokenizer), found.where, tokenizer_of_run(config), config)

@@ -17,7 +17,7 @@ import transformers
 from pretrain_xla.config import RunConfig, build_config
 from pretrain_xla.evaluate.scorer import Scorer
 from pretrain_xla.interop.layouts import GPT2_LAYOUT
-from pretrain_xla.interop.tensors import to_ours
+from pretrain_xla.interop.tensors import from_hugging_face
 from pretrain_xla.model import GPT
 from pretrain_xla.run_folder.checkpoint import CheckpointInfo, CheckpointStore
 from pretrain_xla.runtime.torch_runtime import TorchRuntime
@@ -75,7 +75,7 @@ def trio(tmp_path_factory: pytest.TempPathFactory) -> Trio:
             parameter.data.mul_(8)
     config = _config(tokenizer.vocab_size + 3, str(run_dir / "tokenizer"))
     ours = GPT(config.model)
-    ours.load_state_dict(to_ours(theirs.state_dict(), config.model, GPT2_LAYOUT, "test"))
+    ours.load_state_dict(from_hugging_face(theirs.state_dict(), config.model, GPT2_LAYOUT, "test"))
     store = CheckpointStore(str(run_dir / "checkpoints"), limit=1)
     tensors = {f"model.{name}": value.detach() for name, value in ours.named_parameters()}
     store.save(tensors, CheckpointInfo(1, 1.0, "data", config.model_dump(mode="json")))

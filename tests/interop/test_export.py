@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from pretrain_xla.config import ModelConfig, build_config
 from pretrain_xla.config_file import load_yaml
 from pretrain_xla.errors import UserError
+from pretrain_xla.interop.config_json import choose_family
 from pretrain_xla.interop.export import export_model
 from pretrain_xla.interop.families import FAMILIES
 from pretrain_xla.interop.load import LoadedModel, load_model
-from pretrain_xla.interop.mapping import choose
 from pretrain_xla.model import GPT
 
 from .conftest import (
@@ -82,7 +82,7 @@ def test_every_architecture_has_an_example() -> None:
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_each_architecture(name: str, tmp_path: Path) -> None:
     config = tiny(**EXAMPLES[name])
-    assert choose(config).model_type == name
+    assert choose_family(config).model_type == name
     check(config, tmp_path)
 
 
@@ -147,7 +147,7 @@ def test_random_options(tmp_path: Path) -> None:
     for index in range(150):
         config = draw(chance)
         try:
-            family = choose(config)
+            family = choose_family(config)
         except UserError:
             refused += 1
             continue
@@ -177,12 +177,12 @@ def test_what_has_no_architecture_says_what_would(
     options: dict[str, Any], says: str, mend: dict[str, Any], then: str
 ) -> None:
     with pytest.raises(UserError) as caught:
-        choose(tiny(**options))
+        choose_family(tiny(**options))
     line = str(caught.value)
     assert says in line
     assert f"it would be {then} (" in line
     assert "\n" not in line
-    assert choose(tiny(**(options | mend))).model_type == then
+    assert choose_family(tiny(**(options | mend))).model_type == then
 
 
 def test_the_smallest_mend_named_is_enough(tmp_path: Path) -> None:
@@ -199,14 +199,16 @@ def test_the_smallest_mend_named_is_enough(tmp_path: Path) -> None:
     while tried < 40:
         config = draw(chance)
         try:
-            choose(config)
+            choose_family(config)
         except UserError as error:
             mends, family = str(error).split("; with ")[1].split(" it would be ")
             changes = {}
             for mend in mends.split(" and "):
                 option, wanted = mend.split(" ", 1)
                 changes[option] = words.get(wanted, wanted)
-            assert choose(ModelConfig.model_validate(config.model_dump() | changes)).model_type == family.split()[0]
+            assert (
+                choose_family(ModelConfig.model_validate(config.model_dump() | changes)).model_type == family.split()[0]
+            )
             tried += 1
 
 

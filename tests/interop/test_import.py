@@ -14,9 +14,9 @@ import yaml
 
 from pretrain_xla import cli
 from pretrain_xla.errors import UserError
-from pretrain_xla.interop.from_checkpoint import adopt_architecture, fit_tensors
+from pretrain_xla.interop.config_json import read_config
+from pretrain_xla.interop.from_checkpoint import fit_tensors, resolve_architecture
 from pretrain_xla.interop.load import load_model
-from pretrain_xla.interop.mapping import read_config
 from pretrain_xla.model import GPT, parameter_count
 
 from .conftest import assert_same_logits, noise, tokens
@@ -134,7 +134,7 @@ def test_padding_never_changes_a_loss(rows: int, tmp_path: Path) -> None:
 
 def adopt(path: Path, stated: dict[str, Any]) -> Any:
     tree = {"model": stated, "train": {"from_checkpoint": str(path)}}
-    return adopt_architecture(tree, frozenset(stated), "test")
+    return resolve_architecture(tree, frozenset(stated), "test")
 
 
 def test_the_architecture_comes_from_the_checkpoint(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 from pretrain_xla.errors import UserError
 from pretrain_xla.evaluate.command import evaluate_command
 from pretrain_xla.interop.command import import_command
-from pretrain_xla.interop.inferred import heads_of
+from pretrain_xla.interop.inferred import infer_heads
 from pretrain_xla.interop.load import load_model
 from pretrain_xla.model import GPT
 
@@ -110,11 +110,11 @@ def test_only_gpt2_as_published_has_its_heads_taken_for_granted() -> None:
             "transformer.wpe.weight": torch.empty(1024, 1024),
         }
         published |= {f"transformer.h.{layer}.ln_1.weight": torch.empty(1024) for layer in range(24)}
-        heads, note = heads_of(published, {}, {}, "x.pt")
+        heads, note = infer_heads(published, {}, {}, "x.pt")
         assert heads == 16
         assert note is not None
         assert "16 are taken" in note
-        assert heads_of(published, {}, {"num_heads": 8}, "x.pt") == (8, None)
+        assert infer_heads(published, {}, {"num_heads": 8}, "x.pt") == (8, None)
         del published["transformer.h.23.ln_1.weight"]
         with pytest.raises(UserError, match="how many heads"):
-            heads_of(published, {}, {}, "x.pt")
+            infer_heads(published, {}, {}, "x.pt")

@@ -10,7 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from pretrain_xla.config import build_config
 from pretrain_xla.interop.command import export_command, import_command
-from pretrain_xla.interop.from_checkpoint import adopt_tokenizer
+from pretrain_xla.interop.from_checkpoint import resolve_tokenizer
 from pretrain_xla.interop.load import load_model
 from pretrain_xla.tokenizers.train import train_tokenizer
 
@@ -54,13 +54,13 @@ def test_training_takes_the_checkpoints_where_the_shards_name_none(tmp_path: Pat
     folder = save(tmp_path / "folder")
     tree = {"train": {"from_checkpoint": str(folder)}, "data": {"train_dir": str(tmp_path / "raw")}}
     config = build_config(tree, "test")
-    (note,) = adopt_tokenizer(config, frozenset())[1]
+    (note,) = resolve_tokenizer(config, frozenset())[1]
     assert note == f"neither {folder} nor the shards name a tokenizer: gpt2 is taken for text"
     own = tokenizer_in(folder)
-    adopted, notes = adopt_tokenizer(config, frozenset())
+    adopted, notes = resolve_tokenizer(config, frozenset())
     assert adopted.data.tokenizer == str(own)
     assert notes == [f"the shards name no tokenizer: that of {folder} is taken"]
-    assert adopt_tokenizer(config, frozenset({"tokenizer"})) == (config, [])
+    assert resolve_tokenizer(config, frozenset({"tokenizer"})) == (config, [])
 
 
 def test_one_without_an_end_of_text_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ from tokenizers import ByteLevelBPETokenizer
 from pretrain_xla.errors import UserError
 from pretrain_xla.interop.command import export_command, import_command
 from pretrain_xla.interop.load import load_model
-from pretrain_xla.interop.model_tokenizer import tokenizer_beside
+from pretrain_xla.interop.model_tokenizer import find_model_tokenizer
 from pretrain_xla.interop.tokenizer_files import PROBE
 from pretrain_xla.tokenizers.json_tokenizer import JsonTokenizer
 from pretrain_xla.tokenizers.load import load_tokenizer
@@ -52,7 +52,7 @@ def test_vocabulary_and_merges_are_read_with_the_ids_of_transformers(
     for file in russian.iterdir():
         names = {"vocab.json": vocabulary, "merges.txt": merges}
         (tmp_path / names.get(file.name, file.name)).write_bytes(file.read_bytes())
-    name, notes = tokenizer_beside(find_in(tmp_path), 50257, "here")
+    name, notes = find_model_tokenizer(find_in(tmp_path), 50257, "here")
     assert (name, notes) == (str(tmp_path / vocabulary), ())
     for found in (str(name), str(tmp_path)):
         ours = load_tokenizer(found)
@@ -96,14 +96,14 @@ def test_it_goes_along_into_a_run_and_out_again(russian: Path, tmp_path: Path) -
 def test_where_one_cannot_be_used_gpt2s_is_not_taken(files: dict[str, str], said: str, tmp_path: Path) -> None:
     for name, content in files.items():
         (tmp_path / name).write_text(content)
-    name, (note,) = tokenizer_beside(find_in(tmp_path), 50257, "here")
+    name, (note,) = find_model_tokenizer(find_in(tmp_path), 50257, "here")
     assert name is None
     assert said in note
 
 
 def test_only_where_there_is_nothing_it_is_a_guess_and_said(tmp_path: Path) -> None:
-    assert tokenizer_beside(find_in(tmp_path), 50300, "here") == (None, ())
-    name, (note,) = tokenizer_beside(find_in(tmp_path), 50257, "here")
+    assert find_model_tokenizer(find_in(tmp_path), 50300, "here") == (None, ())
+    name, (note,) = find_model_tokenizer(find_in(tmp_path), 50257, "here")
     assert name == "gpt2"
     assert "here: it came with no tokenizer" in note
     assert "which is a guess" in note
@@ -114,7 +114,7 @@ def test_sentencepiece_under_both_of_its_names(file: str, tmp_path: Path) -> Non
     trained = train_tokenizer(RUSSIAN, 300, str(tmp_path / "made"), kind="sentencepiece")
     assert isinstance(trained, SentencePieceTokenizer)
     (tmp_path / file).write_bytes(trained.content)
-    name, notes = tokenizer_beside(find_in(tmp_path), 50257, "here")
+    name, notes = find_model_tokenizer(find_in(tmp_path), 50257, "here")
     assert (name, notes) == (str(tmp_path / file), ())
     reference = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / file))
     for found in (str(name), str(tmp_path)):

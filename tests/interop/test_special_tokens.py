@@ -71,8 +71,8 @@ def test_a_tokenizer_that_says_that_it_adds_nothing(theirs: Path, tmp_path: Path
     import_command([str(tmp_path), str(tmp_path / "run")])
     for folder in (tmp_path, tmp_path / "run"):
         loaded = load_model(str(folder))
-        assert not loaded.begins
-        assert loaded.ends == (END, OTHER_END)
+        assert not loaded.adds_bos
+        assert loaded.eos_ids == (END, OTHER_END)
 
 
 def test_every_id_that_ends_a_text_ends_it(theirs: Path) -> None:
@@ -105,7 +105,7 @@ def test_an_export_says_what_the_model_learnt_with(theirs: Path, tmp_path: Path)
     said = json.loads((tmp_path / "again" / "generation_config.json").read_text())
     assert said == {"bos_token_id": BEGIN, "eos_token_id": [END, OTHER_END]}
     # Trained by us with the same tokenizer, nothing ever stood before a text.
-    assert export_model(replace(loaded, begins=False, ends=()), str(tmp_path / "ours")) == []
+    assert export_model(replace(loaded, adds_bos=False, eos_ids=()), str(tmp_path / "ours")) == []
     assert ids_in_transformers(tmp_path / "ours", "a cat") == load_tokenizer(str(theirs)).encode("a cat")
     assert json.loads((tmp_path / "ours" / "config.json").read_text())["bos_token_id"] == END
     assert transformers.AutoTokenizer.from_pretrained(str(tmp_path / "ours")).bos_token_id == END

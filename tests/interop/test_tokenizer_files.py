@@ -83,7 +83,7 @@ def test_sentencepiece_models_of_others(name: str, tmp_path: Path) -> None:
             assert theirs(text)["input_ids"] == own.encode(text), text
     assert load_tokenizer(str(tmp_path)).encode_batch(lines) == own.encode_batch(lines)
     assert isinstance(own, SentencePieceTokenizer)
-    write_tokenizer(own, str(tmp_path / "begins"), 64, begins=True)
+    write_tokenizer(own, str(tmp_path / "begins"), 64, adds_bos=True)
     begins = transformers.AutoTokenizer.from_pretrained(str(tmp_path / "begins"))
     assert begins("a")["input_ids"] == [*before_text(own), *own.encode("a")]
 

@@ -16,7 +16,7 @@ from pretrain_xla.errors import UserError
 from pretrain_xla.evaluate.tasks import Reader, Settings, prepare_task
 from pretrain_xla.flags import parse_flags
 from pretrain_xla.interop.export import export_model
-from pretrain_xla.interop.from_checkpoint import adopt_architecture
+from pretrain_xla.interop.from_checkpoint import resolve_architecture
 from pretrain_xla.interop.load import load_model
 from pretrain_xla.prepare.dataset import prepare
 from pretrain_xla.run_folder.own_tokenizer import tokenizer_of_run
@@ -149,7 +149,7 @@ def test_the_vocabulary_is_that_of_the_data_unless_it_is_given(
 
     assert size("--print-config")[0] == "280"
     words = ["--train-dir", f"{datasets}/one/train"]
-    planned = parse_flags(words, program="preflight", description="", build=adopt_architecture)
+    planned = parse_flags(words, program="preflight", description="", build=resolve_architecture)
     assert planned.config.model.vocab_size == 280, "what preflight plans is what is trained"
     assert size("--print-config", "--vocab-size", "300")[0] == "300"
     assert "vocab_size 280 is that of" not in size("--vocab-size", "300")[1]  # a run as they were before

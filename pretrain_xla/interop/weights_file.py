@@ -3,7 +3,7 @@
 Old checkpoints are those of nanoGPT and its many relatives, and of earlier trainers of GPT-2: a dictionary with the state
 dict under `model` or alone, and numbers of the architecture under `model_args` or `config`, as a mapping or as an object. Their
 modules are GPT-2's; what differs is spelled out here: prefixes of wrappers, `gamma` and `beta` for a norm's weight and bias,
-and plain linear layers instead of GPT-2's transposed ones. Which GELU and how many heads is in `unsaid`.
+and plain linear layers instead of GPT-2's transposed ones. Which GELU and how many heads is in `inferred.py`.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from torch import Tensor
 
 from pretrain_xla.config import ModelConfig, build_config
 from pretrain_xla.errors import UserError
-from pretrain_xla.interop.hugging_face import describe_folder
-from pretrain_xla.interop.inferred import activation_of, heads_of
+from pretrain_xla.interop.hugging_face_folder import hugging_face_source
+from pretrain_xla.interop.inferred import infer_activation, infer_heads
 from pretrain_xla.interop.layouts import GPT2_LAYOUT
-from pretrain_xla.interop.model_source import Description
-from pretrain_xla.interop.model_tokenizer import tokenizer_beside
-from pretrain_xla.interop.tensors import CONSTANTS, strip_prefixes, to_ours
-from pretrain_xla.interop.weights import Values, read_file
+from pretrain_xla.interop.model_source import ModelSource
+from pretrain_xla.interop.model_tokenizer import find_model_tokenizer
+from pretrain_xla.interop.tensors import CONSTANTS, from_hugging_face, strip_prefixes
+from pretrain_xla.interop.weights import SavedObject, read_file
 
 STATE_KEYS = ("model", "model_state_dict", "state_dict", "model_state")
 SHAPE_KEYS = ("model_args", "model_config", "config", "args", "hparams", "hyper_parameters")
@@ -40,7 +40,7 @@ MATRICES = (
 )
 
 
-def describe_file(path: str, stated: Mapping[str, Any]) -> Description:
+def weights_file_source(path: str, stated: Mapping[str, Any]) -> ModelSource:
     """One file of weights.
 
     Args:
@@ -57,22 +57,22 @@ def describe_file(path: str, stated: Mapping[str, Any]) -> Description:
         return inside if os.path.isfile(inside) else None
 
     if find("config.json"):
-        return describe_folder(find, path, lambda: _state(read_file(path)))
+        return hugging_face_source(find, path, lambda: _state(read_file(path)))
     saved = read_file(path)
     state = _state(saved)
     tensors = _spelled_as_gpt2(state)
     _check_names(tensors, path)
     shape = _shape(saved)
-    heads, heads_note = heads_of(tensors, shape, stated, path)
+    heads, heads_note = infer_heads(tensors, shape, stated, path)
     masked = any(name.endswith(".attn.bias") for name in state)
-    activation, guess = activation_of(shape, stated, transposed=_is_transposed(tensors), masked=masked)
+    activation, guess = infer_activation(shape, stated, transposed=_is_transposed(tensors), masked=masked)
     config = _config(tensors, heads, activation, path)
-    tokenizer, notes = tokenizer_beside(find, config.vocab_size, path)
+    tokenizer, notes = find_model_tokenizer(find, config.vocab_size, path)
     notes += tuple(f"{path}: {note}" for note in (heads_note, guess) if note)
     guessed = {name for name, note in (("num_heads", heads_note), ("activation", guess)) if note}
     layout = replace(GPT2_LAYOUT, transposed=_is_transposed(tensors))
-    read = functools.partial(to_ours, tensors, config, layout, path)
-    return Description(config, tokenizer, path, read, guessed=frozenset(guessed), notes=notes)
+    read = functools.partial(from_hugging_face, tensors, config, layout, path)
+    return ModelSource(config, tokenizer, path, read, guessed=frozenset(guessed), notes=notes)
 
 
 def _state(saved: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -93,7 +93,7 @@ def _shape(saved: Mapping[str, Any]) -> dict[str, Any]:
 
 def _mapping(value: Any) -> dict[str, Any]:
     """The named values of a mapping or an object."""
-    named = value.values if isinstance(value, Values) else value
+    named = value.values if isinstance(value, SavedObject) else value
     return {str(key): inner for key, inner in named.items()} if isinstance(named, dict) else {}
 
 

@@ -1,7 +1,7 @@
 """Our `ModelConfig` ↔ a `config.json` of `transformers`, by the table in `families.py`.
 
-A config.json that we wrote also carries our own config (`STAMP`). It holds what an architecture cannot say, such as that all
-biases are absent where GPT-2 has zeros; it is believed only as long as the rest of the file still says the same.
+A config.json that we wrote also carries our own config (`OWN_CONFIG_KEY`). It holds what an architecture cannot say, such as
+that all biases are absent where GPT-2 has zeros; it is believed only as long as the rest of the file still says the same.
 """
 
 from __future__ import annotations
@@ -12,32 +12,32 @@ from typing import Any
 
 from pretrain_xla.config import ModelConfig, build_config
 from pretrain_xla.errors import UserError
-from pretrain_xla.interop.architecture_options import PLAIN, allowed, traits
+from pretrain_xla.interop.architecture_options import PLAIN, allowed, architecture_options
+from pretrain_xla.interop.config_keys import DERIVED
 from pretrain_xla.interop.families import FAMILIES, Family
-from pretrain_xla.interop.keys import DERIVED
 
-STAMP = "pretrain_xla"
+OWN_CONFIG_KEY = "pretrain_xla"
 # What makes a model another kind of model: an architecture that differs in one of these is a far one.
 FUNDAMENTAL = {"norm": 4, "positions": 4, "gated": 2}
 
 
-def choose(config: ModelConfig) -> Family:
+def choose_family(config: ModelConfig) -> Family:
     """The architecture that computes exactly what this model does.
 
     Raises:
         UserError: there is none; says which options stand in the way, and which architecture would fit without them.
     """
-    have = traits(config)
+    have = architecture_options(config)
     rows = [(_obstacles(family, have), family) for family in FAMILIES if family.exported]
     fitting = next((family for obstacles, family in rows if not obstacles), None)
     if fitting is not None:
         return fitting
     obstacles, nearest = min(rows, key=lambda row: sum(FUNDAMENTAL.get(name, 1) for name in row[0]))
     in_the_way = " and ".join(f"{name}={getattr(config, name)}" for name in obstacles)
-    mends = " and ".join(f"{name} {_wanted(nearest, name)}" for name in obstacles)
+    fixs = " and ".join(f"{name} {_wanted(nearest, name)}" for name in obstacles)
     raise UserError(
         f"no architecture of transformers computes this model: {in_the_way} {'stand' if len(obstacles) > 1 else 'stands'} in "
-        f"the way; with {mends} it would be {nearest.model_type} ({nearest.architecture})"
+        f"the way; with {fixs} it would be {nearest.model_type} ({nearest.architecture})"
     )
 
 
@@ -45,7 +45,7 @@ def write_config(family: Family, config: ModelConfig) -> dict[str, Any]:
     """The config.json of a model; its end-of-text and data type are the exporter's to add."""
     tree: dict[str, Any] = {"model_type": family.model_type, "architectures": [family.architecture]}
     tree |= {theirs: key.write(_value(config, key.option)) for theirs, key in family.keys.items()}
-    return {**tree, **family.demands, **family.extra(config), STAMP: config.model_dump(mode="json")}
+    return {**tree, **family.required, **family.extra(config), OWN_CONFIG_KEY: config.model_dump(mode="json")}
 
 
 def read_config(raw: Mapping[str, Any], where: str) -> tuple[Family, ModelConfig]:
@@ -72,25 +72,25 @@ def read_config(raw: Mapping[str, Any], where: str) -> tuple[Family, ModelConfig
         raise UserError(f"{where}: {error}") from None
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise UserError(f"{where}: a value in it is of no use ({type(error).__name__}: {error})") from None
-    for key, wanted in family.demands.items():
+    for key, wanted in family.required.items():
         if raw.get(key, wanted) != wanted:
             raise UserError(f"{where}: {key}={raw[key]}, and our model computes {family.model_type} only with {wanted}")
     config = build_config({"model": options}, where).model
-    return family, _stamped(family, raw, config, where) or config
+    return family, _embedded_config(family, raw, config, where) or config
 
 
 def _obstacles(family: Family, have: Mapping[str, Any]) -> list[str]:
-    return [name for name, value in have.items() if not allowed(family.takes.get(name, PLAIN[name]), value)]
+    return [name for name, value in have.items() if not allowed(family.options.get(name, PLAIN[name]), value)]
 
 
 def _wanted(family: Family, name: str) -> str:
-    takes = family.takes.get(name, PLAIN[name])
+    accepted = family.options.get(name, PLAIN[name])
     if name == "num_heads":
         return "that divides d_model"
-    if callable(takes):
+    if callable(accepted):
         return "1 / sqrt of a whole number"
     words = {None: "left at its default", True: "on", False: "off"}
-    return words.get(takes[0], str(takes[0]))
+    return words.get(accepted[0], str(accepted[0]))
 
 
 def _value(config: ModelConfig, option: str) -> Any:
@@ -109,12 +109,12 @@ def _family(raw: Mapping[str, Any], where: str) -> Family:
 def _filled(raw: Mapping[str, Any], family: Family) -> dict[str, Any]:
     """With what transformers puts where nothing is said. Of a window, null says that there is none."""
     said = {key for key, value in raw.items() if value is not None or key == "sliding_window"}
-    return {**raw, **{key: value for key, value in family.silent.items() if key not in said}}
+    return {**raw, **{key: value for key, value in family.omitted.items() if key not in said}}
 
 
 def _options(family: Family, raw: Mapping[str, Any]) -> dict[str, Any]:
     """Leaves of `ModelConfig`: what the architecture always is, and what the file says."""
-    fixed = {name: family.takes.get(name, values) for name, values in PLAIN.items()}
+    fixed = {name: family.options.get(name, values) for name, values in PLAIN.items()}
     options = {name: values[0] for name, values in fixed.items() if not callable(values) and values[0] is not None}
     options["bias"] = family.bias(raw)
     for theirs, key in family.keys.items():
@@ -203,13 +203,13 @@ def _rotary_parts(raw: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [parts[kind] for kind in sorted(set(raw.get("layer_types") or repeated))]
 
 
-def _stamped(family: Family, raw: Mapping[str, Any], config: ModelConfig, where: str) -> ModelConfig | None:
+def _embedded_config(family: Family, raw: Mapping[str, Any], config: ModelConfig, where: str) -> ModelConfig | None:
     """Our own config, where the file carries it and the rest of the file agrees with it."""
-    stamp = raw.get(STAMP)
-    if not isinstance(stamp, dict):
+    embedded = raw.get(OWN_CONFIG_KEY)
+    if not isinstance(embedded, dict):
         return None
-    own = build_config({"model": stamp}, f"{where}: {STAMP}").model
-    written = write_config(family, own) if not _obstacles(family, traits(own)) else {}
+    own = build_config({"model": embedded}, f"{where}: {OWN_CONFIG_KEY}").model
+    written = write_config(family, own) if not _obstacles(family, architecture_options(own)) else {}
     same = all(written.get(key) == raw.get(key) for key in family.keys)
     turned = own.positions != "rotary" or math.isclose(own.rope_theta, config.rope_theta)
     return own if same and turned else None

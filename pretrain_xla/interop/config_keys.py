@@ -12,7 +12,7 @@ from pretrain_xla.errors import UserError
 
 # Our name → transformers'; and all of its names that mean one of ours.
 ACTIVATIONS = {"gelu": "gelu_pytorch_tanh", "gelu_exact": "gelu", "relu": "relu", "relu2": "relu2", "silu": "silu"}
-MEANINGS = {theirs: ours for ours, theirs in ACTIVATIONS.items()} | {
+OUR_ACTIVATIONS = {theirs: ours for ours, theirs in ACTIVATIONS.items()} | {
     "gelu_new": "gelu",
     "gelu_fast": "gelu",
     "gelu_python": "gelu_exact",
@@ -36,16 +36,16 @@ class Key:
     read: Callable[[Any], Any] = _same
 
 
-def root(value: float | None) -> bool:
+def is_inverse_root(value: float | None) -> bool:
     """Whether a query scale is one over the root of a whole number: what `query_pre_attn_scalar` can say."""
     scalar = 0 if value is None else round(value**-2)
     return value is None or (scalar > 0 and math.isclose(scalar**-0.5, value, rel_tol=1e-9))
 
 
 def _read_activation(name: str) -> str:
-    if name not in MEANINGS:
+    if name not in OUR_ACTIVATIONS:
         raise UserError(f"activation {name!r} is none of ours: {', '.join(ACTIVATIONS)}")
-    return MEANINGS[name]
+    return OUR_ACTIVATIONS[name]
 
 
 SILU = Key("activation", "silu", ACTIVATIONS.__getitem__, _read_activation)

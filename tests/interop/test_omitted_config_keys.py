@@ -10,9 +10,9 @@ import pytest
 import transformers
 
 from pretrain_xla.errors import UserError
+from pretrain_xla.interop.config_json import OWN_CONFIG_KEY, read_config
 from pretrain_xla.interop.families import FAMILIES
 from pretrain_xla.interop.load import load_model
-from pretrain_xla.interop.mapping import STAMP, read_config
 from pretrain_xla.model import GPT
 
 from .conftest import assert_same_logits, build, noise, open_in_transformers, tiny
@@ -35,7 +35,7 @@ def save(family: str, folder: Path) -> dict[str, Any]:
             shape.no_rope_layers = [1, 1]
         noise(transformers.AutoModelForCausalLM.from_config(shape), size=0.1).save_pretrained(folder)
     tree: dict[str, Any] = json.loads((folder / "config.json").read_text())
-    tree.pop(STAMP, None)
+    tree.pop(OWN_CONFIG_KEY, None)
     return tree
 
 
@@ -49,7 +49,7 @@ def load(folder: Path) -> GPT:
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.model_type)
 def test_each_key_left_out_is_taken_as_there_or_refused(family: Any, tmp_path: Path) -> None:
     tree = save(family.model_type, tmp_path)
-    left_out = [(key,) for key in (*family.keys, *family.demands, *OTHER) if key in tree]
+    left_out = [(key,) for key in (*family.keys, *family.required, *OTHER) if key in tree]
     agreed = 0
     for keys in [ROPE, *left_out]:
         (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in tree.items() if k not in keys}))
@@ -72,10 +72,10 @@ def test_a_silent_window_cuts_the_context(family: str) -> None:
         family, **SHAPE | {"max_position_embeddings": 8192, "num_key_value_heads": 2}
     ).to_dict()
     rope = {"rope_theta": 1e4, "rope_parameters": None}
-    silent = {key: value for key, value in shape.items() if key not in ("sliding_window", "layer_types")} | rope
-    assert read_config(silent, "test")[1].seq_length == 4096
+    minimal = {key: value for key, value in shape.items() if key not in ("sliding_window", "layer_types")} | rope
+    assert read_config(minimal, "test")[1].seq_length == 4096
     full = {"sliding_window": None, "layer_types": ["full_attention"] * 2}
-    assert read_config(silent | full, "test")[1].seq_length == 8192
+    assert read_config(minimal | full, "test")[1].seq_length == 8192
 
 
 def test_gemma_ones_gelu_is_the_tanh_form(tmp_path: Path) -> None:

@@ -7,18 +7,18 @@ from collections.abc import Callable
 from torch import Tensor
 
 from pretrain_xla.errors import UserError
-from pretrain_xla.interop.mapping import read_config
-from pretrain_xla.interop.model_source import Description
-from pretrain_xla.interop.model_tokenizer import tokenizer_beside
-from pretrain_xla.interop.special_tokens import begins_texts, ends_of
-from pretrain_xla.interop.tensors import to_ours
+from pretrain_xla.interop.config_json import read_config
+from pretrain_xla.interop.model_source import ModelSource
+from pretrain_xla.interop.model_tokenizer import find_model_tokenizer
+from pretrain_xla.interop.special_tokens import adds_bos_token, eos_token_ids
+from pretrain_xla.interop.tensors import from_hugging_face
 from pretrain_xla.interop.weights import read_folder
 from pretrain_xla.untrusted import parse_object
 
 
-def describe_folder(
+def hugging_face_source(
     find: Callable[[str], str | None], where: str, weights: Callable[[], dict[str, Tensor]] | None = None
-) -> Description:
+) -> ModelSource:
     """A folder with a config.json.
 
     Args:
@@ -40,8 +40,8 @@ def describe_folder(
 
     def read() -> dict[str, Tensor]:
         tensors = weights() if weights is not None else read_folder(find, where)
-        return to_ours(tensors, config, family.layout, where)
+        return from_hugging_face(tensors, config, family.layout, where)
 
-    tokenizer, notes = tokenizer_beside(find, config.vocab_size, where)
-    ends = ends_of(tree, find, config.vocab_size)
-    return Description(config, tokenizer, where, read, notes=notes, begins=begins_texts(find), ends=ends)
+    tokenizer, notes = find_model_tokenizer(find, config.vocab_size, where)
+    eos_ids = eos_token_ids(tree, find, config.vocab_size)
+    return ModelSource(config, tokenizer, where, read, notes=notes, adds_bos=adds_bos_token(find), eos_ids=eos_ids)
