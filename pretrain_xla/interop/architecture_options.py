@@ -1,4 +1,4 @@
-"""What of a `ModelConfig` decides which architecture computes the same: each option, with its usual value written as none."""
+"""The options of `ModelConfig` that decide which architecture of `transformers` computes the same model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def ANY(value: Any) -> bool:  # noqa: N802 - reads as a constant in the table
     return True
 
 
-# What an option is where a row of the table does not mention it.
+# The only accepted values of an option that a row of the table does not list.
 PLAIN: dict[str, tuple[Any, ...] | Callable[[Any], bool]] = {
     "norm": ("rmsnorm",),
     "positions": ("rotary",),
@@ -33,7 +33,7 @@ PLAIN: dict[str, tuple[Any, ...] | Callable[[Any], bool]] = {
 
 
 def architecture_options(config: ModelConfig) -> dict[str, Any]:
-    """Option → value, for each key of `PLAIN`; none where it is what an architecture expects."""
+    """Option → value, for each key of `PLAIN`; None where the value is the one that every architecture implies."""
     values = {name: getattr(config, name) for name in PLAIN}
     if config.query_scale is not None and math.isclose(config.query_scale, config.heads_dim**-0.5, rel_tol=1e-9):
         values["query_scale"] = None
@@ -42,10 +42,10 @@ def architecture_options(config: ModelConfig) -> dict[str, Any]:
     if config.kv_heads == config.num_heads:
         values["num_kv_heads"] = None
     if config.d_model % config.num_heads == 0:
-        values["num_heads"] = None  # most architectures insist on it, even where head_dim is set
+        values["num_heads"] = None  # most architectures require it, even where head_dim is set
     return values
 
 
 def allowed(accepted: Any, value: Any) -> bool:
-    """Whether a table's entry, a tuple of values or a test, accepted the value."""
+    """Whether an entry of the table, a tuple of values or a predicate, accepts the value."""
     return bool(accepted(value)) if callable(accepted) else value in accepted

@@ -1,4 +1,4 @@
-"""The words of `export` and `import`."""
+"""Command-line interface of `export` and `import`."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ MODEL_HELP = (
     "run folder, checkpoints folder or one checkpoint (also a URL); Hugging Face folder; .safetensors or .pt file; name on "
     "the Hub (gpt2, gpt2-medium, gpt2-large, gpt2-xl, owner/name)"
 )
-# What an old checkpoint may leave unsaid, or a person may want less of.
+# Options that an old checkpoint may not state, or that the user may want to reduce.
 IMPORT_LEAVES = {
-    "seq_length": "cut to so many positions",
-    "vocab_size": "take only so many ids for tokens, and the rest for padding",
-    "num_heads": "heads, where an old .pt file does not say it",
+    "seq_length": "keep only this many positions",
+    "vocab_size": "use only this many ids for tokens, and treat the rest as padding",
+    "num_heads": "number of heads, where an old .pt file does not state it",
 }
 
 
 def export_command(arguments: Sequence[str]) -> None:
-    """`export MODEL OUT`: write a model for plain transformers, and push it where that is asked for.
+    """`export MODEL OUT`: write a model for plain transformers, and push it if asked to.
 
     Raises:
         UserError: there is no such model, no architecture computes it, or it cannot be written or pushed.
@@ -48,7 +48,7 @@ def export_command(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("out", metavar="OUT", help="new folder to write")
-    parser.add_argument("--checkpoint", choices=("newest", "best"), default="newest", help="which one of a run")
+    parser.add_argument("--checkpoint", choices=("newest", "best"), default="newest", help="which checkpoint of a run")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="fp32", help="type of the weights (fp32)")
     parser.add_argument("--push-to", metavar="OWNER/NAME", help="upload it to this repository of the Hugging Face Hub")
     flags = parser.parse_args(list(arguments))
@@ -66,14 +66,14 @@ def export_command(arguments: Sequence[str]) -> None:
 
 
 def import_command(arguments: Sequence[str]) -> None:
-    """`import MODEL OUT`: a run folder of ours, at step 0, which every door takes.
+    """`import MODEL OUT`: write a run folder at step 0, which every command accepts.
 
     Raises:
         UserError: there is no such model, our model cannot compute it, or OUT cannot be written.
     """
     parser = Parser(
         "python -m pretrain_xla import",
-        description="Make a run folder of a model from elsewhere, to evaluate it, train it further or let it write.",
+        description="Make a run folder of a model from elsewhere, to evaluate it, train it further or generate text.",
         allow_abbrev=False,
     )
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
@@ -104,7 +104,7 @@ def import_command(arguments: Sequence[str]) -> None:
 
 
 def write_run(loaded: LoadedModel, folder: str) -> None:
-    """Write a model as a run that has made no step: config.yaml, a checkpoint, and its tokenizer where that is a file.
+    """Write a model as a run at step 0: config.yaml, a checkpoint, and the tokenizer if it is stored in a file.
 
     Raises:
         UserError: the folder cannot be written.

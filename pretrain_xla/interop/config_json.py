@@ -1,7 +1,7 @@
 """Our `ModelConfig` ↔ a `config.json` of `transformers`, by the table in `families.py`.
 
 A config.json that we wrote also carries our own config (`OWN_CONFIG_KEY`). It holds what an architecture cannot say, such as
-that all biases are absent where GPT-2 has zeros; it is believed only as long as the rest of the file still says the same.
+that all biases are absent where GPT-2 has zeros; it is used only if the rest of the file still agrees with it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pretrain_xla.interop.config_keys import DERIVED
 from pretrain_xla.interop.families import FAMILIES, Family
 
 OWN_CONFIG_KEY = "pretrain_xla"
-# What makes a model another kind of model: an architecture that differs in one of these is a far one.
+# Distance of an architecture that differs in one of these options; any other option counts 1.
 FUNDAMENTAL = {"norm": 4, "positions": 4, "gated": 2}
 
 
@@ -25,7 +25,7 @@ def choose_family(config: ModelConfig) -> Family:
     """The architecture that computes exactly what this model does.
 
     Raises:
-        UserError: there is none; says which options stand in the way, and which architecture would fit without them.
+        UserError: there is none; names the options in the way, and the architecture that would fit without them.
     """
     have = architecture_options(config)
     rows = [(_obstacles(family, have), family) for family in FAMILIES if family.exported]
@@ -42,7 +42,7 @@ def choose_family(config: ModelConfig) -> Family:
 
 
 def write_config(family: Family, config: ModelConfig) -> dict[str, Any]:
-    """The config.json of a model; its end-of-text and data type are the exporter's to add."""
+    """The config.json of a model, to which the exporter adds its special tokens and data type."""
     tree: dict[str, Any] = {"model_type": family.model_type, "architectures": [family.architecture]}
     tree |= {theirs: key.write(_value(config, key.option)) for theirs, key in family.keys.items()}
     return {**tree, **family.required, **family.extra(config), OWN_CONFIG_KEY: config.model_dump(mode="json")}
@@ -51,8 +51,7 @@ def write_config(family: Family, config: ModelConfig) -> dict[str, Any]:
 def read_config(raw: Mapping[str, Any], where: str) -> tuple[Family, ModelConfig]:
     """The architecture and our config of a config.json.
 
-    Layers that look through a sliding window see everything when a text is no longer than the window: `seq_length` is cut
-    to it.
+    A sliding window has no effect on texts no longer than the window, so `seq_length` is limited to it.
 
     Raises:
         UserError: an unknown architecture, or a setting under which it computes what our model cannot.
@@ -63,7 +62,7 @@ def read_config(raw: Mapping[str, Any], where: str) -> tuple[Family, ModelConfig
         raise UserError(
             f"{where}: quantised weights ({method or 'quantization_config'}): name the model that they were made from"
         )
-    raw = _filled(raw, family)
+    raw = _with_defaults(raw, family)
     try:
         options = _options(family, raw)
     except KeyError as error:
@@ -106,14 +105,14 @@ def _family(raw: Mapping[str, Any], where: str) -> Family:
     raise UserError(f"{where}: model_type={name!r} is none that our model computes: {known}")
 
 
-def _filled(raw: Mapping[str, Any], family: Family) -> dict[str, Any]:
-    """With what transformers puts where nothing is said. Of a window, null says that there is none."""
+def _with_defaults(raw: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    """With the values that transformers uses for omitted keys. For a window, null means that there is none."""
     said = {key for key, value in raw.items() if value is not None or key == "sliding_window"}
     return {**raw, **{key: value for key, value in family.omitted.items() if key not in said}}
 
 
 def _options(family: Family, raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Leaves of `ModelConfig`: what the architecture always is, and what the file says."""
+    """Leaves of `ModelConfig`: those that the architecture implies, and those that the file states."""
     fixed = {name: family.options.get(name, values) for name, values in PLAIN.items()}
     options = {name: values[0] for name, values in fixed.items() if not callable(values) and values[0] is not None}
     options["bias"] = family.bias(raw)
@@ -130,11 +129,11 @@ def _options(family: Family, raw: Mapping[str, Any]) -> dict[str, Any]:
     options["seq_length"] = min(options["seq_length"], _window(raw) or options["seq_length"])
     if options["positions"] != "learned":
         options["rope_theta"] = _theta(raw)
-    return _ours(options)
+    return _to_options(options)
 
 
-def _ours(options: dict[str, Any]) -> dict[str, Any]:
-    """The derived names back to options, and what is the default anyway left out."""
+def _to_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Converts derived quantities back to options, and leaves out those that are the default."""
     head_dim = options.pop("heads_dim", None) or options["d_model"] // options["num_heads"]
     if head_dim * options["num_heads"] != options["d_model"]:
         options["head_dim"] = head_dim
@@ -158,7 +157,7 @@ def _ours(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _window(raw: Mapping[str, Any]) -> int | None:
-    """Tokens that the shortest sliding window of any layer lets through; none: no layer has one."""
+    """Length of the sliding window in tokens; None means that no layer has one."""
     types = raw.get("layer_types")
     if not raw.get("use_sliding_window", True) or (types is not None and "sliding_attention" not in types):
         return None
@@ -170,7 +169,7 @@ def _theta(raw: Mapping[str, Any]) -> float:
     """Base of the rotary wavelengths, from the places where transformers has kept it.
 
     Raises:
-        UserError: the wavelengths are stretched, or only a part of each head turns, or layers differ.
+        UserError: they are scaled, only a part of each head is rotated, or layers differ.
     """
     parts = _rotary_parts(raw)
     thetas = {float(part.get("rope_theta") or raw.get("rope_theta") or 10_000.0) for part in parts}
@@ -187,13 +186,13 @@ def _theta(raw: Mapping[str, Any]) -> float:
 
 
 def _rotary_parts(raw: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The rotary settings of each kind of layer that there is."""
+    """The rotary settings of each kind of layer in the model."""
     rope, scaling = raw.get("rope_parameters") or {}, raw.get("rope_scaling") or {}
     if "rope_local_base_freq" not in raw:
         rope = scaling or rope
         kinds = set(raw.get("layer_types") or ()) & set(rope)
         return [rope[kind] for kind in sorted(kinds)] or [rope]
-    # Gemma 3 has two bases; where its layers are not named, every sixth one sees everything.
+    # Gemma 3 has two bases; if layer_types is omitted, every sixth layer has full attention.
     count, pattern = int(raw["num_hidden_layers"]), int(raw["sliding_window_pattern"])
     repeated = ["full_attention"] * (count >= pattern) + ["sliding_attention"] * (pattern > 1)
     parts = {
@@ -204,7 +203,7 @@ def _rotary_parts(raw: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def _embedded_config(family: Family, raw: Mapping[str, Any], config: ModelConfig, where: str) -> ModelConfig | None:
-    """Our own config, where the file carries it and the rest of the file agrees with it."""
+    """Our own config, if the file holds it and the rest of the file agrees with it."""
     embedded = raw.get(OWN_CONFIG_KEY)
     if not isinstance(embedded, dict):
         return None

@@ -1,4 +1,4 @@
-"""How one option of ours stands in a `config.json`, and back."""
+"""Conversion of one option of `ModelConfig` to a key of `config.json`, and back."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from pretrain_xla.config import ModelConfig
 from pretrain_xla.errors import UserError
 
-# Our name → transformers'; and all of its names that mean one of ours.
+# Our name → transformers' name. The second table maps back, and holds aliases.
 ACTIVATIONS = {"gelu": "gelu_pytorch_tanh", "gelu_exact": "gelu", "relu": "relu", "relu2": "relu2", "silu": "silu"}
 OUR_ACTIVATIONS = {theirs: ours for ours, theirs in ACTIVATIONS.items()} | {
     "gelu_new": "gelu",
@@ -26,8 +26,8 @@ def _same(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Key:
-    """An option, or one of `DERIVED`. default: its value where the file has none; a function of the file's tree
-    gives it where the file has null, too.
+    """An option, or one of `DERIVED`. default: its value if the file omits the key, or a function of the file's tree, which
+    applies to null, too.
     """
 
     option: str
@@ -37,7 +37,7 @@ class Key:
 
 
 def is_inverse_root(value: float | None) -> bool:
-    """Whether a query scale is one over the root of a whole number: what `query_pre_attn_scalar` can say."""
+    """Whether a query scale is 1 / sqrt(integer), which is all that `query_pre_attn_scalar` can express."""
     scalar = 0 if value is None else round(value**-2)
     return value is None or (scalar > 0 and math.isclose(scalar**-0.5, value, rel_tol=1e-9))
 
@@ -50,9 +50,9 @@ def _read_activation(name: str) -> str:
 
 SILU = Key("activation", "silu", ACTIVATIONS.__getitem__, _read_activation)
 GELU = Key("activation", "gelu_pytorch_tanh", ACTIVATIONS.__getitem__, _read_activation)
-# The name of 2019, which every version knows; the same function.
+# The original name of the same function, which every version of transformers knows.
 GPT2_GELU = Key("activation", "gelu_new", (ACTIVATIONS | {"gelu": "gelu_new"}).__getitem__, _read_activation)
-# In Gemma 1 "gelu" stands for the tanh form, as its releases had it; the exact one goes by its other name.
+# In Gemma 1 "gelu" means the tanh form, as in its released configs; the exact form is written as "gelu_python".
 GEMMA_GELU = Key(
     "activation",
     "gelu_pytorch_tanh",
@@ -66,7 +66,7 @@ def _write_positions(config: ModelConfig) -> list[int]:
     return [int(config.positions == "rotary")] * config.num_layers
 
 
-# Names in the table that stand for several options together: how they follow from a config.
+# Quantities that a config.json stores and that we derive from several options.
 DERIVED: dict[str, Callable[[ModelConfig], Any]] = {
     "scale": lambda config: config.query_scale or config.heads_dim**-0.5,
     "embedding_scale": lambda config: math.sqrt(config.d_model) if config.scale_embeddings else 1.0,

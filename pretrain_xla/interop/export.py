@@ -1,4 +1,4 @@
-"""A model as a folder that plain `transformers` opens: `config.json`, `model.safetensors`, tokenizer and card."""
+"""A model as a folder that plain `transformers` opens: `config.json`, `model.safetensors`, tokenizer and model card."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def export_model(
 
     Args:
         loaded: the model.
-        folder: where to; it must be new or empty.
+        folder: to write to; it must be new or empty.
         dtype: `fp32` (exact) or `bf16` (half the size).
-        shard_size: weights are split into files of at most this.
-        title: name of the model in its card; none: that of the folder.
+        shard_size: largest size of a file of weights.
+        title: name of the model in its model card. None means the name of the folder.
 
     Returns:
-        Notes for the person, such as a tokenizer that was left out.
+        Notes for the user, such as a tokenizer that was left out.
 
     Raises:
         UserError: no architecture computes this model, its weights hold NaN or infinity, or the folder cannot be written.
@@ -49,7 +49,7 @@ def export_model(
     end = tokenizer.end_of_text if tokenizer is not None else None
     before = before_text(tokenizer) if tokenizer is not None and loaded.adds_bos else ()
     others = sorted({*loaded.eos_ids} - {end}) if end is not None else []
-    # Named even where there is none: the defaults of some architectures are ids of other people's tokenizers.
+    # Written even if None: some architectures default to the ids of another tokenizer.
     special_ids = {"bos_token_id": before[0] if before else end, "eos_token_id": [end, *others] if others else end}
     name = str(DTYPES[dtype]).removeprefix("torch.")
     tree = write_config(family, config) | special_ids | {"pad_token_id": None, "torch_dtype": name, "use_cache": True}
@@ -73,14 +73,14 @@ def export_model(
 
 
 def _tokenizer(loaded: LoadedModel) -> tuple[Tokenizer | None, list[str]]:
-    """The model's tokenizer; none, with a note, where there is none, it cannot be loaded, or is larger than the model."""
+    """The model's tokenizer. None, with a note, if there is none, it cannot be loaded, or it is larger than the model."""
     if loaded.tokenizer is None:
         return None, ["this model came without a tokenizer, so none is written"]
     try:
         tokenizer = load_tokenizer(loaded.tokenizer)
     except UserError as error:
         if loaded.tokenizer in known_tokenizers():
-            raise  # it has only to be downloaded
+            raise  # it only has to be downloaded
         return None, [f"its tokenizer is left out: {error}"]
     if tokenizer.vocab_size > loaded.config.vocab_size:
         return None, [
@@ -94,7 +94,7 @@ def make_empty_folder(folder: str) -> None:
     """Make a folder to write to.
 
     Raises:
-        UserError: something is in it already, or it cannot be made.
+        UserError: it is not empty, or cannot be created.
     """
     try:
         os.makedirs(folder, exist_ok=True)
@@ -105,7 +105,7 @@ def make_empty_folder(folder: str) -> None:
 
 
 def _share(folder: str) -> None:
-    """Give the weights the permissions that other files get: they are written for this user alone."""
+    """Give the weights the permissions of other new files: safetensors makes them readable by the owner only."""
     mode = os.stat(os.path.join(folder, "config.json")).st_mode
     for name in os.listdir(folder):
         if name.endswith(".safetensors"):
@@ -113,7 +113,7 @@ def _share(folder: str) -> None:
 
 
 def write_json(path: str, tree: dict[str, Any]) -> None:
-    """Write a file as transformers does."""
+    """Write a JSON file as transformers formats it."""
     with open(path, "w", encoding="utf-8") as file:
         json.dump(tree, file, indent=2, sort_keys=True)
         file.write("\n")

@@ -1,8 +1,8 @@
-"""The architectures of `transformers` that compute what one of our configurations computes: one row each, read both ways.
+"""The architectures of `transformers` that compute what our model computes: one row each, used for both export and import.
 
-A row says which options it can take (`takes`), where its `config.json` keeps them (`keys`), what else that file must say
-(`demands`, `extra`), and what its tensors are called (`layout`). Rows stand in the order of preference: the first that takes
-every option of a model is the one it is exported to, so the widely supported architectures come first.
+A row states which options the architecture has (`options`), the keys of `config.json` that hold them (`keys`), what else that
+file must contain (`required`, `extra`), and the names of its tensors (`layout`). Rows are in order of preference: a model is
+exported to the first row that has all of its options, so the widely supported architectures come first.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ Keys = dict[str, Key]
 class Family:
     """One architecture.
 
-    takes: option → the values it can take (`ANY`, or a test); an option left out must have its plain value (`PLAIN`).
-    keys: key of config.json → our option. demands: keys with the only value under which it computes what we do, written as
-    they are. extra: further keys, which are only written. bias: whether a config.json implies biases. exported: whether
-    models are exported to it, or only imported from it. silent: keys of config.json that transformers fills in where they are
-    left out, with other values than those of our keys.
+    options: option → accepted values (a tuple, a predicate or `ANY`); one that is not listed must have its value in `PLAIN`.
+    keys: key of config.json → our option. required: keys with the only value under which it computes what we do; exported as
+    they are. extra: further keys, exported and never read. bias: whether a config.json implies biases. exported: whether models
+    are exported to it, or only imported from it. omitted: the values that transformers uses for keys that a config.json omits,
+    where they differ from those of `keys`.
     """
 
     model_type: str
@@ -70,7 +70,7 @@ def _biases(config: ModelConfig) -> dict[str, Any]:
 
 
 def _full_attention(config: ModelConfig) -> dict[str, Any]:
-    """No layer looks through a window."""
+    """No layer has a sliding window."""
     return {"layer_types": ["full_attention"] * config.num_layers, "sliding_window": config.seq_length}
 
 
@@ -340,4 +340,4 @@ FAMILIES = (
         exported=False,
     ),
 )
-"""In the order of preference."""
+"""In order of preference."""

@@ -1,7 +1,7 @@
-"""Starting from a model that is there already: its architecture for the run, and its tensors in the run's shapes.
+"""Initialise a run from a checkpoint: its architecture becomes the run's, and its tensors are fitted to the run's shapes.
 
-What a person did not say is taken from the checkpoint. What they did say must be what the checkpoint is, but for what may
-differ: fewer positions, another padding of the vocabulary, and settings that do not change what the weights mean.
+Options that the user did not set come from the checkpoint. Those that they did set must agree with it. These may differ: fewer
+positions, another padding of the vocabulary, and settings that do not change what the weights mean.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ USUAL_PADDING = 128
 
 
 def resolve_architecture(tree: Mapping[str, Any], stated: frozenset[str], where: str) -> tuple[RunConfig, list[str]]:
-    """The config of a run, with the architecture of the model that it begins from, where it names one.
+    """The config of a run, with the architecture of the checkpoint that it is initialised from, if any.
 
     Args:
-        tree: section → leaf → value, as flags, file and defaults have it. It is validated with the checkpoint's architecture
-            in place: what fits the defaults may not fit the checkpoint, and the other way round.
-        stated: the leaves that a person gave a value; all others of `model` come from the checkpoint.
-        where: where the values came from, for messages.
+        tree: section → leaf → value, from flags, file and defaults. It is validated with the checkpoint's architecture in
+            place, because settings that are valid with the defaults may be invalid with the checkpoint, and vice versa.
+        stated: the leaves that the user set; all others of `model` come from the checkpoint.
+        where: the origin of the values, for messages.
 
     Returns:
-        The config, and a line on each thing that was taken or changed.
+        The config, and a note on each setting that was taken or changed.
 
     Raises:
-        UserError: a stated leaf contradicts the checkpoint, there is none, or the config is impossible with it.
+        UserError: a stated leaf contradicts the checkpoint, there is no such checkpoint, or the config is invalid with it.
     """
     source = tree["train"]["from_checkpoint"]
     if source is None:
@@ -58,15 +58,15 @@ def resolve_architecture(tree: Mapping[str, Any], stated: frozenset[str], where:
 
 
 def resolve_vocabulary(tree: Mapping[str, Any], stated: frozenset[str], where: str) -> tuple[RunConfig, list[str]]:
-    """The config of a run that begins from nothing or goes on, with the vocabulary of its data where no person gave one.
+    """The config of a run that is new or resumed, with the vocabulary size of its data unless the user set one.
 
-    A run that goes on keeps the one of its checkpoint, which may be larger. Arguments and errors are those of
+    A resumed run keeps the size of its checkpoint, which may be larger. Arguments and errors are those of
     `resolve_architecture`.
     """
     model, folders = tree["model"], [tree["data"][key] for key in ("train_dir", "valid_dir")]
     try:
         info = None if "vocab_size" in stated else next(filter(None, map(dataset_info, folders)), None)
-    except UserError:  # said where the data is opened; preflight needs none, and may have no network
+    except UserError:  # reported when the data is opened; preflight needs no data, and may have no network
         info = None
     if info is None or info.vocab_size == model["vocab_size"]:
         return build_config(dict(tree), where), []
@@ -82,7 +82,7 @@ def resolve_vocabulary(tree: Mapping[str, Any], stated: frozenset[str], where: s
 
 
 def resolve_tokenizer(config: RunConfig, stated: frozenset[str]) -> tuple[RunConfig, list[str]]:
-    """The config with the tokenizer of `from_checkpoint`, where neither a person nor the shards name one; and a line on it.
+    """The config with the tokenizer of `from_checkpoint`, if neither the user nor the shards name one; and a note on it.
 
     Raises:
         UserError: there is no such checkpoint, or a manifest beside the shards is damaged.
@@ -100,7 +100,7 @@ def resolve_tokenizer(config: RunConfig, stated: frozenset[str]) -> tuple[RunCon
 
 
 def usable_tokenizer(found: ModelSource) -> tuple[str | None, list[str]]:
-    """The tokenizer that a model came with; none, with a line on it, where it cannot be loaded here."""
+    """The tokenizer that a model came with; None, with a note, if it cannot be loaded here."""
     if found.tokenizer is not None and found.tokenizer not in known_tokenizers():
         try:
             load_tokenizer(found.tokenizer)
@@ -127,7 +127,7 @@ def check_fits(found: ModelSource, wanted: ModelConfig) -> None:
 
 
 def mismatch_message(where: str, key: str, had: Any, wanted: Any) -> str:
-    """The words for a checkpoint that does not fit."""
+    """The message for a checkpoint whose architecture differs."""
     return (
         f"{where} is a checkpoint of another model: its {key} is {had}, this run's is {wanted}; leave {key} out to take it "
         "from the checkpoint, or name another checkpoint"

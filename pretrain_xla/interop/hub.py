@@ -28,9 +28,9 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-CHECKPOINTS = "checkpoints"  # folder in a repository, as in a run
+CHECKPOINTS = "checkpoints"  # folder in a repository, as in a run folder
 RUN_FILES = ("config.yaml", "tokenizer/*")
-# What the Hub's client raises, and, by the base of its own errors, what its HTTP library raises (which one, varies).
+# Errors of the Hub's client and of its HTTP library. That library varies, so its classes are taken from their bases.
 FAULTS: tuple[type[Exception], ...] = (HFValidationError, *HfHubHTTPError.__bases__)
 LOG_IN = "run `hf auth login`, or set HF_TOKEN, with a token that may write to it"
 
@@ -55,12 +55,12 @@ def reports_user_errors(function: Callable[Concatenate[str, P], R]) -> Callable[
 
 @reports_user_errors
 def find(repository: str, name: str) -> str | None:
-    """Fetch one file of a repository into the cache, and its path there; none: the repository has no such file.
+    """Fetch one file of a repository into the cache and return its path; None means that the repository has no such file.
 
-    With no network the cache alone is asked.
+    Without a network, only the cache is read.
 
     Raises:
-        UserError: the repository is not there or not ours to read, or it is in no cache and there is no network.
+        UserError: the repository does not exist or may not be read, or it is not in the cache and there is no network.
     """
     try:
         return str(huggingface_hub.hf_hub_download(repository, name))
@@ -74,7 +74,7 @@ def find(repository: str, name: str) -> str | None:
 
 @reports_user_errors
 def download_checkpoint(repository: str, which: str = "newest") -> str:
-    """Fetch one checkpoint of a run that was pushed to the Hub, with the run's tokenizer; the folder of it in the cache.
+    """Fetch one checkpoint of a run that was pushed to the Hub, with the run's tokenizer; returns its folder in the cache.
 
     Raises:
         UserError: there is none, or the repository cannot be read.
@@ -85,7 +85,7 @@ def download_checkpoint(repository: str, which: str = "newest") -> str:
     markers = _markers(repository, found)
     newest = markers.newest()
     best = markers.best() if which == "best" else None
-    if newest is None:  # only damaged ones: opening it says so
+    if newest is None:  # all are damaged, which opening one reports
         newest = found[-1]
     folder = f"{CHECKPOINTS}/{folder_name(newest if best is None else best)}"
     root = huggingface_hub.snapshot_download(repository, allow_patterns=[*RUN_FILES, f"{folder}/*"])
@@ -108,7 +108,7 @@ def steps(repository: str) -> list[int]:
 
 
 def _markers(repository: str, found: Sequence[int]) -> CheckpointStore:
-    """The markers alone of the checkpoints of these steps, in the cache: enough to know their losses."""
+    """The checkpoints of these steps with only their markers downloaded, which hold their losses."""
     patterns = [f"{CHECKPOINTS}/{folder_name(step)}/{MARKER}" for step in found]
     root = huggingface_hub.snapshot_download(repository, allow_patterns=patterns)
     return CheckpointStore(f"{root}/{CHECKPOINTS}", limit=1)
@@ -116,7 +116,7 @@ def _markers(repository: str, found: Sequence[int]) -> CheckpointStore:
 
 @reports_user_errors
 def check_writable(repository: str) -> None:
-    """Find out before anything is trained that we are logged in and may write there; the repository is made, private.
+    """Check before training that we are logged in and may write; a missing repository is created, private.
 
     Raises:
         UserError: not logged in, no permission, no such owner, or no network.
@@ -144,8 +144,8 @@ def push_folder(repository: str, folder: str, message: str) -> str:
 def push_checkpoint(repository: str, store: CheckpointStore, step: int, files: Mapping[str, str]) -> None:
     """Upload one checkpoint and the run's small files in one commit, which also removes those that the run no longer keeps.
 
-    The store's rule holds for the checkpoints here and there together: after a move to another machine, the Hub alone has the
-    earlier ones. A commit is whole or not there: nobody ever finds half a checkpoint.
+    The store's retention rule applies to local and pushed checkpoints together: after a move to another host, only the Hub has
+    the earlier ones. A commit is atomic, so that nobody ever finds half a checkpoint.
 
     Args:
         repository: `owner/name`.
@@ -165,7 +165,7 @@ def push_checkpoint(repository: str, store: CheckpointStore, step: int, files: M
     operations += [huggingface_hub.CommitOperationAdd(inside, path) for inside, path in files.items()]
     there = steps(repository)
     losses = _markers(repository, there).losses() if there else {}
-    for old in set(losses) - store.kept(losses) - {step}:  # what cannot be understood there is left alone
+    for old in set(losses) - store.kept(losses) - {step}:  # damaged ones are left alone
         inside = f"{CHECKPOINTS}/{folder_name(old)}/"
         operations.append(huggingface_hub.CommitOperationDelete(inside, is_folder=True))
     huggingface_hub.HfApi().create_commit(repository, operations, commit_message=f"Checkpoint of step {step}")
@@ -177,7 +177,7 @@ def folder_name(step: int) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    """The cause, in one line, with the fix that it calls for."""
+    """The cause and its fix, in one line."""
     if isinstance(error, LocalTokenNotFoundError):
         return f"you are not logged in: {LOG_IN}"
     status = getattr(getattr(error, "response", None), "status_code", None)

@@ -1,4 +1,4 @@
-"""A folder in Hugging Face's form, on a disk or on the Hub: `config.json` says what it is, and its tensors follow."""
+"""A model in Hugging Face's format, in a local folder or on the Hub, described by its `config.json`."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def hugging_face_source(
     """A folder with a config.json.
 
     Args:
-        find: the local path of a file of the folder, or none where it has no such file.
+        find: file name → local path, or None if the folder has no such file.
         where: the folder, for messages.
-        weights: how to read the tensors under their names; none: from the files that Hugging Face names.
+        weights: reads the tensors by their Hugging Face names. None means from the standard files.
 
     Raises:
-        UserError: config.json is damaged, or describes what our model cannot compute.
+        UserError: config.json is damaged, or describes a model that ours cannot compute.
     """
     path = find("config.json")
     assert path is not None

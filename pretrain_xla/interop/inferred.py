@@ -1,8 +1,9 @@
-"""What an old checkpoint's tensors do not show: how many heads there are, and which GELU.
+"""Options that the tensors of an old checkpoint do not show: the number of heads, and the form of GELU.
 
-Both change what the model computes and neither changes a shape, so that a wrong one runs, and is worse in silence. The number
-of heads is never guessed from the width: a model trained with 3 heads and run with 1 still writes, and is right half as often.
-The two GELUs differ by a thousandth; where a file does not say which, its relatives' habits do, and the guess is printed.
+Both change what the model computes and neither changes a shape, so a wrong value runs without an error and gives worse results.
+The number of heads is never guessed from the width: a model trained with 3 heads and run with 1 still generates, and is right
+half as often. The two GELUs differ by a thousandth; if the file does not state which, it is guessed from the code that wrote
+it, and the guess is printed.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from pretrain_xla.interop.config_keys import OUR_ACTIVATIONS
 HEADS_KEYS = ("n_head", "num_heads", "num_attention_heads", "n_heads", "num_head", "heads")
 # (layers, width) → heads of GPT-2 as published, in its four sizes.
 PUBLISHED = {(12, 768): 12, (24, 1024): 16, (36, 1280): 20, (48, 1600): 25}
-PUBLISHED_POSITIONS, PUBLISHED_IDS = 1024, range(50257, 50305)  # with its rows of padding in nanoGPT
-# "gelu" alone says nothing: trainers call both forms so.
+PUBLISHED_POSITIONS, PUBLISHED_IDS = 1024, range(50257, 50305)  # nanoGPT adds rows of padding
+# "gelu" alone is ambiguous: trainers use it for both forms.
 ACTIVATION_KEYS = ("activation_function", "activation", "hidden_act", "act")
 PLAIN_GELU = ("gelu", "GELU")
 
@@ -27,16 +28,16 @@ PLAIN_GELU = ("gelu", "GELU")
 def infer_heads(
     tensors: Mapping[str, Tensor], shape: Mapping[str, Any], stated: Mapping[str, Any], path: str
 ) -> tuple[int, str | None]:
-    """The number of heads, and a line where it is taken for that of a published GPT-2.
+    """The number of heads, and a note if it is assumed to be that of a published GPT-2.
 
     Args:
         tensors: by GPT-2's names.
-        shape: what was saved with them.
-        stated: options that a person gave.
+        shape: the settings that were saved with them.
+        stated: options that the user set.
         path: the file, for messages.
 
     Raises:
-        UserError: neither says it, and it is no GPT-2 as published.
+        UserError: it is not stated, and the shapes are not those of a published GPT-2.
     """
     said = next((shape[key] for key in HEADS_KEYS if isinstance(shape.get(key), int)), None)
     if said is not None:
@@ -60,13 +61,13 @@ def infer_heads(
 def infer_activation(
     shape: Mapping[str, Any], stated: Mapping[str, Any], *, transposed: bool, masked: bool
 ) -> tuple[str, str | None]:
-    """Our name of the activation, and a line where it is a guess.
+    """Our name of the activation, and a note if it is a guess.
 
     Args:
-        shape: what was saved with the tensors.
-        stated: options that a person gave.
-        transposed: whether matrices are stored as OpenAI's code has them.
-        masked: whether the masks of attention were saved, as code from before PyTorch 2 does.
+        shape: the settings that were saved with the tensors.
+        stated: options that the user set.
+        transposed: whether matrices are stored as [in, out], as in OpenAI's code.
+        masked: whether attention masks were saved, as by code from before PyTorch 2.
     """
     said = next((shape[key] for key in ACTIVATION_KEYS if isinstance(shape.get(key), str)), None)
     if said in OUR_ACTIVATIONS and said not in PLAIN_GELU:

@@ -1,4 +1,4 @@
-"""What the tensors of each architecture are called, and how they are stored."""
+"""Names and storage of the tensors of each architecture."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ Names = dict[str, str]
 
 @dataclass(frozen=True)
 class Layout:
-    """What tensors are called.
+    """Names of tensors.
 
-    layers: what stands before a layer's number. outer, inner: our module → theirs, outside and inside the layers; of several
-    of theirs that are one matrix (`fused`) each is named in order. transposed: matrices of layers are stored as [in, out].
-    always_biased: our modules that have a bias there even when our model has none; it is zero then.
+    layers: prefix of a layer's number. outer, inner: our module → the architecture's, outside and inside the layers. fused: its
+    module → those of ours that it concatenates, in order. transposed: matrices of layers are stored as [in, out].
+    always_biased: our modules that always have a bias there; it is zero if our model has none.
     """
 
     layers: str

@@ -1,7 +1,7 @@
-"""One way in for every door: whatever a person names as a model becomes our config and our tensors, on the host.
+"""Load a model by name or path, as every command does: its config and its tensors in our names, on the host.
 
-`find_model` says what it is without reading its tensors (of a model on the Hub it fetches `config.json` alone), so that a
-command line can take the architecture from it; `load_model` reads it whole.
+`find_model` reads the config and no tensors (from the Hub, only `config.json`), so that a command line can take the
+architecture from it. `load_model` reads everything.
 """
 
 from __future__ import annotations
@@ -42,16 +42,16 @@ def load_model(name_or_path: str, which: str = "newest", stated: Mapping[str, An
             folder, or a file of weights (`.safetensors` beside its config.json; `.pt`, also of nanoGPT and its like); a name
             on the Hugging Face Hub (`gpt2`, `gpt2-medium`, `gpt2-large`, `gpt2-xl`, any `owner/name`).
         which: `newest` or `best`, where there are several checkpoints.
-        stated: options of `ModelConfig` that a person gave; used for what an old file of weights does not say.
+        stated: options of `ModelConfig` that the user set; used for what an old file of weights does not state.
 
     Raises:
-        UserError: nothing there, or something that is damaged, holds NaN or infinity, or that our model cannot compute.
+        UserError: there is no such model, it is damaged or holds NaN or infinity, or our model cannot compute it.
     """
     return find_model(name_or_path, which, stated).load()
 
 
 def find_model(name_or_path: str, which: str = "newest", stated: Mapping[str, Any] | None = None) -> ModelSource:
-    """Find a model and say what it is; arguments and errors are those of `load_model`."""
+    """Find a model and read its config; arguments and errors are those of `load_model`."""
     if "://" in name_or_path:
         return _checkpoint(name_or_path, which)
     path = os.path.expanduser(name_or_path)
@@ -89,7 +89,7 @@ def _folder(path: str, which: str) -> ModelSource:
 
 
 def _hub(repository: str, which: str) -> ModelSource:
-    """A model of the Hub: in Hugging Face's form, or a run of ours that was pushed there."""
+    """A model on the Hub: in Hugging Face's format, or a pushed run."""
     if hub.find(repository, "config.json"):
         return hugging_face_source(lambda name: hub.find(repository, name), repository)
     _refuse_adapter(lambda name: hub.find(repository, name), repository)
@@ -97,7 +97,7 @@ def _hub(repository: str, which: str) -> ModelSource:
 
 
 def _refuse_adapter(find: Callable[[str], str | None], where: str) -> None:
-    """Refuse what `peft` leaves: a change to a model, without the model.
+    """Refuse an adapter saved by `peft`, which holds changes to a model without the model.
 
     Raises:
         UserError: it is one.
@@ -126,7 +126,7 @@ def _checkpoint(path: str, which: str) -> ModelSource:
 
     tokenizer, guesses = _tokenizer_of(store.root, info, config.vocab_size)
     notes += [f"{folder}: {guess}" for guess in guesses]
-    # What was imported and has seen no data of ours is still what it was.
+    # An imported model that has not been trained here keeps its special tokens.
     adds_bos, eos_ids = _special_tokens_of(tokenizer, config.vocab_size) if not info.data else (False, ())
     return ModelSource(
         config, tokenizer, folder, read, (store, step), notes=tuple(notes), adds_bos=adds_bos, eos_ids=eos_ids
@@ -134,7 +134,7 @@ def _checkpoint(path: str, which: str) -> ModelSource:
 
 
 def _special_tokens_of(tokenizer: str | None, vocab_size: int) -> tuple[bool, tuple[int, ...]]:
-    """What the import of a model left beside its tokenizer's file on what stands before and after its texts."""
+    """The special tokens before and after a text, as `import` wrote them beside the tokenizer's file."""
 
     def find(name: str) -> str | None:
         beside = os.path.join(os.path.dirname(tokenizer or ""), name)
@@ -144,9 +144,9 @@ def _special_tokens_of(tokenizer: str | None, vocab_size: int) -> tuple[bool, tu
 
 
 def _tokenizer_of(checkpoints_dir: str, info: CheckpointInfo, vocab_size: int) -> tuple[str | None, list[str]]:
-    """Name of the tokenizer that a run was trained with, its own copy or what its data's manifest says; and a line on a guess.
+    """Name of the tokenizer that a run was trained with, from its own copy or its data's manifest; and a note on a guess.
 
-    None: it was imported and has seen no data, so what came without a tokenizer is still without one; or nobody can know.
+    None means that the run was imported without a tokenizer and has seen no data, or that the tokenizer is unknown.
     """
     if own := find_tokenizer(checkpoints_dir):
         return own, []

@@ -1,4 +1,4 @@
-"""The model card: what a stranger who finds the folder needs to know, and no more than is known."""
+"""The model card of an export: what a reader needs to use the model, and only what is known."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ model = AutoModelForCausalLM.from_pretrained("{title}")  # token ids in, logits 
 
 
 def model_card(loaded: LoadedModel, family: Family, title: str, *, has_tokenizer: bool) -> str:
-    """The text of `README.md`: it is pushed, so that no password or token of a URL may be in it."""
+    """The text of `README.md`. It may be pushed, so passwords and tokens in URLs are removed."""
     config, trained = loaded.config, loaded.info is not None and loaded.info.step > 0
     card = CARD.format(
         title=title,
@@ -87,7 +87,7 @@ def _rows(config: ModelConfig) -> list[tuple[str, Any]]:
 
 
 def _training(loaded: LoadedModel) -> str:
-    """What is known of how it was trained."""
+    """What is known of the training."""
     if loaded.info is None or loaded.info.step == 0:
         return f"Converted from {loaded.where}; see there for how it was trained."
     run = build_config(loaded.info.config, loaded.where)
@@ -95,7 +95,7 @@ def _training(loaded: LoadedModel) -> str:
     steps = f"{loaded.info.step:,} steps"
     if tokens == loaded.info.step * run.tokens_per_step:
         lines = [f"- {steps} of {run.tokens_per_step:,} tokens, {tokens:,} in all"]
-    else:  # the size of a step was changed on the way
+    else:  # the batch size was changed during training
         lines = [f"- {steps}, {tokens:,} tokens in all"]
     lines.append(f"- Data: {_data(run.data.train_dir)}")
     lines.append(f"- Tokenizer: {_tokenizer_words(loaded.tokenizer)}")
@@ -106,11 +106,11 @@ def _training(loaded: LoadedModel) -> str:
 
 
 def _data(train_dir: str) -> str:
-    """The source that the shards were prepared from, where they say it and are still there."""
+    """The source that the shards were prepared from, if their manifest is still there."""
     try:
         info = dataset_info(train_dir)
     except UserError:
-        info = None  # a damaged manifest of data that the export does not need
+        info = None  # the export does not need the data
     return f"{info.recipe.source} (`{train_dir}`)" if info else f"`{train_dir}`"
 
 

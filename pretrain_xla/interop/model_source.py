@@ -1,4 +1,4 @@
-"""What is known of a model outside a run: found, and then read."""
+"""A model to load: `ModelSource` once it is found, `LoadedModel` once its tensors are read."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class LoadedModel:
     """A model on the host.
 
     config: its architecture. tensors: every parameter of `GPT(config)` by our name, so that `load_state_dict(strict=True)`
-    takes them; fp32. tokenizer: what `load_tokenizer` finds its tokenizer by, or none where it came without one. where: what
-    was read, for messages. info: what our checkpoint says of its training; none where it is not one of ours. notes: a line on
-    each thing that its files do not say and that was guessed. begins: it was trained elsewhere, with what its tokenizer puts
-    before a text. ends: ids that end a text, where its files say them.
+    takes them; fp32. tokenizer: its name or path for `load_tokenizer`, None if it has none. where: its location, for messages.
+    info: the state of training, None unless it is a checkpoint of ours. notes: a line on each setting that was guessed.
+    adds_bos: it was trained elsewhere, with the tokens that its tokenizer puts before a text. eos_ids: ids that end a text, if
+    its files state them.
     """
 
     config: ModelConfig
@@ -35,17 +35,18 @@ class LoadedModel:
     eos_ids: tuple[int, ...] = ()
 
     def print_notes(self) -> None:
-        """Show the notes where they are in nobody's way."""
+        """Print the notes on stderr."""
         for note in self.notes:
             print(f"note: {redacted(note)}", file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model that is found and not yet read.
+    """A model whose config is known and whose tensors are not read yet.
 
-    read: its tensors, as in `LoadedModel`. checkpoint: where it is one of ours, its store and step; what a run continues from.
-    guessed: options that its files do not say, and that a person may know better. notes, begins, ends: see `LoadedModel`.
+    read: reads its tensors, as in `LoadedModel`. checkpoint: store and step, if it is a checkpoint of ours, from which a run
+    continues. guessed: options that its files do not state, and that the user may correct. notes, adds_bos, eos_ids: see
+    `LoadedModel`.
     """
 
     config: ModelConfig

@@ -1,8 +1,8 @@
-"""The tokenizer that lies beside a model's weights, in whatever form, or why it cannot be used; no guess where there is one.
+"""Find the tokenizer in a model's folder, or report why it cannot be used.
 
-Used are `tokenizer.json`, our own `bitbpe.json`, SentencePiece models, and GPT-2's pair of a vocabulary and a list of merges
-under either of its names. The rest is recognised by its name, so that a model with a tokenizer that we cannot read is left
-without one rather than with somebody else's.
+Supported are `tokenizer.json`, our own `bitbpe.json`, SentencePiece models, and GPT-2's vocabulary with merges under either of
+its names. Other formats are recognised by file name, so that a model with an unsupported tokenizer gets none instead of a wrong
+one.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ GPT2_VOCABULARY = 50257
 CONFIG_FILE = "tokenizer_config.json"
 WHOLE = (BITBPE_FILE, TOKENIZER_FILE)
 SENTENCEPIECE = ("tokenizer.model", "spiece.model")
-# Classes of transformers, without "Fast", that give the very ids of these files; others shift them or prepare the text.
+# Classes of transformers, without "Fast", that give exactly the ids of these files; others shift ids or change the text.
 SENTENCEPIECE_CLASSES = {"Llama", "T5", "Gemma", "Reformer", "BertGeneration", "BigBird", "CodeLlama"}
 BPE_CLASSES = {"GPT2", "Roberta", "Bart", "CodeGen", "GPTNeoX"}
-# Nobody's in particular: what transformers writes for a tokenizer of any kind.
+# Generic classes, which transformers writes for a tokenizer of any kind.
 ANY_CLASSES = {"", "PreTrained", "TokenizersBackend"}
 UNUSABLE = (
     *VOCABULARIES,
@@ -44,17 +44,17 @@ Find = Callable[[str], str | None]
 
 
 def find_model_tokenizer(find: Find, vocab_size: int, where: str) -> tuple[str | None, tuple[str, ...]]:
-    """What `load_tokenizer` finds it by, or none; and a line on it where something was guessed or cannot be used.
+    """Its name or path for `load_tokenizer`, or None; and a note if it was guessed or cannot be used.
 
     Args:
-        find: the local path of a file beside the weights, or none where there is no such file.
+        find: file name → local path, or None if there is no such file beside the weights.
         vocab_size: ids of the model.
         where: the model, for messages.
     """
     own = next(filter(None, map(find, WHOLE)), None)
     if own is not None:
         for name in (SPECIALS_FILE, CONFIG_FILE):
-            find(name)  # of the Hub: fetched beside it, for the end-of-text that they name
+            find(name)  # from the Hub: downloads them beside it, for the end-of-text token that they name
         return own, ()
     kinds = [(name, SENTENCEPIECE_CLASSES) for name in SENTENCEPIECE]
     kinds += [(name, BPE_CLASSES) for name, merges in VOCABULARIES.items() if find(merges)]
@@ -78,7 +78,7 @@ def find_model_tokenizer(find: Find, vocab_size: int, where: str) -> tuple[str |
 
 
 def _class_of(find: Find) -> str:
-    """The class of transformers that the folder names for its tokenizer, without `Tokenizer` and `Fast`; "": none."""
+    """The class of transformers that the folder names for its tokenizer, without `Tokenizer` and `Fast`; "" if none."""
     path = find(CONFIG_FILE)
     if path is None:
         return ""

@@ -1,8 +1,8 @@
 """A SentencePiece model as a `tokenizer.json`, which `transformers` opens with no custom code.
 
 What SentencePiece does in one pass, `tokenizers` does in steps: the characters are mapped by the model's own table, spaces are
-trimmed and written as `▁`, and then pieces are merged by score, or the likeliest sequence of them is found. Merges are not
-stored in such a model: they are all the pairs of pieces that make a piece, in the order of its score.
+trimmed and written as `▁`, and then tokens are merged by score (BPE) or the likeliest sequence is found (unigram). The model
+does not store merges: they are all pairs of tokens whose concatenation is a token, in the order of its score.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 
 
 def as_tokenizer(model: sentencepiece.SentencePieceProcessor) -> tokenizers.Tokenizer | None:
-    """The same in `tokenizers`; none for kinds that have no counterpart there. Whether the ids are equal is to be tested.
+    """The same tokenizer in `tokenizers`, or None if it has no counterpart there. The caller must test that the ids are equal.
 
     Args:
         model: any SentencePiece model.
@@ -75,7 +75,7 @@ def _normalizer(spec: object) -> normalizers.Normalizer:
 
 
 def _merges(scores: dict[str, float]) -> list[tuple[str, str]]:
-    """The pairs that make a piece, best first; of one piece those first whose left part is the shortest."""
+    """The pairs that make a token, best score first; for the same token, the shortest left part first."""
     best = sorted((piece for piece in scores if len(piece) > 1), key=lambda piece: -scores[piece])
     return [
         (piece[:cut], piece[cut:])

@@ -1,7 +1,8 @@
-"""What stands before a text and after it, in a model that was trained elsewhere.
+"""Special tokens before and after a text, of a model that was trained elsewhere.
 
-Many were trained with a token before each text (`<s>`, `<bos>`), and are lost without it; some have several that end a text. We
-train with one after each document and none before it, so what we have trained gets none, whatever its tokenizer's file says.
+Many models were trained with a token before each text (`<s>`, `<bos>`), and give wrong results without it; some have several
+tokens that end a text. We train with one token after each document and none before it, so a model trained here gets none,
+whatever its tokenizer's file says.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ Find = Callable[[str], str | None]
 
 
 def before_text(tokenizer: Tokenizer) -> tuple[int, ...]:
-    """The ids that a tokenizer's file puts before a text, for whoever asks it for more than the text."""
+    """The ids that a tokenizer puts before a text when special tokens are requested."""
     if isinstance(tokenizer, JsonTokenizer):
         encoding = tokenizer.tokenizer.encode("a", add_special_tokens=True)
-        # What is added is no part of the text; of the ids before its first one only those.
+        # The special ids before the first id of the text.
         added = [special == 1 for special in encoding.special_tokens_mask]
         return tuple(encoding.ids[: added.index(False)] if False in added else ())
     if isinstance(tokenizer, SentencePieceTokenizer) and tokenizer.model.bos_id() >= 0:
@@ -35,17 +36,17 @@ def before_text(tokenizer: Tokenizer) -> tuple[int, ...]:
 
 
 def adds_bos_token(find: Find) -> bool:
-    """Whether a model of Hugging Face has something before its texts, where its tokenizer has something to put there."""
+    """Whether a Hugging Face model expects the tokens that its tokenizer puts before a text, if it has any."""
     return _json(find, CONFIG_FILE).get("add_bos_token") is not False
 
 
 def eos_token_ids(config: Mapping[str, Any], find: Find, vocab_size: int) -> tuple[int, ...]:
-    """The ids that end a text by a model's config.json and its generation_config.json, where they say any.
+    """The ids that end a text, from config.json and generation_config.json.
 
     Args:
-        config: what config.json holds.
-        find: the local path of a file of the model, or none.
-        vocab_size: ids of the model; others are the defaults of some other model.
+        config: contents of config.json.
+        find: file name → local path, or None if the model has no such file.
+        vocab_size: ids of the model; larger ids are defaults of other models, and dropped.
     """
     found: set[int] = set()
     for tree in (config, _json(find, GENERATION_FILE)):
@@ -55,11 +56,11 @@ def eos_token_ids(config: Mapping[str, Any], find: Find, vocab_size: int) -> tup
 
 
 def write_special_tokens(folder: str, *, adds_bos: bool, eos_ids: Sequence[int]) -> None:
-    """Write beside a tokenizer what the two functions above read.
+    """Write, beside a tokenizer, the files that the two functions above read.
 
     Args:
         folder: of the tokenizer.
-        begins, ends: see `LoadedModel`.
+        adds_bos, eos_ids: see `LoadedModel`.
     """
     for name, tree in ((CONFIG_FILE, {"add_bos_token": adds_bos}), (GENERATION_FILE, {"eos_token_id": list(eos_ids)})):
         with open(os.path.join(folder, name), "w", encoding="utf-8") as file:

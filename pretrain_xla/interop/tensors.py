@@ -1,4 +1,4 @@
-"""Tensors under their names ↔ under ours: renamed, transposed, fused and split, never computed with, so nothing is lost."""
+"""Conversion of tensors between our names and those of `transformers`: renamed, transposed, fused and split, so it is exact."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pretrain_xla.errors import UserError
 from pretrain_xla.interop.layouts import Layout
 from pretrain_xla.model import GPT
 
-# Put in front of every name by wrappers (DDP, torch.compile) and by trainers; `model.` is also a family's own.
+# Prefixes that DDP and torch.compile add to every name.
 PREFIXES = ("_orig_mod.", "module.")
 TABLES = ("embedding.weight", "head.weight")
 # Constants that older versions of transformers saved with the weights.
@@ -26,7 +26,7 @@ def shapes(config: ModelConfig) -> dict[str, torch.Size]:
 
 
 def to_hugging_face(tensors: Mapping[str, Tensor], config: ModelConfig, layout: Layout) -> dict[str, Tensor]:
-    """Our tensors under their names; rows of padding are cropped, and biases that we have not are zero."""
+    """Our tensors by Hugging Face names. Rows of padding are cropped, and biases that our model lacks are zero."""
     source = {name: tensor.detach() for name, tensor in tensors.items()}
     for name in TABLES:
         if name in source:
@@ -47,10 +47,10 @@ def to_hugging_face(tensors: Mapping[str, Tensor], config: ModelConfig, layout: 
 def from_hugging_face(
     tensors: Mapping[str, Tensor], config: ModelConfig, layout: Layout, where: str
 ) -> dict[str, Tensor]:
-    """Their tensors under our names, whole and in fp32; the embedding gets its rows of padding (zeros, and masked).
+    """Hugging Face tensors by our names, in fp32. The embedding is padded with rows of zeros, which are masked.
 
-    A longer table of learned positions is cut to `seq_length`. A bias that they have not is zero; one that we have not
-    must be.
+    A longer table of learned positions is cut to `seq_length`. A missing bias is zero; a bias that our model lacks must be
+    zero.
 
     Raises:
         UserError: a tensor is missing, has another shape, or has no place in our model.
@@ -60,7 +60,7 @@ def from_hugging_face(
     expected = shapes(config)
     table, head_name = f"{layout.outer['embedding']}.weight", f"{layout.outer['head']}.weight"
     if config.tie_weights and table not in rest and head_name in rest:
-        rest[table] = rest.pop(head_name)  # one table, of which some keep the other name
+        rest[table] = rest.pop(head_name)  # tied, and saved under the name of the head
     result: dict[str, Tensor] = {}
     for theirs, ours in _names(expected, config, layout).items():
         tensor = rest.pop(theirs, None)
@@ -89,10 +89,10 @@ def from_hugging_face(
 
 
 def _refuse_quantised(tensors: Mapping[str, Tensor], where: str) -> None:
-    """Refuse whole numbers, and numbers of one byte: they are nothing without the scales that were taken out of them.
+    """Refuse integers and one-byte floats: they are quantised, and meaningless without their scales.
 
     Raises:
-        UserError: naming the first.
+        UserError: one was found.
     """
     for name, tensor in tensors.items():
         if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
@@ -103,14 +103,14 @@ def _refuse_quantised(tensors: Mapping[str, Tensor], where: str) -> None:
 
 
 def _rows(name: str, tensor: Tensor, config: ModelConfig, expected: Mapping[str, torch.Size]) -> int:
-    """Rows that a tensor of theirs should have: a table of tokens has no padding, and one of positions may be longer."""
+    """Expected rows of a Hugging Face tensor: a token table has no padding, and a position table may be longer."""
     if name in TABLES:
         return config.vocab_size
     return max(expected[name][0], len(tensor)) if name == "position_embedding.weight" else expected[name][0]
 
 
 def fit_rows(name: str, tensor: Tensor, config: ModelConfig) -> Tensor:
-    """A table of tokens or positions cut or padded to what the model holds; any other tensor as it is."""
+    """A token or position table, cut or padded to the model's size; any other tensor unchanged."""
     if name.endswith("position_embedding.weight"):
         return tensor[: config.seq_length]
     if not name.endswith(TABLES):
@@ -121,7 +121,7 @@ def fit_rows(name: str, tensor: Tensor, config: ModelConfig) -> Tensor:
 
 
 def strip_prefixes(tensors: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
-    """Names without what wrappers put in front, and with what the family puts there where it was left out."""
+    """Tensors without the prefixes of wrappers, and with the architecture's own prefix if it was left out."""
     result = dict(tensors)
     for prefix in PREFIXES * 2:
         if result and all(name.startswith(prefix) for name in result):
@@ -134,7 +134,7 @@ def strip_prefixes(tensors: Mapping[str, Tensor], layout: Layout) -> dict[str, T
 
 
 def _names(ours: Mapping[str, object], config: ModelConfig, layout: Layout) -> dict[str, tuple[str, ...]]:
-    """Their name → our names, for those of our tensors that there are."""
+    """Hugging Face name → the names of ours that it holds."""
     result: dict[str, tuple[str, ...]] = {}
     for name in ours:
         module, leaf = name.rsplit(".", 1)
@@ -156,7 +156,7 @@ def _biased(config: ModelConfig, layout: Layout) -> list[str]:
 
 
 def _transposed(tensor: Tensor, layout: Layout, theirs: str) -> Tensor:
-    """A layer's matrix the other way round where this layout stores them so."""
+    """A layer's matrix, transposed if this layout stores it as [in, out]."""
     turned = layout.transposed and tensor.dim() == 2 and theirs.startswith(layout.layers)
     return tensor.t().contiguous() if turned else tensor
 

@@ -1,8 +1,8 @@
-"""Our tokenizers as files that `AutoTokenizer` opens: one `tokenizer.json`, whatever they were before.
+"""Write any of our tokenizers as a `tokenizer.json` that `AutoTokenizer` opens.
 
-tiktoken's vocabularies are lists of byte strings in the order in which they were merged; the merges themselves follow from
-it. SentencePiece's models are the business of `sentencepiece_json`. Bytes are a vocabulary of 256 with no merges. What is
-written is compared with what we have on text that is hard to split.
+tiktoken's vocabularies are byte strings in the order in which they were merged, from which the merges are computed.
+`sentencepiece_json` converts SentencePiece models. Bytes are a vocabulary of 256 with no merges. The result is compared with
+the original on text that is hard to split.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ ODD = ("", "  ", "\n\n", " a", "a  b  ", "<s> </s> <unk> <0x0A> <|endoftext|>", 
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: str, seq_length: int, *, adds_bos: bool = False) -> list[str]:
-    """Write the files of a tokenizer into a folder; returns a note where it cannot be written, and is left out.
+    """Write the files of a tokenizer into a folder; returns a note if it cannot be written, and is left out.
 
     Args:
         tokenizer: the model's.
-        folder: where to.
-        seq_length: tokens that the model takes.
-        begins: see `LoadedModel.adds_bos`; without, transformers adds nothing to a text, as nothing was in training.
+        folder: to write to.
+        seq_length: longest input of the model, in tokens.
+        adds_bos: see `LoadedModel.adds_bos`; if False, transformers adds no special tokens, as in our training.
     """
     made = _as_json(tokenizer)
     if made is not None and not adds_bos:
-        made = _adding_nothing(made)
+        made = _without_special_tokens(made)
     if made is None or any(made.encode(text) != tokenizer.encode(text) for text in (PROBE, TEXT, *ODD)):
         return [
             f"tokenizer {tokenizer.name!r} has no equal tokenizer.json, so none is written; pass its ids by yourself"
@@ -78,19 +78,19 @@ def _as_json(tokenizer: Tokenizer) -> JsonTokenizer | None:
     if isinstance(tokenizer, TiktokenTokenizer):
         encoding = tokenizer.encoding
         ranks = {encoding.decode_single_token_bytes(rank): rank for rank in _ranks(encoding)}
-        # `++`, `?+` and `*+` mean in both libraries what they say; after `}` only tiktoken takes `+` as possessive.
+        # `++`, `?+` and `*+` are possessive in both libraries, `}+` only in tiktoken.
         pattern = encoding._pat_str.replace("}+", "}")
         return _byte_level(tokenizer, ranks, _merges(ranks), pattern)
     return None
 
 
-def _adding_nothing(tokenizer: JsonTokenizer) -> JsonTokenizer:
-    """Without what its file adds to a text for whoever asks for more than the text."""
+def _without_special_tokens(tokenizer: JsonTokenizer) -> JsonTokenizer:
+    """The tokenizer without the special tokens that its file adds to a text."""
     if not tokenizer.tokenizer.num_special_tokens_to_add(is_pair=False):
         return tokenizer
     tree = json.loads(tokenizer.tokenizer.to_str())
     bare = tokenizers.Tokenizer.from_str(json.dumps(tree | {"post_processor": None}))
-    bare.encode_special_tokens = True  # which a file does not hold
+    bare.encode_special_tokens = True  # not stored in the file
     return JsonTokenizer(tokenizer.name, bare, tokenizer.end_of_text, tokenizer.encoder)
 
 

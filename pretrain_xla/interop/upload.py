@@ -1,8 +1,8 @@
 """Pushing a run's checkpoints to the Hub while it trains.
 
-One thread, and never more than one checkpoint waiting: when the network is slower than the run, the newest waits and those
-between are left out. A fault of the network costs a warning and is tried again with the next checkpoint; it never stops
-a run, whose checkpoints are whole on the disk.
+One thread, and never more than one checkpoint waiting: when the network is slower than the run, the newest waits and those in
+between are skipped. A network error is a warning, and the upload is retried with the next checkpoint; it never stops the run,
+whose checkpoints are complete on disk.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ class Uploader:
 
     Args:
         repository: `owner/name`.
-        run_dir: the run's folder, whose config.yaml and tokenizer go along.
-        store: its checkpoints, on this machine; what is written there from now on is pushed.
-        warn: where a warning goes.
+        run_dir: the run's folder, whose config.yaml and tokenizer are pushed, too.
+        store: its local checkpoints; those written from now on are pushed.
+        warn: prints a warning.
     """
 
     def __init__(self, repository: str, run_dir: str, store: CheckpointStore, warn: Callable[[str], None]) -> None:
@@ -39,7 +39,7 @@ class Uploader:
         store.written, store.in_use = self.push, self.busy
 
     def push(self, step: int) -> None:
-        """Upload the checkpoint of a step, as soon as the one under way is through."""
+        """Upload the checkpoint of a step after the current upload."""
         with self._lock:
             self._waiting = step
             if self._running is None:
@@ -52,14 +52,14 @@ class Uploader:
             return {step for step in (self._waiting, self._running) if step is not None}
 
     def close(self) -> None:
-        """Finish what is under way and what waits; then nothing holds older checkpoints any more, and they go.
+        """Finish the current and the waiting upload; then remove older checkpoints.
 
-        Of those that stay, what was left out while it trained is pushed now: the best one may be among them.
+        Of those that are kept, the ones skipped during training are pushed now: the best may be among them.
         """
         self._thread.shutdown(wait=True)
         self._store.prune()
         if self._task is not None:
-            self._task.result()  # what is not a fault of the network is a defect, and is raised
+            self._task.result()  # re-raises errors that are not network errors
             self._push_left_out()
 
     def _run(self) -> None:
@@ -87,7 +87,7 @@ class Uploader:
             return
         for step in sorted(missing):
             if not self._push(step):
-                return  # the network is gone: the others would only wait for it as well
+                return  # the network is down: the others would fail as well
 
     def _files(self) -> dict[str, str]:
         names = [CONFIG_FILE]

@@ -1,8 +1,8 @@
-"""Reading files of weights: safetensors and PyTorch's own, whole or in shards, as a mapping of name → tensor.
+"""Read files of weights, safetensors or PyTorch, single or sharded, as a mapping of name → tensor.
 
-PyTorch files are pickles, and are read with `weights_only=True`: a downloaded file can bring tensors, never code. Trainers
-also put the class of their configuration in (`GPTConfig` of nanoGPT's relatives, argparse's `Namespace`). Such a name is read
-as `SavedObject`, which holds what was saved and can do nothing; the class itself is never looked for.
+PyTorch files are pickles, and are read with `weights_only=True`: reading one never runs code. Trainers also pickle
+their settings objects (`GPTConfig` of nanoGPT's relatives, argparse's `Namespace`). Such an object is read as `SavedObject`,
+which only holds its attributes; its class is never imported.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from pretrain_xla.untrusted import is_inside, parse_object
 SINGLE = ("model.safetensors", "pytorch_model.bin")
 INDEX = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 WEIGHTS = (SINGLE[0], INDEX[0], SINGLE[1], INDEX[1])
-# The last part of a class's name, in whatever module: what trainers call their settings.
+# Class names, in any module, that trainers use for their settings.
 SETTINGS = re.compile(r"(\w+\.)+(\w*Config|ModelArgs|CfgNode|Namespace|SimpleNamespace)")
 
 
 class SavedObject:
-    """What was saved of an object whose class is not looked up: its attributes by name, in `values`."""
+    """The saved attributes of an object, in `values`, by name. Its class is not imported."""
 
     def __new__(cls, *arguments: Any) -> SavedObject:
-        """An empty one; positional arguments have no names, and are left out."""
+        """Create it empty; positional arguments have no names, and are dropped."""
         made = object.__new__(cls)
         made.values = {}
         return made
@@ -50,7 +50,7 @@ class SavedObject:
 
 
 def read_file(path: str) -> dict[str, Any]:
-    """What a file holds: tensors by name, and in a PyTorch file whatever else was saved with them.
+    """Contents of a file: tensors by name, and in a PyTorch file everything else that was saved.
 
     Raises:
         UserError: it cannot be read, or would run code.
@@ -71,7 +71,7 @@ def read_folder(find: Callable[[str], str | None], where: str) -> dict[str, Tens
     """All tensors of a Hugging Face folder.
 
     Args:
-        find: the local path of a file of the folder, or none where it has no such file.
+        find: file name → local path, or None if the folder has no such file.
         where: the folder, for messages.
 
     Raises:
@@ -108,7 +108,7 @@ def _shards(path: str) -> list[str]:
 
 
 def _unpickle(path: str) -> Any:
-    """A PyTorch file, mapped into memory where its format allows that (the one of 2020 and after does)."""
+    """Read a PyTorch file, memory-mapped if it has the zip format (PyTorch 1.6 and later)."""
     is_zip = zipfile.is_zipfile(path)
     foreign = _check_zip(path) if is_zip else _names_in_old(path)
     settings = [(SavedObject, name) for name in foreign if SETTINGS.fullmatch(name)]
@@ -128,9 +128,10 @@ def _unpickle(path: str) -> Any:
 
 
 def _check_zip(path: str) -> list[str]:
-    """The names of code in the file that are not PyTorch's own. Refuses what torch.save does not write: packed parts.
+    """Names of classes and functions in the file that are not PyTorch's own. Refuses compressed parts, which torch.save never
+    writes.
 
-    Packed, a part of some KB could become any amount of memory.
+    A compressed part of a few KB could expand to any amount of memory.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -139,22 +140,22 @@ def _check_zip(path: str) -> list[str]:
         return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
     except UserError:
         raise
-    except Exception as error:  # the same
+    except Exception as error:  # as in `_unpickle`
         raise UserError(f"{path}: cannot be read ({_brief(error)})") from None
 
 
 def _names_in_old(path: str) -> list[str]:
-    """The names of code that are not PyTorch's own in a file as PyTorch wrote it before 1.6: pickles in a row, then numbers."""
+    """As `_check_zip`, for the format before PyTorch 1.6: four pickles, then the numbers."""
     names: set[str] = set()
-    with open(path, "rb") as file, contextlib.suppress(Exception):  # what is damaged is refused where it is read
-        for _ in range(4):  # a magic number, a version, facts of the machine, and what was saved
+    with open(path, "rb") as file, contextlib.suppress(Exception):  # damage is reported when it is read
+        for _ in range(4):  # magic number, version, system information, saved object
             found = (argument for operation, argument, _ in pickletools.genops(file) if operation.name == "GLOBAL")
             names |= {str(argument).replace(" ", ".") for argument in found}
     return sorted(names - torch._weights_only_unpickler._get_allowed_globals().keys())
 
 
 def _check_sizes(tree: Any, path: str) -> None:
-    """Refuse a tensor that says it is larger than what was saved of it: written out, it could be of any size."""
+    """Refuse a tensor with more elements than its storage: materialised, it could be of any size."""
     waiting, seen = [tree], set()  # a pickle may hold itself
     while waiting:
         value = waiting.pop()

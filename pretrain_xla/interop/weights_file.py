@@ -1,9 +1,9 @@
-"""A single file of weights: safetensors beside its config.json, or an old PyTorch checkpoint that names its shape itself.
+"""A single file of weights: safetensors beside its config.json, or an old PyTorch checkpoint that holds its own settings.
 
-Old checkpoints are those of nanoGPT and its many relatives, and of earlier trainers of GPT-2: a dictionary with the state
-dict under `model` or alone, and numbers of the architecture under `model_args` or `config`, as a mapping or as an object. Their
-modules are GPT-2's; what differs is spelled out here: prefixes of wrappers, `gamma` and `beta` for a norm's weight and bias,
-and plain linear layers instead of GPT-2's transposed ones. Which GELU and how many heads is in `inferred.py`.
+Old checkpoints are those of nanoGPT and its many relatives, and of earlier trainers of GPT-2: a dictionary with the state dict
+under `model` or alone, and numbers of the architecture under `model_args` or `config`, as a mapping or as an object. Their
+modules are GPT-2's, with differences that are handled here: prefixes of wrappers, `gamma` and `beta` for a norm's weight and
+bias, and plain linear layers instead of GPT-2's transposed ones. `inferred.py` finds the form of GELU and the number of heads.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ def weights_file_source(path: str, stated: Mapping[str, Any]) -> ModelSource:
 
     Args:
         path: the file.
-        stated: options that a person gave; used where the file does not say them.
+        stated: options that the user set; used if the file does not state them.
 
     Raises:
-        UserError: it cannot be read, is none of the kinds above, or nobody says how many heads it has.
+        UserError: it cannot be read, is of another kind, or its number of heads is unknown.
     """
     folder = os.path.dirname(path) or "."
 
@@ -60,7 +60,7 @@ def weights_file_source(path: str, stated: Mapping[str, Any]) -> ModelSource:
         return hugging_face_source(find, path, lambda: _state(read_file(path)))
     saved = read_file(path)
     state = _state(saved)
-    tensors = _spelled_as_gpt2(state)
+    tensors = _with_gpt2_names(state)
     _check_names(tensors, path)
     shape = _shape(saved)
     heads, heads_note = infer_heads(tensors, shape, stated, path)
@@ -76,13 +76,13 @@ def weights_file_source(path: str, stated: Mapping[str, Any]) -> ModelSource:
 
 
 def _state(saved: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of the model, wherever they were put."""
+    """The tensors of the model, under whichever key they were saved."""
     inside = next((saved[key] for key in STATE_KEYS if isinstance(saved.get(key), dict)), saved)
     return {name: value for name, value in inside.items() if isinstance(value, Tensor)}
 
 
 def _shape(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """Numbers of the architecture that were saved with it, also one level down (`hyper_parameters` with a `config`)."""
+    """Architecture settings that were saved with it, also one level down (`hyper_parameters` with a `config`)."""
     found: dict[str, Any] = {}
     for outer in (_mapping(saved.get(key)) for key in SHAPE_KEYS):
         found = outer | found
@@ -97,7 +97,7 @@ def _mapping(value: Any) -> dict[str, Any]:
     return {str(key): inner for key, inner in named.items()} if isinstance(named, dict) else {}
 
 
-def _spelled_as_gpt2(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _with_gpt2_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     spelled = {}
     for name, tensor in strip_prefixes(tensors, GPT2_LAYOUT).items():
         if not name.endswith(CONSTANTS):
@@ -106,7 +106,7 @@ def _spelled_as_gpt2(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _check_names(tensors: Mapping[str, Tensor], path: str) -> None:
-    """Refuse what is not laid out as GPT-2, and say by what it shows."""
+    """Refuse tensors that are not named as in GPT-2; the message names one."""
     inside = {name: INNER.fullmatch(name) for name in tensors if name.startswith("transformer.h.")}
     foreign = [name for name in tensors if not name.startswith(("transformer.", "lm_head."))]
     foreign += [name for name, match in inside.items() if match is None]
@@ -132,7 +132,7 @@ def _is_transposed(tensors: Mapping[str, Tensor]) -> bool:
 
 
 def _config(tensors: Mapping[str, Tensor], heads: int, activation: str, path: str) -> ModelConfig:
-    """What the shapes of the tensors say, and what they do not."""
+    """The config: sizes from the shapes of tensors, number of heads and activation as given."""
     vocabulary, width = tensors["transformer.wte.weight"].shape
     layers = {int(name.split(".")[2]) for name in tensors if name.startswith("transformer.h.")}
     head = tensors.get("lm_head.weight")
