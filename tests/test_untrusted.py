@@ -71,7 +71,7 @@ def test_an_index_of_shards_leads_nowhere_else(name: str, tmp_path: Path) -> Non
     for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
         names = {"transformer.wte.weight": name.format(outside=outside)}
         (folder / index).write_text(json.dumps({"weight_map": names}))
-        refused(lambda: load_model(str(folder)), "which is no file below its folder")
+        refused(lambda: load_model(str(folder)), "which is not a file below its folder")
         (folder / index).unlink()
 
 
@@ -135,7 +135,7 @@ def test_depth_and_digits_are_one_line_wherever_json_is_read(tmp_path: Path) -> 
             (tmp_path / file).unlink()
     (tmp_path / "config.json").write_text(json.dumps(GPT2))
     (tmp_path / "model.safetensors.index.json").write_text(DEEP)
-    refused(lambda: load_model(str(tmp_path)), "is no index of shards")
+    refused(lambda: load_model(str(tmp_path)), "is not an index of shards")
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ def read_config(raw: Mapping[str, Any], where: str) -> tuple[Family, ModelConfig
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise UserError(f"{where}: a value in it is of no use ({type(error).__name__}: {error})") from None
+        raise UserError(f"{where}: a value in it is invalid ({type(error).__name__}: {error})") from None
     for key, wanted in family.required.items():
         if raw.get(key, wanted) != wanted:
             raise UserError(f"{where}: {key}={raw[key]}, and our model computes {family.model_type} only with {wanted}")
@@ -102,7 +102,7 @@ def _family(raw: Mapping[str, Any], where: str) -> Family:
         if family.model_type == name:
             return family
     known = ", ".join(family.model_type for family in FAMILIES)
-    raise UserError(f"{where}: model_type={name!r} is none that our model computes: {known}")
+    raise UserError(f"{where}: model_type={name!r} is not one that our model computes: {known}")
 
 
 def _with_defaults(raw: Mapping[str, Any], family: Family) -> dict[str, Any]:

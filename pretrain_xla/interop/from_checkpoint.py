@@ -78,7 +78,7 @@ def resolve_vocabulary(tree: Mapping[str, Any], stated: frozenset[str], where: s
     if isinstance(saved, dict) and isinstance(saved.get("vocab_size"), int):
         size, source = saved["vocab_size"], f"the run's checkpoint in {folder}"
     made = build_config({**tree, "model": {**model, "vocab_size": size}}, where)
-    return made, [f"vocab_size {size} is that of {source} (--vocab-size says otherwise)"]
+    return made, [f"vocab_size {size} is that of {source} (--vocab-size overrides it)"]
 
 
 def resolve_tokenizer(config: RunConfig, stated: frozenset[str]) -> tuple[RunConfig, list[str]]:

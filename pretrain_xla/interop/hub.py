@@ -122,7 +122,7 @@ def check_writable(repository: str) -> None:
         UserError: not logged in, no permission, no such owner, or no network.
     """
     if not is_name(repository):
-        raise UserError(f"{repository!r} is no repository of the Hugging Face Hub: name it owner/name")
+        raise UserError(f"{repository!r} is not a repository of the Hugging Face Hub: name it owner/name")
     api = huggingface_hub.HfApi()
     api.whoami()
     api.create_repo(repository, private=True, exist_ok=True)

@@ -53,7 +53,7 @@ def infer_heads(
             "otherwise)"
         )
     raise UserError(
-        f"{path}: it does not say how many heads it has, and its tensors do not show it: say it with --num-heads "
+        f"{path}: it does not say how many heads it has, and its tensors do not show it: set it with --num-heads "
         f"(a divisor of its width, {width}), for `python -m pretrain_xla import` as well"
     )
 
@@ -77,7 +77,7 @@ def infer_activation(
     if "activation" in stated:
         return str(stated["activation"]), None
     if said is not None and said not in PLAIN_GELU:
-        raise UserError(f"activation {said!r} is none of ours: say which with --activation")
+        raise UserError(f"activation {said!r} is not supported: name one with --activation")
     if transposed:
         return "gelu", _guess("gelu", "its matrices are stored as OpenAI's code has them")
     if masked:

@@ -57,7 +57,7 @@ def find_model(name_or_path: str, which: str = "newest", stated: Mapping[str, An
     path = os.path.expanduser(name_or_path)
     if os.path.isfile(path):
         if not path.endswith(WEIGHT_FILES):
-            raise UserError(f"{name_or_path}: is no file of weights ({', '.join(WEIGHT_FILES)})")
+            raise UserError(f"{name_or_path}: is not a file of weights ({', '.join(WEIGHT_FILES)})")
         return weights_file_source(path, stated or {})
     if os.path.isdir(path):
         return _folder(path, which)
@@ -104,7 +104,7 @@ def _refuse_adapter(find: Callable[[str], str | None], where: str) -> None:
     """
     if find("adapter_config.json"):
         raise UserError(
-            f"{where}: an adapter (LoRA and its like), which is no model: merge it into its model with peft's "
+            f"{where}: an adapter (LoRA and its like), which is not a model: merge it into its model with peft's "
             "merge_and_unload(), save_pretrained() that, and name its folder"
         )
 
@@ -159,5 +159,5 @@ def _tokenizer_of(checkpoints_dir: str, info: CheckpointInfo, vocab_size: int) -
     if vocab_size < GPT2_VOCABULARY or is_redacted(where):
         return None, []
     return "gpt2", [
-        f"there is no dataset.json in or above {where}: GPT-2's tokenizer is taken (--tokenizer says otherwise)"
+        f"there is no dataset.json in or above {where}: GPT-2's tokenizer is taken (--tokenizer overrides it)"
     ]

@@ -74,7 +74,7 @@ def find_model_tokenizer(find: Find, vocab_size: int, where: str) -> tuple[str |
     if vocab_size != GPT2_VOCABULARY:
         return None, ()
     words = "it came with no tokenizer, and has as many ids as GPT-2: GPT-2's is taken for it, which is a guess"
-    return "gpt2", (f"{where}: {words} (--tokenizer says otherwise)",)
+    return "gpt2", (f"{where}: {words} (--tokenizer overrides it)",)
 
 
 def _class_of(find: Find) -> str:

@@ -99,11 +99,11 @@ def _shards(path: str) -> list[str]:
         with open(path, "rb") as file:
             names = parse_object(file.read(), path)["weight_map"].values()
     except (OSError, KeyError, AttributeError, UserError) as error:
-        raise UserError(f"{path}: is no index of shards ({type(error).__name__}: {error})") from None
+        raise UserError(f"{path}: is not an index of shards ({type(error).__name__}: {error})") from None
     shards = sorted({str(name) for name in names})
     for shard in shards:
         if not is_inside(shard):
-            raise UserError(f"{path}: names {shard!r}, which is no file below its folder: do not trust it")
+            raise UserError(f"{path}: names {shard!r}, which is not a file below its folder: do not trust it")
     return shards
 
 

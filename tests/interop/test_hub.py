@@ -161,7 +161,7 @@ def test_training_does_not_begin_where_it_cannot_push(
         ("hf_read", "alice/run", r"the Hub refuses \(403: no such repository, or not yours\): run `hf auth login`"),
         ("hf_write", "bob/run", r"the Hub refuses \(403"),
         ("hf_wrong", "alice/run", r"the Hub refuses \(401"),
-        ("hf_write", "run", "'run' is no repository of the Hugging Face Hub: name it owner/name"),
+        ("hf_write", "run", "'run' is not a repository of the Hugging Face Hub: name it owner/name"),
     ],
 )
 def test_permission_is_checked(

@@ -181,7 +181,7 @@ def test_what_a_person_may_say_beside_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "line"),
     [
-        ({"model_type": "mamba"}, r"model_type='mamba' is none that our model computes: gpt2, llama, qwen3"),
+        ({"model_type": "mamba"}, r"model_type='mamba' is not one that our model computes: gpt2, llama, qwen3"),
         ({"n_layer": None}, r"config.json: 'n_layer' is missing"),
         (
             {"scale_attn_by_inverse_layer_idx": True},
@@ -225,7 +225,7 @@ def test_values_of_no_use_are_one_line(change: dict[str, Any]) -> None:
 def test_a_damaged_index(text: str, tmp_path: Path) -> None:
     make("gpt2").config.save_pretrained(tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text(text)
-    with pytest.raises(UserError, match=r"model.safetensors.index.json: is no index of shards"):
+    with pytest.raises(UserError, match=r"model.safetensors.index.json: is not an index of shards"):
         load(tmp_path)
 
 

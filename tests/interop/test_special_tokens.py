@@ -157,5 +157,5 @@ def test_a_tied_table_under_the_name_of_the_head(theirs: Path, tmp_path: Path) -
 
 def test_an_adapter_is_no_model(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(UserError, match=r"an adapter \(LoRA and its like\), which is no model: merge it"):
+    with pytest.raises(UserError, match=r"an adapter \(LoRA and its like\), which is not a model: merge it"):
         load_model(str(tmp_path))
