@@ -72,3 +72,35 @@ DERIVED: dict[str, Callable[[ModelConfig], Any]] = {
     "embedding_scale": lambda config: math.sqrt(config.d_model) if config.scale_embeddings else 1.0,
     "positions_by_layer": _write_positions,
 }
+
+# Keys of config.json that several architectures share.
+SHAPE = {
+    "vocab_size": Key("vocab_size"),
+    "max_position_embeddings": Key("seq_length"),
+    "hidden_size": Key("d_model"),
+    "num_hidden_layers": Key("num_layers"),
+    "num_attention_heads": Key("num_heads"),
+    "num_key_value_heads": Key("kv_heads"),
+    "intermediate_size": Key("d_ff"),
+}
+HEAD_DIM = {"head_dim": Key("heads_dim")}
+RMS = {"rms_norm_eps": Key("norm_eps", 1e-6)}
+LLAMA_KEYS = SHAPE | RMS | {"hidden_act": SILU, "tie_word_embeddings": Key("tie_weights", False)}
+TIED = {"tie_word_embeddings": Key("tie_weights", True)}
+GPT2_KEYS = TIED | {
+    "vocab_size": Key("vocab_size"),
+    "n_positions": Key("seq_length"),
+    "n_embd": Key("d_model"),
+    "n_layer": Key("num_layers"),
+    "n_head": Key("num_heads"),
+    "n_inner": Key("d_ff", lambda raw: 4 * raw["n_embd"]),
+    "activation_function": GPT2_GELU,
+    "layer_norm_epsilon": Key("norm_eps", 1e-5),
+}
+GEMMA_KEYS = SHAPE | RMS | HEAD_DIM | TIED
+GEMMA2_KEYS = GEMMA_KEYS | {
+    "hidden_activation": GELU,
+    "query_pre_attn_scalar": SCALAR,
+    "attn_logit_softcapping": Key("attention_softcap", 50.0),
+    "final_logit_softcapping": Key("logit_softcap", 30.0),
+}

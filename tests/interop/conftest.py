@@ -1,4 +1,4 @@
-"""Small models whose every weight counts, and `transformers` opening what we write."""
+"""Small models in which every weight affects the output, and helpers that open exports in `transformers`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is exported opens in plain `transformers`, computes the same there, and comes back bit for bit."""
+"""An export opens in plain `transformers`, computes the same there, and is imported back bit for bit."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def export(model: GPT, folder: Path, **keywords: Any) -> Path:
 
 
 def check(config: ModelConfig, folder: Path, seed: int = 0, *, greedy: bool = True) -> None:
-    """There, the same; and back, the same bits and the same config."""
+    """The export computes the same in `transformers`, and importing it gives the same bits and config."""
     config = config.model_copy(update={"seq_length": 40})
     model = build(config, seed)
     export(model, folder)
@@ -142,7 +142,7 @@ def draw(chance: random.Random) -> ModelConfig:
 
 
 def test_random_options(tmp_path: Path) -> None:
-    """Whatever can be exported agrees and comes back; whatever cannot says truly what would mend it."""
+    """A random config is exported, agrees and is read back; or the error names a change that makes it exportable."""
     chance, reached, refused = random.Random(11), Counter[str](), 0
     for index in range(150):
         config = draw(chance)
@@ -159,7 +159,7 @@ def test_random_options(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "says", "mend", "then"),
+    ("options", "says", "fix", "then"),
     [
         (LLAMA | {"logit_softcap": 1.5}, "logit_softcap=1.5 stands in the way", {"logit_softcap": None}, "llama"),
         (LLAMA | {"bias": True, "qk_norm": True}, "qk_norm=True stands in the way", {"qk_norm": False}, "llama"),
@@ -173,8 +173,8 @@ def test_random_options(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_what_has_no_architecture_says_what_would(
-    options: dict[str, Any], says: str, mend: dict[str, Any], then: str
+def test_a_config_without_an_architecture_names_one_and_the_fix(
+    options: dict[str, Any], says: str, fix: dict[str, Any], then: str
 ) -> None:
     with pytest.raises(UserError) as caught:
         choose_family(tiny(**options))
@@ -182,10 +182,10 @@ def test_what_has_no_architecture_says_what_would(
     assert says in line
     assert f"it would be {then} (" in line
     assert "\n" not in line
-    assert choose_family(tiny(**(options | mend))).model_type == then
+    assert choose_family(tiny(**(options | fix))).model_type == then
 
 
-def test_the_smallest_mend_named_is_enough(tmp_path: Path) -> None:
+def test_the_smallest_fix_named_is_enough(tmp_path: Path) -> None:
     """Options as the error words them, tried: what it promises holds."""
     chance = random.Random(5)
     words = {
@@ -201,10 +201,10 @@ def test_the_smallest_mend_named_is_enough(tmp_path: Path) -> None:
         try:
             choose_family(config)
         except UserError as error:
-            mends, family = str(error).split("; with ")[1].split(" it would be ")
+            fixes, family = str(error).split("; with ")[1].split(" it would be ")
             changes = {}
-            for mend in mends.split(" and "):
-                option, wanted = mend.split(" ", 1)
+            for fix in fixes.split(" and "):
+                option, wanted = fix.split(" ", 1)
                 changes[option] = words.get(wanted, wanted)
             assert (
                 choose_family(ModelConfig.model_validate(config.model_dump() | changes)).model_type == family.split()[0]
@@ -243,7 +243,7 @@ def test_gpt2_has_the_length_under_the_name_that_llama_cpp_asks_for(tmp_path: Pa
     assert (config["architectures"], config["n_ctx"]) == (["GPT2LMHeadModel"], config["n_positions"])
 
 
-def test_a_folder_that_holds_something_is_left_alone(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_empty_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(UserError, match="is not empty"):
         export(build(tiny()), tmp_path)
@@ -276,7 +276,7 @@ def test_an_edited_config_is_believed_over_our_own_copy_of_it(tmp_path: Path) ->
     assert load_model(str(tmp_path)).config.norm_eps == 0.01
 
 
-def test_the_card_shows_a_tokenizer_only_where_there_is_one(tmp_path: Path) -> None:
+def test_the_model_card_shows_a_tokenizer_only_where_there_is_one(tmp_path: Path) -> None:
     folder = export(build(tiny(), 0), tmp_path / "out")
     assert not (folder / "tokenizer.json").exists()
     assert "AutoTokenizer" not in (folder / "README.md").read_text()

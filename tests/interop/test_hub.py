@@ -239,7 +239,7 @@ def steps_on(hub: Hub) -> set[int]:
     return {int(folder.removeprefix("step_")) for folder in folders}
 
 
-def test_training_never_waits_and_what_is_uploading_stays(
+def test_training_never_waits_and_checkpoints_being_uploaded_are_kept(
     online: Hub, pushing: tuple[Uploader, CheckpointStore, list[str]]
 ) -> None:
     uploader, store, said = pushing
@@ -289,7 +289,7 @@ def test_a_damaged_marker_on_the_hub_harms_no_other(
     assert steps_on(online) == {7, 9, 10}, "what cannot be understood is left alone"
 
 
-def test_the_best_one_is_pushed_though_it_was_left_out(
+def test_the_best_checkpoint_is_pushed_at_the_end_if_it_was_skipped(
     online: Hub, pushing: tuple[Uploader, CheckpointStore, list[str]]
 ) -> None:
     uploader, store, said = pushing
@@ -315,7 +315,7 @@ def test_a_run_that_the_hub_is_ahead_of_is_not_pushed_there(online: Hub, tmp_pat
         find_start(config, "data", print)
 
 
-def test_a_fault_of_the_network_is_said_and_tried_again(
+def test_a_network_error_is_a_warning_and_retried(
     online: Hub, pushing: tuple[Uploader, CheckpointStore, list[str]]
 ) -> None:
     uploader, store, said = pushing

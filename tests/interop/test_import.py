@@ -1,4 +1,4 @@
-"""Models that `transformers` made, in every form in which it and others have saved them."""
+"""Models made by `transformers`, in every format in which it and other code have saved them."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def test_the_architecture_comes_from_the_checkpoint(tmp_path: Path) -> None:
         adopt(tmp_path, {"num_layers": 3})
 
 
-def test_flags_are_judged_by_the_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_flags_are_validated_with_the_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Not by the defaults, under which 32 would be no width for 12 heads, and id 9999 a token."""
     transformers.GPT2LMHeadModel(transformers.GPT2Config(**GPT2 | {"n_embd": 32})).save_pretrained(tmp_path)
     words = ["--from-checkpoint", str(tmp_path), "--print-config", "--train-dir", str(tmp_path)]
@@ -165,7 +165,7 @@ def test_trace_shows_the_checkpoints_model(tmp_path: Path, capsys: pytest.Captur
     assert (tree["seq_length"], tree["model"]["parameters"]) == (16, parameter_count(load_model(str(tmp_path)).config))
 
 
-def test_what_a_person_may_say_beside_it(tmp_path: Path) -> None:
+def test_options_that_may_differ_from_the_checkpoint(tmp_path: Path) -> None:
     make("gpt2").save_pretrained(tmp_path / "learned")
     make("llama").save_pretrained(tmp_path / "rotary")
     assert adopt(tmp_path / "learned", {"seq_length": 9})[0].model.seq_length == 9
@@ -193,7 +193,7 @@ def test_what_a_person_may_say_beside_it(tmp_path: Path) -> None:
         ({"n_layer": 1}, r"tensor 'transformer.h.1.\S+' has no place"),
     ],
 )
-def test_what_cannot_be_taken_is_named(change: dict[str, Any], line: str, tmp_path: Path) -> None:
+def test_unsupported_models_are_refused_by_name(change: dict[str, Any], line: str, tmp_path: Path) -> None:
     make("gpt2").save_pretrained(tmp_path)
     tree = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(tree | change))
@@ -201,7 +201,7 @@ def test_what_cannot_be_taken_is_named(change: dict[str, Any], line: str, tmp_pa
         load(tmp_path)
 
 
-def test_stretched_or_partial_rotary_positions_are_refused(tmp_path: Path) -> None:
+def test_scaled_or_partial_rotary_positions_are_refused(tmp_path: Path) -> None:
     for rope in ({"rope_type": "llama3", "factor": 8.0}, {"rope_type": "default", "partial_rotary_factor": 0.5}):
         make("llama").save_pretrained(tmp_path)
         tree = json.loads((tmp_path / "config.json").read_text())
@@ -214,7 +214,7 @@ def test_stretched_or_partial_rotary_positions_are_refused(tmp_path: Path) -> No
     "change",
     [{"n_head": 0}, {"n_embd": "x"}, {"model_type": "smollm3", **SHAPE, "no_rope_layers": []}, {"n_layer": [2]}],
 )
-def test_values_of_no_use_are_one_line(change: dict[str, Any]) -> None:
+def test_invalid_values_are_one_line(change: dict[str, Any]) -> None:
     tree = {"model_type": "gpt2", **GPT2, "tie_word_embeddings": True} | change
     with pytest.raises(UserError, match=r"^test: ") as caught:
         read_config(tree, "test")

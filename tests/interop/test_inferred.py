@@ -1,4 +1,4 @@
-"""What old checkpoints do not say, and settings that were saved as objects of classes that are not here."""
+"""Options that old checkpoints do not state, and settings pickled as objects of classes that are not installed."""
 
 from __future__ import annotations
 
@@ -86,7 +86,9 @@ def test_settings_as_an_object_in_a_file_of_torch_before_1_6(tmp_path: Path) -> 
     same_logits(tmp_path / "ckpt.pt", model)
 
 
-def test_heads_that_nobody_says_are_refused_and_not_guessed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_number_of_heads_is_refused_and_not_guessed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     model = build(tiny(d_model=48, num_heads=3, tie_weights=True, activation="gelu_exact"))
     path = str(tmp_path / "ckpt.pt")
     torch.save(nano(model), path)
@@ -103,7 +105,7 @@ def test_heads_that_nobody_says_are_refused_and_not_guessed(tmp_path: Path, caps
     same_logits(tmp_path / "run", model)
 
 
-def test_only_gpt2_as_published_has_its_heads_taken_for_granted() -> None:
+def test_only_a_published_gpt2_has_its_heads_inferred() -> None:
     with torch.device("meta"):
         published = {
             "transformer.wte.weight": torch.empty(50257, 1024),

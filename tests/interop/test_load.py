@@ -1,4 +1,4 @@
-"""Whatever a person names as a model: our config and our tensors."""
+"""Every kind of model name or path, loaded as our config and our tensors."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -43,7 +43,7 @@ def test_a_run_of_ours(inside: str, which: str, step: int, tmp_path: Path) -> No
         assert torch.equal(model.get_parameter(name), value)
 
 
-def test_nothing_there(tmp_path: Path) -> None:
+def test_no_such_model(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no complete checkpoint"):
         load_model(str(tmp_path))
 
@@ -64,7 +64,7 @@ def test_nothing_there(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_a_run_that_is_not_whole(edit: Callable[..., object], words: str, tmp_path: Path) -> None:
+def test_an_incomplete_run(edit: Callable[..., object], words: str, tmp_path: Path) -> None:
     config = build_config({"model": TINY | {"d_ff": 32}, "data": {"tokenizer": "bytes"}}, "test")
     save_run(tmp_path, config, {2: 1.0})
     store = CheckpointStore(str(tmp_path / "checkpoints"), limit=9)

@@ -1,4 +1,4 @@
-"""The tokenizer beside a model: used in whatever form it comes, and GPT-2's never taken where there is one."""
+"""The tokenizer in a model's folder: used in any supported format, and never replaced by GPT-2's."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_vocabulary_and_merges_are_read_with_the_ids_of_transformers(
     assert ours.end_of_text not in ours.encode("</s>")  # text cannot forge the border of a document
 
 
-def test_it_goes_along_into_a_run_and_out_again(russian: Path, tmp_path: Path) -> None:
+def test_it_is_kept_by_import_and_export(russian: Path, tmp_path: Path) -> None:
     import_command([str(russian), str(tmp_path / "run")])
     loaded = load_model(str(tmp_path / "run"))
     assert loaded.tokenizer is not None
@@ -93,7 +93,7 @@ def test_it_goes_along_into_a_run_and_out_again(russian: Path, tmp_path: Path) -
         ),
     ],
 )
-def test_where_one_cannot_be_used_gpt2s_is_not_taken(files: dict[str, str], said: str, tmp_path: Path) -> None:
+def test_an_unsupported_tokenizer_is_not_replaced_by_gpt2s(files: dict[str, str], said: str, tmp_path: Path) -> None:
     for name, content in files.items():
         (tmp_path / name).write_text(content)
     name, (note,) = find_model_tokenizer(find_in(tmp_path), 50257, "here")
@@ -101,7 +101,7 @@ def test_where_one_cannot_be_used_gpt2s_is_not_taken(files: dict[str, str], said
     assert said in note
 
 
-def test_only_where_there_is_nothing_it_is_a_guess_and_said(tmp_path: Path) -> None:
+def test_gpt2s_is_guessed_only_without_any_tokenizer_and_with_a_note(tmp_path: Path) -> None:
     assert find_model_tokenizer(find_in(tmp_path), 50300, "here") == (None, ())
     name, (note,) = find_model_tokenizer(find_in(tmp_path), 50257, "here")
     assert name == "gpt2"

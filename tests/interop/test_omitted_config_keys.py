@@ -1,4 +1,4 @@
-"""A config.json that leaves things out means what `transformers` puts there: the same, or it is refused."""
+"""A key that a config.json omits has the default of `transformers`, or the file is refused."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def load(folder: Path) -> GPT:
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.model_type)
-def test_each_key_left_out_is_taken_as_there_or_refused(family: Any, tmp_path: Path) -> None:
+def test_each_omitted_key_has_its_default_or_is_refused(family: Any, tmp_path: Path) -> None:
     tree = save(family.model_type, tmp_path)
     left_out = [(key,) for key in (*family.keys, *family.required, *OTHER) if key in tree]
     agreed = 0
@@ -67,7 +67,7 @@ def test_each_key_left_out_is_taken_as_there_or_refused(family: Any, tmp_path: P
 
 
 @pytest.mark.parametrize("family", ["mistral", "gemma2", "vaultgemma", "gemma3_text"])
-def test_a_silent_window_cuts_the_context(family: str) -> None:
+def test_an_omitted_window_cuts_the_context(family: str) -> None:
     shape = transformers.AutoConfig.for_model(
         family, **SHAPE | {"max_position_embeddings": 8192, "num_key_value_heads": 2}
     ).to_dict()

@@ -1,4 +1,4 @@
-"""A run, trained here, opened there: the same continuation, token by token; and the card that goes with it."""
+"""A trained run, opened in `transformers`: the same continuation, token by token; and its model card."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_the_same_continuation(run: Path, capsys: pytest.CaptureFixture[str]) ->
 
 
 @pytest.mark.parametrize("run", ["gpt2"], indirect=True)
-def test_the_folder_is_complete_and_the_card_tells_what_is_known(run: Path) -> None:
+def test_the_folder_is_complete_and_the_model_card_states_what_is_known(run: Path) -> None:
     export_command(["run", "out", "--checkpoint", "best"])
     names = {path.name for path in Path("out").iterdir()}
     assert names == {

@@ -1,4 +1,4 @@
-"""What stands before and after a text: taken from models that were trained with it, and never added to those that were not."""
+"""Special tokens before and after a text: used for models trained with them, and never added to others."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def ids_in_transformers(folder: Path, text: str) -> list[int]:
     return ids
 
 
-def test_a_model_from_elsewhere_sees_what_it_learnt_with(theirs: Path, tmp_path: Path) -> None:
+def test_an_imported_model_gets_its_special_tokens(theirs: Path, tmp_path: Path) -> None:
     wanted = ids_in_transformers(theirs, "a cat")
     assert wanted[0] == BEGIN
     import_command([str(theirs), str(tmp_path / "run")])
@@ -98,7 +98,7 @@ def test_ids_that_the_tokenizer_does_not_have_are_not_drawn(theirs: Path) -> Non
     generator.runtime.close()
 
 
-def test_an_export_says_what_the_model_learnt_with(theirs: Path, tmp_path: Path) -> None:
+def test_an_export_keeps_the_special_tokens(theirs: Path, tmp_path: Path) -> None:
     loaded = load_model(str(theirs))
     assert export_model(loaded, str(tmp_path / "again")) == []
     assert ids_in_transformers(tmp_path / "again", "a cat") == ids_in_transformers(theirs, "a cat")
@@ -155,7 +155,7 @@ def test_a_tied_table_under_the_name_of_the_head(theirs: Path, tmp_path: Path) -
     assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
 
 
-def test_an_adapter_is_no_model(tmp_path: Path) -> None:
+def test_an_adapter_is_refused(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(UserError, match=r"an adapter \(LoRA and its like\), which is not a model: merge it"):
         load_model(str(tmp_path))

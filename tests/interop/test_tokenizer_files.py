@@ -88,7 +88,7 @@ def test_sentencepiece_models_of_others(name: str, tmp_path: Path) -> None:
     assert begins("a")["input_ids"] == [*before_text(own), *own.encode("a")]
 
 
-def test_one_that_would_not_be_equal_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unequal_tokenizer_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenizer_files, "_byte_characters", lambda: {byte: chr(0x400 + byte) for byte in range(256)})
     notes = write_tokenizer(BytesTokenizer(), str(tmp_path), 64)
     assert notes == ["tokenizer 'bytes' has no equal tokenizer.json, so none is written; pass its ids by yourself"]

@@ -1,4 +1,4 @@
-"""A run folder from a stranger runs nothing here, whichever door it comes in by."""
+"""An untrusted run folder runs no code, whichever entry point reads it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def pretrain(*words: str) -> None:
     )
 
 
-DOORS: dict[str, Callable[[str], None]] = {
+ENTRY_POINTS: dict[str, Callable[[str], None]] = {
     "generate": lambda model: generate_command(["--model", model, "--prompt", "a", *HERE]),
     "evaluate": lambda model: evaluate_command(["--model", model, "--tasks", "text=text.txt", *HERE]),
     "export": lambda model: export_command([model, "out"]),
@@ -65,11 +65,11 @@ def theirs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, online: Hub) -> None
 
 
 @pytest.mark.usefixtures("theirs")
-def test_no_door_runs_what_a_checkpoint_asks_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for door, enter in DOORS.items():
-        for model in ("theirs",) if door.startswith("resume") else ("theirs", "alice/theirs"):
+def test_no_entry_point_runs_code_of_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for entry_point, enter in ENTRY_POINTS.items():
+        for model in ("theirs",) if entry_point.startswith("resume") else ("theirs", "alice/theirs"):
             with pytest.raises((UserError, SystemExit)) as caught:
                 enter(model)
             said = str(caught.value) if isinstance(caught.value, UserError) else capsys.readouterr().err
-            assert "asks for posix.mkdir, which is no part of a checkpoint" in said, (door, model)
-            assert not (tmp_path / "ran").exists(), (door, model)
+            assert "asks for posix.mkdir, which is no part of a checkpoint" in said, (entry_point, model)
+            assert not (tmp_path / "ran").exists(), (entry_point, model)

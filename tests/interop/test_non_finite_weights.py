@@ -1,4 +1,4 @@
-"""Weights that are no numbers go nowhere: each door says which tensor it is."""
+"""Weights that hold NaN or infinity are refused: each entry point names the tensor."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def pretrain(*words: str) -> None:
     cli.pretrain([*flags, *words], program="run_pretrain.py", fixed={"runtime": "torch", "device": "cpu"})
 
 
-DOORS: dict[str, Callable[[], None]] = {
+ENTRY_POINTS: dict[str, Callable[[], None]] = {
     "generate": lambda: generate_command(["--model", "run", "--prompt", "a", *HERE]),
     "evaluate": lambda: evaluate_command(["--model", "run", "--tasks", "text=text.txt", *HERE]),
     "export": lambda: export_command(["run", "out"]),
@@ -41,7 +41,7 @@ DOORS: dict[str, Callable[[], None]] = {
 }
 
 
-def test_no_door_takes_them(
+def test_every_entry_point_refuses_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -64,13 +64,13 @@ def test_no_door_takes_them(
     (tmp_path / "data").mkdir()
     np.save("data/0.npy", np.arange(100, dtype=np.uint16))
     (tmp_path / "text.txt").write_text("some text\n" * 20)
-    for door, enter in DOORS.items():
+    for entry_point, enter in ENTRY_POINTS.items():
         capsys.readouterr()
         with pytest.raises((UserError, SystemExit)) as caught:
             enter()
         said = str(caught.value) if isinstance(caught.value, UserError) else capsys.readouterr().err
-        assert "holds NaN or infinity in" in said, door
-        assert "norm" in said.split(" holds ")[0], (door, said)
+        assert "holds NaN or infinity in" in said, entry_point
+        assert "norm" in said.split(" holds ")[0], (entry_point, said)
         if isinstance(caught.value, SystemExit):
             assert caught.value.code == 2
     assert not list((tmp_path / "out").glob("*.safetensors"))
