@@ -36,10 +36,10 @@ def variant(name: str, layers: int, loop: bool, width: int | None) -> RunConfig:
 
 
 def milliseconds(report: Report) -> float:
-    """A step by preflight's sober estimate, kernels included."""
+    """A step by preflight's conservative estimate, kernels included."""
     if report.estimate is None:
         raise UserError(f"{report.settings} does not fit")
-    return 1e3 * report.estimate.sober.seconds
+    return 1e3 * report.estimate.conservative.seconds
 
 
 def compare(name: str, flags: argparse.Namespace) -> None:

@@ -2,7 +2,7 @@
 
 A grid step takes one block of query columns (one head, or two of width 64) with the whole sequence in VMEM, so that each
 block of scores is computed again once and serves all three gradients: five matrix products, where a kernel for queries and
-one for keys and values would take seven. Scores stand transposed, keys by queries: two of the three products that sum over
+one for keys and values would take seven. Scores are transposed, keys by queries: two of the three products that sum over
 tokens then read them as they lie, and the normaliser of a query, a row in memory, is a row here.
 
 The three gradients are three arrays. One fused array would need the kernel to copy its blocks to HBM by hand, and the

@@ -58,7 +58,7 @@ def forward(
         segments_BT: number of each token's document, never falling along a row; tokens attend within theirs, and spans of
             tokens with no document in common are skipped. None: all is one document.
         heads: the static part.
-        preparation: norms and rotary turn of queries and keys, done in the kernel.
+        preparation: norms and rotary positions of queries and keys, done in the kernel.
         interpret: run without a TPU.
 
     Returns:

@@ -2,11 +2,9 @@
 
 Outside, XLA would read and write queries and keys in HBM once more for each of them in the forward and again in the
 backward, and change their layout for the halves of a head. In the kernel they are in VMEM already. Nothing is kept for
-the backward but the projections themselves. The mathematics is that of `norms.RMSNorm` and `positions.rotate`; between
-norm and turn the values stay fp32.
-
-In libtpu 0.0.21's schedule for v5e, a head of T = 1024, E = 128 takes with norms and turn 6,066 bundles forward and 10,714
-backward, without 3,565 and 7,131; with one of the two (turn, or norms) 4,266 and 7,887, or 4,330 and 8,947.
+the backward but the projections themselves. The mathematics is that of `RMSNorm` and `rotate` in `model/layers.py`; between
+norm and rotation the values stay fp32.
+What each costs in the compiler's schedule: docs/LOG.md.
 """
 
 from __future__ import annotations
@@ -158,7 +156,7 @@ def _head_mean(x_TW: jax.Array, heads: Heads) -> jax.Array:
 
 
 def _other_half(x_TW: jax.Array, heads: Heads) -> jax.Array:
-    """Each channel's partner in the turn, half a head away."""
+    """Each channel's partner in the rotation, half a head away."""
     half = heads.head_dim // 2
     back = pltpu.roll(x_TW, half, 1)
     if heads.per_block == 1:

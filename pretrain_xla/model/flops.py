@@ -3,7 +3,7 @@
 The convention is PaLM's (Chowdhery et al. 2022, appendix B), which published utilisation figures use: a multiply-add is
 2 operations; only matrix products count; attention counts all T x T pairs (not halved for the causal mask, nor less where
 documents are kept apart); backward is twice forward; recomputation does not count; the head counts, the embedding look-up
-does not. Both use the real vocabulary: padding is the machine's business, not the model's.
+does not. Both use the real vocabulary: padding belongs to the hardware, not to the model.
 """
 
 from pretrain_xla.config import ModelConfig

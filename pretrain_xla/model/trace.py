@@ -50,7 +50,7 @@ class Node:
 
 def trace_model(config: ModelConfig) -> Node:
     """The tree of a model, every block by itself; `folded` makes it short."""
-    # Padding is the machine's business, and plain matrix products can be counted.
+    # Padding belongs to the hardware, and plain matrix products can be counted.
     config = ModelConfig(**(config.model_dump() | {"vocab_multiple": 1, "attention": "reference", "dropout": 0.0}))
     shapes: dict[nn.Module, tuple[tuple[Shape, ...], tuple[Shape, ...]]] = {}
 

@@ -1,9 +1,10 @@
-"""AdamW whose whole state lives on the device.
+"""AdamW with all of its state on the device.
 
 `torch.optim.AdamW` keeps one step counter for each parameter and chooses among four implementations by device. Here there is
 one counter, one implementation in `torch._foreach` operations (a few kernels on CUDA, fused by XLA and torch.compile), and
-state that is addressed by parameter name, so that a checkpoint means the same on every machine. It is tested against
-`torch.optim.AdamW`.
+state that is addressed by parameter name, so that a checkpoint means the same on every runtime. It is tested against
+`torch.optim.AdamW`. torch_xla's `syncfree.AdamW` serves one tensor at a time and only skips steps that are not finite. What an
+update costs on a TPU, beside optax's: docs/LOG.md.
 """
 
 from __future__ import annotations
@@ -48,8 +49,8 @@ class AdamW:
             named_parameters: already on the devices.
             config: type, betas, eps, weight decay.
             schedule: 0-d step → 0-d learning rate.
-            place: makes a state tensor by its name and its parameter (`step`: the first parameter); none: zeros.
-            decays: whether weight decay applies, by name and parameter; none: `decayed`.
+            place: makes a state tensor by its name and its parameter (`step`: the first parameter). None: zeros.
+            decays: whether weight decay applies, by name and parameter. None: `decayed`.
         """
         place = place or _zeros
         decays = decays or (lambda _name, parameter: decayed(parameter))
@@ -131,7 +132,7 @@ def clip_by_global_norm(
     Args:
         gradients: as they came.
         max_norm: the bound.
-        unit: what the gradients are to be divided by first (0-d), in the same pass over them; none: 1.
+        unit: what the gradients are to be divided by first (0-d), in the same pass over them. None: 1.
 
     Returns:
         The gradients and their norm before clipping (0-d float32). No host branch: the factor is computed on the device.

@@ -16,7 +16,7 @@ from pathlib import Path
 import pretrain_xla
 from pretrain_xla.config import RunConfig
 from pretrain_xla.errors import UserError
-from pretrain_xla.preflight.compile_result import Outcome
+from pretrain_xla.preflight.compile_result import CompileResult
 from pretrain_xla.preflight.topology import Topology
 from pretrain_xla.runtime.xla.environment import CHANGES_RESULTS, compiler_options
 
@@ -66,7 +66,7 @@ class Request:
         return compiler_options(self.config.parallel) | dict(self.options)
 
 
-def compile_request(request: Request, tick: Callable[[str], None] = lambda stage: None) -> Outcome:
+def compile_request(request: Request, tick: Callable[[str], None] = lambda stage: None) -> CompileResult:
     """Trace and compile a step; `tick` is called a few times a second with what is being done.
 
     Raises:
@@ -76,7 +76,7 @@ def compile_request(request: Request, tick: Callable[[str], None] = lambda stage
         folder = Path(name)
         _write_request(folder, request)
         status = _run(folder, request.topology.devices, tick)
-        answer = folder / "outcome.json"
+        answer = folder / "compile_result.json"
         if not answer.exists():
             errors = (folder / "stderr").read_text(encoding="utf-8", errors="replace").strip().splitlines()
             # libtpu's own last words are marked F, for fatal; what follows them is about its core dump.
@@ -86,10 +86,10 @@ def compile_request(request: Request, tick: Callable[[str], None] = lambda stage
         tree = json.loads(answer.read_text(encoding="utf-8"))
         if "error" in tree:
             raise UserError(tree["error"])
-        outcome = Outcome.from_tree(tree)
+        result = CompileResult.from_tree(tree)
         if request.save is not None:
-            _save(folder, request, outcome)
-        return outcome
+            _save(folder, request, result)
+        return result
 
 
 def _write_request(folder: Path, request: Request) -> None:
@@ -123,22 +123,22 @@ def _run(folder: Path, devices: int, tick: Callable[[str], None]) -> int:
                 process.wait()
 
 
-def _save(folder: Path, request: Request, outcome: Outcome) -> None:
+def _save(folder: Path, request: Request, result: CompileResult) -> None:
     assert request.save is not None
     try:
         request.save.mkdir(parents=True, exist_ok=True)
         (request.save / "input.hlo").write_bytes((folder / "input.hlo").read_bytes())
-        if outcome.compiled:
-            (request.save / "optimised.hlo").write_text(outcome.compiled.hlo_text, encoding="utf-8")
-        if outcome.shortage:
-            (request.save / "out_of_memory.txt").write_text(outcome.shortage.message, encoding="utf-8")
+        if result.compiled:
+            (request.save / "optimised.hlo").write_text(result.compiled.hlo_text, encoding="utf-8")
+        if result.shortage:
+            (request.save / "out_of_memory.txt").write_text(result.shortage.message, encoding="utf-8")
         options = {
             "topology": request.topology.libtpu_name,
             "topology_options": request.topology.libtpu_options,
-            "mesh": outcome.mesh,
+            "mesh": result.mesh,
             "num_partitions": request.topology.devices,
             "env_option_overrides": request.all_options,
-            "libtpu": outcome.libtpu,
+            "libtpu": result.libtpu,
         }
         (request.save / "options.json").write_text(json.dumps(options, indent=2) + "\n", encoding="utf-8")
     except OSError as error:

@@ -97,7 +97,7 @@ def _kind(opcode: str) -> str | None:
 
 
 def _collectives_in(module: Module, instruction: Instruction) -> list[Instruction]:
-    """The collectives that an operation stands for: itself, or those that a fusion holds."""
+    """The collectives of an operation: itself, or those in a fusion."""
     if _kind(instruction.opcode):
         return [instruction]
     if instruction.opcode != "fusion":
@@ -126,7 +126,7 @@ class _Run:
 def _runs(module: Module, computation: str) -> list[_Run]:
     """The collectives of one computation, in the order of their starts.
 
-    An asynchronous one is a start and a done, or a chain of fusions: one that starts it, some that go on computing beside it,
+    An asynchronous one is a start and a done, or a chain of fusions: one that starts it, some that compute meanwhile,
     and one that ends it, all of which hold it, under one channel.
     """
     runs: dict[str, _Run] = {}

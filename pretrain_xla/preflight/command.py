@@ -20,7 +20,7 @@ from pretrain_xla.flags import parse_flags
 from pretrain_xla.interop.from_checkpoint import resolve_architecture
 from pretrain_xla.preflight.render import console, render
 from pretrain_xla.preflight.search import Search
-from pretrain_xla.preflight.suggestions import advise
+from pretrain_xla.preflight.suggestions import suggest
 from pretrain_xla.preflight.tables import comparison, trials_table
 from pretrain_xla.preflight.topology import Topology, chosen_topology
 from pretrain_xla.preflight.trials import Compiler, Trial, changed
@@ -60,7 +60,7 @@ def preflight(config: RunConfig, own: argparse.Namespace | None = None) -> int:
         if not own.json:
             console().print(render(report))
         if not report.fits and not own.no_suggestions:
-            tried = advise(config, report, compiler)
+            tried = suggest(config, report, compiler)
     if own.json:
         _print_json(report.to_tree() | {"suggestions": [_trial_tree(trial) for trial in tried]})
     elif tried:
@@ -164,7 +164,7 @@ def _write_best(output: Path, config: RunConfig, best: Trial, topology: Topology
     assert best.report.estimate is not None
     header = (
         f"# Found by `{PROGRAM} --search` for {topology.name}: {best.label}\n"
-        f"# Estimates: {best.report.estimate.sober.tokens_per_second:,.0f} tokens/s, "
+        f"# Estimates: {best.report.estimate.conservative.tokens_per_second:,.0f} tokens/s, "
         f"{best.report.memory.total / best.report.memory.capacity:.0%} of HBM\n"
     )
     try:

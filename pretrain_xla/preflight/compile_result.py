@@ -67,7 +67,7 @@ class Shortage:
 
 
 @dataclasses.dataclass(frozen=True)
-class Outcome:
+class CompileResult:
     """A compilation that ended. Exactly one of compiled and shortage is there. Times in seconds.
 
     detours: what the compiler says of tensors that it cannot move over the mesh directly, in words; or none.
@@ -87,7 +87,7 @@ class Outcome:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_tree(cls, tree: dict[str, Any]) -> Outcome:
+    def from_tree(cls, tree: dict[str, Any]) -> CompileResult:
         """The inverse of `to_tree`, after JSON has made lists of the tuples."""
         compiled, shortage = tree["compiled"], tree["shortage"]
         if shortage:

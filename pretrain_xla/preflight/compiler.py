@@ -150,7 +150,7 @@ def describe_inputs(step: TracedStep, compiled: Compiled | Shortage) -> tuple[In
 
 
 def input_text(step: TracedStep) -> str:
-    """The step's HLO as it goes into the compiler, for a person."""
+    """The step's HLO as it goes into the compiler, as text."""
     from jax._src.lib import xla_client
 
     text: str = xla_client._xla.HloModule.from_serialized_hlo_module_proto(step.hlo).to_string()

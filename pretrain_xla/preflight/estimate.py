@@ -1,10 +1,11 @@
 """How long a step takes: two estimates, from the compiler's own figures, and what they rest on.
 
 optimistic: everything overlaps, and the slowest resource sets the pace: the larger of operations / peak, HBM bytes / bandwidth
-and interconnect time. sober: one operation after another, as scheduled: the compiler's `estimated_cycles` / clock, times the
-counts of loops, plus kernels, plus communication that nothing hides; at least the time of its bytes. A run that is limited by
-its input or its host is slower than both. A kernel (Pallas) has no cycles: it takes the larger of its own operations / (peak x
-the share of peak that a large matrix product gets by the compiler's cycles) and its own bytes / bandwidth.
+and interconnect time. conservative: one operation after another, as scheduled: the compiler's `estimated_cycles` / clock,
+times the counts of loops, plus kernels, plus communication that nothing hides; at least the time of its bytes. A run that is
+limited by its input or its host is slower than both. A kernel (Pallas) has no cycles: it takes the larger of its own
+operations / (peak x the share of peak that a large matrix product gets by the compiler's cycles) and its own bytes /
+bandwidth.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ class Estimate:
     flops_seconds: float
     bytes_seconds: float
     optimistic: Speed
-    sober: Speed
+    conservative: Speed
     operations: tuple[Operation, ...]
 
 
@@ -92,7 +93,7 @@ def estimate_step(
     flops_seconds, bytes_seconds = flops / chip.peak_flops, moved / chip.hbm_bandwidth
     cycle_seconds = cycles / chip.clock
     optimistic = max(flops_seconds, bytes_seconds, total_communication)
-    sober = max(cycle_seconds + kernel_seconds + exposed, bytes_seconds)
+    conservative = max(cycle_seconds + kernel_seconds + exposed, bytes_seconds)
     return Estimate(
         flops=flops,
         model_flops=flops_per_token(config.model) * config.tokens_per_step / topology.devices,
@@ -107,7 +108,7 @@ def estimate_step(
         flops_seconds=flops_seconds,
         bytes_seconds=bytes_seconds,
         optimistic=speed(optimistic, config, topology),
-        sober=speed(sober, config, topology),
+        conservative=speed(conservative, config, topology),
         operations=_most_expensive(module, groups),
     )
 

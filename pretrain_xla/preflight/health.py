@@ -6,7 +6,7 @@ import dataclasses
 from collections import Counter
 
 from pretrain_xla.config import RunConfig
-from pretrain_xla.preflight.compile_result import Outcome
+from pretrain_xla.preflight.compile_result import CompileResult
 from pretrain_xla.preflight.hlo import Instruction, Module
 from pretrain_xla.preflight.memory import Memory
 from pretrain_xla.preflight.traffic import product_flops, products
@@ -67,9 +67,9 @@ def config_findings(config: RunConfig, generation: str) -> list[Finding]:
     return findings
 
 
-def input_findings(outcome: Outcome, memory: Memory) -> list[Finding]:
+def input_findings(result: CompileResult, memory: Memory) -> list[Finding]:
     """Room, donation and sharding."""
-    findings = [Finding("warning", outcome.detours)] if outcome.detours else []
+    findings = [Finding("warning", result.detours)] if result.detours else []
     if memory.fits and memory.total > EDGE * memory.capacity:
         findings.append(
             Finding("warning", "at the edge of HBM: the runtime may refuse what the compiler just accepted")
@@ -82,10 +82,10 @@ def input_findings(outcome: Outcome, memory: Memory) -> list[Finding]:
                 f"{len(memory.not_donated)} tensors of the state are held twice, not updated in place: {names}",
             )
         )
-    if outcome.mesh.get("fsdp", 1) * outcome.mesh.get("tensor", 1) > 1:
+    if result.mesh.get("fsdp", 1) * result.mesh.get("tensor", 1) > 1:
         whole = [
             i
-            for i in outcome.inputs
+            for i in result.inputs
             if not i.sharded and i.kind in ("parameter", "optimizer") and i.device_bytes >= LARGE
         ]
         if whole:

@@ -1,7 +1,8 @@
 """Reading an optimised HLO module of the TPU compiler: what each operation costs, where it came from, what it moves.
 
-The text is the interface: it is what `to_string()` gives everywhere, and carries the compiler's own schedule and estimates
-(`estimated_cycles`). Only what the report needs is read.
+It is read from the text that `to_string()` gives, because only the text has the compiler's own schedule and estimates
+(`estimated_cycles`): `jaxlib`'s `HloModule` gives names of computations, its cost analysis one sum for the module, and XProf
+needs a run on a TPU. Only what the report needs is read. What the estimates were measured against: docs/LOG.md.
 """
 
 from __future__ import annotations
@@ -60,7 +61,8 @@ class Array:
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One scheduled operation. times: how often it runs in a step (loops multiplied out). computation: where it stands."""
+    """One scheduled operation. times: how often it runs in a step (loops multiplied out). computation: the one that holds
+    it."""
 
     name: str
     opcode: str

@@ -48,7 +48,7 @@ class SourceLines(TorchFunctionMode):
         return self._run(sys._getframe(1), function, *args, **(kwargs or {}))
 
     def __enter__(self) -> SourceLines:
-        """Also stand around autograd functions of our own, whose kernels call no PyTorch function."""
+        """Also open a scope around autograd functions of our own, whose kernels call no PyTorch function."""
         entered = super().__enter__()
         original = Function.apply.__func__  # type: ignore[attr-defined]
 

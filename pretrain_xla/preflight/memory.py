@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 
-from pretrain_xla.preflight.compile_result import Outcome
+from pretrain_xla.preflight.compile_result import CompileResult
 from pretrain_xla.preflight.hlo import Instruction, Label, Module, read_label
 from pretrain_xla.preflight.topology import Topology
 
@@ -50,13 +50,13 @@ class Memory:
     not_donated: tuple[str, ...]
 
 
-def read_memory(outcome: Outcome, module: Module | None, topology: Topology) -> Memory:
+def read_memory(result: CompileResult, module: Module | None, topology: Topology) -> Memory:
     """The split of a compilation, whether it fitted or not."""
     by_kind = Counter({"parameter": 0, "optimizer": 0, "batch": 0, "other": 0})
-    for item in outcome.inputs:
+    for item in result.inputs:
         by_kind[item.kind] += item.device_bytes
     inputs = sum(by_kind.values())
-    compiled, shortage = outcome.compiled, outcome.shortage
+    compiled, shortage = result.compiled, result.shortage
     if compiled is not None:
         padding = max(0, compiled.argument_bytes - inputs)
         temporaries, code = compiled.temp_bytes, compiled.code_bytes
@@ -68,7 +68,7 @@ def read_memory(outcome: Outcome, module: Module | None, topology: Topology) -> 
         padding, outputs, code = 0, 0, 0
         total = max(shortage.needed, inputs)
         temporaries = total - inputs
-        largest = _named(outcome)
+        largest = _named(result)
     kept = ("parameter", "optimizer")
     return Memory(
         fits=compiled is not None,
@@ -84,14 +84,14 @@ def read_memory(outcome: Outcome, module: Module | None, topology: Topology) -> 
         capacity=topology.chip.usable_hbm if shortage is None else shortage.limit,
         hbm=topology.chip.hbm_bytes,
         largest=largest,
-        not_donated=tuple(item.name for item in outcome.inputs if item.kind in kept and not item.aliased),
+        not_donated=tuple(item.name for item in result.inputs if item.kind in kept and not item.aliased),
     )
 
 
-def _named(outcome: Outcome) -> tuple[Buffer, ...]:
-    assert outcome.shortage is not None
+def _named(result: CompileResult) -> tuple[Buffer, ...]:
+    assert result.shortage is not None
     groups: Counter[tuple[int, str, str]] = Counter()
-    for allocation in outcome.shortage.largest:
+    for allocation in result.shortage.largest:
         where = str(read_label(allocation.where).of_layer()) or allocation.where or allocation.kind
         groups[(allocation.bytes, allocation.shape.split("{")[0], where)] += 1
     return tuple(Buffer(size * count, count, shape, where) for (size, shape, where), count in groups.items())

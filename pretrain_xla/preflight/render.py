@@ -1,4 +1,4 @@
-"""The report on a terminal: tables where a person is watching, the same without colour in a file."""
+"""The report as tables: with colour on a terminal, without it in a file."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def render(report: Report) -> RenderableType:
 
 
 def size(count: float) -> str:
-    """Bytes for a person, in the compiler's binary units."""
+    """Bytes as text, in the compiler's binary units."""
     for unit, scale in (("GiB", GIB), ("MiB", 2**20), ("KiB", 2**10)):
         if count >= scale:
             return f"{count / scale:.2f} {unit}"
@@ -38,7 +38,7 @@ def size(count: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds for a person."""
+    """Seconds as text."""
     if seconds < 1e-3:
         return f"{seconds * 1e6:.0f} µs"
     if seconds < 1:
@@ -107,14 +107,16 @@ def _largest(memory: Memory) -> Table:
 
 
 def _time(report: Report, estimate: Estimate) -> Table:
-    made = table("one step (estimates)", "", "optimistic", "sober")
-    best, sober = estimate.optimistic, estimate.sober
-    made.add_row("step time", duration(best.seconds), duration(sober.seconds))
-    made.add_row("tokens/s", f"{best.tokens_per_second:,.0f}", f"{sober.tokens_per_second:,.0f}")
+    made = table("one step (estimates)", "", "optimistic", "conservative")
+    best, conservative = estimate.optimistic, estimate.conservative
+    made.add_row("step time", duration(best.seconds), duration(conservative.seconds))
+    made.add_row("tokens/s", f"{best.tokens_per_second:,.0f}", f"{conservative.tokens_per_second:,.0f}")
     made.add_row(
-        "tokens/s for each chip", f"{best.tokens_per_second_per_chip:,.0f}", f"{sober.tokens_per_second_per_chip:,.0f}"
+        "tokens/s for each chip",
+        f"{best.tokens_per_second_per_chip:,.0f}",
+        f"{conservative.tokens_per_second_per_chip:,.0f}",
     )
-    made.add_row("model flops utilisation", f"{best.mfu:.1%}", f"{sober.mfu:.1%}")
+    made.add_row("model flops utilisation", f"{best.mfu:.1%}", f"{conservative.mfu:.1%}")
     made.add_section()
     made.add_row(f"arithmetic, {estimate.flops / 1e12:.2f} TFLOP at peak", duration(estimate.flops_seconds), "")
     made.add_row(
@@ -154,10 +156,10 @@ def _run(report: Report) -> Text:
     lines = [""]
     if report.run is not None:
         run = report.run
-        hours = f"{run.hours_optimistic:,.2f} to {run.hours_sober:,.2f} hours"
+        hours = f"{run.hours_optimistic:,.2f} to {run.hours_conservative:,.2f} hours"
         line = f"The run: {run.tokens / 1e9:.2f}B tokens in {run.steps:,} steps: {hours}"
-        if run.dollars_sober is not None:
-            line += f", ${run.dollars_optimistic:,.2f} to ${run.dollars_sober:,.2f}"
+        if run.dollars_conservative is not None:
+            line += f", ${run.dollars_optimistic:,.2f} to ${run.dollars_conservative:,.2f}"
         lines.append(line + " (without validation and checkpoints)")
     lines.append(
         f"Compiling took {report.trace_seconds:.0f} s of tracing and {report.compile_seconds:.0f} s in libtpu on "

@@ -9,7 +9,7 @@ from typing import Any
 from pretrain_xla.config import RunConfig
 from pretrain_xla.model.flops import parameter_count
 from pretrain_xla.preflight.collectives import Collective, find_collectives
-from pretrain_xla.preflight.compile_result import Outcome
+from pretrain_xla.preflight.compile_result import CompileResult
 from pretrain_xla.preflight.estimate import Estimate, estimate_step
 from pretrain_xla.preflight.health import Finding, config_findings, input_findings, module_findings
 from pretrain_xla.preflight.hlo import Module
@@ -24,9 +24,9 @@ class Run:
     steps: int
     tokens: int
     hours_optimistic: float
-    hours_sober: float
+    hours_conservative: float
     dollars_optimistic: float | None
-    dollars_sober: float | None
+    dollars_conservative: float | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,18 +63,20 @@ class Report:
         return {"fits": self.fits} | dataclasses.asdict(self)
 
 
-def make_report(config: RunConfig, topology: Topology, outcome: Outcome, price_per_chip_hour: float | None) -> Report:
+def make_report(
+    config: RunConfig, topology: Topology, result: CompileResult, price_per_chip_hour: float | None
+) -> Report:
     """Read a compilation.
 
     Args:
         config: what was compiled.
         topology: for which slice.
-        outcome: the compiler's answer.
+        result: the compiler's answer.
         price_per_chip_hour: dollars, for the run's cost.
     """
-    module = Module(outcome.compiled.hlo_text) if outcome.compiled else None
-    memory = read_memory(outcome, module, topology)
-    findings = config_findings(config, topology.chip.name) + input_findings(outcome, memory)
+    module = Module(result.compiled.hlo_text) if result.compiled else None
+    memory = read_memory(result, module, topology)
+    findings = config_findings(config, topology.chip.name) + input_findings(result, memory)
     collectives: tuple[Collective, ...] = ()
     estimate = None
     run = None
@@ -83,17 +85,17 @@ def make_report(config: RunConfig, topology: Topology, outcome: Outcome, price_p
         estimate = estimate_step(config, module, collectives, topology)
         findings += module_findings(config, module)
         run = _run(config, topology, estimate, price_per_chip_hour)
-    rows = config.train.train_batch_size / (outcome.mesh["data"] * outcome.mesh["fsdp"])
+    rows = config.train.train_batch_size / (result.mesh["data"] * result.mesh["fsdp"])
     return Report(
         topology=topology.name,
         libtpu_topology=topology.libtpu_name,
-        libtpu=outcome.libtpu,
+        libtpu=result.libtpu,
         chips=topology.chips,
         devices=topology.devices,
         device_noun=topology.chip.device_noun,
         parameters=parameter_count(config.model),
         settings=settings(config),
-        mesh=outcome.mesh,
+        mesh=result.mesh,
         sequences_per_device=rows,
         tokens_per_step=config.tokens_per_step,
         memory=memory,
@@ -101,8 +103,8 @@ def make_report(config: RunConfig, topology: Topology, outcome: Outcome, price_p
         collectives=collectives,
         run=run,
         findings=tuple(sorted(findings, key=lambda finding: finding.level, reverse=True)),
-        trace_seconds=outcome.trace_seconds,
-        compile_seconds=outcome.compile_seconds,
+        trace_seconds=result.trace_seconds,
+        compile_seconds=result.compile_seconds,
         host_cores=len(os.sched_getaffinity(0)),
     )
 
@@ -124,6 +126,6 @@ def settings(config: RunConfig) -> dict[str, Any]:
 
 def _run(config: RunConfig, topology: Topology, estimate: Estimate, price: float | None) -> Run:
     steps = config.train.train_steps
-    hours = [steps * speed.seconds / 3600 for speed in (estimate.optimistic, estimate.sober)]
+    hours = [steps * speed.seconds / 3600 for speed in (estimate.optimistic, estimate.conservative)]
     dollars = [None if price is None else hour * topology.chips * price for hour in hours]
     return Run(steps, steps * config.tokens_per_step, hours[0], hours[1], dollars[0], dollars[1])

@@ -30,7 +30,7 @@ class Search:
 
     @property
     def best(self) -> Trial | None:
-        """The fastest that fits, by the sober estimate."""
+        """The fastest that fits, by the conservative estimate."""
         return max((trial for trial in self.tried if trial.fits), key=lambda t: t.tokens_per_second, default=None)
 
     def run(self) -> None:

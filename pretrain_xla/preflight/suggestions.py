@@ -35,7 +35,7 @@ def remedies(config: RunConfig, report: Report) -> Iterator[dict[str, Any]]:
         yield {"mesh_data": 1, "mesh_fsdp": devices}
 
 
-def advise(config: RunConfig, report: Report, compiler: Compiler) -> list[Trial]:
+def suggest(config: RunConfig, report: Report, compiler: Compiler) -> list[Trial]:
     """Try each remedy alone; of the smaller batches only as many as it takes to find one that fits."""
     tried: list[Trial] = []
     changes = list(remedies(config, report))

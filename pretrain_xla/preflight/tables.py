@@ -15,7 +15,7 @@ from pretrain_xla.preflight.trials import Trial
 
 def trials_table(title: str, trials: Sequence[Trial], best: Trial | None) -> Table:
     """Every trial with its verdict; the best one marked."""
-    made = table(title, "change", "fits", "HBM", "tokens/s (sober)", "step", "MFU", "")
+    made = table(title, "change", "fits", "HBM", "tokens/s (conservative)", "step", "MFU", "")
     for trial in trials:
         mark = "best" if trial is best else ""
         style = "bold green" if trial is best else None if trial.fits else "dim"
@@ -27,8 +27,8 @@ def trials_table(title: str, trials: Sequence[Trial], best: Trial | None) -> Tab
         if estimate is None:
             made.add_row(trial.label, "no", memory, "", "", "", mark, style=style)
             continue
-        sober = estimate.sober
-        figures = (f"{sober.tokens_per_second:,.0f}", duration(sober.seconds), f"{sober.mfu:.1%}")
+        conservative = estimate.conservative
+        figures = (f"{conservative.tokens_per_second:,.0f}", duration(conservative.seconds), f"{conservative.mfu:.1%}")
         made.add_row(trial.label, "yes", memory, *figures, mark, style=style)
     return made
 
@@ -42,16 +42,16 @@ def comparison(names: Sequence[str], reports: Sequence[Report]) -> Table:
         ("HBM on each device", "memory.total", size),
         ("  gradients, activations, scratch", "memory.temporaries", size),
         ("step, optimistic", "estimate.optimistic.seconds", duration),
-        ("step, sober", "estimate.sober.seconds", duration),
+        ("step, conservative", "estimate.conservative.seconds", duration),
         ("  cycles", "estimate.cycle_seconds", duration),
         ("  kernels", "estimate.kernel_seconds", duration),
         ("  exposed communication", "estimate.exposed_seconds", duration),
         ("arithmetic", "estimate.flops", lambda value: f"{value / 1e12:.2f} TFLOP"),
         ("HBM traffic", "estimate.hbm_bytes", lambda value: f"{value / 1e9:.1f} GB"),
-        ("tokens/s, sober", "estimate.sober.tokens_per_second", lambda value: f"{value:,.0f}"),
-        ("MFU, sober", "estimate.sober.mfu", lambda value: f"{value:.1%}"),
-        ("hours, sober", "run.hours_sober", lambda value: f"{value:,.2f}"),
-        ("dollars, sober", "run.dollars_sober", lambda value: f"${value:,.2f}"),
+        ("tokens/s, conservative", "estimate.conservative.tokens_per_second", lambda value: f"{value:,.0f}"),
+        ("MFU, conservative", "estimate.conservative.mfu", lambda value: f"{value:.1%}"),
+        ("hours, conservative", "run.hours_conservative", lambda value: f"{value:,.2f}"),
+        ("dollars, conservative", "run.dollars_conservative", lambda value: f"${value:,.2f}"),
         ("compiling", "compile_seconds", duration),
     ]
     made.add_row("fits", *("yes" if report.fits else "NO" for report in reports), "")

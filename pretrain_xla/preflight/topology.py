@@ -106,10 +106,10 @@ def resolve_topology(name: str) -> Topology:
 
 
 def chosen_topology(name: str | None) -> Topology:
-    """The slice that was asked for, or the one that this machine is part of.
+    """The slice that was asked for, or the one that this host is part of.
 
     Raises:
-        UserError: none was named, and this is no TPU machine.
+        UserError: none was named, and this host has no TPU.
     """
     name = name or accelerator_type()
     if not name:
@@ -118,7 +118,7 @@ def chosen_topology(name: str | None) -> Topology:
 
 
 def _what_is_here() -> str:
-    """The chips of this machine, where nobody says how large their slice is."""
+    """The chips of this host, where the size of their slice is not known."""
     chips = pci_chips()
     if not chips:
         return ""

@@ -1,8 +1,8 @@
 """The trainer's own step, traced into HLO with no weights in memory.
 
 `AbstractRuntime` is the xla runtime with one difference: where that one copies a tensor to the devices, this one makes a
-placeholder of its shape and type and remembers what it stands for. Model, optimizer and `TrainStep` are the trainer's, and
-cannot tell. A step of 1.5B parameters over 256 devices is traced in a second.
+placeholder of its shape and type, and records which input it is. Model, optimizer and `TrainStep` are the trainer's own. A
+step of 1.5B parameters over 256 devices is traced in a second.
 
 The process must have been started with `PJRT_DEVICE=CPU` and `CPU_NUM_DEVICES` set to the number of devices of the mesh:
 torch_xla reads both once, when it first touches a device.

@@ -34,8 +34,8 @@ class Trial:
 
     @property
     def tokens_per_second(self) -> float:
-        """By the sober estimate; 0 where it does not fit."""
-        return self.report.estimate.sober.tokens_per_second if self.report and self.report.estimate else 0.0
+        """By the conservative estimate; 0 where it does not fit."""
+        return self.report.estimate.conservative.tokens_per_second if self.report and self.report.estimate else 0.0
 
     @property
     def label(self) -> str:
@@ -72,7 +72,7 @@ class Compiler:
         topology: the slice.
         options: compiler options by name.
         price_per_chip_hour: dollars, or none.
-        total: how many compilations to expect, for the bar; none: one.
+        total: how many compilations to expect, for the progress bar. None means one.
     """
 
     def __init__(
@@ -126,11 +126,11 @@ class Compiler:
         if not self._console.is_terminal:
             self._console.print(f"compiling {label} for {self.topology.libtpu_name} …", markup=False, soft_wrap=True)
         request = Request(config, self.topology, self.options, save)
-        outcome = compile_request(request, lambda stage: self._show(stage, label))
+        result = compile_request(request, lambda stage: self._show(stage, label))
         self._seconds += time.monotonic() - began
         self.done += 1
         self._bar.update(self._task, completed=self.done)
-        return make_report(config, self.topology, outcome, self.price_per_chip_hour)
+        return make_report(config, self.topology, result, self.price_per_chip_hour)
 
     def attempt(self, base: RunConfig, changes: Mapping[str, Any]) -> Trial:
         """Compile a changed configuration; what cannot be is a result too."""

@@ -1,7 +1,7 @@
 """The process that traces and compiles one step: `python -m pretrain_xla.preflight.worker FOLDER`, started by `client.py`.
 
 torch_xla takes its number of devices once in a process, libtpu may abort it, and both are large: so each compilation has a
-process of its own. FOLDER holds `request.json`; `stage` says what is being done; `outcome.json` is left at the end.
+process of its own. FOLDER holds `request.json`; `stage` says what is being done; `compile_result.json` is left at the end.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ def work(folder: Path) -> None:
         if (line := missing_package(error)) is None:
             raise
         result = {"error": line}
-    temporary = folder / "outcome.tmp"
+    temporary = folder / "compile_result.tmp"
     temporary.write_text(json.dumps(result), encoding="utf-8")
-    temporary.rename(folder / "outcome.json")
+    temporary.rename(folder / "compile_result.json")
 
 
 def _compile(folder: Path, request: dict[str, object]) -> dict[str, object]:
     from pretrain_xla.config import RunConfig
-    from pretrain_xla.preflight.compile_result import Compiled, Outcome, Shortage
+    from pretrain_xla.preflight.compile_result import Compiled, CompileResult, Shortage
     from pretrain_xla.preflight.compiler import INSTALL, compile_step, describe_inputs, input_text, libtpu_version
     from pretrain_xla.preflight.topology import resolve_topology
     from pretrain_xla.runtime.xla.compiler_warnings import in_words, libtpu_log
@@ -57,7 +57,7 @@ def _compile(folder: Path, request: dict[str, object]) -> dict[str, object]:
         (folder / "input.hlo").write_text(input_text(step), encoding="utf-8")
     (folder / "stage").write_text("compiling")
     answer = compile_step(step, topology, options)
-    return Outcome(
+    return CompileResult(
         compiled=answer if isinstance(answer, Compiled) else None,
         shortage=answer if isinstance(answer, Shortage) else None,
         inputs=describe_inputs(step, answer),

@@ -1,4 +1,8 @@
-"""The one seam where machines differ. `start(config)` gives the runtime; nothing outside asks which one it is."""
+"""The one place where machines differ. `start(config)` gives the runtime; nothing outside asks which one it is.
+
+`base.py` says what a runtime does; `xla/` and `torch_runtime.py` are the two that there are. `sharding.py` has the table of
+parameters over the mesh, `rows.py` which rows a host reads, `chips.py` the TPU generations.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +24,7 @@ __all__ = ["Runtime", "load_xla", "say", "start"]
 
 
 def start(config: RunConfig) -> Runtime:
-    """Take hold of the devices that the config asks for, and say on stderr what the person should know of them.
+    """Open the devices that the config asks for, and print on stderr what the user should know of them.
 
     Raises:
         UserError: torch_xla is not installed, the devices are not there, or the mesh does not fit them.
@@ -62,6 +66,6 @@ def load_xla(config: RunConfig) -> tuple[ModuleType, list[str]]:
 
 
 def say(lines: Iterable[str], kind: str = "note") -> None:
-    """Lines for the person, on stderr: what a model writes goes to stdout."""
+    """Print lines on stderr: what a model writes goes to stdout."""
     for line in lines:
         print(f"{kind}: {line}", file=sys.stderr, flush=True)

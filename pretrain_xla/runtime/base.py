@@ -1,4 +1,4 @@
-"""What the trainer asks of a machine.
+"""What the trainer asks of a runtime.
 
 Two classes answer: `xla.XlaRuntime` (TPU and CPU; SPMD, or one process a device) and `torch_runtime.TorchRuntime` (CUDA and
 CPU; alone or DDP). Model, optimizer, data and trainer are written against this protocol and never ask which one they have.
@@ -53,44 +53,44 @@ class Repeat(Protocol):
     """A module that runs again and again on the devices without coming back to the host in between."""
 
     def __call__(
-        self, turns: Tensor, carried: Sequence[Tensor], slices: Sequence[Tensor], fixed: Sequence[Tensor]
+        self, iterations: Tensor, carried: Sequence[Tensor], slices: Sequence[Tensor], fixed: Sequence[Tensor]
     ) -> list[Tensor]:
-        """Run `module(carried, this turn's slices, fixed) -> (carried, results, going)`.
+        """Run `module(carried, this iteration's slices, fixed) -> (carried, results, going)`.
 
         Args:
-            turns: how many turns at most, int32, 0-d; a turn that returns `going` as false is the last.
-            carried: what goes from turn to turn, changed in place. The module returns it with the same shapes and types; it may
-                have changed it in place as well.
-            slices: turn i sees element i of each.
-            fixed: what every turn sees.
+            iterations: how many at most, int32, 0-d; one that returns `going` as false is the last.
+            carried: what goes from one iteration to the next, changed in place. The module returns it with the same shapes and
+                types; it may have changed it in place as well.
+            slices: iteration i sees element i of each.
+            fixed: what every iteration sees.
 
         Returns:
-            Each result of the module stacked over the turns; what lies beyond the last turn means nothing.
+            Each result of the module stacked over the iterations; what lies beyond the last one means nothing.
         """
 
 
 class Runtime(Protocol):
-    """The machine of one process."""
+    """Devices, processes and compiler, as one process sees them."""
 
     name: str
     device: torch.device
     device_name: str
-    """For a person: `CPU`, `TPU v5e`, `NVIDIA A100 …`."""
+    """For display: `CPU`, `TPU v5e`, `NVIDIA A100 …`."""
     device_count: int
     """Devices of the whole run."""
     peak_flops: float | None
     """bf16 peak of one device in flop/s, where it is known."""
     attention: str
-    """For a person: by what attention of whole sequences is computed, and where it is not a kernel, why."""
+    """For display: what computes attention over full sequences, and where it is not a kernel, why."""
     warnings: Sequence[str]
-    """What the person should know of the machine, a line each; `start` says them."""
+    """What the user should know of the devices, a line each; `start` prints them."""
     compute_dtype: torch.dtype
     process_index: int
     process_count: int
     host_count: int
-    """Machines of the whole run."""
+    """Hosts of the whole run."""
     is_main: bool
-    """Whether this process writes the files and speaks to the person."""
+    """Whether this process writes the files and prints."""
     mesh: dict[str, int]
     """Axis name → devices along it."""
     static_shapes: bool
@@ -115,7 +115,7 @@ class Runtime(Protocol):
         """A prepared model as the step calls it (compiled, wrapped for gradient reduction …): a `Forward`."""
 
     def place_like(self, host: Tensor, parameter: Tensor | None) -> Tensor:
-        """A host tensor on the devices, laid out like `parameter` if it has its shape, else whole on every device."""
+        """A host tensor on the devices, sharded like `parameter` if it has its shape, else replicated."""
 
     def place_batch(self, tokens: np.ndarray) -> Tensor:
         """This process's rows `[rows, micro-batches, T + 1]`, int32, on the devices. Called from the prefetch thread."""
@@ -127,7 +127,7 @@ class Runtime(Protocol):
         """A module as a loop, traced once for each set of shapes; call it within a compiled function."""
 
     def fuse(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Compile a part of the step where the step is not compiled whole; else the function itself."""
+        """Compile a part of the step where the step is not compiled as one; else the function itself."""
 
     def gradients(
         self,
@@ -163,7 +163,7 @@ class Runtime(Protocol):
         """A host copy of a tensor, later, without stopping the device."""
 
     def gather(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Host copies of whole tensors. Every process calls it; those that are not main may get nothing back."""
+        """Host copies of global tensors. Every process calls it; those that are not main may get an empty dict."""
 
     def watch(self) -> AbstractContextManager[Any]:
         """While it is open, host transfers made by this thread are recorded with their source line."""

@@ -163,15 +163,15 @@ class TorchRuntime:
         return run
 
     def repeat(self, module: nn.Module) -> Repeat:
-        """See `base.Runtime.repeat`; a Python loop, which looks after each turn whether it goes on."""
+        """See `base.Runtime.repeat`; a Python loop, which checks after each iteration whether to continue."""
 
         @torch.no_grad()
         def run(
-            turns: Tensor, carried: Sequence[Tensor], slices: Sequence[Tensor], fixed: Sequence[Tensor]
+            iterations: Tensor, carried: Sequence[Tensor], slices: Sequence[Tensor], fixed: Sequence[Tensor]
         ) -> list[Tensor]:
             stacked: list[list[Tensor]] = []
-            for turn in range(int(turns)):
-                state, results, going = module(carried, [tensor[turn] for tensor in slices], fixed)
+            for index in range(int(iterations)):
+                state, results, going = module(carried, [tensor[index] for tensor in slices], fixed)
                 for old, new in zip(carried, state, strict=True):
                     if new is not old:
                         old.copy_(new)
@@ -313,7 +313,7 @@ class TorchRuntime:
 
 
 def _attention(model: ModelConfig) -> str:
-    """By what attention is computed here, for a person."""
+    """What computes attention here, for display."""
     if model.attention == "reference":
         return "plain: --attention reference"
     if model.attention_softcap is not None:

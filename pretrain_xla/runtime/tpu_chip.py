@@ -1,4 +1,4 @@
-"""Which TPU is in this machine, found without touching it: PyTorch/XLA's devices do not say so under SPMD.
+"""Which TPU this host has, found without opening it: PyTorch/XLA's devices do not say so under SPMD.
 
 The PCI bus tells the generation; every Google Cloud VM, Kaggle and Colab show it. v2 and v3 look alike there. Then, and where
 the size of the slice is asked for, the accelerator type decides (`v5litepod-16`): the variable TPU_ACCELERATOR_TYPE, which GKE,
@@ -38,7 +38,7 @@ DESCRIBE = (
 
 @dataclasses.dataclass(frozen=True)
 class FoundChip:
-    """chip: generation, if it is one of `CHIPS`. name: for a person. warnings: what the person should know, a line each."""
+    """chip: generation, if it is one of `CHIPS`. name: for display. warnings: what the user should know, a line each."""
 
     chip: str | None
     name: str
@@ -46,7 +46,7 @@ class FoundChip:
 
 
 def pci_chips() -> list[str]:
-    """Generation of each TPU chip on this machine's PCI bus, empty where it is v2 or v3."""
+    """Generation of each TPU chip on this host's PCI bus, empty where it is v2 or v3."""
     found = []
     for folder in sorted(PCI_DEVICES.glob("*")):
         try:
@@ -59,7 +59,7 @@ def pci_chips() -> list[str]:
 
 
 def accelerator_type() -> str | None:
-    """The accelerator type of the slice that this machine is part of, as `v5litepod-16`; none: no TPU, or nobody says so."""
+    """The accelerator type of the slice that this host is part of, as `v5litepod-16`. None: no TPU, or nobody says so."""
     named = os.environ.get("TPU_ACCELERATOR_TYPE")
     if named or os.environ.get("TPU_SKIP_MDS_QUERY") or not pci_chips():
         return named or None
@@ -67,7 +67,7 @@ def accelerator_type() -> str | None:
 
 
 def find_chip(device_kind: str | None = None) -> FoundChip:
-    """The TPU of this machine, which has one.
+    """The TPU of this host, which has one.
 
     Args:
         device_kind: what PyTorch/XLA's device calls itself (`TPU v5 lite`), where it can be asked.
@@ -83,13 +83,13 @@ def find_chip(device_kind: str | None = None) -> FoundChip:
     if chip in CHIPS:
         return FoundChip(chip, f"TPU {chip}" + (f" ({told})" if told else ""), tuple(warnings))
     called = f"calls itself {name}, which is not in the table of chips" if name else "does not say what it is"
-    mend = "" if name else " (set TPU_ACCELERATOR_TYPE, as v5litepod-8)"
-    warnings.append(f"the TPU {called}{mend}: plain attention will run, and no utilisation is shown")
+    fix = "" if name else " (set TPU_ACCELERATOR_TYPE, as v5litepod-8)"
+    warnings.append(f"the TPU {called}{fix}: plain attention will run, and no utilisation is shown")
     return FoundChip(None, f"TPU {name}".strip(), tuple(warnings))
 
 
 def check_description() -> str | None:
-    """A warning where torch_xla, once it is imported on a TPU machine, will wait for a description that does not come.
+    """A warning where torch_xla, once it is imported on a TPU host, will wait for a description that does not come.
 
     Raises:
         UserError: it will find none at all.
@@ -118,11 +118,11 @@ def _type_in(tpu_env: str | None) -> str | None:
 
 
 def _metadata(key: str) -> str | None:
-    """An attribute of this VM; none: no such attribute, or no metadata server of Google's."""
+    """An attribute of this VM. None: no such attribute, or no metadata server of Google's."""
     host = os.environ.get("GCE_METADATA_HOST", METADATA_HOST)
     url = f"http://{host}/computeMetadata/v1/instance/attributes/{key}"
     request = urllib.request.Request(url, headers={"Metadata-Flavor": "Google"})
-    # Not by a proxy: the address means this machine.
+    # Not by a proxy: the address means this host.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with opener.open(request, timeout=METADATA_SECONDS) as answer:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from pretrain_xla.config import RunConfig, build_config
-from pretrain_xla.preflight.compile_result import Compiled, Input, Outcome, Shortage
+from pretrain_xla.preflight.compile_result import Compiled, CompileResult, Input, Shortage
 
 MODULE = """\
 HloModule train_step, is_scheduled=true, input_output_alias={ {0}: (1, {}, may-alias) }
@@ -141,10 +141,10 @@ def make_config(**sections: Any) -> RunConfig:
 
 
 @pytest.fixture
-def make_outcome() -> Callable[..., Outcome]:
+def make_result() -> Callable[..., CompileResult]:
     """Outcomes around `MODULE`, or around a shortage."""
 
-    def make(shortage: Shortage | None = None, mesh: dict[str, int] | None = None, **changes: Any) -> Outcome:
+    def make(shortage: Shortage | None = None, mesh: dict[str, int] | None = None, **changes: Any) -> CompileResult:
         mib = 2**20
         compiled = Compiled(MODULE, 1e9, 1e9, 100 * mib, 90 * mib, 90 * mib, 400 * mib, 10 * mib, 12.0)
         inputs = (
@@ -161,6 +161,6 @@ def make_outcome() -> Callable[..., Outcome]:
             "compile_seconds": 12.0,
             "libtpu": "0.0.21",
         }
-        return Outcome(**(values | changes))
+        return CompileResult(**(values | changes))
 
     return make

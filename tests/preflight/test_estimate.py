@@ -13,7 +13,7 @@ from rich.console import Console
 from pretrain_xla.config import RunConfig
 from pretrain_xla.model.flops import flops_per_token
 from pretrain_xla.preflight.collectives import find_collectives, group_size, transfer_seconds
-from pretrain_xla.preflight.compile_result import Outcome
+from pretrain_xla.preflight.compile_result import CompileResult
 from pretrain_xla.preflight.estimate import estimate_step, kernel_time
 from pretrain_xla.preflight.health import Finding, config_findings
 from pretrain_xla.preflight.hlo import Module
@@ -25,7 +25,7 @@ from pretrain_xla.runtime.chips import CHIPS, GIB
 from tests.preflight.conftest import MODULE, ONE_BUFFER, REFUSAL, make_config
 
 V5E_8 = resolve_topology("v5e-8")
-MakeOutcome = Callable[..., Outcome]
+MakeResult = Callable[..., CompileResult]
 
 
 def printed(report: Report) -> str:
@@ -52,14 +52,14 @@ def test_both_estimates(config: RunConfig) -> None:
     # Twelve turns of the loop, two products after it, and the kernel's own.
     assert estimate.flops == 14 * 2 * 1024 * 256 * 512 + 1.97e9
     by_hand = estimate.cycle_seconds + estimate.kernel_seconds + estimate.exposed_seconds
-    assert estimate.sober.seconds == pytest.approx(max(by_hand, estimate.bytes_seconds))
+    assert estimate.conservative.seconds == pytest.approx(max(by_hand, estimate.bytes_seconds))
     slowest = max(estimate.flops_seconds, estimate.bytes_seconds, estimate.communication_seconds)
     assert estimate.optimistic.seconds == pytest.approx(slowest)
-    assert estimate.optimistic.seconds <= estimate.sober.seconds
-    rate = config.tokens_per_step / estimate.sober.seconds
-    assert estimate.sober.tokens_per_second == pytest.approx(rate)
-    assert estimate.sober.tokens_per_second_per_chip == pytest.approx(rate / 8)
-    assert estimate.sober.mfu == pytest.approx(rate * flops_per_token(config.model) / (8 * 197e12))
+    assert estimate.optimistic.seconds <= estimate.conservative.seconds
+    rate = config.tokens_per_step / estimate.conservative.seconds
+    assert estimate.conservative.tokens_per_second == pytest.approx(rate)
+    assert estimate.conservative.tokens_per_second_per_chip == pytest.approx(rate / 8)
+    assert estimate.conservative.mfu == pytest.approx(rate * flops_per_token(config.model) / (8 * 197e12))
 
 
 def test_operations_are_named_by_our_lines_and_sorted(config: RunConfig) -> None:
@@ -74,8 +74,8 @@ def test_operations_are_named_by_our_lines_and_sorted(config: RunConfig) -> None
 def test_a_v3_chip_is_two_devices(config: RunConfig) -> None:
     topology = resolve_topology("v3-8")
     estimate = estimate_step(config, Module(MODULE), (), topology)
-    sober = estimate.sober
-    assert sober.tokens_per_second_per_chip == pytest.approx(sober.tokens_per_second / 4)
+    conservative = estimate.conservative
+    assert conservative.tokens_per_second_per_chip == pytest.approx(conservative.tokens_per_second / 4)
 
 
 def test_collectives_and_what_hides_them() -> None:
@@ -168,13 +168,13 @@ def test_other_words_keep_the_verdict() -> None:
     assert not is_out_of_memory("INTERNAL: Mosaic failed to compile TPU kernel")
 
 
-def test_report_of_what_fits(config: RunConfig, make_outcome: MakeOutcome) -> None:
-    report = make_report(config, V5E_8, make_outcome(), price_per_chip_hour=1.5)
+def test_report_of_what_fits(config: RunConfig, make_result: MakeResult) -> None:
+    report = make_report(config, V5E_8, make_result(), price_per_chip_hour=1.5)
     assert report.fits
     assert report.memory.padding == 6 * 2**20
     assert report.memory.total == (100 + 90 - 90 + 400 + 10) * 2**20
     assert report.run is not None
-    assert report.run.dollars_sober == pytest.approx(report.run.hours_sober * 8 * 1.5)
+    assert report.run.dollars_conservative == pytest.approx(report.run.hours_conservative * 8 * 1.5)
     text = printed(report)
     for part in (
         "FITS: 510.00 MiB of 15.75 GiB",
@@ -186,8 +186,8 @@ def test_report_of_what_fits(config: RunConfig, make_outcome: MakeOutcome) -> No
     assert json.loads(json.dumps(report.to_tree()))["fits"] is True
 
 
-def test_report_of_what_does_not_fit(config: RunConfig, make_outcome: MakeOutcome) -> None:
-    report = make_report(config, V5E_8, make_outcome(read_shortage(REFUSAL, 1)), None)
+def test_report_of_what_does_not_fit(config: RunConfig, make_result: MakeResult) -> None:
+    report = make_report(config, V5E_8, make_result(read_shortage(REFUSAL, 1)), None)
     assert not report.fits
     assert report.estimate is None
     text = printed(report)
@@ -200,13 +200,13 @@ def test_report_of_what_does_not_fit(config: RunConfig, make_outcome: MakeOutcom
     assert json.loads(json.dumps(report.to_tree()))["fits"] is False
 
 
-def test_outcomes_travel_as_json(make_outcome: MakeOutcome) -> None:
-    for outcome in (make_outcome(), make_outcome(read_shortage(REFUSAL, 1))):
-        assert Outcome.from_tree(json.loads(json.dumps(outcome.to_tree()))) == outcome
+def test_results_travel_as_json(make_result: MakeResult) -> None:
+    for result in (make_result(), make_result(read_shortage(REFUSAL, 1))):
+        assert CompileResult.from_tree(json.loads(json.dumps(result.to_tree()))) == result
 
 
-def test_state_that_is_not_donated_is_a_warning(config: RunConfig, make_outcome: MakeOutcome) -> None:
-    good = make_outcome()
+def test_state_that_is_not_donated_is_a_warning(config: RunConfig, make_result: MakeResult) -> None:
+    good = make_result()
     copied = dataclasses.replace(good.inputs[0], aliased=False)
     report = make_report(config, V5E_8, dataclasses.replace(good, inputs=(copied, *good.inputs[1:])), None)
     assert any(
@@ -215,30 +215,30 @@ def test_state_that_is_not_donated_is_a_warning(config: RunConfig, make_outcome:
     assert not any("held twice" in f.text for f in make_report(config, V5E_8, good, None).findings)
 
 
-def test_state_that_the_mesh_does_not_split_is_a_warning(config: RunConfig, make_outcome: MakeOutcome) -> None:
+def test_state_that_the_mesh_does_not_split_is_a_warning(config: RunConfig, make_result: MakeResult) -> None:
     mesh = {"data": 1, "fsdp": 8, "tensor": 1}
-    findings = make_report(config, V5E_8, make_outcome(mesh=mesh), None).findings
+    findings = make_report(config, V5E_8, make_result(mesh=mesh), None).findings
     assert any("whole on every device" in finding.text for finding in findings)
 
 
-def test_host_transfers_and_fp32_products_are_warnings(config: RunConfig, make_outcome: MakeOutcome) -> None:
-    outcome = make_outcome()
-    assert outcome.compiled is not None
+def test_host_transfers_and_fp32_products_are_warnings(config: RunConfig, make_result: MakeResult) -> None:
+    result = make_result()
+    assert result.compiled is not None
     text = MODULE.replace("custom-call(%tokens)", "outfeed(%tokens)").replace(
         "bf16[1024,256]{1,0:T(8,128)(2,1)} parameter(0)", "f32[1024,256]{1,0:T(8,128)} parameter(0)"
     )
     text = text.replace("%b = bf16[256,512]", "%b = f32[256,512]")
-    outcome = dataclasses.replace(outcome, compiled=dataclasses.replace(outcome.compiled, hlo_text=text))
-    findings = [finding.text for finding in make_report(config, V5E_8, outcome, None).findings]
+    result = dataclasses.replace(result, compiled=dataclasses.replace(result.compiled, hlo_text=text))
+    findings = [finding.text for finding in make_report(config, V5E_8, result, None).findings]
     assert any("transfers between host and device" in finding for finding in findings)
     assert any("matrix arithmetic is in fp32" in finding and "model/layers.py:26" in finding for finding in findings)
 
 
-def test_a_step_at_the_edge_is_a_warning(config: RunConfig, make_outcome: MakeOutcome) -> None:
-    outcome = make_outcome()
-    assert outcome.compiled is not None
-    full = dataclasses.replace(outcome.compiled, temp_bytes=int(15.6 * GIB))
-    findings = make_report(config, V5E_8, dataclasses.replace(outcome, compiled=full), None).findings
+def test_a_step_at_the_edge_is_a_warning(config: RunConfig, make_result: MakeResult) -> None:
+    result = make_result()
+    assert result.compiled is not None
+    full = dataclasses.replace(result.compiled, temp_bytes=int(15.6 * GIB))
+    findings = make_report(config, V5E_8, dataclasses.replace(result, compiled=full), None).findings
     assert any("edge" in finding.text for finding in findings)
 
 
@@ -262,7 +262,7 @@ def test_units() -> None:
     assert [duration(2e-5), duration(0.0685), duration(3.0), duration(600)] == ["20 µs", "68.5 ms", "3.00 s", "10 min"]
 
 
-def test_a_detour_of_the_partitioner_is_a_warning(config: RunConfig, make_outcome: Callable[..., Outcome]) -> None:
+def test_a_detour_of_the_partitioner_is_a_warning(config: RunConfig, make_result: Callable[..., CompileResult]) -> None:
     said = "the compiler finds no direct way"
-    outcome = Outcome.from_tree(make_outcome(detours=said).to_tree())
-    assert Finding("warning", said) in make_report(config, V5E_8, outcome, None).findings
+    result = CompileResult.from_tree(make_result(detours=said).to_tree())
+    assert Finding("warning", said) in make_report(config, V5E_8, result, None).findings

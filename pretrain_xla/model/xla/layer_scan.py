@@ -149,7 +149,7 @@ class _Layers:
 class _LayerScan(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, layers: _Layers, x_BTD: Tensor, segments_BT: Tensor | None, *stacked: Tensor) -> Tensor:
-        # Carried through the loop, though they never change: found by the body, they would be computed anew in each turn.
+        # Carried through the scan, though they never change: found by the body, they would be computed anew in each iteration.
         segments = [] if segments_BT is None else [segments_BT]
 
         def body(carried: list[Tensor], slices: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:

@@ -15,12 +15,12 @@ DEVICES = ("CPU", "TPU", "CUDA")
 
 OVERLAP = {
     "xla_enable_async_all_reduce": "true",
-    # The core itself sends and receives: a reduction goes on inside the matrix products that run beside it.
+    # The core itself sends and receives: a reduction goes on inside the matrix products that run meanwhile.
     "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": "true",
     # Bytes. All gradients in one reduction, as without it, would have to wait for the last of them.
     "xla_jf_crs_combiner_threshold_in_bytes": "4000000",
 }
-"""Options of libtpu that let gradients be reduced beside the rest of the backward pass."""
+"""Options of libtpu that let gradients be reduced during the rest of the backward pass."""
 
 
 _BF16 = "it would turn fp32 weights and sums into bf16; for bf16 products over fp32 weights use --mixed-precision bf16"
@@ -71,7 +71,7 @@ def clear_environment(*, multiprocess: bool) -> list[str]:
         multiprocess: whether the run has one process a device, which XLA_USE_SPMD forbids.
 
     Returns:
-        A line for the person on each that was set; nothing the next time.
+        A line for the user on each that was set; nothing the next time.
     """
     notes = []
     for name, why in CHANGES_RESULTS.items():

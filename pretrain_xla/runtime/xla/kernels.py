@@ -41,7 +41,7 @@ def call_jax(function: Callable[..., Any], key: Hashable, tensors: Sequence[Tens
 
     Args:
         function: takes arrays, returns a flat tuple of arrays.
-        key: stands for the function: equal keys with equal shapes are the same computation.
+        key: identifies the function: equal keys with equal shapes are the same computation.
         tensors: its arguments.
         platform: `tpu`, or `cpu` for an interpreted kernel.
     """

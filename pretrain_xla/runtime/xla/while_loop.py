@@ -1,8 +1,11 @@
-"""A module as the body of one compiled loop that is traced once, for generation: no tracing, and no host, between two tokens.
+"""A module as the body of one compiled while loop that is traced once, for generation: no host between two tokens.
 
-`xla_loop` is part of a step and is traced with it, each time. Here the loop is the whole program, everything that it reads is
+`XlaScan` is part of a step and is traced with it, each time. Here the loop is the whole program, everything that it reads is
 handed to it, and a call costs the host one operation, whatever the size of the model. What it carries is updated in place: the
 buffers are donated, and a key/value cache is never copied. Random numbers are handed to it, too: its body draws none.
+
+`torch_xla.experimental.fori_loop.while_loop` traces and builds its body anew at each call, which takes the host longer than a
+small model takes for a token (`benchmarks/generate.py` measures this one).
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from pretrain_xla.runtime.xla.scan import element, seed_parameter, with_element
 class _MatrixFirst(TorchFunctionMode):
     """Linear layers as matrix x column instead of row x transposed matrix.
 
-    For one token XLA's CPU compiler copies the transposed matrix at every turn, once a bias follows: four times the time.
+    For one token XLA's CPU compiler copies the transposed matrix at every iteration, once a bias follows: four times the time.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -44,23 +47,23 @@ class RepeatedModule:
         self._programs: dict[Hashable, tuple[Any, list[Tensor]]] = {}
 
     def __call__(
-        self, turns: Tensor, carried: Sequence[Tensor], slices: Sequence[Tensor], fixed: Sequence[Tensor]
+        self, iterations: Tensor, carried: Sequence[Tensor], slices: Sequence[Tensor], fixed: Sequence[Tensor]
     ) -> list[Tensor]:
         """See `base.Repeat`."""
         weights = [parameter.detach() for parameter in self._module.parameters()]
         given = [*carried, *slices, *fixed, *weights]
         key = tuple((tensor.shape, tensor.dtype) for tensor in given), len(carried), len(slices)
         if key not in self._programs:
-            self._programs[key] = self._trace(carried, slices, fixed, turns)
+            self._programs[key] = self._trace(carried, slices, fixed, iterations)
         program, found = self._programs[key]
-        outputs = torch_xla._XLAC._xla_user_computation("xla::repeat", [turns, *given, *found], program)
+        outputs = torch_xla._XLAC._xla_user_computation("xla::repeat", [iterations, *given, *found], program)
         for old, new in zip(carried, outputs, strict=False):
             old.copy_(new)
         results: list[Tensor] = outputs[len(carried) :]
         return results
 
     def _trace(
-        self, carried: Sequence[Tensor], slices: Sequence[Tensor], fixed: Sequence[Tensor], turns: Tensor
+        self, carried: Sequence[Tensor], slices: Sequence[Tensor], fixed: Sequence[Tensor], iterations: Tensor
     ) -> tuple[Any, list[Tensor]]:
         """The loop's program, and the tensors that its body found by itself (tables, numbers), which it takes last."""
         names = [name for name, _ in self._module.named_parameters()]
@@ -84,13 +87,15 @@ class RepeatedModule:
         numbers = [context.tensor_parameter_id(fake) for fake in fakes]
         for number in numbers:
             found.pop(number, None)
-        assert seed_parameter(context, found) is None, "every turn of every call would draw the same random numbers"
+        assert seed_parameter(context, found) is None, (
+            "every iteration of every call would draw the same random numbers"
+        )
         invariants = [tensor.to(torch_xla.device()) for tensor in found.values()]
         place = {number: index for index, number in enumerate(numbers) if number != -1}
         place |= {number: len(fakes) + index for index, number in enumerate(found)}
         body = xb.computation_from_module_proto("repeat_body", context.hlo())
         arguments = [place[number] for number in range(len(place))]
-        inputs = [turns, *carried, *slices, *fixed, *weights, *invariants]
+        inputs = [iterations, *carried, *slices, *fixed, *weights, *invariants]
         return _build(body, arguments, inputs, results, len(carried), len(slices)), invariants
 
 
@@ -102,10 +107,10 @@ def _build(
     n_carried: int,
     n_slices: int,
 ) -> Any:
-    """While it is going, and for at most `inputs[0]` turns: the body. It returns what is carried and the stacked results."""
+    """The body while it is going, for at most `inputs[0]` iterations. It returns what is carried and the stacked results."""
     length = inputs[1 + n_carried].shape[0]
     builder = xb.create_builder("repeat")
-    turns, *given = (xb.mkparam(builder, index, xb.tensor_shape(tensor)) for index, tensor in enumerate(inputs))
+    iterations, *given = (xb.mkparam(builder, index, xb.tensor_shape(tensor)) for index, tensor in enumerate(inputs))
     zero, one = (xb.Op.scalar(builder, value, dtype=xb.Type.S32) for value in (0, 1))
     stacked = [
         xb.Op.scalar(builder, 0, dtype=xb.tensor_shape(result).dtype).broadcast([length, *result.shape])
@@ -113,23 +118,23 @@ def _build(
     ]
     start = 3 + len(given)
 
-    def going(turn: xb.Op, going: xb.Op, turns: xb.Op, *_state: xb.Op) -> xb.Op:
-        return (turn < turns) & going
+    def going(iteration: xb.Op, going: xb.Op, iterations: xb.Op, *_state: xb.Op) -> xb.Op:
+        return (iteration < iterations) & going
 
-    def one_turn(turn: xb.Op, _going: xb.Op, turns: xb.Op, *state: xb.Op) -> tuple[xb.Op, ...]:
+    def one_iteration(iteration: xb.Op, _going: xb.Op, iterations: xb.Op, *state: xb.Op) -> tuple[xb.Op, ...]:
         values = list(state)
         for position in range(n_carried, n_carried + n_slices):
-            values[position] = element(state[position], turn)
+            values[position] = element(state[position], iteration)
         result = xb.Op.call(body, [values[place] for place in arguments])
         new_state = list(state)
         for position in range(n_carried):
             new_state[position] = result.get_tuple_element(position)
         for position in range(len(results)):
             target = len(given) + position
-            new_state[target] = with_element(state[target], result.get_tuple_element(n_carried + position), turn)
+            new_state[target] = with_element(state[target], result.get_tuple_element(n_carried + position), iteration)
         going = result.get_tuple_element(n_carried + len(results))
-        return (turn + xb.Op.scalar(turn.builder(), 1, dtype=xb.Type.S32), going, turns, *new_state)
+        return (iteration + xb.Op.scalar(iteration.builder(), 1, dtype=xb.Type.S32), going, iterations, *new_state)
 
-    final = xb.Op.mkwhile([zero, one > zero, turns, *given, *stacked], going, one_turn)
+    final = xb.Op.mkwhile([zero, one > zero, iterations, *given, *stacked], going, one_iteration)
     kept = [*range(3, 3 + n_carried), *range(start, start + len(results))]
     return xb.Op.tuple([final.get_tuple_element(index) for index in kept]).build("repeat")
