@@ -22,7 +22,7 @@ from pretrain_xla.data.dataset import open_dataset, verify_checksums
 from pretrain_xla.data.formats import layout
 from pretrain_xla.data.manifest import dataset_info
 from pretrain_xla.errors import UserError
-from pretrain_xla.evaluate import records
+from pretrain_xla.evaluate import task_data
 from pretrain_xla.interop.config_json import read_config
 from pretrain_xla.interop.load import load_model
 from pretrain_xla.prepare.journal import read_progress
@@ -127,7 +127,7 @@ def test_depth_and_digits_are_one_line_wherever_json_is_read(tmp_path: Path) -> 
             ("tokenizer.json", lambda: load_tokenizer(str(tmp_path / "tokenizer.json"))),
             ("bitbpe.json", lambda: load_tokenizer(str(tmp_path / "bitbpe.json"))),
             ("dataset.json", lambda: dataset_info(str(tmp_path))),
-            ("a.jsonl", lambda: list(records.read_records(str(tmp_path / "a.jsonl")))),
+            ("a.jsonl", lambda: list(task_data.read_records(str(tmp_path / "a.jsonl")))),
             ("b.jsonl", lambda: list(read_documents(str(tmp_path / "b.jsonl")))),
         ):
             (tmp_path / file).write_text(text)
@@ -209,7 +209,7 @@ def test_little_that_unpacks_to_much_is_read_no_further_than_the_limit(
     for module in (open_file, delimited, json_records):
         monkeypatch.setattr(module, "LONGEST_LINE", 2**16)
     monkeypatch.setattr(plain_text, "LONGEST_DOCUMENT", 2**17)
-    monkeypatch.setattr(records, "LONGEST_DOCUMENT", 2**17)
+    monkeypatch.setattr(task_data, "LONGEST_DOCUMENT", 2**17)
     size = 2**20
     for name, text, action, said in (
         ("a.jsonl", b"x" * size, lambda path: list(read_documents(path)), "a line of more than 65,536 characters"),
@@ -217,8 +217,8 @@ def test_little_that_unpacks_to_much_is_read_no_further_than_the_limit(
         ("c.txt", b"x\n" * (size // 2), lambda path: list(read_documents(path)), "a document of more than 131,072"),
         ("c.json", b'[{"text": "' + b"x" * size * 3, lambda path: list(read_documents(path)), "ends within a value"),
         ("c.csv", b'text\n"' + b"x\n" * (size // 2), lambda path: list(read_documents(path)), "field larger than"),
-        ("d.jsonl", b"x" * size, lambda path: list(records.read_records(path)), "a line of more than"),
-        ("e.txt", b"x\n" * (size // 2), lambda path: [None for _ in records.read_lines(path)], "more than 131,072"),
+        ("d.jsonl", b"x" * size, lambda path: list(task_data.read_records(path)), "a line of more than"),
+        ("e.txt", b"x\n" * (size // 2), lambda path: [None for _ in task_data.read_lines(path)], "more than 131,072"),
     ):
         path = tmp_path / f"{name}.{suffix}"
         path.write_bytes(PACKERS[suffix](text))

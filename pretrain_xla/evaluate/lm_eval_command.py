@@ -65,4 +65,4 @@ def register() -> None:
     from lm_eval.api.registry import model_registry
 
     if MODEL not in model_registry:
-        model_registry.register(MODEL, target="pretrain_xla.evaluate.harness:PretrainXlaLM")
+        model_registry.register(MODEL, target="pretrain_xla.evaluate.lm_eval_model:PretrainXlaLM")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pretrain_xla.evaluate.questions import Question
+from pretrain_xla.evaluate.prompts import Question
 from pretrain_xla.evaluate.scorer import Score
 
 

@@ -15,12 +15,12 @@ from pretrain_xla.data.batches import Batches
 from pretrain_xla.data.dataset import TokenDataset, open_dataset
 from pretrain_xla.errors import UserError
 from pretrain_xla.evaluate import metrics as measures
-from pretrain_xla.evaluate import questions
+from pretrain_xla.evaluate import prompts
 from pretrain_xla.evaluate.metrics import Measured
-from pretrain_xla.evaluate.questions import Question
-from pretrain_xla.evaluate.records import HubDataset, Record, find_file, read_hub, read_lines, read_records
+from pretrain_xla.evaluate.prompts import Question
 from pretrain_xla.evaluate.rows import joined_rows, separate_rows, windows
 from pretrain_xla.evaluate.scorer import Row, Score
+from pretrain_xla.evaluate.task_data import HubDataset, Record, find_file, read_hub, read_lines, read_records
 from pretrain_xla.interop.special_tokens import before_text
 from pretrain_xla.tokenizers.fingerprint import TokenizerId, dataset_tokenizer, fingerprint
 from pretrain_xla.tokenizers.tokenizer import Tokenizer
@@ -168,7 +168,7 @@ def _choice(name: str, task: Task, source: str | None, settings: Settings, reade
 
 def _last_word(name: str, task: Task, source: str | None, settings: Settings, reader: Reader) -> Prepared:
     where, records = _records(name, task, source, settings)
-    pairs = [questions.lambada(record) for record in records]
+    pairs = [prompts.lambada(record) for record in records]
     rows = joined_rows([a for a, _ in pairs], [b for _, b in pairs], reader.tokenizer, reader.max_length, reader.before)
     return Prepared(name, task.definition, where, len(pairs), rows, measures.last_word)
 
@@ -252,12 +252,12 @@ TASKS: dict[str, Task] = {
     "text": Task("perplexity of a text file as it stands", _text),
     "hellaswag": Task(
         f"{_LM_EVAL}: acc by summed log-probability, acc_norm by that for each character", _choice,
-        HubDataset("Rowan/hellaswag", None, "validation"), "hellaswag", {"ask": questions.hellaswag, "by": "characters"},
+        HubDataset("Rowan/hellaswag", None, "validation"), "hellaswag", {"ask": prompts.hellaswag, "by": "characters"},
     ),
     "hellaswag_llmc": Task(
         "llm.c's: raw context and ending, tokenized apart; acc by summed loss, acc_norm by mean loss for each token", _choice,
         HubDataset("Rowan/hellaswag", None, "validation"), "hellaswag",
-        {"ask": questions.hellaswag_llmc, "by": "tokens", "separate": True},
+        {"ask": prompts.hellaswag_llmc, "by": "tokens", "separate": True},
     ),
     "lambada": Task(
         "lm-eval's lambada_openai: perplexity of the last word, acc by greedy decoding", _last_word,
@@ -265,16 +265,16 @@ TASKS: dict[str, Task] = {
     ),
     "piqa": Task(
         f"{_LM_EVAL}: acc by summed log-probability, acc_norm by that for each character", _choice,
-        HubDataset("baber/piqa", None, "validation"), "piqa", {"ask": questions.piqa, "by": "characters"},
+        HubDataset("baber/piqa", None, "validation"), "piqa", {"ask": prompts.piqa, "by": "characters"},
     ),
     "arc_easy": Task(
         f"{_LM_EVAL}: acc by summed log-probability, acc_norm by that for each character", _choice,
-        HubDataset("allenai/ai2_arc", "ARC-Easy", "test"), "arc_easy", {"ask": questions.arc, "by": "characters"},
+        HubDataset("allenai/ai2_arc", "ARC-Easy", "test"), "arc_easy", {"ask": prompts.arc, "by": "characters"},
     ),
     "winogrande": Task(
         f"{_LM_EVAL}: acc by the log-probability of what follows the gap, given each filling", _choice,
         HubDataset("allenai/winogrande", "winogrande_xl", "validation"), "winogrande",
-        {"ask": questions.winogrande, "by": None},
+        {"ask": prompts.winogrande, "by": None},
     ),
 }  # fmt: skip
 """Name → task."""

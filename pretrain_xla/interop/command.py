@@ -19,7 +19,7 @@ from pretrain_xla.model import parameter_count
 from pretrain_xla.redact import redacted, redacted_tree
 from pretrain_xla.run_folder.checkpoint import CheckpointInfo, CheckpointStore
 from pretrain_xla.run_folder.files import CONFIG_FILE, TOKENIZER_FOLDER
-from pretrain_xla.run_folder.finite import check_finite
+from pretrain_xla.run_folder.tensor_checks import check_finite
 from pretrain_xla.tokenizers.load import known_tokenizers, load_tokenizer
 from pretrain_xla.tokenizers.tokenizer import is_stored
 

@@ -16,7 +16,7 @@ from pretrain_xla.interop.model_card import model_card
 from pretrain_xla.interop.special_tokens import before_text
 from pretrain_xla.interop.tensors import to_hugging_face
 from pretrain_xla.interop.tokenizer_files import write_tokenizer
-from pretrain_xla.run_folder.finite import check_finite
+from pretrain_xla.run_folder.tensor_checks import check_finite
 from pretrain_xla.tokenizers.load import known_tokenizers, load_tokenizer
 from pretrain_xla.tokenizers.tokenizer import Tokenizer
 

@@ -27,7 +27,7 @@ from pretrain_xla.model import GPT
 from pretrain_xla.redact import is_redacted
 from pretrain_xla.run_folder.checkpoint import MARKER, CheckpointInfo, open_checkpoint
 from pretrain_xla.run_folder.files import find_tokenizer
-from pretrain_xla.run_folder.finite import check_names
+from pretrain_xla.run_folder.tensor_checks import check_names
 
 __all__ = ["LoadedModel", "ModelSource", "find_model", "load_model"]
 

@@ -12,8 +12,8 @@ from pretrain_xla.interop.families import Family
 from pretrain_xla.interop.load import LoadedModel
 from pretrain_xla.model import parameter_count
 from pretrain_xla.redact import redacted
+from pretrain_xla.run_folder.data_position import tokens_seen
 from pretrain_xla.run_folder.report import perplexity, shown
-from pretrain_xla.run_folder.seen import tokens_seen
 
 CARD = """---
 library_name: transformers

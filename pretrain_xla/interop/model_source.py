@@ -11,7 +11,7 @@ from torch import Tensor
 from pretrain_xla.config import ModelConfig
 from pretrain_xla.redact import redacted
 from pretrain_xla.run_folder.checkpoint import CheckpointInfo, CheckpointStore
-from pretrain_xla.run_folder.finite import check_finite
+from pretrain_xla.run_folder.tensor_checks import check_finite
 
 
 @dataclass(frozen=True)

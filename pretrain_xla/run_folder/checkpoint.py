@@ -26,9 +26,16 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from pretrain_xla.errors import UserError
 from pretrain_xla.run_folder.checkpoint_folders import PREFIX, CheckpointFolders, step_of
+from pretrain_xla.run_folder.checkpoint_marker import (
+    MARKER,
+    CheckpointInfo,
+    DamagedMarker,
+    NewerMarker,
+    read_marker,
+    write_marker,
+)
 from pretrain_xla.run_folder.checkpoint_metadata import ForbiddenName, read_metadata, reader
-from pretrain_xla.run_folder.finite import not_finite
-from pretrain_xla.run_folder.marker import MARKER, CheckpointInfo, DamagedMarker, NewerMarker, read_marker, write_marker
+from pretrain_xla.run_folder.tensor_checks import not_finite
 from pretrain_xla.system_faults import disk_fault, system_fault
 
 __all__ = ["MARKER", "PREFIX", "CheckpointInfo", "CheckpointStore", "open_checkpoint"]

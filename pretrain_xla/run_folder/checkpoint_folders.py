@@ -6,7 +6,7 @@ import os
 import re
 
 from pretrain_xla.errors import UserError
-from pretrain_xla.run_folder.marker import MARKER
+from pretrain_xla.run_folder.checkpoint_marker import MARKER
 from pretrain_xla.storage.files import filesystem, is_local
 
 PREFIX = "step_"

@@ -15,9 +15,9 @@ from pretrain_xla.interop.from_checkpoint import FREE_MODEL_KEYS, check_fits, fi
 from pretrain_xla.interop.load import ModelSource, find_model
 from pretrain_xla.model.xla.stacked import stack_layers
 from pretrain_xla.run_folder.checkpoint import MARKER, CheckpointInfo, CheckpointStore, open_checkpoint
-from pretrain_xla.run_folder.finite import check_finite, check_names
-from pretrain_xla.run_folder.own_tokenizer import check_same_tokenizer, tokenizer_of_checkpoint, tokenizer_of_run
-from pretrain_xla.run_folder.seen import other_data
+from pretrain_xla.run_folder.data_position import has_other_data
+from pretrain_xla.run_folder.tensor_checks import check_finite, check_names
+from pretrain_xla.run_folder.tokenizer_check import check_same_tokenizer, tokenizer_of_checkpoint, tokenizer_of_run
 from pretrain_xla.tokenizers.fingerprint import TokenizerId
 from pretrain_xla.tokenizers.load import known_tokenizers
 from pretrain_xla.train.loss_scale import LossScale
@@ -194,7 +194,7 @@ def _check_data(
     folder = source.folder(step)
     had = tokenizer_of_checkpoint(source.root, info, config)
     check_same_tokenizer(had, folder, tokenizer_of_run(config), config)
-    if other_data(info, data_fingerprint) and not config.train.do_test:
+    if has_other_data(info, data_fingerprint) and not config.train.do_test:
         where = f"those in {config.data.train_dir}, from their beginning"
         say(f"{folder} was trained on other shards; this run continues on {where}")
 

@@ -28,17 +28,17 @@ from pretrain_xla.model.xla.stacked import unstack_layers
 from pretrain_xla.redact import redacted_tree
 from pretrain_xla.run_folder.build import build_examples, build_optimizer, execution_of
 from pretrain_xla.run_folder.checkpoint import CheckpointInfo
+from pretrain_xla.run_folder.checkpoint_marker import DataPosition
 from pretrain_xla.run_folder.console import Console
-from pretrain_xla.run_folder.marker import Seen
+from pretrain_xla.run_folder.data_position import describe_changes, resume_position
 from pretrain_xla.run_folder.metrics import MetricLog, Row
-from pretrain_xla.run_folder.own_tokenizer import tokenizer_of_run
 from pretrain_xla.run_folder.report import perplexity, shown, summarised_steps, write_report
-from pretrain_xla.run_folder.seen import seen_so_far, what_changed
+from pretrain_xla.run_folder.tokenizer_check import tokenizer_of_run
 from pretrain_xla.run_folder.trackers import WandB
 from pretrain_xla.runtime import Runtime
+from pretrain_xla.train.deferred_metrics import DeferredMetrics, check_rows
 from pretrain_xla.train.evaluations import build_evaluation, build_validation
 from pretrain_xla.train.graph_guard import GraphGuard
-from pretrain_xla.train.readings import Readings, check_rows
 from pretrain_xla.train.resume import Start, find_start
 from pretrain_xla.train.samples import Samples
 from pretrain_xla.train.step import METRICS, TrainStep, step_seed
@@ -93,18 +93,18 @@ class Trainer:
         config, train, info = self.config, self.config.train, self.start.info
         length = config.model.seq_length
         sequences = int(sequences_of(dataset, length).sum())
-        self.seen = seen_so_far(info, config, self.data_fingerprint, sequences)
-        if info is not None and not train.do_test and (line := what_changed(info, config, self.seen)):
+        self.data_position = resume_position(info, config, self.data_fingerprint, sequences)
+        if info is not None and not train.do_test and (line := describe_changes(info, config, self.data_position)):
             self.console.note(line)
         return Batches(
             dataset,
             sequences_per_batch=config.sequences_per_step,
             seq_length=length,
-            seed=self.seen.seed,
+            seed=self.data_position.seed,
             shuffle=True,
-            shuffle_window=self.seen.shuffle_window,
+            shuffle_window=self.data_position.shuffle_window,
             drop_last=config.data.drop_last and not train.do_test,
-            start=self.seen.position,
+            start=self.data_position.position,
             steps=max(train.train_steps - self.start.step, 0),
             share=self._share(train.train_batch_size),
         )
@@ -132,8 +132,8 @@ class Trainer:
         self._history = self.runtime.place_like(torch.zeros(self.config.logging.log_interval, len(METRICS)), None)
         self._done, self._under_way = first, 0
         self._measured: tuple[int, float | None] = (first, None)  # the step of the last validation, and its loss
-        self.readings = Readings(
-            self.config, self.runtime, first, self._record, tokens=lambda step: self._seen(step).tokens
+        self.metrics = DeferredMetrics(
+            self.config, self.runtime, first, self._record, tokens=lambda step: self._data_position(step).tokens
         )
         self.console.header(self.config, self.runtime, first)
         with ExitStack() as stack:
@@ -150,7 +150,7 @@ class Trainer:
             ahead = pipeline(self._read, self.runtime.place_batch, first, last, depth, threads)
             batches = stack.enter_context(ahead)
             stack.push(self._record_rest)
-            self.readings.input_seconds = lambda: batches.seconds_waited
+            self.metrics.input_seconds = lambda: batches.seconds_waited
             stack.enter_context(self.runtime.watch())
             for done, tokens in enumerate(batches, start=first + 1):
                 self._one_step(done, tokens)
@@ -182,10 +182,10 @@ class Trainer:
         if done == self.start.step + 1:
             with self.runtime.planned():
                 self.runtime.wait()  # so that compiling is not counted as training
-            self.readings.clock.restart(done)
-        if done - self.readings.read_until == self.config.logging.log_interval or pauses:
-            self.readings.request(self._history, done)
-            self.readings.collect(leave=0 if pauses else 1)
+            self.metrics.clock.restart(done)
+        if done - self.metrics.read_until == self.config.logging.log_interval or pauses:
+            self.metrics.request(self._history, done)
+            self.metrics.collect(leave=0 if pauses else 1)
         if validates:
             with self.runtime.planned():
                 self._validate(done)
@@ -197,7 +197,7 @@ class Trainer:
             with self.runtime.planned():
                 self._sample(done)
         if pauses:
-            self.readings.clock.restart(done)
+            self.metrics.clock.restart(done)
         self.guard.check(done)
         self._bar.advance(done)
 
@@ -213,11 +213,11 @@ class Trainer:
         tokens = self.batches.rows(step - self.start.step, wanted)
         return tokens.reshape(len(rows), train.gradient_accum_step, -1)
 
-    def _seen(self, done: int) -> Seen:
+    def _data_position(self, done: int) -> DataPosition:
         """What the run has seen after update `done`."""
         steps = done - self.start.step
-        tokens = self.seen.tokens + steps * self.config.tokens_per_step
-        return replace(self.seen, tokens=tokens, position=self.batches.position(steps))
+        tokens = self.data_position.tokens + steps * self.config.tokens_per_step
+        return replace(self.data_position, tokens=tokens, position=self.batches.position(steps))
 
     def _share(self, batch_size: int) -> float:
         """Part of a batch's rows that this process reads."""
@@ -234,8 +234,8 @@ class Trainer:
         Not where there are several processes: the others might not come along, and reading would wait for them.
         """
         if kind is not None and issubclass(kind, UserError) and self.runtime.process_count == 1:
-            self.readings.request(self._history, self._done)
-            self.readings.record_all()
+            self.metrics.request(self._history, self._done)
+            self.metrics.record_all()
 
     def _validate(self, done: int) -> None:
         loss = self.validation()
@@ -264,8 +264,8 @@ class Trainer:
 
     def _save(self, done: int) -> None:
         """Write the state after update `done`; metrics up to there are on disk before it counts."""
-        self.readings.request(self._history, done)
-        self.readings.collect()
+        self.metrics.request(self._history, done)
+        self.metrics.collect()
         host = self.runtime.gather(self.step.named_state())
         if self.runtime.is_main:
             config = redacted_tree(self.config.model_dump(mode="json"))
@@ -276,7 +276,7 @@ class Trainer:
                 loss,
                 self.data_fingerprint,
                 config,
-                seen=self._seen(done),
+                seen=self._data_position(done),
                 tokenizer=self.tokenizer_fingerprint,
             )
             self.start.store.save(unstack_layers(host), info)
@@ -315,7 +315,7 @@ class Trainer:
         """Write `summary.json` and `loss.png` of a run that has made so many steps."""
         summary = {
             "steps": steps,
-            "tokens": self._seen(steps).tokens,
+            "tokens": self._data_position(steps).tokens,
             "parameters": parameter_count(self.config.model),
             "seconds": round(time.perf_counter() - self._began, 1),
             "resumed_from_step": self.start.step or None,

@@ -17,9 +17,9 @@ from pretrain_xla.interop.families import FAMILIES
 from pretrain_xla.interop.model_card import model_card
 from pretrain_xla.interop.model_source import LoadedModel
 from pretrain_xla.run_folder.checkpoint import CheckpointInfo, CheckpointStore
-from pretrain_xla.run_folder.marker import Seen
+from pretrain_xla.run_folder.checkpoint_marker import DataPosition
+from pretrain_xla.run_folder.data_position import describe_changes, resume_position, tokens_seen
 from pretrain_xla.run_folder.metrics import read_metrics
-from pretrain_xla.run_folder.seen import seen_so_far, tokens_seen, what_changed
 from pretrain_xla.runtime.torch_runtime import TorchRuntime
 from pretrain_xla.train.trainer import Trainer
 from tests.small_run import TINY
@@ -34,68 +34,68 @@ def config(**changes: Any) -> RunConfig:
     return build_config(changes, "test")
 
 
-def saved(run: RunConfig, step: int, seen: Seen | None = None, data: str = "data") -> CheckpointInfo:
+def saved(run: RunConfig, step: int, seen: DataPosition | None = None, data: str = "data") -> CheckpointInfo:
     """As a checkpoint of this run says it; without `seen`, as it said it when there was no such thing."""
     return CheckpointInfo(step, None, data, run.model_dump(mode="json"), seen=seen)
 
 
 def test_a_new_run_has_seen_nothing() -> None:
     run = config(train={"seed": 4}, data={"shuffle_window": 3})
-    assert seen_so_far(None, run, "data", 100) == Seen(0, 0, 4, 3)
-    assert seen_so_far(saved(run, 0), run, "data", 100) == Seen(0, 0, 4, 3), "an imported model"
+    assert resume_position(None, run, "data", 100) == DataPosition(0, 0, 4, 3)
+    assert resume_position(saved(run, 0), run, "data", 100) == DataPosition(0, 0, 4, 3), "an imported model"
 
 
 def test_what_is_saved_is_where_it_goes_on_whatever_the_batch() -> None:
-    seen = Seen(12_345, 678, 4, 3)
+    seen = DataPosition(12_345, 678, 4, 3)
     had = config(train={"seed": 4, "train_batch_size": 8}, data={"shuffle_window": 3})
     has = config(train={"seed": 5, "train_batch_size": 2, "gradient_accum_step": 16}, data={"shuffle_window": 9})
-    assert seen_so_far(saved(had, 50, seen), has, "data", 100) == seen
+    assert resume_position(saved(had, 50, seen), has, "data", 100) == seen
     assert tokens_seen(saved(had, 50, seen)) == 12_345
 
 
 def test_an_old_checkpoint_stands_where_its_own_batches_brought_it() -> None:
     had = config(train={"seed": 4, "train_batch_size": 8, "gradient_accum_step": 2}, data={"shuffle_window": 3})
     has = config(train={"seed": 4, "train_batch_size": 4})
-    assert seen_so_far(saved(had, 10), has, "data", 100) == Seen(10 * 16 * 512, 160, 4, 3)
+    assert resume_position(saved(had, 10), has, "data", 100) == DataPosition(10 * 16 * 512, 160, 4, 3)
     dropping = config(train={"train_batch_size": 16}, data={"drop_last": True})
     # Of 100 sequences six batches of 16 make up an epoch: ten of them end after four of the second.
-    assert seen_so_far(saved(dropping, 10), has, "data", 100).position == 164
-    assert seen_so_far(saved(dropping, 12), has, "data", 100).position == 196
+    assert resume_position(saved(dropping, 10), has, "data", 100).position == 164
+    assert resume_position(saved(dropping, 12), has, "data", 100).position == 196
 
 
 def test_other_data_and_another_length_begin_anew_and_the_tokens_stay_counted() -> None:
-    seen = Seen(12_345, 678, 4, 3)
+    seen = DataPosition(12_345, 678, 4, 3)
     run = config(train={"seed": 5}, data={"shuffle_window": 9})
     for info, now in (
         (saved(run, 50, seen), "others"),
         (saved(config(model={"seq_length": 256}), 50, seen), "data"),
     ):
-        assert seen_so_far(info, run, now, 100) == Seen(12_345, 0, 5, 9)
-    assert seen_so_far(saved(run, 50, seen, data=""), run, "data", 100) == seen, "of unknown data"
+        assert resume_position(info, run, now, 100) == DataPosition(12_345, 0, 5, 9)
+    assert resume_position(saved(run, 50, seen, data=""), run, "data", 100) == seen, "of unknown data"
 
 
 def test_what_changed_is_said_in_a_line() -> None:
     had = config(train={"train_batch_size": 8, "seed": 4}, optim={"betas": (0.9, 0.95)})
-    info = saved(had, 50, Seen(1, 2, 4, 8))
-    assert what_changed(info, had, Seen(1, 2, 4, 8)) is None
+    info = saved(had, 50, DataPosition(1, 2, 4, 8))
+    assert describe_changes(info, had, DataPosition(1, 2, 4, 8)) is None
     moved = had.model_copy(
         update={
             "data": had.data.model_copy(update={"train_dir": "elsewhere", "prefetch_batches": 9}),
             "logging": had.logging.model_copy(update={"log_interval": 1}),
         }
     )
-    assert what_changed(info, moved, Seen(1, 2, 4, 8)) is None, "nothing that matters"
+    assert describe_changes(info, moved, DataPosition(1, 2, 4, 8)) is None, "nothing that matters"
     has = config(
         train={"train_batch_size": 4, "gradient_accum_step": 3, "seed": 5, "mixed_precision": "bf16"},
         optim={"betas": (0.9, 0.98), "decay_steps": 9000},
     )
-    assert what_changed(info, has, Seen(1, 2, 4, 8)) == (
+    assert describe_changes(info, has, DataPosition(1, 2, 4, 8)) == (
         "settings changed since step 50: betas 0.9 0.95 → 0.9 0.98, decay_steps 20000 → 9000, seed 4 → 5, "
         "train_batch_size 8 → 4, gradient_accum_step 1 → 3, mixed_precision none → bf16; so that nothing comes twice or is "
         "left out, the data stay in the order of seed 4 and shuffle_window 8"
     )
-    line = what_changed(
-        info, config(model={"seq_length": 256}, train={"train_batch_size": 8, "seed": 4}), Seen(1, 0, 4, 8)
+    line = describe_changes(
+        info, config(model={"seq_length": 256}, train={"train_batch_size": 8, "seed": 4}), DataPosition(1, 0, 4, 8)
     )
     assert line is not None
     assert line.endswith("; cut into sequences of 256 tokens, the data begin anew")
@@ -106,7 +106,7 @@ def test_settings_from_before_they_were_there_are_no_change() -> None:
     info = saved(had, 50)
     del info.config["train"]["loss_ignore_tokens"]
     info.config["train"]["forgotten"] = 3
-    assert what_changed(info, had, seen_so_far(saved(had, 50), had, "data", 100)) is None
+    assert describe_changes(info, had, resume_position(saved(had, 50), had, "data", 100)) is None
 
 
 @pytest.mark.parametrize("fault", [{"position": -1}, {"tokens": "many"}, {"shuffle_window": 0}, {"more": 1}])
@@ -116,7 +116,7 @@ def test_a_marker_with_an_impossible_position_is_refused(fault: dict[str, Any], 
     marker = {"step": 1, "valid_loss": None, "data": "", "config": {}, "seen": seen}
     (tmp_path / "step_00000001" / "checkpoint.json").write_text(json.dumps(marker))
     store = CheckpointStore(str(tmp_path), limit=1)
-    assert store.info(1).seen == Seen(**seen)
+    assert store.info(1).seen == DataPosition(**seen)
     (tmp_path / "step_00000001" / "checkpoint.json").write_text(json.dumps(marker | {"seen": seen | fault}))
     with pytest.raises(UserError, match=r"checkpoint\.json cannot be read"):
         store.info(1)
@@ -124,7 +124,7 @@ def test_a_marker_with_an_impossible_position_is_refused(fault: dict[str, Any], 
 
 def test_a_model_card_counts_the_tokens_that_were_seen() -> None:
     run = config(train={"train_batch_size": 8})
-    even, uneven = Seen(50 * 8 * 512, 400, 1, 8), Seen(123_456, 241, 1, 8)
+    even, uneven = DataPosition(50 * 8 * 512, 400, 1, 8), DataPosition(123_456, 241, 1, 8)
     for seen, words in (
         (even, "50 steps of 4,096 tokens, 204,800 in all"),
         (uneven, "50 steps, 123,456 tokens in all"),
@@ -171,7 +171,7 @@ def test_a_run_goes_on_where_it_stands_with_any_batch(
         fed += trainer.fed
         seen.append(sum(rows_BAS[:, :, 1:].size for rows_BAS in fed))
         store = CheckpointStore(trainer.config.checkpoints_dir, 1)
-        assert store.info(last).seen == Seen(seen[-1], seen[-1] // LENGTH, 7, 8)
+        assert store.info(last).seen == DataPosition(seen[-1], seen[-1] // LENGTH, 7, 8)
         summary = json.loads(Path(trainer.config.run_dir, "summary.json").read_text())
         assert summary["tokens"] == seen[-1]
     order = Batches(trainer.batches.dataset, sequences_per_batch=100, seq_length=LENGTH, seed=7)
@@ -192,5 +192,5 @@ def test_a_run_goes_on_where_it_stands_with_any_batch(
     assert in_order([Recorded(taken, runtime)._read(30)]).tolist() == order.rows(0)[78:82].tolist()
     np.save(tokens / "train" / "001.npy", np.arange(100, dtype=np.uint16) % 37)
     other = Recorded(taken, runtime)
-    assert other.seen == Seen(seen[-1], 0, taken.train.seed, 8)
+    assert other.data_position == DataPosition(seen[-1], 0, taken.train.seed, 8)
     assert "on those in" in capsys.readouterr().out

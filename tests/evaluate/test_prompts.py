@@ -16,21 +16,21 @@ import pytest
 import zstandard
 
 from pretrain_xla.errors import UserError
-from pretrain_xla.evaluate import questions
-from pretrain_xla.evaluate.questions import Question
-from pretrain_xla.evaluate.records import Record, find_file, read_lines, read_records
+from pretrain_xla.evaluate import prompts
+from pretrain_xla.evaluate.prompts import Question
 from pretrain_xla.evaluate.rows import cut, joined_rows, separate_rows
+from pretrain_xla.evaluate.task_data import Record, find_file, read_lines, read_records
 from pretrain_xla.tokenizers.bytes_tokenizer import BytesTokenizer
 
 from .conftest import ORIGINAL
 
 Write = Callable[[str, Iterable[dict[str, Any]]], Path]
 ASK: dict[str, Callable[[Record], Question]] = {
-    "hellaswag": questions.hellaswag,
-    "hellaswag_llmc": questions.hellaswag_llmc,
-    "piqa": questions.piqa,
-    "arc_easy": questions.arc,
-    "winogrande": questions.winogrande,
+    "hellaswag": prompts.hellaswag,
+    "hellaswag_llmc": prompts.hellaswag_llmc,
+    "piqa": prompts.piqa,
+    "arc_easy": prompts.arc,
+    "winogrande": prompts.winogrande,
 }
 
 
@@ -98,8 +98,8 @@ def test_winogrande() -> None:
 
 
 def test_lambada() -> None:
-    assert questions.lambada(Record({"text": "one two\n\nthree four"}, "")) == ("one two\n\nthree", " four")
-    assert questions.lambada(Record({"text": "one"}, "")) == ("", " one")
+    assert prompts.lambada(Record({"text": "one two\n\nthree four"}, "")) == ("one two\n\nthree", " four")
+    assert prompts.lambada(Record({"text": "one"}, "")) == ("", " one")
 
 
 @pytest.mark.parametrize("task", ASK)
@@ -211,15 +211,15 @@ def test_an_empty_context_is_an_end_of_text() -> None:
 @pytest.mark.parametrize(
     ("ask", "fields"),
     [
-        (questions.hellaswag, {"query": 3, "choices": ["a", "b"], "gold": 0}),
-        (questions.hellaswag, {"query": "a", "choices": "runs", "gold": 0}),
-        (questions.hellaswag, {"ctx_a": "a", "ctx_b": None, "activity_label": "c", "endings": ["d"], "label": 0}),
-        (questions.hellaswag_llmc, {"ctx": "a", "endings": None, "label": 0}),
-        (questions.piqa, {"goal": "a", "sol1": 1, "sol2": "b", "label": 0}),
-        (questions.arc, {"question": "a", "choices": {"text": ["b"]}, "answerKey": "A"}),
-        (questions.arc, {"question": {"stem": "a", "choices": [{"text": "b"}]}, "answerKey": "A"}),
-        (questions.winogrande, {"sentence": 3, "option1": "a", "option2": "b", "answer": "1"}),
-        (questions.lambada, {"text": None}),
+        (prompts.hellaswag, {"query": 3, "choices": ["a", "b"], "gold": 0}),
+        (prompts.hellaswag, {"query": "a", "choices": "runs", "gold": 0}),
+        (prompts.hellaswag, {"ctx_a": "a", "ctx_b": None, "activity_label": "c", "endings": ["d"], "label": 0}),
+        (prompts.hellaswag_llmc, {"ctx": "a", "endings": None, "label": 0}),
+        (prompts.piqa, {"goal": "a", "sol1": 1, "sol2": "b", "label": 0}),
+        (prompts.arc, {"question": "a", "choices": {"text": ["b"]}, "answerKey": "A"}),
+        (prompts.arc, {"question": {"stem": "a", "choices": [{"text": "b"}]}, "answerKey": "A"}),
+        (prompts.winogrande, {"sentence": 3, "option1": "a", "option2": "b", "answer": "1"}),
+        (prompts.lambada, {"text": None}),
     ],
 )
 def test_values_of_another_form_name_the_record(ask: Callable[[Record], Any], fields: dict[str, Any]) -> None:

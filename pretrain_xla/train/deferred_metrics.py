@@ -23,7 +23,7 @@ from pretrain_xla.runtime import Runtime
 from pretrain_xla.train.step import METRICS
 
 
-class Readings:
+class DeferredMetrics:
     """The metrics of a run's steps.
 
     read_until: step that the newest reading goes to.

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from pretrain_xla.errors import UserError
-from pretrain_xla.evaluate.records import Record
+from pretrain_xla.evaluate.task_data import Record
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ VERSION = 2
 
 
 @dataclass(frozen=True)
-class Seen:
+class DataPosition:
     """tokens: seen in the whole run, whatever the data. position: in the order of the present data. seed, shuffle_window: of
     that order."""
 
@@ -50,7 +50,7 @@ class CheckpointInfo:
     config: dict[str, Any]
     version: int = VERSION
     checksums: dict[str, int] | None = None
-    seen: Seen | None = None
+    seen: DataPosition | None = None
     tokenizer: str | None = None
 
 
@@ -81,7 +81,7 @@ def read_marker(files: Any, path: str, step: int) -> CheckpointInfo:
         if isinstance(content, dict) and (unknown := content.keys() - {field.name for field in fields(CheckpointInfo)}):
             raise NewerMarker(f"a later version of pretrain_xla wrote it: {min(unknown)} is not known here")
         if isinstance(content, dict) and content.get("seen") is not None:
-            content["seen"] = Seen(**content["seen"])
+            content["seen"] = DataPosition(**content["seen"])
         info = CheckpointInfo(**content)
     except (ValueError, TypeError, RecursionError) as error:
         raise DamagedMarker(" ".join(str(error).split())[:200]) from None

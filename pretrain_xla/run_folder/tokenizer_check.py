@@ -9,8 +9,8 @@ from pretrain_xla.config import RunConfig
 from pretrain_xla.data.manifest import dataset_info
 from pretrain_xla.errors import UserError
 from pretrain_xla.redact import is_redacted
+from pretrain_xla.run_folder.checkpoint_marker import CheckpointInfo
 from pretrain_xla.run_folder.files import find_tokenizer
-from pretrain_xla.run_folder.marker import CheckpointInfo
 from pretrain_xla.tokenizers.fingerprint import TokenizerId, dataset_tokenizer
 from pretrain_xla.tokenizers.load import known_tokenizers
 

@@ -14,7 +14,7 @@ from typing import Any
 from pretrain_xla.config import RunConfig, build_config
 from pretrain_xla.data.batches import position_after
 from pretrain_xla.redact import redacted_tree
-from pretrain_xla.run_folder.marker import CheckpointInfo, Seen
+from pretrain_xla.run_folder.checkpoint_marker import CheckpointInfo, DataPosition
 
 WITHOUT_EFFECT = {
     "init", "train_dir", "cache_dir", "cache_gb", "remote_reads", "prefetch_batches", "do_test", "from_checkpoint",
@@ -23,7 +23,7 @@ WITHOUT_EFFECT = {
 """Settings of which nothing that follows depends in a run that goes on."""
 
 
-def seen_so_far(info: CheckpointInfo | None, config: RunConfig, data: str, sequences: int) -> Seen:
+def resume_position(info: CheckpointInfo | None, config: RunConfig, data: str, sequences: int) -> DataPosition:
     """Where a run stands in its data.
 
     Args:
@@ -35,14 +35,14 @@ def seen_so_far(info: CheckpointInfo | None, config: RunConfig, data: str, seque
     Raises:
         UserError: a checkpoint from before there was a position has a config that is not understood.
     """
-    begun = Seen(tokens_seen(info), 0, config.train.seed, config.data.shuffle_window)
+    begun = DataPosition(tokens_seen(info), 0, config.train.seed, config.data.shuffle_window)
     if info is None or info.step == 0 or _begins_anew(info, config, data):
         return begun
     if info.seen is not None:
         return info.seen
     had = _config(info)
     position = position_after(info.step, had.sequences_per_step, sequences, drop_last=had.data.drop_last)
-    return Seen(begun.tokens, position, had.train.seed, had.data.shuffle_window)
+    return DataPosition(begun.tokens, position, had.train.seed, had.data.shuffle_window)
 
 
 def tokens_seen(info: CheckpointInfo | None) -> int:
@@ -53,7 +53,7 @@ def tokens_seen(info: CheckpointInfo | None) -> int:
     return info.seen.tokens if info.seen is not None else info.step * _config(info).tokens_per_step
 
 
-def what_changed(info: CheckpointInfo, config: RunConfig, seen: Seen) -> str | None:
+def describe_changes(info: CheckpointInfo, config: RunConfig, seen: DataPosition) -> str | None:
     """One line on the settings that are not those of the checkpoint, and on what does not follow them; none: all are."""
     changes = [f"{key} {_word(had)} → {_word(has)}" for key, had, has in _changes(info.config, config)]
     parts = [f"settings changed since step {info.step}: {', '.join(changes)}"] if changes else []
@@ -67,13 +67,13 @@ def what_changed(info: CheckpointInfo, config: RunConfig, seen: Seen) -> str | N
     return "; ".join(parts) or None
 
 
-def other_data(info: CheckpointInfo, data: str) -> bool:
+def has_other_data(info: CheckpointInfo, data: str) -> bool:
     """Whether a checkpoint's run saw other shards than those of this fingerprint."""
     return info.data not in ("", data)
 
 
 def _begins_anew(info: CheckpointInfo, config: RunConfig, data: str) -> bool:
-    return other_data(info, data) or _length(info) not in (None, config.model.seq_length)
+    return has_other_data(info, data) or _length(info) not in (None, config.model.seq_length)
 
 
 def _length(info: CheckpointInfo) -> int | None:

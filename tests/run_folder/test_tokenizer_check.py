@@ -19,7 +19,7 @@ from pretrain_xla.interop.export import export_model
 from pretrain_xla.interop.from_checkpoint import resolve_architecture
 from pretrain_xla.interop.load import load_model
 from pretrain_xla.prepare.dataset import prepare
-from pretrain_xla.run_folder.own_tokenizer import tokenizer_of_run
+from pretrain_xla.run_folder.tokenizer_check import tokenizer_of_run
 from pretrain_xla.tokenizers.fingerprint import TokenizerId, fingerprint
 from pretrain_xla.tokenizers.load import load_tokenizer
 from pretrain_xla.tokenizers.train import train_tokenizer
