@@ -124,7 +124,7 @@ def pretrain(arguments: Sequence[str], *, program: str, fixed: dict[str, Any] | 
     if speaks_first(config.parallel.runtime):
         for line in notes:
             print(f"note: {redacted(line)}", flush=True)
-    if config.train.preflight_only:
+    if config.train.mode == "preflight":
         from pretrain_xla.preflight.command import preflight
 
         if status := preflight(config):
@@ -170,12 +170,15 @@ def effectless(config: RunConfig, given: frozenset[str]) -> list[str]:
         "cooldown_steps": (config.optim.decay_method == "wsd", "only --decay-method wsd cools down"),
         "min_lr": (config.optim.decay_method not in ("noam", "constant"), "this --decay-method has no floor"),
         "decay_steps": (config.optim.decay_method not in ("noam", "constant"), "this --decay-method has no end"),
-        "eval_tasks": (not config.train.do_test, "--do-test prints the validation loss; evaluate.py scores tasks"),
+        "eval_tasks": (
+            not config.train.do_test,
+            "--do-test prints the validation loss; evaluate.py scores tasks",
+        ),
         "eval_interval": (bool(config.evaluation.eval_tasks), "there are no --eval-tasks"),
         "scan_layers": (xla, "only the xla runtime compiles a loop over the layers"),
         "overlap_gradients": (xla, "it is an option of the TPU's compiler"),
         "compile_cache": (xla, "it belongs to the xla runtime"),
-        "topology": (config.train.preflight_only, "only preflight compiles for a TPU that is not here"),
+        "topology": (config.train.mode == "preflight", "only preflight compiles for a TPU that is not here"),
         "sample_prompt": (config.logging.sample_interval is not None, "there is no --sample-interval"),
         "end_of_text": (config.data.separate_documents, "only --separate-documents looks for it"),
         **{
@@ -189,7 +192,7 @@ def effectless(config: RunConfig, given: frozenset[str]) -> list[str]:
         for leaf, (works, why) in rules.items()
         if leaf in given and not works
     ]
-    if not config.logging.wandb_logging:
+    if not config.wandb.wandb_logging:
         unused = sorted(leaf for leaf in given if leaf.startswith("wandb_") and leaf != "wandb_logging")
         if unused:
             names = ", ".join(f"--{leaf.replace('_', '-')}" for leaf in unused)

@@ -19,24 +19,28 @@ from pydantic import BaseModel
 
 from pretrain_xla.command_line import flags_of, one_line, unknown_flag
 from pretrain_xla.config import LEAVES, RunConfig, build_config
+from pretrain_xla.config.old_settings import ALIASES, translate, translate_flags
 from pretrain_xla.config_file import load_yaml
 from pretrain_xla.errors import UserError
 from pretrain_xla.redact import is_redacted
 
-# Leaves of the config that `--help` shows; `--help-all` shows every one.
-USUAL = frozenset(
+# Leaves of the config that `--help` shows, in this order; `--help-all` shows every one.
+USUAL = tuple(
     """
-    vocab_size seq_length d_model num_layers num_heads d_ff dropout activation tie_weights
     train_dir valid_dir
-    optim_type learning_rate betas weight_decay max_grad_norm decay_method warmup_steps min_lr decay_steps
-    seed train_batch_size eval_batch_size gradient_accum_step mixed_precision train_steps valid_steps valid_interval compile
-    do_test from_checkpoint rematerialization scan_layers strict_graph
-    mesh_data mesh_fsdp mesh_tensor topology
+    train_steps train_batch_size gradient_accum_step mixed_precision seed from_checkpoint mode
+    valid_interval valid_steps eval_batch_size rematerialization scan_layers strict_graph compile
+    learning_rate warmup_steps decay_steps min_lr decay_method weight_decay max_grad_norm betas optim_type
+    run_dir log_interval
     checkpoints_dir save_interval saved_checkpoint_limit resume hub_repo
-    run_dir log_interval wandb_logging wandb_project wandb_name
+    mesh_data mesh_fsdp mesh_tensor topology
+    d_model num_layers num_heads d_ff seq_length vocab_size dropout activation tie_weights
     eval_tasks eval_interval
+    wandb_logging wandb_project wandb_name
     """.split()
 )
+SECTIONS = ("data", "train", "optim", "logging", "checkpoint", "parallel", "model", "evaluation", "wandb")
+"""In the order in which `--help` shows them: first what most people set."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,9 +86,10 @@ def parse_flags(
     every = "--help-all" in arguments
     arguments = ["--help" if argument == "--help-all" else argument for argument in arguments]
     file = _value_of("--config", arguments)
-    tree = load_yaml(file) if file is not None else {}
     where = f"--config {file}" if file is not None else "command line"
-    given = frozenset(leaf for leaf in LEAVES if _is_named(leaf, arguments))
+    tree = translate(load_yaml(file), where) if file is not None else {}
+    given = frozenset(leaf for leaf in (*LEAVES, *ALIASES) if _is_named(leaf, arguments))
+    arguments = translate_flags(arguments, given)
     for leaf, value in (fixed or {}).items():
         if leaf not in given:
             tree.setdefault(LEAVES[leaf], {})[leaf] = value
@@ -186,9 +191,13 @@ def _mirror(tree: dict[str, Any], *, every: bool) -> type[Any]:
     every: show each leaf in the help text; otherwise the usual ones.
     """
     sections: list[Any] = []
-    for name, field in RunConfig.model_fields.items():
+    for name in SECTIONS:
+        field = RunConfig.model_fields[name]
         leaves: list[Any] = []
-        for leaf, info in _fields(name).items():
+        fields = _fields(name)
+        order = {leaf: index for index, leaf in enumerate(USUAL)}
+        for leaf in sorted(fields, key=lambda leaf: order.get(leaf, len(order))):
+            info = fields[leaf]
             default = tree.get(name, {}).get(leaf, info.default)
             if isinstance(default, list):
                 default = tuple(default)

@@ -93,7 +93,7 @@ def test_an_unknown_key_like_no_other_lists_the_known_ones() -> None:
         ("train", "seed", -1, "greater than or equal to 0"),
         ("parallel", "mesh_data", -2, "greater than or equal to -1"),
         ("checkpoint", "resume", "maybe", "boolean"),
-        ("logging", "wandb_tags", "one", "tuple"),
+        ("wandb", "wandb_tags", "one", "tuple"),
     ],
 )
 def test_a_bad_value_is_named_with_its_key(section: str, leaf: str, value: Any, expected: str) -> None:
@@ -295,7 +295,7 @@ def test_written_yaml_reads_back_equal(
         "logging": {"wandb_notes": notes, "wandb_tags": tags},
     }
     config = build_config(tree, "x")
-    assert config.logging.wandb_tags == tuple(tags)
+    assert config.wandb.wandb_tags == tuple(tags)
     assert reread(config, tmp_path_factory.getbasetemp()) == config
 
 

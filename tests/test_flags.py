@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -106,9 +107,9 @@ def test_spellings(arguments: list[str], name: str, expected: Any) -> None:
 def test_a_switch_turns_off_what_the_file_turns_on(yaml: Callable[[str], str]) -> None:
     path = yaml("model: {tie_weights: true, bias: false}\nlogging: {wandb_tags: [a, b]}\n")
     kept = parse("--config", path).config
-    assert (kept.model.tie_weights, kept.model.bias, kept.logging.wandb_tags) == (True, False, ("a", "b"))
+    assert (kept.model.tie_weights, kept.model.bias, kept.wandb.wandb_tags) == (True, False, ("a", "b"))
     changed = parse("--config", path, "--no-tie-weights", "--bias", "--wandb-tags", "c").config
-    assert (changed.model.tie_weights, changed.model.bias, changed.logging.wandb_tags) == (False, True, ("c",))
+    assert (changed.model.tie_weights, changed.model.bias, changed.wandb.wandb_tags) == (False, True, ("c",))
 
 
 @pytest.mark.parametrize(
@@ -250,7 +251,8 @@ def test_help_shows_every_flag_in_its_group(
 
 
 def test_help_shows_the_usual_flags_and_how_to_see_the_others(capsys: pytest.CaptureFixture[str]) -> None:
-    assert set(LEAVES) >= USUAL
+    assert set(LEAVES) >= set(USUAL)
+    assert len(set(USUAL)) == len(USUAL)
     with pytest.raises(SystemExit) as caught:
         parse("--help")
     assert caught.value.code == 0
@@ -289,7 +291,7 @@ ORIGINAL: dict[str, dict[str, Any]] = {
     "--wandb-notes first": {"wandb_notes": "first"},
     "--wandb-tags gpt2 medium": {"wandb_tags": ("gpt2", "medium")},
     # mode
-    "--do-test": {"do_test": True},
+    "--do-test": {"mode": "evaluate"},
     "--compile": {"compile": True},
     "--matmul-precision high": {"matmul_precision": "high"},
     "--from-checkpoint gpt2-medium": {"from_checkpoint": "gpt2-medium"},
@@ -318,8 +320,8 @@ ORIGINAL: dict[str, dict[str, Any]] = {
 TORCH_ONLY: dict[str, dict[str, Any]] = {"--ddp-backend nccl": {"ddp_backend": "nccl"}}
 XLA_ONLY: dict[str, dict[str, Any]] = {
     "--mp-start-method fork": {"mp_start_method": "fork"},
-    "--ddp": {"ddp": True},
-    "--use-syncfree-optim": {"use_syncfree_optim": True},
+    "--ddp": {},
+    "--use-syncfree-optim": {},
 }
 
 
@@ -329,7 +331,7 @@ def test_the_original_command_line_works_word_for_word(runtime: str, own: dict[s
     parsed = parse(*" ".join(flags).split(), runtime=runtime)
     expected = {name: value for values in flags.values() for name, value in values.items()}
     assert {name: leaf(parsed.config, name) for name in expected} == expected
-    assert parsed.given == set(expected)
+    assert parsed.given == {flag.split()[0].lstrip("-").replace("-", "_") for flag in flags}, "as they were typed"
     assert parsed.config.parallel.runtime == runtime
     default = {name: leaf(RunConfig(), name) for name in expected}
     assert not {name for name in expected if expected[name] == default[name]}, (
@@ -393,3 +395,44 @@ def test_defaults_of_the_original() -> None:
     }
     config = parse().config
     assert {name: leaf(config, name) for name in original} == original
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--do-test"], {"mode": "evaluate"}),
+        (["--preflight-only", "--topology", "v5e-8"], {"mode": "preflight", "topology": "v5e-8"}),
+        (["--ddp"], {"mp_start_method": "spawn"}),
+        (["--ddp", "--mp-start-method", "fork"], {"mp_start_method": "fork"}),
+        (["--mp_start_method=fork", "--ddp"], {"mp_start_method": "fork"}),
+        (["--no-ddp", "--no-do_test"], {"mp_start_method": None, "mode": "train"}),
+        (["--use_syncfree_optim"], {}),
+    ],
+)
+def test_old_switches_mean_settings_of_today(flags: list[str], expected: dict[str, Any]) -> None:
+    config = parse(*flags).config
+    assert config == build_config(nested(expected | {"runtime": config.parallel.runtime}), "test")
+
+
+def nested(leaves: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    tree: dict[str, dict[str, Any]] = {}
+    for name, value in leaves.items():
+        tree.setdefault(LEAVES[name], {})[name] = value
+    return tree
+
+
+def test_configs_that_older_runs_saved(yaml: Any) -> None:
+    """Every old key, as it was written into `config.yaml` and into checkpoints; flags go before them."""
+    old = """
+        train: {do_test: true, preflight_only: false, use_syncfree_optim: true, train_steps: 7}
+        parallel: {ddp: true, mp_start_method: null}
+        logging: {wandb_logging: true, wandb_tags: [a], log_interval: 3}
+    """
+    config = parse("--config", yaml(textwrap.dedent(old))).config
+    assert (config.train.mode, config.train.train_steps) == ("evaluate", 7)
+    assert config.parallel.mp_start_method == "spawn"
+    assert (config.wandb.wandb_logging, config.wandb.wandb_tags, config.logging.log_interval) == (True, ("a",), 3)
+    assert parse("--config", yaml(textwrap.dedent(old)), "--no-do-test").config.train.mode == "train"
+    assert parse("--config", yaml("parallel: {ddp: true}")).config.parallel.mp_start_method == "spawn"
+    with pytest.raises(UserError, match=r"train.do_test='maybe': give true or false"):
+        parse("--config", yaml("train: {do_test: maybe}"))

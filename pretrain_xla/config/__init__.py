@@ -2,11 +2,12 @@
 
 Each leaf is both a YAML key in its section and a flat command-line flag (`model.d_model` is `--d-model`), so a leaf's name is
 unique in the whole tree. Precedence: default < YAML < flag. Everything that can be refused without a device is refused here,
-in one line that names the key, the value and the fix. `run.py` has the tree; each other file has some of its sections.
+in one line that names the key, the value and the fix. `run.py` has the tree,
+`old_settings.py` what older command lines say; each other file has some of the sections.
 """
 
 from pretrain_xla.config.data import DataConfig, EvaluationConfig
-from pretrain_xla.config.machine import CheckpointConfig, LoggingConfig, ParallelConfig
+from pretrain_xla.config.machine import CheckpointConfig, LoggingConfig, ParallelConfig, WandbConfig
 from pretrain_xla.config.model import ModelConfig
 from pretrain_xla.config.run import LEAVES, RunConfig, build_config
 from pretrain_xla.config.section import Section
@@ -27,5 +28,6 @@ __all__ = [
     "RunConfig",
     "Section",
     "TrainConfig",
+    "WandbConfig",
     "build_config",
 ]

@@ -31,16 +31,14 @@ class ParallelConfig(Section):
     """TPU: local folder where compiled programs stay, so that a restart need not compile them again; none: no such folder.
     (XLA's CPU client stores programs too, but cannot load them.)"""
     mp_start_method: Literal["fork", "spawn"] | None = None
-    """xla: run one process for each device (PJRT multiprocessing), started this way; none: SPMD."""
-    ddp: bool = False
-    """xla: multiprocessing with one replica for each device, as with mp_start_method."""
+    """xla: run one process and one replica for each device (PJRT multiprocessing), started this way. None means SPMD."""
     ddp_backend: Literal["nccl", "gloo"] | None = None
     """torch under torchrun: collectives; none: nccl on CUDA, gloo on CPU."""
 
     @property
     def is_multiprocess(self) -> bool:
         """Whether the xla runtime runs one process for each device."""
-        return self.mp_start_method is not None or self.ddp
+        return self.mp_start_method is not None
 
 
 class CheckpointConfig(Section):
@@ -73,6 +71,11 @@ class LoggingConfig(Section):
     """What the samples continue; empty: they begin a new text."""
     tensorboard: bool = True
     """Write TensorBoard events."""
+
+
+class WandbConfig(Section):
+    """Weights & Biases; skip it unless you use it."""
+
     wandb_logging: bool = False
     """Log to Weights & Biases (needs `pip install wandb`)."""
     wandb_project: str = "pre-training-gpt2"

@@ -10,8 +10,9 @@ from typing import Any
 from pydantic import BaseModel, ValidationError, model_validator
 
 from pretrain_xla.config.data import DataConfig, EvaluationConfig
-from pretrain_xla.config.machine import CheckpointConfig, LoggingConfig, ParallelConfig
+from pretrain_xla.config.machine import CheckpointConfig, LoggingConfig, ParallelConfig, WandbConfig
 from pretrain_xla.config.model import ModelConfig
+from pretrain_xla.config.old_settings import translate
 from pretrain_xla.config.section import Section
 from pretrain_xla.config.training import OptimConfig, TrainConfig
 from pretrain_xla.errors import UserError
@@ -28,6 +29,7 @@ class RunConfig(Section):
     parallel: ParallelConfig = ParallelConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
+    wandb: WandbConfig = WandbConfig()
 
     @property
     def sequences_per_step(self) -> int:
@@ -134,13 +136,14 @@ def build_config(tree: dict[str, Any], where: str) -> RunConfig:
     """Validate a nested dict into a `RunConfig`.
 
     Args:
-        tree: section name → leaf name → value; sections and leaves that are left out take their defaults.
+        tree: section name → leaf name → value; sections and leaves that are left out take their defaults, and old ones are
+            translated.
         where: where the values came from, for the error message.
 
     Raises:
         UserError: unknown key, bad value or impossible combination, in one line.
     """
     try:
-        return RunConfig.model_validate(tree)
+        return RunConfig.model_validate(translate(tree, where))
     except ValidationError as error:
         raise UserError(_one_line(error, where)) from None

@@ -75,8 +75,9 @@ class TrainConfig(Section):
     """torch runtime: torch.compile. The xla runtime always compiles."""
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
     """Precision of fp32 matrix products."""
-    do_test: bool = False
-    """Only evaluate: print loss and perplexity on valid_dir, and end."""
+    mode: Literal["train", "evaluate", "preflight"] = "train"
+    """evaluate: only print loss and perplexity on valid_dir (as --do-test). preflight: only compile the training step for
+    `topology` with the TPU's compiler, and print what it needs and takes (as --preflight-only)."""
     from_checkpoint: str | None = None
     """Start from gpt2[-medium|-large|-xl], from any model of the Hub (owner/name), a Hugging Face folder or a .pt file, or from
     where another run stands: its folder, or one of its checkpoints. The architecture comes from there."""
@@ -93,9 +94,10 @@ class TrainConfig(Section):
     """Tokens of a device whose logits exist at one time; none: all of a micro-batch. Saves memory, costs little time."""
     loss_ignore_tokens: tuple[NonNegative, ...] = ()
     """Token ids that do not count in the loss where they are what should follow, in training and in validation."""
-    preflight_only: bool = False
-    """Compile the training step for `topology` with the TPU's compiler, print what it needs and takes, and end."""
-    use_syncfree_optim: bool = False
-    """Accepted for old command lines: the optimizer never synchronises here."""
     strict_graph: bool = False
     """Stop the run when a step recompiles, falls back to the host or waits for the device after warm-up."""
+
+    @property
+    def do_test(self) -> bool:
+        """Whether the run only evaluates."""
+        return self.mode == "evaluate"

@@ -72,7 +72,7 @@ def preflight(config: RunConfig, own: argparse.Namespace | None = None) -> int:
 def compilable(config: RunConfig, topology: Topology) -> RunConfig:
     """The config as the trainer would run it on that slice: through XLA, and as one program over all devices."""
     # One process a device computes the same step; its gradients are reduced by the same collective.
-    return changed(config, {"runtime": "xla", "mp_start_method": None, "ddp": False, "topology": topology.name})
+    return changed(config, {"runtime": "xla", "mp_start_method": None, "topology": topology.name})
 
 
 def _own_flags(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:

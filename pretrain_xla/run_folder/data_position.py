@@ -17,8 +17,8 @@ from pretrain_xla.redact import redacted_tree
 from pretrain_xla.run_folder.checkpoint_marker import CheckpointInfo, DataPosition
 
 WITHOUT_EFFECT = {
-    "init", "train_dir", "cache_dir", "cache_gb", "remote_reads", "prefetch_batches", "do_test", "from_checkpoint",
-    "preflight_only", "use_syncfree_optim", "strict_graph", "topology", "compile_cache",
+    "init", "train_dir", "cache_dir", "cache_gb", "remote_reads", "prefetch_batches", "mode", "from_checkpoint",
+    "strict_graph", "topology", "compile_cache",
 }  # fmt: skip
 """Settings of which nothing that follows depends in a run that goes on."""
 

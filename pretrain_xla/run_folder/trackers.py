@@ -63,7 +63,7 @@ class WandB:
     """
 
     def __init__(self, config: RunConfig, warn: Warn) -> None:
-        self._interval, self._warn = config.logging.wandb_logging_interval, warn
+        self._interval, self._warn = config.wandb.wandb_logging_interval, warn
         self._run: Any = _start(config)
         self._left: Row | None = None  # the newest row of training that was not sent
 
@@ -111,19 +111,19 @@ def _start(config: RunConfig) -> Any:
         raise UserError(
             "wandb_logging needs Weights & Biases: pip install wandb, or leave out --wandb-logging"
         ) from None
-    logging = config.logging
+    settings = config.wandb
     try:
         return wandb.init(
-            project=logging.wandb_project,
-            name=logging.wandb_name,
+            project=settings.wandb_project,
+            name=settings.wandb_name,
             config=redacted_tree(config.model_dump(mode="json")),
-            notes=logging.wandb_notes,
-            tags=list(logging.wandb_tags),
-            id=logging.wandb_resume_id,
-            resume="must" if logging.wandb_resume_id else None,
+            notes=settings.wandb_notes,
+            tags=list(settings.wandb_tags),
+            id=settings.wandb_resume_id,
+            resume="must" if settings.wandb_resume_id else None,
         )
     except Exception as error:
-        resume = f", check --wandb-resume-id {logging.wandb_resume_id}" if logging.wandb_resume_id else ""
+        resume = f", check --wandb-resume-id {settings.wandb_resume_id}" if settings.wandb_resume_id else ""
         raise UserError(
             f"Weights & Biases does not start ({reason(error)}): run `wandb login` or set WANDB_API_KEY{resume}, set "
             "WANDB_MODE=offline to upload later, or leave out --wandb-logging"

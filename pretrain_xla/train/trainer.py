@@ -84,7 +84,7 @@ class Trainer:
         writes = config.logging.sample_interval is not None and not train.do_test
         self.samples = Samples(config, self.model, runtime) if writes else None
         self.guard = GraphGuard(runtime, strict=train.strict_graph, say=self.console.warn)
-        logs = config.logging.wandb_logging and runtime.is_main and not train.do_test
+        logs = config.wandb.wandb_logging and runtime.is_main and not train.do_test
         self.wandb = WandB(config, self.console.warn) if logs and self.start.step < train.train_steps else None
         self.start.release()
 

@@ -52,7 +52,7 @@ def test_a_second_run_is_refused_and_a_crash_frees_the_folder(make_config: Make,
         with pytest.raises(UserError, match=f"checkpoints_dir={checkpoints} is in use by another run"):
             run(another)
         assert not (tmp_path / "b").exists()
-        run(config.model_copy(update={"train": config.train.model_copy(update={"do_test": True})}))  # reads only
+        run(config.model_copy(update={"train": config.train.model_copy(update={"mode": "evaluate"})}))  # reads only
         os.kill(other.pid, signal.SIGKILL)
     assert (checkpoints / LOCK).exists(), "what a crash leaves behind"
     run(config)
