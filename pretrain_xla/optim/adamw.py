@@ -1,10 +1,8 @@
-"""AdamW with all of its state on the device.
+"""AdamW with all of its state on the device, in `torch._foreach` operations; tested against `torch.optim.AdamW`.
 
-`torch.optim.AdamW` keeps one step counter for each parameter and chooses among four implementations by device. Here there is
-one counter, one implementation in `torch._foreach` operations (a few kernels on CUDA, fused by XLA and torch.compile), and
-state that is addressed by parameter name, so that a checkpoint means the same on every runtime. It is tested against
-`torch.optim.AdamW`. torch_xla's `syncfree.AdamW` serves one tensor at a time and only skips steps that are not finite. What an
-update costs on a TPU, beside optax's: docs/LOG.md.
+Ours stays next to `torch.optim.AdamW` and torch_xla's `syncfree.AdamW` because one implementation serves every runtime and
+preflight, with one step counter, the learning rate as a device value, and state that is addressed by parameter name. On XLA it
+traces in half the time of PyTorch's and in three times that of syncfree's fused operation (docs/LOG.md, "Optimizers on XLA").
 """
 
 from __future__ import annotations
@@ -18,7 +16,7 @@ from pretrain_xla.config import OptimConfig
 
 
 def decayed(parameter: Tensor) -> bool:
-    """Whether weight decay applies: to matrices (embeddings included), never to biases and norms."""
+    """Whether weight decay applies: to matrices (embeddings included), not to biases and norms."""
     return parameter.dim() >= 2
 
 
@@ -31,8 +29,9 @@ class AdamW:
     """Adam with decoupled (adamw) or L2 (adam) weight decay; Loshchilov & Hutter 2019, algorithm 2.
 
     Attributes:
-        step: 0-d int32 device tensor, updates made so far.
-        state: name of the tensor (`step`, `first_moment.<parameter>`, `second_moment.<parameter>`) → tensor.
+        names, parameters: the parameters and their names, in the order in which `update` takes gradients.
+        step: 0-d int32 device tensor, number of updates so far.
+        state: name (`step`, `first_moment.<parameter>`, `second_moment.<parameter>`) → tensor.
     """
 
     def __init__(
@@ -43,14 +42,14 @@ class AdamW:
         place: Callable[[str, Tensor], Tensor] | None = None,
         decays: Callable[[str, Tensor], bool] | None = None,
     ) -> None:
-        """See the class.
+        """Create the state.
 
         Args:
-            named_parameters: already on the devices.
-            config: type, betas, eps, weight decay.
+            named_parameters: already on their devices.
+            config: type, betas, epsilon, weight decay.
             schedule: 0-d step → 0-d learning rate.
-            place: makes a state tensor by its name and its parameter (`step`: the first parameter). None: zeros.
-            decays: whether weight decay applies, by name and parameter. None: `decayed`.
+            place: (name, parameter) → initial state tensor; for `step`, the first parameter is passed. None means zeros.
+            decays: (name, parameter) → whether weight decay applies. None means `decayed`.
         """
         place = place or _zeros
         decays = decays or (lambda _name, parameter: decayed(parameter))
@@ -68,7 +67,7 @@ class AdamW:
 
     @property
     def state(self) -> dict[str, Tensor]:
-        """Every tensor that the next update depends on, besides the parameters themselves."""
+        """Every tensor that the next update depends on, except the parameters."""
         tensors = {"step": self.step}
         for name, first, second in zip(self.names, self.first_moments, self.second_moments, strict=True):
             tensors[f"first_moment.{name}"] = first
@@ -81,7 +80,7 @@ class AdamW:
 
         Args:
             gradients: in the order of `parameters`, already reduced over replicas and clipped.
-            skip: 0-d bool tensor; where it is true nothing changes, not even the step (fp16 overflow).
+            skip: 0-d bool tensor; if true, nothing changes, not even the step (fp16 overflow).
         """
         rate = self.schedule(self.step)
         new_step = self.step + 1 if skip is None else self.step + (~skip).to(torch.int32)
@@ -106,7 +105,7 @@ class AdamW:
         elif weight_decay and count:
             torch._foreach_mul_(self.parameters[:count], 1.0 - rate * weight_decay)
 
-        # Plain products and sums: tracing lerp and addcmul on XLA takes as long as all the rest of the update.
+        # Products and sums: tracing lerp and addcmul on XLA takes as long as the rest of the update.
         torch._foreach_mul_(self.first_moments, beta1)
         torch._foreach_add_(self.first_moments, gradients, alpha=1.0 - beta1)
         torch._foreach_mul_(self.second_moments, beta2)
@@ -121,26 +120,3 @@ class AdamW:
         updates = torch._foreach_div(self.first_moments, denominators)
         torch._foreach_mul_(updates, rate / correction1)
         torch._foreach_sub_(self.parameters, list(updates))
-
-
-@torch.no_grad()
-def clip_by_global_norm(
-    gradients: Sequence[Tensor], max_norm: float, unit: Tensor | None = None
-) -> tuple[list[Tensor], Tensor]:
-    """Scale gradients so that their joint L2 norm is at most `max_norm`; 0 only measures.
-
-    Args:
-        gradients: as they came.
-        max_norm: the bound.
-        unit: what the gradients are to be divided by first (0-d), in the same pass over them. None: 1.
-
-    Returns:
-        The gradients and their norm before clipping (0-d float32). No host branch: the factor is computed on the device.
-    """
-    norm = torch.stack([gradient.float().square().sum() for gradient in gradients]).sum().sqrt()
-    norm = norm if unit is None else norm / unit
-    if max_norm == 0.0 and unit is None:
-        return list(gradients), norm
-    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0) if max_norm else torch.ones_like(norm)
-    factor = factor if unit is None else factor / unit
-    return list(torch._foreach_mul(list(gradients), factor)), norm

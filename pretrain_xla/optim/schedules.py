@@ -1,7 +1,7 @@
 """Learning rate as a function of the step, on the device.
 
-The step is a device tensor and so is the result: a Python number would be written into the compiled graph, and each step
-would compile anew. All schedules are written without branches on the step for the same reason.
+The step and the result are device tensors: a Python number would be a constant of the graph, and each step would recompile.
+For the same reason no schedule branches on the step.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ def learning_rate(step: Tensor, config: OptimConfig, d_model: int) -> Tensor:
     """Learning rate of a step.
 
     Args:
-        step: 0-d integer tensor, the number of updates made before this one (0 for the first).
-        config: shape, peak, warm-up, floor.
-        d_model: width of the model; noam depends on it ("Attention Is All You Need", equation 3).
+        step: 0-d integer tensor, number of updates before this one (0 for the first).
+        config: decay method, peak, warm-up, floor.
+        d_model: model width, used by noam only ("Attention Is All You Need", equation 3).
 
     Returns:
-        0-d float32 tensor. During warm-up `learning_rate * (step + 1) / warmup_steps`, so the first update is not lost.
+        0-d float32 tensor. During warm-up it is `learning_rate * (step + 1) / warmup_steps`, so the first update is not zero.
     """
     position = step.to(torch.float32) + 1.0
     if config.decay_method == "noam":

@@ -15,7 +15,7 @@ from pretrain_xla.config import RunConfig
 from pretrain_xla.model import GPT
 from pretrain_xla.model.documents import Examples
 from pretrain_xla.optim import AdamW
-from pretrain_xla.optim.adamw import clip_by_global_norm
+from pretrain_xla.optim.clipping import clip_by_global_norm
 from pretrain_xla.runtime import Runtime
 from pretrain_xla.train.loss_scale import LossScale
 

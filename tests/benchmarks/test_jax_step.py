@@ -13,7 +13,7 @@ from benchmarks import jax_model, jax_step
 from pretrain_xla.config import RunConfig, build_config
 from pretrain_xla.model import GPT, initialize
 from pretrain_xla.optim import AdamW, learning_rate
-from pretrain_xla.optim.adamw import clip_by_global_norm
+from pretrain_xla.optim.clipping import clip_by_global_norm
 
 GPT2 = {"num_heads": 4}
 MODERN = {

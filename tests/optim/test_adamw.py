@@ -1,4 +1,4 @@
-"""AdamW against PyTorch's own, and what it promises besides: masks, names, no look at a value."""
+"""AdamW and gradient clipping compared with PyTorch's; skipped updates, names of the state, no host reads."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from pretrain_xla.config import OptimConfig
 from pretrain_xla.optim import AdamW, learning_rate
-from pretrain_xla.optim.adamw import clip_by_global_norm, decayed
+from pretrain_xla.optim.adamw import decayed
+from pretrain_xla.optim.clipping import clip_by_global_norm
 
 SHAPES = {"bias": (7,), "embedding": (11, 5), "weight": (7, 5), "norm": (5,), "scale": ()}
 STEPS = 10

@@ -1,4 +1,4 @@
-"""Learning-rate schedules against their formulas, written a second time in plain Python."""
+"""Learning-rate schedules compared with their formulas in plain Python."""
 
 from __future__ import annotations
 
