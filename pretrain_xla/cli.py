@@ -1,8 +1,7 @@
-"""Words typed by a person → a config → one call.
+"""The command line → a config → one call.
 
-`python -m pretrain_xla COMMAND`, and the doors beside the package: `run_pretrain_xla.py`, `run_pretrain.py`, `generate.py`,
-`evaluate.py`.
-Whatever a user can mend ends here in one line and exit status 2.
+`python -m pretrain_xla COMMAND`, and the entry points at the top of the repository: `run_pretrain_xla.py`, `run_pretrain.py`,
+`generate.py`, `evaluate.py`. What a user can fix ends here in one line and exit status 2.
 """
 
 from __future__ import annotations
@@ -97,15 +96,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     else:
         known = re.findall(r"^  (\S+)", COMMANDS, re.MULTILINE)
         near = difflib.get_close_matches(command, known, n=1)
-        mend = f"; did you mean {near[0]}?" if near else "; `python -m pretrain_xla --help` lists them"
-        raise UserError(f"unknown command {command!r}{mend}")
+        hint = f"; did you mean {near[0]}?" if near else "; `python -m pretrain_xla --help` lists them"
+        raise UserError(f"unknown command {command!r}{hint}")
 
 
 @guarded
 def run_pretrain(runtime: str) -> None:
-    """The door `run_pretrain.py` (runtime torch) or `run_pretrain_xla.py` (runtime xla)."""
-    door = "run_pretrain.py" if runtime == "torch" else "run_pretrain_xla.py"
-    pretrain(sys.argv[1:], program=door, fixed={"runtime": runtime})
+    """The entry point `run_pretrain.py` (runtime torch) or `run_pretrain_xla.py` (runtime xla)."""
+    program = "run_pretrain.py" if runtime == "torch" else "run_pretrain_xla.py"
+    pretrain(sys.argv[1:], program=program, fixed={"runtime": runtime})
 
 
 def pretrain(arguments: Sequence[str], *, program: str, fixed: dict[str, Any] | None = None) -> None:
@@ -185,7 +184,7 @@ def effectless(config: RunConfig, given: frozenset[str]) -> list[str]:
             leaf: (bool(config.evaluation.eval_tasks), "there are no --eval-tasks")
             for leaf in ("eval_data", "eval_limit", "eval_stride", "eval_top_k")
         },
-        "rope_theta": (config.model.positions == "rotary", "only --positions rotary turns"),
+        "rope_theta": (config.model.positions == "rotary", "only --positions rotary has a base"),
     }
     lines = [
         f"--{leaf.replace('_', '-')} has no effect: {why}"

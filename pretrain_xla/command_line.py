@@ -1,7 +1,7 @@
 """Command lines of every command, with one style of error: a line, and exit status 2.
 
 Flags are dataclasses that tyro reads, or argparse parsers where a command has words without dashes. Both print a usage text
-or a box of many lines when something is wrong; what a person needs of it is one line: which flag, what is wrong, what it
+or a box of many lines when something is wrong; what the user needs of it is one line: which flag, what is wrong, what it
 should be.
 """
 
@@ -114,7 +114,7 @@ def _first_fault(printed: str) -> str:
     if not fault:
         return " ".join(printed.split()) or "this command line cannot be read"
     if "Missing from" in fault[0]:
-        # Each flag stands a step to the left of its help text.
+        # Each flag is indented less than its help text.
         indents = [len(line) - len(line.lstrip()) for line in fault[1:]]
         names = [line.strip() for line, indent in zip(fault[1:], indents, strict=True) if indent == min(indents)]
         return f"missing: {', '.join(names)}"

@@ -58,8 +58,8 @@ def load_yaml(path: str) -> dict[str, Any]:
         stem = os.path.basename(path).removesuffix(".yaml").removesuffix(".yml")
         ready = [name.removesuffix(".yaml") for name in (os.listdir("configs") if os.path.isdir("configs") else ())]
         near = difflib.get_close_matches(stem, ready, n=1)
-        mend = f"did you mean configs/{near[0]}.yaml?" if near else "ready ones are in configs/"
-        raise UserError(f"--config {path}: no such file; {mend}") from None
+        hint = f"did you mean configs/{near[0]}.yaml?" if near else "ready ones are in configs/"
+        raise UserError(f"--config {path}: no such file; {hint}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--config {path}: cannot be read: {error}") from None
     except yaml.YAMLError as error:

@@ -1,6 +1,6 @@
-"""The one exception that a person is meant to read.
+"""The one exception that users are meant to read.
 
-Every fault that a user can mend (a wrong key, a missing folder, a mesh that does not fit) is raised as `UserError`. The
+Every fault that a user can fix (a wrong key, a missing folder, a mesh that does not fit) is raised as `UserError`. The
 command line prints its text as one line and exits with status 2; anything else is a defect of ours and keeps its trace.
 """
 
@@ -30,7 +30,7 @@ _PACKAGES = {
 
 
 class UserError(Exception):
-    """A fault in what was asked for: the text says what is wrong, where, and how to mend it, in one line.
+    """A fault in what was asked for: the text says what is wrong, where, and how to fix it, in one line.
 
     Passwords and tokens of URLs in it are hidden: the line ends up in logs.
     """
@@ -48,7 +48,7 @@ class Interrupted(Exception):
 
 
 def missing_package(error: ImportError) -> str | None:
-    """What to install, in a line; none: it is no package that we ask for."""
+    """What to install, in a line. None means it is no package that we ask for."""
     package = (error.name or "").split(".")[0]
     if package not in _PACKAGES:
         return None
@@ -57,7 +57,7 @@ def missing_package(error: ImportError) -> str | None:
 
 
 @contextlib.contextmanager
-def out_of_memory(mend: str) -> Iterator[None]:
+def out_of_memory(fix: str) -> Iterator[None]:
     """While it is open, memory that runs out, a device's or the host's, is one line with what would help.
 
     Raises:
@@ -68,7 +68,7 @@ def out_of_memory(mend: str) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, UserError) or (fault := memory_fault(error)) is None:
             raise
-        raise UserError(f"{fault}: {mend}") from error
+        raise UserError(f"{fault}: {fix}") from error
 
 
 def guarded(function: Callable[..., None]) -> Callable[..., None]:

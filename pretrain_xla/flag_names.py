@@ -294,7 +294,7 @@ OTHER_NAMES: dict[str, dict[str, str]] = {
 
 
 def called_here(command: str, flag: str) -> str | None:
-    """What another program's flag is called by a command of ours; none: no program that we know of has it.
+    """What another program's flag is called by a command of ours. None means no program that we know of has it.
 
     torchtitan's, litgpt's and this package's own sections before a dot (`--training.seq_len`) are left out.
     """

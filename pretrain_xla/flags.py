@@ -75,7 +75,7 @@ def parse_flags(
     fixed: dict[str, Any] | None = None,
     build: Build = as_stated,
 ) -> Parsed:
-    """Default < YAML (`--config`) < flag < `fixed` (leaf name → value that the door itself stands for, unless flagged).
+    """Default < YAML (`--config`) < flag < `fixed` (leaf name → value that the entry point fixes, unless a flag sets it).
 
     `build` validates the whole, and may take what nobody stated from elsewhere.
 
@@ -137,7 +137,7 @@ def _value_of(flag: str, arguments: Sequence[str]) -> str | None:
 
 
 def _check_leaves(tree: dict[str, Any], where: str) -> None:
-    """Refuse unknown keys and values of a wrong type in a file, but not yet combinations that flags may mend."""
+    """Refuse unknown keys and values of a wrong type in a file, but not yet combinations that flags may fix."""
     for section, values in tree.items():
         for key, value in values.items():
             try:

@@ -31,7 +31,7 @@ def refuse_pointer(head: bytes, where: str) -> None:
 
 
 def refuse_pointer_at(path: str) -> None:
-    """The same of a local file; one that cannot be read is left to whoever reads it.
+    """The same of a local file; one that cannot be read is left to its reader.
 
     Raises:
         UserError: it is one.

@@ -32,7 +32,7 @@ class QuickstartFlags:
     """Prepare text, train a small model through XLA, validate it and let it write."""
 
     corpus: str | None = None
-    """Your own text: a file, .jsonl or folder; none: the documentation inside Python."""
+    """Your own text: a file, .jsonl or folder. None means the documentation inside Python."""
     text_column: str = "text"
     """Key or column of the corpus that holds the text, in .jsonl, .parquet and .arrow."""
     valid_fraction: float = 0.05

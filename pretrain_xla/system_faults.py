@@ -41,7 +41,7 @@ def causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def memory_fault(error: BaseException) -> str | None:
-    """Whose memory ran out, with the words of whoever wanted it; none: it is another error."""
+    """Whose memory ran out, with the message of the library that asked for it. None means it is another error."""
     for one in causes(error):
         text = str(one)
         words = f" ({_first_line(text)})" if text.strip() else ""
@@ -56,7 +56,7 @@ def memory_fault(error: BaseException) -> str | None:
 
 
 def disk_fault(error: BaseException) -> str | None:
-    """What is full, and how to mend it, in a clause; none: it is another error."""
+    """What is full, and how to fix it, in a clause. None means it is another error."""
     for one in causes(error):
         if isinstance(one, OSError) and one.errno in _FULL:
             return f"{os.strerror(one.errno)}: {_FULL[one.errno]}"
@@ -64,7 +64,7 @@ def disk_fault(error: BaseException) -> str | None:
 
 
 def system_fault(error: BaseException) -> str | None:
-    """One line on what the machine ran out of, whatever the command; none: it is another error."""
+    """One line on what the machine ran out of, whatever the command. None means it is another error."""
     if (memory := memory_fault(error)) is not None:
         return f"{memory}: ask for less at a time, or use a machine with more"
     for one in causes(error):

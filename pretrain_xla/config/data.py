@@ -15,7 +15,7 @@ class DataConfig(Section):
     valid_dir: str = "fineweb_edu/valid"
     """The same to validate on; may be train_dir where file names say train and val."""
     cache_dir: str | None = None
-    """Local folder where shards from elsewhere stay, shared by all processes; none: ~/.cache/pretrain_xla/shards."""
+    """Local folder where shards from elsewhere stay, shared by all processes. None means ~/.cache/pretrain_xla/shards."""
     cache_gb: PositiveFloat = 20.0
     """Most that cache_dir may hold, in GB; what was not used for longest goes first."""
     remote_reads: Literal["auto", "whole", "ranged"] = "auto"
@@ -27,11 +27,11 @@ class DataConfig(Section):
     prefetch_batches: Positive = 2
     """Batches read and copied to the device ahead of the step."""
     tokenizer: str | None = None
-    """Tokenizer for text; none: the one recorded beside the shards, or gpt2."""
+    """Tokenizer for text. None means the one recorded in the dataset.json of the shards, or gpt2."""
     separate_documents: bool = False
     """Attend only within a document: attention and learned positions begin anew after each end-of-text."""
     end_of_text: NonNegative | None = None
-    """Token id that ends a document (gpt2: 50256); none: the one in the dataset.json beside the shards."""
+    """Token id that ends a document (gpt2: 50256). None means the one in the dataset.json of the shards."""
 
 
 class EvaluationConfig(Section):
@@ -40,12 +40,12 @@ class EvaluationConfig(Section):
     eval_tasks: tuple[str, ...] = ()
     """shards, wikitext, text, hellaswag, hellaswag_llmc, lambada, piqa, arc_easy, winogrande; each NAME or NAME=SOURCE."""
     eval_interval: Positive | None = None
-    """Steps between evaluations of eval_tasks; none: only after the last step."""
+    """Steps between evaluations of eval_tasks. None means only after the last step."""
     eval_data: str | None = None
-    """Folder with the tasks' files, found by how their names begin; none: the Hugging Face Hub."""
+    """Folder with the tasks' files, found by how their names begin. None means the Hugging Face Hub."""
     eval_limit: Positive | None = None
-    """Items of each task; none: all."""
+    """Items of each task. None means all."""
     eval_stride: Positive | None = None
-    """wikitext, text: tokens between the beginnings of windows; none: half of seq_length."""
+    """wikitext, text: tokens between the beginnings of windows. None means half of seq_length."""
     eval_top_k: tuple[Positive, ...] = (1, 5)
     """shards, wikitext, text: each k of the top-k accuracies."""

@@ -10,7 +10,7 @@ from pretrain_xla.config.section import Positive, Section
 
 
 class ParallelConfig(Section):
-    """Machines: which runtime, and how the devices are laid out."""
+    """The runtime, and how the devices are laid out."""
 
     runtime: Literal["xla", "torch"] = "xla"
     """xla: TPU or CPU through XLA (PJRT_DEVICE); torch: GPU or CPU, alone or under torchrun."""
@@ -23,17 +23,17 @@ class ParallelConfig(Section):
     mesh_tensor: Positive = 1
     """xla: devices that share each matrix product."""
     topology: str | None = None
-    """preflight: the TPU to compile for, as v5e:2x4, v5litepod-8 or v3-8; none: the one in this machine."""
+    """preflight: the TPU to compile for, as v5e:2x4, v5litepod-8 or v3-8. None means the one of this host."""
     overlap_gradients: bool = False
     """TPU, replicas: reduce gradients while others are still being computed, by options of its compiler that have not been run
     on a TPU yet. Else they are reduced together, after the last one. Helps where a step is a single micro-batch."""
     compile_cache: str | None = None
-    """TPU: local folder where compiled programs stay, so that a restart need not compile them again; none: no such folder.
+    """TPU: local folder where compiled programs stay, so that a restart need not compile them again. None means no such folder.
     (XLA's CPU client stores programs too, but cannot load them.)"""
     mp_start_method: Literal["fork", "spawn"] | None = None
     """xla: run one process and one replica for each device (PJRT multiprocessing), started this way. None means SPMD."""
     ddp_backend: Literal["nccl", "gloo"] | None = None
-    """torch under torchrun: collectives; none: nccl on CUDA, gloo on CPU."""
+    """torch under torchrun: collectives. None means nccl on CUDA, gloo on CPU."""
 
     @property
     def is_multiprocess(self) -> bool:
@@ -62,11 +62,11 @@ class LoggingConfig(Section):
     """What one sees of the run."""
 
     run_dir: str | None = None
-    """Folder of config.yaml, metrics.jsonl, summary.json, loss.png and TensorBoard events; none: checkpoints_dir."""
+    """Folder of config.yaml, metrics.jsonl, summary.json, loss.png and TensorBoard events. None means checkpoints_dir."""
     log_interval: Positive = 10
     """Steps between readings of the metrics; every step's values are kept."""
     sample_interval: Positive | None = None
-    """Steps between samples of what the model writes, in run_dir/samples.txt and TensorBoard; none: no samples."""
+    """Steps between samples of what the model writes, in run_dir/samples.txt and TensorBoard. None means no samples."""
     sample_prompt: str = ""
     """What the samples continue; empty: they begin a new text."""
     tensorboard: bool = True

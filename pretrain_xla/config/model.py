@@ -15,7 +15,7 @@ class ModelConfig(Section):
     """The transformer. The defaults are GPT-2 124M; `configs/` has the modern ones."""
 
     vocab_size: Size = 50257
-    """Number of token ids; left out: that of the dataset.json beside the shards. The embedding is padded to `vocab_multiple`;
+    """Number of token ids; left out: that of the dataset.json of the shards. The embedding is padded to `vocab_multiple`;
     padding never changes the loss."""
     vocab_multiple: Size = 128
     """Pad the embedding's rows to a multiple of this (128: the width of the TPU's matrix unit)."""
@@ -28,9 +28,9 @@ class ModelConfig(Section):
     num_heads: Size = 12
     """Number of query heads."""
     num_kv_heads: Size | None = None
-    """Number of key/value heads (grouped-query attention); none: as many as query heads."""
+    """Number of key/value heads (grouped-query attention). None means as many as query heads."""
     head_dim: Size | None = None
-    """Width of a head; none: d_model / num_heads."""
+    """Width of a head. None means d_model / num_heads."""
     d_ff: Size = 3072
     """Width of the feed-forward layer (of each of its two branches when gated)."""
     activation: Literal["gelu", "gelu_exact", "relu", "relu2", "silu"] = "gelu"
@@ -52,7 +52,7 @@ class ModelConfig(Section):
     qk_norm: bool = False
     """RMS-normalise each query and key head before the rotary turn."""
     query_scale: PositiveFloat | None = None
-    """Factor on query-key products; none: head_dim ** -0.5."""
+    """Factor on query-key products. None means head_dim ** -0.5."""
     attention_softcap: PositiveFloat | None = None
     """Squash attention scores: cap * tanh(score / cap)."""
     logit_softcap: PositiveFloat | None = None

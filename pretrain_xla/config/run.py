@@ -104,7 +104,7 @@ def _nearest(word: str, known: list[str]) -> str:
 
 
 def _one_line(error: ValidationError, where: str) -> str:
-    """The first fault of a pydantic error, as one line for a person."""
+    """The first fault of a pydantic error, as one line."""
     fault = error.errors()[0]
     key = ".".join(str(part) for part in fault["loc"])
     if fault["type"] == "extra_forbidden":
@@ -122,7 +122,7 @@ def _one_line(error: ValidationError, where: str) -> str:
 
 
 def _shown(value: Any) -> str:
-    """A value as a person wrote it, cut where it is long: a YAML file of ten lines can hold a list of a billion."""
+    """A value as the user wrote it, cut where it is long: a YAML file of ten lines can hold a list of a billion."""
     shortener = reprlib.Repr()
     shortener.maxstring = shortener.maxother = 200
     shortener.maxlevel = 2

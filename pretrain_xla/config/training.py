@@ -91,7 +91,7 @@ class TrainConfig(Section):
     block is computed again from its input, as with rematerialization=full, and the step takes 2 to 4% longer than with that
     alone by the TPU compiler's estimate, in less memory. For deep models; selective is slower here (docs/LOG.md)."""
     loss_chunk: Positive | None = None
-    """Tokens of a device whose logits exist at one time; none: all of a micro-batch. Saves memory, costs little time."""
+    """Tokens of a device whose logits exist at one time. None means all of a micro-batch. Saves memory, costs little time."""
     loss_ignore_tokens: tuple[NonNegative, ...] = ()
     """Token ids that do not count in the loss where they are what should follow, in training and in validation."""
     strict_graph: bool = False

@@ -43,11 +43,11 @@ class EvaluateFlags:
     """shards, wikitext, text, hellaswag, hellaswag_llmc, lambada, piqa, arc_easy, winogrande; each NAME or NAME=SOURCE, where
     SOURCE is a path, glob or URL of its file (of a folder, for shards)."""
     data_dir: str | None = None
-    """Folder with the tasks' files, found by how their names begin; none: the Hugging Face Hub."""
+    """Folder with the tasks' files, found by how their names begin. None means the Hugging Face Hub."""
     limit: int | None = None
-    """Items of each task (questions, passages, windows, sequences); none: all."""
+    """Items of each task (questions, passages, windows, sequences). None means all."""
     stride: int | None = None
-    """wikitext, text: tokens between the beginnings of windows; none: half of the model's length."""
+    """wikitext, text: tokens between the beginnings of windows. None means half of the model's length."""
     top_k: tuple[int, ...] = (1, 5)
     """shards, wikitext, text: each k of the top-k accuracies."""
     batch_size: int = 8
@@ -55,7 +55,7 @@ class EvaluateFlags:
     output: str | None = None
     """JSON file for the results, with what was found for each item."""
     tokenizer: str | None = None
-    """Tokenizer; none: the model's own."""
+    """Tokenizer. None means the model's own."""
     checkpoint: Literal["newest", "best"] = "newest"
     """Which checkpoint of a run."""
     mixed_precision: Literal["bf16"] | None = None
@@ -130,7 +130,7 @@ def build(
 
     Args:
         loaded: its tensors.
-        runtime: `xla` or `torch`; none: xla where PJRT_DEVICE is set.
+        runtime: `xla` or `torch`. None means xla where PJRT_DEVICE is set.
         device: for torch, `auto`, `cpu` or `cuda`.
         mixed_precision: `bf16`, or none for fp32.
         mesh: for xla, devices along fsdp and tensor.

@@ -34,7 +34,7 @@ class PretrainXlaLM(TemplateLM):
         pretrained: what `evaluate.py` takes as --model.
         tokenizer: none: the model's own.
         checkpoint: `newest` or `best`.
-        runtime: `xla` or `torch`; none: xla where PJRT_DEVICE is set.
+        runtime: `xla` or `torch`. None means xla where PJRT_DEVICE is set.
         mixed_precision: `bf16`, or none for fp32.
         mesh_fsdp: xla: devices over which the weights are sharded.
         mesh_tensor: xla: devices that share each matrix product.

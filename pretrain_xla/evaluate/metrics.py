@@ -29,7 +29,7 @@ def choice(
     Args:
         questions: in order.
         scores: of every choice of each question, in order.
-        by: what acc_norm divides a choice's log-probability by; none: there is no acc_norm.
+        by: what acc_norm divides a choice's log-probability by. None means there is no acc_norm.
     """
     found: list[dict[str, Any]] = []
     remaining = iter(scores)

@@ -31,7 +31,7 @@ class GenerateFlags:
     model: str
     """Run folder, checkpoints folder, one checkpoint, or a pretrained model by name (gpt2)."""
     tokenizer: str | None = None
-    """Tokenizer; none: the one the model was trained with."""
+    """Tokenizer. None means the one the model was trained with."""
     seed: int = 42
     """Seed of the draws."""
     temperature: float = 1.0

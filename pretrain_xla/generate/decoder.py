@@ -77,7 +77,7 @@ class Decoder:
     Args:
         model: the model.
         runtime: where it runs.
-        choices: ids from 0 that may be chosen; none: all of the model. Many models have rows for ids that no tokenizer
+        choices: ids from 0 that may be chosen. None means all of the model. Many models have rows for ids that no tokenizer
             knows, and those would be holes in the text.
 
     Attributes:

@@ -55,7 +55,7 @@ class Generator:
 
         Args:
             path: a run folder, checkpoints folder or one checkpoint, or what else `load_model` knows.
-            tokenizer: see `load_tokenizer`; none: the one that the model was trained with.
+            tokenizer: see `load_tokenizer`. None means the one that the model was trained with.
             runtime: `xla` or `torch`.
             device: for torch, `auto`, `cpu` or `cuda`.
             which: `newest` or `best` checkpoint.

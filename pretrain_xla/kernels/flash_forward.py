@@ -56,7 +56,7 @@ def forward(
         key_BTS: keys, likewise.
         value_BTS: values, likewise.
         segments_BT: number of each token's document, never falling along a row; tokens attend within theirs, and spans of
-            tokens with no document in common are skipped. None: all is one document.
+            tokens with no document in common are skipped. None means all is one document.
         heads: the static part.
         preparation: norms and rotary positions of queries and keys, done in the kernel.
         interpret: run without a TPU.

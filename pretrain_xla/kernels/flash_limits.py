@@ -31,7 +31,7 @@ class Heads:
         num_kv_heads: key/value heads K.
         head_dim: E.
         scale: factor on query-key products, before the cap.
-        softcap: bound c on the scores, as c * tanh(score / c). None: no bound.
+        softcap: bound c on the scores, as c * tanh(score / c). None means no bound.
         query_column: first column of the queries in their array; the same for `key_column`, `value_column`. With one
             fused array passed three times, no copy is made of its parts.
         norm_eps: added to the mean square where queries or keys are normalised.
@@ -95,7 +95,7 @@ def span_for(heads: Heads, tokens: int) -> int:
 
 
 def supports(heads: Heads, tokens: int, chip: str = "v5e") -> str | None:
-    """Why the kernels cannot do this on a generation of TPUs (v2 … v6e). None: they can."""
+    """Why the kernels cannot do this on a generation of TPUs (v2 … v6e). None means they can."""
     block = heads.block_for(tokens)
     H, K, E = heads.num_heads, heads.num_kv_heads, heads.head_dim
     if E not in (64, 128, 256):
@@ -119,11 +119,11 @@ def supports(heads: Heads, tokens: int, chip: str = "v5e") -> str | None:
 
 
 def why_plain(model: ModelConfig, chip: str | None, tensor: int) -> str | None:
-    """Why the training step of a model attends without the kernels. None: it runs them.
+    """Why the training step of a model attends without the kernels. None means it runs them.
 
     Args:
         model: its heads and its length.
-        chip: generation of TPUs. None: no TPU, or one that is not known.
+        chip: generation of TPUs. None means no TPU, or one that is not known.
         tensor: devices that share the heads.
     """
     if model.attention == "reference":

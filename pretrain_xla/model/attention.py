@@ -86,7 +86,8 @@ class Attention(nn.Module):
         self.key_norm = RMSNorm(*norm) if config.qk_norm else None
 
     def forward(self, x_BTD: Tensor, rotary: RotaryTables | None, segments: Segments = None) -> Tensor:
-        """Mix tokens. x_BTD: normalised, in the compute type. rotary: tables for these T tokens; None: no rotary positions."""
+        """Mix tokens. x_BTD: normalised, in the compute type. rotary: tables for these T tokens; None means no rotary
+        positions."""
         heads = self.split_heads(self.query(x_BTD), self.key(x_BTD), self.value(x_BTD), rotary)
         return cast(Tensor, self.output(self.attend(heads, segments).transpose(1, 2).flatten(2)))
 

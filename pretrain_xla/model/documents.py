@@ -44,7 +44,7 @@ def positions_within(segments_BT: Tensor) -> Tensor:
 class Examples:
     """What a model learns from rows of T + 1 tokens: from each of the first T the next one.
 
-    end_of_text: id that ends a document, where documents are kept apart. None: a row is one text. ignored: ids that do not
+    end_of_text: id that ends a document, where documents are kept apart. None means a row is one text. ignored: ids that do not
     count where they are the target. padded: there may be rows of a negative id, which are no text and count for nothing.
     """
 
@@ -73,7 +73,7 @@ class Examples:
         return loss * (~left_out_BT).float().mean()
 
     def counted(self, tokens: Tensor) -> Tensor | None:
-        """Share (0-d, fp32) of the targets in rows of tokens (…, S) that count. None: all of them."""
+        """Share (0-d, fp32) of the targets in rows of tokens (…, S) that count. None means all of them."""
         return (~self._left_out(tokens[..., 1:])).float().mean() if self.ignored or self.padded else None
 
     def _left_out(self, targets: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ class Execution:
             each block from its input.
         scan_layers: run the blocks as one loop, where a machine has loops that compile. They are then always rematerialised:
             `none` means `full`.
-        loss_chunk: tokens of a device whose logits exist at one time. None: all.
+        loss_chunk: tokens of a device whose logits exist at one time. None means all.
     """
 
     rematerialization: Literal["none", "selective", "full"] = "none"

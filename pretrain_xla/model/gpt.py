@@ -91,8 +91,8 @@ class GPT(nn.Module):
     def hidden(self, tokens_BT: Tensor, positions: Tensor | None = None, segments: Segments = None) -> Tensor:
         """All but the head: the normalised residual stream x_BTD, in the compute type.
 
-        positions: of the tokens [T], or [B, T] where they differ by row. None: 0 … T - 1; learned ones are then counted within
-        each document (rotary attention sees differences only, which are the same within a document).
+        positions: of the tokens [T], or [B, T] where they differ by row. None means 0 … T - 1; learned ones are then counted
+            within each document (rotary attention sees differences only, which are the same within a document).
         """
         length = tokens_BT.shape[1]
         if length > self.config.seq_length:

@@ -28,7 +28,7 @@ class Node:
     """A module and what is below it.
 
     Attributes:
-        name: its name in the parent; `*` stands for what a module does besides calling the modules in it.
+        name: its name in the parent; `*` is what a module does besides calling the modules in it.
         kind: its class; of `*`, PyTorch's names of the products that it makes.
         inputs: shapes of the tensors that it is called with.
         outputs: shapes of what it gives.

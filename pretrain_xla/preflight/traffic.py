@@ -72,7 +72,7 @@ def _fusion_bytes(module: Module, fusion: Instruction, operands: list[Instructio
 def _bytes_taken(module: Module, computation: str, number: int) -> int | None:
     """Bytes of a parameter that a computation reads, if slices (of it, or inside of a fusion in it) are all it takes.
 
-    An array that is updated in place is not read at all. None: the whole parameter is read.
+    An array that is updated in place is not read at all. None means the whole parameter is read.
     """
     inner = module.computations.get(computation, {})
     parameter = next((i for i in inner.values() if i.opcode == "parameter" and _number(i) == number), None)

@@ -15,7 +15,7 @@ PARTS = re.compile(rf"\.metadata(\.tmp)?|__\d+_\d+\.distcp|{re.escape(MARKER)}(\
 
 
 def step_of(name: str) -> int | None:
-    """The step that a folder's name says; none: it is no checkpoint's name."""
+    """The step that a folder's name says. None means it is no checkpoint's name."""
     number = name.removeprefix(PREFIX)
     return int(number) if name.startswith(PREFIX) and number.isdecimal() else None
 

@@ -39,7 +39,7 @@ class DataPosition:
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """What `checkpoint.json` says. step: updates made. valid_loss: measured on these very weights; none: it was not. data:
+    """What `checkpoint.json` says. step: updates made. valid_loss: measured on these very weights. None means it was not. data:
     fingerprint of the shards. checksums: of each tensor; seen: of the data; tokenizer: fingerprint of what the data was made
     with; none in checkpoints from before there were any.
     """

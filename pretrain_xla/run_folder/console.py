@@ -125,7 +125,7 @@ class Console:
 
 
 def what_hosts_share(config: RunConfig, hosts: int) -> str | None:
-    """What a run on several machines needs of its local folders; none: it is on one, or everything is in buckets.
+    """What a run on several machines needs of its local folders. None means it is on one, or everything is in buckets.
 
     A line, no refusal: a network disk looks like a local one, and is right.
     """

@@ -27,7 +27,7 @@ def resume_position(info: CheckpointInfo | None, config: RunConfig, data: str, s
     """Where a run stands in its data.
 
     Args:
-        info: of the checkpoint that it begins from; none: there is none.
+        info: of the checkpoint that it begins from. None means there is none.
         config: of the run now.
         data: fingerprint of the shards that it will read.
         sequences: in these.
@@ -54,7 +54,7 @@ def tokens_seen(info: CheckpointInfo | None) -> int:
 
 
 def describe_changes(info: CheckpointInfo, config: RunConfig, seen: DataPosition) -> str | None:
-    """One line on the settings that are not those of the checkpoint, and on what does not follow them; none: all are."""
+    """One line on the settings that are not those of the checkpoint, and on what does not follow them. None means all are."""
     changes = [f"{key} {_word(had)} → {_word(has)}" for key, had, has in _changes(info.config, config)]
     parts = [f"settings changed since step {info.step}: {', '.join(changes)}"] if changes else []
     if (seen.seed, seen.shuffle_window) != (config.train.seed, config.data.shuffle_window):

@@ -26,7 +26,7 @@ def set_aside(run_dir: str) -> str | None:
     is still wanted. Validation before the first step alone is no record.
 
     Returns:
-        The folder `earlier_1` …, which TensorBoard shows as a run of its own; none: there was nothing.
+        The folder `earlier_1` …, which TensorBoard shows as a run of its own. None means there was nothing.
     """
     path = metrics_path(run_dir)
     if not os.path.exists(path) or not any(row["step"] > 0 for row in read_metrics(path)):

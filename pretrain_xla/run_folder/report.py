@@ -62,7 +62,7 @@ def write_summary(run_dir: str, summary: dict[str, Any]) -> None:
 
 
 def summarised_steps(run_dir: str) -> int | None:
-    """The steps that the `summary.json` there tells of; none: there is none that can be read."""
+    """The steps that the `summary.json` there tells of. None means there is none that can be read."""
     try:
         with open(os.path.join(run_dir, "summary.json"), encoding="utf-8") as file:
             steps = json.load(file).get("steps")

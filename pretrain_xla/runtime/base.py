@@ -144,7 +144,7 @@ class Runtime(Protocol):
             forward: what `forward` gave.
             parameters: all parameters of the model, by name: what to differentiate by.
             tokens_BAS: `[rows, micro-batches, T + 1]` of this process.
-            scale: factor on the loss before differentiation (fp16). None: 1.
+            scale: factor on the loss before differentiation (fp16). None means 1.
 
         Returns:
             The unscaled loss of this process's rows (0-d, fp32), and each parameter's gradient, or None where none reached it.

@@ -19,7 +19,8 @@ ALONE = "unset {names} to run alone, or start with torchrun, which sets them"
 
 @dataclass(frozen=True)
 class Launched:
-    """One process of a launch. distributed: there is a launch. note: a line for the user. None: there is nothing to say."""
+    """One process of a launch. distributed: there is a launch. note: a line for the user. None means there is nothing to
+    say."""
 
     rank: int = 0
     world_size: int = 1

@@ -59,7 +59,7 @@ def pci_chips() -> list[str]:
 
 
 def accelerator_type() -> str | None:
-    """The accelerator type of the slice that this host is part of, as `v5litepod-16`. None: no TPU, or nobody says so."""
+    """The accelerator type of the slice that this host is part of, as `v5litepod-16`. None means no TPU, or nobody says so."""
     named = os.environ.get("TPU_ACCELERATOR_TYPE")
     if named or os.environ.get("TPU_SKIP_MDS_QUERY") or not pci_chips():
         return named or None
@@ -118,7 +118,7 @@ def _type_in(tpu_env: str | None) -> str | None:
 
 
 def _metadata(key: str) -> str | None:
-    """An attribute of this VM. None: no such attribute, or no metadata server of Google's."""
+    """An attribute of this VM. None means no such attribute, or no metadata server of Google's."""
     host = os.environ.get("GCE_METADATA_HOST", METADATA_HOST)
     url = f"http://{host}/computeMetadata/v1/instance/attributes/{key}"
     request = urllib.request.Request(url, headers={"Metadata-Flavor": "Google"})

@@ -42,8 +42,8 @@ def build_validation(
 
 
 def build_evaluation(config: RunConfig, model: GPT, runtime: Runtime) -> Evaluation | None:
-    """The tasks to score in the loop, read and tokenized now, so that what is missing is missed before training; none: there
-    are none."""
+    """The tasks to score in the loop, read and tokenized now, so that what is missing is missed before training. None means
+    there are none."""
     evaluation = config.evaluation
     if not evaluation.eval_tasks:
         return None

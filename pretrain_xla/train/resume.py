@@ -124,7 +124,7 @@ def find_start(config: RunConfig, data_fingerprint: str, say: Callable[[str], No
 
 
 def _pushed(config: RunConfig, root: str, newest: int | None) -> str | None:
-    """The newest checkpoint of this run on the Hub, fetched; none: there is none, or the run has its own here."""
+    """The newest checkpoint of this run on the Hub, fetched. None means there is none, or the run has its own here."""
     repository = config.checkpoint.hub_repo
     if repository is None or not (steps := hub.steps(repository)):
         return None

@@ -21,9 +21,9 @@ class KernelInputs:
         query_BTF: queries, F = H * E.
         key_BTS: keys, S = K * E.
         value_BTS: values.
-        query_norm_E, key_norm_E: factors on a normalised query or key head. None: they are not normalised.
-        rotary: tables for the rotation that follows the norm. None: none follows.
-        segments_BT: number (int32) of each token's document, within which it attends. None: all is one document.
+        query_norm_E, key_norm_E: factors on a normalised query or key head. None means they are not normalised.
+        rotary: tables for the rotation that follows the norm. None means none follows.
+        segments_BT: number (int32) of each token's document, within which it attends. None means all is one document.
     """
 
     query_BTF: Tensor
@@ -39,7 +39,7 @@ class AttentionKernel(Protocol):
     """Causal attention where a machine has a kernel for it."""
 
     def __call__(self, inputs: KernelInputs, config: ModelConfig, save: Save) -> Tensor | None:
-        """heads_BTF, its outputs saved for recomputation. None: the kernel cannot do this."""
+        """heads_BTF, its outputs saved for recomputation. None means the kernel cannot do this."""
 
 
 class XlaAttention(Attention):

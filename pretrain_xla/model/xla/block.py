@@ -34,7 +34,7 @@ class XlaBlock(Block):
         """See `Block.forward`.
 
         save: gets what need not be recomputed in the backward pass. source_BTD: what x_BTD is a copy of; the first pass reads
-        it instead. None: x_BTD is no copy.
+        it instead. None means x_BTD is no copy.
         """
         normed_BTD, row_factors_BT1 = self.attention_norm.factors(x_BTD, source_BTD)
         attended_BTD = self.attention(normed_BTD, rotary, segments, save, row_factors_BT1)

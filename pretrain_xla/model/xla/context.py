@@ -79,7 +79,8 @@ def no_barrier(tensors: list[Tensor]) -> list[Tensor]:
 
 
 Dimension = Literal["batch", "vocabulary", "width"] | None
-"""What a dimension of a tensor counts: shards of the batch, rows of a table over the vocabulary, their width. None: another."""
+"""What a dimension of a tensor counts: shards of the batch, rows of a table over the vocabulary, their width. None means
+another."""
 
 
 class Layout(Protocol):
@@ -117,7 +118,7 @@ class XlaContext:
     """Where a model is traced: over the global batch, which the compiler partitions, or over one device's shard of it.
 
     scan: runs layers and chunks. barrier: keeps the compiler from merging a second computation with the first. layout: of
-    the batch. kernel: attention on the projections. None: there is no kernel.
+    the batch. kernel: attention on the projections. None means there is no kernel.
     """
 
     scan: Scan = python_scan

@@ -18,8 +18,8 @@ from pretrain_xla.model.xla.context import ONE_DEVICE, Layout, Scan, python_scan
 class Head:
     """What lies between the last hidden state and the loss.
 
-    vocab_size: rows of the output table that are real. softcap: bound on the logits. None: no bound. chunk: tokens of a
-    device whose logits exist at one time. None: all. scan: runs the chunks. layout: how the tokens lie on devices.
+    vocab_size: rows of the output table that are real. softcap: bound on the logits. None means no bound. chunk: tokens of a
+    device whose logits exist at one time. None means all. scan: runs the chunks. layout: how the tokens lie on devices.
     """
 
     vocab_size: int

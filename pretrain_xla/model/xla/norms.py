@@ -18,7 +18,7 @@ class CopyLayerNorm(LayerNorm):
     """`LayerNorm` that can read mean and variance from a tensor, and all else from a copy of it."""
 
     def factors(self, x: Tensor, source: Tensor | None = None) -> tuple[Tensor, None]:
-        """What `forward` gives, and no factor. source: what x is a copy of. None: x is no copy."""
+        """What `forward` gives, and no factor. source: what x is a copy of. None means x is no copy."""
         if source is None:
             return self(x), None
         normed: Tensor = _LayerNormOfCopy.apply(source.float(), x.float(), self.weight, self.bias, self.eps)
@@ -52,7 +52,7 @@ class _LayerNormOfCopy(torch.autograd.Function):
 
 
 class FactoredRMSNorm(RMSNorm):
-    """`RMSNorm` that can leave the division to whoever multiplies what it gives by a matrix."""
+    """`RMSNorm` that can leave the division until after the linear map of its result."""
 
     def factors(self, x: Tensor, source: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """What `forward` gives, as two factors, of which the second may wait until after a linear map of the first.
@@ -61,7 +61,7 @@ class FactoredRMSNorm(RMSNorm):
 
         Args:
             x: values (…, width); all of the gradient flows into it.
-            source: what x is a copy of; the forward pass reads it, and the backward pass reads x. None: x is no copy.
+            source: what x is a copy of; the forward pass reads it, and the backward pass reads x. None means x is no copy.
 
         Returns:
             values: x times `scale`, in the compute type. Whatever is made of them must be linear in them and be multiplied by

@@ -17,7 +17,7 @@ class TracedModel:
 
     Args:
         model: traced over the global batch, with parameters and buffers of its own.
-        local: the same model traced over one device's shard of the batch, without values. None: it is never traced so.
+        local: the same model traced over one device's shard of the batch, without values. None means it is never traced so.
     """
 
     def __init__(self, model: nn.Module, local: nn.Module | None = None) -> None:
@@ -57,7 +57,7 @@ def accumulate(
         values: those tensors, `parameters` first, by which the loss is differentiated.
         parameters: their number.
         tokens_BAS: the micro-batches.
-        scale: factor on the loss before differentiation. None: 1.
+        scale: factor on the loss before differentiation. None means 1.
         scan: runs the micro-batches.
     """
     count = tokens_BAS.shape[1]

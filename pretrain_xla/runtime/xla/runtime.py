@@ -169,7 +169,7 @@ class XlaRuntime:
     def _kernel(self, mesh: xs.Mesh | None) -> AttentionKernel | None:
         """Attention's TPU kernel, on a generation that has one, unless the config asks for plain attention.
 
-        mesh: over which its inputs are split. None: they are one device's.
+        mesh: over which its inputs are split. None means they are one device's.
         """
         if self._chip is None or self._chip in WITHOUT_KERNELS or not self._uses_kernels:
             return None

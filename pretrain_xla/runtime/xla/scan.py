@@ -30,7 +30,7 @@ from pretrain_xla.runtime.xla.local_shards import backward_in_this_thread, local
 class XlaScan:
     """See `model.xla.context.Scan`. What comes out has no gradient history: a body that needs gradients takes them inside.
 
-    mesh: that whose devices' local shards the traced code computes on. None: it computes on global tensors.
+    mesh: that whose devices' local shards the traced code computes on. None means it computes on global tensors.
     """
 
     def __init__(self, mesh: xs.Mesh | None = None) -> None:
