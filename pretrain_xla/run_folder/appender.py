@@ -1,8 +1,7 @@
-"""A file that only grows, on a disk that may be full for a while.
+"""An append-only file that survives a full disk.
 
-A run goes on when its records cannot be written: hours of computing are worth more than the lines that tell of them, and
-stopping would lose what was trained since the last checkpoint. What the disk does not take stays in memory, in order, and is
-written with the next lines that it does take.
+A run continues when its metrics cannot be written: stopping would lose the training since the last checkpoint. Lines that
+could not be written stay in memory, in order, and are written as soon as there is room.
 """
 
 from __future__ import annotations
@@ -14,11 +13,11 @@ from pretrain_xla.system_faults import reason
 
 
 class Appender:
-    """Appends bytes, each time as far as the disk takes them.
+    """Appends bytes to a file; keeps in memory what could not be written yet.
 
     Args:
-        path: of the file, made where it is missing.
-        warn: takes a line when the disk begins to refuse, one when it takes them again, and one at the end if it never did.
+        path: the file, created if missing.
+        warn: called with a line when writing starts to fail, when it works again, and on `close` if lines are lost.
 
     Raises:
         OSError: the file cannot be opened.
@@ -31,7 +30,7 @@ class Appender:
         self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
 
     def write(self, data: bytes) -> None:
-        """Append; on the disk when this returns, or else kept."""
+        """Append `data`, or keep it in memory if the disk is full."""
         self._waiting += data
         try:
             while self._waiting:
@@ -39,17 +38,17 @@ class Appender:
         except OSError as error:
             if not self._refused:
                 self._warn(
-                    f"{self._path} cannot be written ({reason(error)}): the run goes on and keeps the lines in memory until "
+                    f"{self._path} cannot be written ({reason(error)}): the run continues and keeps the lines in memory until "
                     "there is room"
                 )
             self._refused = True
             return
         if self._refused:
-            self._warn(f"{self._path} is written again, nothing of it is lost")
+            self._warn(f"{self._path} is written again, and no line is lost")
             self._refused = False
 
     def close(self) -> None:
-        """Try once more, and let go."""
+        """Try to write what is left, and close the file."""
         if self._waiting:
             self.write(b"")
         if self._waiting:

@@ -1,9 +1,9 @@
 """Checkpoints: folders `step_00001000` under one root, on a disk or in a bucket.
 
-Tensors are written by `torch.distributed.checkpoint` as whole tensors under plain names, so they restore onto any mesh and any
-runtime. `checkpoint.json` is written last: a folder without it is not a checkpoint, whatever else it holds. It carries a
-CRC-32 of each tensor, made before the write and compared after a load, so a bit that a disk or a transfer flips is found.
-Writing happens in a thread, from host copies; the cost to the run is the copy, and that memory while the write lasts.
+`torch.distributed.checkpoint` (DCP) writes full, unsharded tensors under plain names, so they restore onto any mesh and any
+runtime. `checkpoint.json`, the marker, is written last: a folder without it is not a checkpoint. It has a CRC-32 of each
+tensor, computed before writing and compared after loading, so a flipped bit is found. A thread writes from host copies; the
+run pays for the copy, and for its memory until the write ends.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from pretrain_xla.system_faults import disk_fault, system_fault
 
 __all__ = ["MARKER", "PREFIX", "CheckpointInfo", "CheckpointStore", "open_checkpoint"]
 
-# Of torch's own making, on every save: one process writes here by design, and the storage class is not ours.
+# torch warns on every save, but one process writes here by design, and the storage class is not ours.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 warnings.filterwarnings("ignore", message="TypedStorage is deprecated")
 
@@ -50,14 +50,15 @@ class NotWritten(UserError):
 
 
 class CheckpointStore:
-    """The checkpoints of one run, newest last; keeps the newest `limit` and the one with the best validation loss.
+    """The checkpoints of one run. Keeps the newest `limit` and the one with the best validation loss.
 
-    written: called by the writing thread with the step of each complete checkpoint. unwritten: takes a line, from that thread,
-    on each that could not be written; then only what is written last must succeed. none: the next `save` raises it.
-
-    in_use: steps that must not be removed now;
-    they go with a later one, or by `prune`. damaged: step → what is wrong with its marker, of those that were met: they are no
-    checkpoints, and are left as they are.
+    Attributes:
+        root: path or URL of the folder that holds them.
+        written: called by the writing thread with the step of each complete checkpoint.
+        unwritten: called by the writing thread with a line for each checkpoint that could not be written; only the last write
+            must then succeed. None means that the next `save` raises the error.
+        in_use: returns the steps that must not be removed now; they are removed after a later save, or by `prune`.
+        damaged: step → what is wrong with its marker. These are not counted as checkpoints, and never removed.
     """
 
     def __init__(self, root: str, limit: int) -> None:
@@ -65,9 +66,9 @@ class CheckpointStore:
         self.root = self._folders.root
         self._limit = limit
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
-        self._removing = threading.RLock()  # an upload's thread asks what is kept, the writing thread removes the rest
+        self._removing = threading.RLock()  # the upload thread reads what is kept, the writing thread removes the rest
         self._pending: Future[None] | None = None
-        self._infos: dict[int, CheckpointInfo] = {}  # a marker never changes, so each is read once
+        self._infos: dict[int, CheckpointInfo] = {}  # markers never change, so each is read once
         self._writing: int | None = None
         self.damaged: dict[int, str] = {}
         self.written: Callable[[int], None] = lambda step: None
@@ -75,29 +76,32 @@ class CheckpointStore:
         self.in_use: Callable[[], set[int]] = set
 
     def folder(self, step: int) -> str:
-        """Folder of the checkpoint of a step."""
+        """Folder of a step's checkpoint."""
         return self._folders.url(step)
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, ascending."""
-        return [step for step in self._folders.marked() if self._is_whole(step)]
+        return [step for step in self._folders.marked() if self._is_complete(step)]
 
-    def _is_whole(self, step: int) -> bool:
+    def _is_complete(self, step: int) -> bool:
         if step not in self._infos:
             try:
                 self._infos[step] = read_marker(self._folders.files, self._folders.marker(step), step)
             except DamagedMarker as error:
                 self.damaged[step] = str(error)
-            except FileNotFoundError:  # removed meanwhile
+            except FileNotFoundError:  # removed in the meantime
                 return False
-            except (OSError, NewerMarker) as error:  # not to be taken for damage: a run would go on from an older one
+            except (
+                OSError,
+                NewerMarker,
+            ) as error:  # not damage: treated as such, the run would continue from an older one
                 raise UserError(f"{self.folder(step)}/{MARKER} cannot be read ({error})") from None
         return step in self._infos
 
-    def passed_over(self, chosen: int | None) -> list[str]:
-        """A line on each damaged checkpoint that is newer than the one that was chosen."""
+    def skipped(self, chosen: int | None) -> list[str]:
+        """A line for each damaged checkpoint that is newer than the chosen one."""
         return [
-            f"{self.folder(step)}/{MARKER} cannot be read ({why}), so that checkpoint is passed over"
+            f"{self.folder(step)}/{MARKER} cannot be read ({why}), so that checkpoint is skipped"
             + ("" if chosen is None else f" for that of step {chosen}")
             for step, why in sorted(self.damaged.items())
             if chosen is None or step > chosen
@@ -108,44 +112,44 @@ class CheckpointStore:
         return max(self.steps(), default=None)
 
     def best(self) -> int | None:
-        """Step of the checkpoint with the lowest validation loss; the first of them on a tie: no later one is better."""
+        """Step of the checkpoint with the lowest validation loss, the earliest on a tie."""
         return _best(self.losses())
 
     def losses(self) -> dict[int, float | None]:
-        """Step → validation loss of these weights, or none, of the complete checkpoints, ascending."""
+        """Step → validation loss of the complete checkpoints, ascending by step; None where it was not measured."""
         return {step: self._infos[step].valid_loss for step in self.steps()}
 
     def kept(self, elsewhere: Mapping[int, float | None] | None = None) -> set[int]:
-        """Steps of the newest `limit` checkpoints and of the best one, here and `elsewhere` (as `losses`) together."""
+        """Steps of the newest `limit` checkpoints and of the best one, among those here and `elsewhere` (step → loss)."""
         with self._removing:
             losses = {**(elsewhere or {}), **self.losses()}
         best = _best(losses)
         return {*sorted(losses)[-self._limit :], *([] if best is None else [best])}
 
     def prune(self) -> None:
-        """Remove the checkpoints that are neither kept nor in use, and what broken off writes and removals left behind."""
+        """Remove checkpoints that are neither kept nor in use, and what interrupted writes and removals left behind."""
         with self._removing:
-            whole, keep = self.steps(), self.kept() | self.in_use()
-            left = [step for step in self._folders.all() if step not in whole and step != self._writing]
-            gone = [step for step in whole if step not in keep]
-            for step in (*gone, *filter(self._folders.is_remainder, left)):
+            complete, keep = self.steps(), self.kept() | self.in_use()
+            incomplete = [step for step in self._folders.all() if step not in complete and step != self._writing]
+            surplus = [step for step in complete if step not in keep]
+            for step in (*surplus, *filter(self._folders.is_remainder, incomplete)):
                 self._infos.pop(step, None)
                 self._folders.remove(step)
 
     def info(self, step: int) -> CheckpointInfo:
-        """What the marker of a step says.
+        """Content of a step's marker.
 
         Raises:
-            UserError: there is none, or it cannot be read.
+            UserError: it is missing or cannot be read.
         """
         self._infos.pop(step, None)
-        if not self._is_whole(step):
+        if not self._is_complete(step):
             why = self.damaged.get(step, "no such file")
             raise UserError(f"{self.folder(step)}/{MARKER} cannot be read ({why}): remove that folder")
         return self._infos[step]
 
     def load(self, step: int) -> dict[str, Tensor]:
-        """All tensors of a checkpoint, whole, on the host.
+        """All tensors of a checkpoint, unsharded, on the host.
 
         Raises:
             UserError: a file is missing or damaged.
@@ -155,11 +159,11 @@ class CheckpointStore:
             tensors = self._read(step)
         except ForbiddenName as error:
             raise UserError(
-                f"{folder} is not loaded: its .metadata asks for {error}, which is no part of a checkpoint and could run "
-                "code here; whoever made it may mean harm"
+                f"{folder} is not loaded: its .metadata asks for {error}, which is not part of a checkpoint and could run "
+                "code here; the file may be malicious"
             ) from None
         except (Exception, CheckpointException) as error:
-            if (lack := system_fault(error)) is not None:  # the machine's, and no fault of the checkpoint
+            if (lack := system_fault(error)) is not None:  # of the host, not of the checkpoint
                 raise UserError(f"{folder} cannot be read: {lack}") from error
             raise UserError(
                 f"{folder} is damaged ({_reason(error)}): remove that folder to continue from an older checkpoint"
@@ -175,7 +179,7 @@ class CheckpointStore:
         return tensors
 
     def save(self, tensors: dict[str, Tensor], info: CheckpointInfo) -> None:
-        """Write host tensors in the background; a fault of an earlier write is raised here, unless `unwritten` took it.
+        """Write host tensors in the background; an error of an earlier write is raised here, unless `unwritten` is set.
 
         Raises:
             UserError: the earlier write failed (disk full, no permission …).
@@ -188,10 +192,10 @@ class CheckpointStore:
         self._pending = self._writer.submit(self._write, tensors, info)
 
     def wait(self) -> None:
-        """Until what was saved is complete.
+        """Wait until the last `save` is complete.
 
         Raises:
-            UserError: it could not be written.
+            UserError: the checkpoint could not be written.
         """
         if self._pending is None:
             return
@@ -204,7 +208,7 @@ class CheckpointStore:
             raise UserError(f"{self.root}: older checkpoints could not be removed ({_reason(error)})") from error
 
     def close(self) -> None:
-        """Finish what is under way and end the thread."""
+        """Wait for the last `save`, and end the writing thread."""
         try:
             self.wait()
         finally:
@@ -228,7 +232,7 @@ class CheckpointStore:
 
     def _write(self, tensors: dict[str, Tensor], info: CheckpointInfo) -> None:
         if info.step in self.steps():
-            return  # asked to stop just after a save: what is there is this state, and rewriting would put it at risk
+            return  # stopped right after a save: the checkpoint has this state, and rewriting would put it at risk
         if (fault := not_finite(tensors)) is not None:
             newest = self.newest()
             raise UserError(
@@ -240,7 +244,7 @@ class CheckpointStore:
         try:
             self._put(tensors, info)
         except (Exception, CheckpointException) as error:
-            with contextlib.suppress(Exception):  # a part of it is of no use, and takes the room that is missing
+            with contextlib.suppress(Exception):  # an incomplete one is useless, and takes up the missing space
                 self._folders.remove(info.step)
             raise self._not_written(info.step, error) from error
         finally:
@@ -250,7 +254,7 @@ class CheckpointStore:
 
     def _put(self, tensors: dict[str, Tensor], info: CheckpointInfo) -> None:
         files, folders = self._folders.files, self._folders
-        folders.remove(info.step)  # what an interrupted write left behind
+        folders.remove(info.step)  # left behind by an interrupted write
         files.makedirs(folders.path(info.step), exist_ok=True)
         info = replace(info, checksums={name: _checksum(tensor) for name, tensor in tensors.items()})
         dcp.save(tensors, storage_writer=_writer(folders.url(info.step)), no_dist=True)
@@ -258,7 +262,7 @@ class CheckpointStore:
         self.damaged.pop(info.step, None)
 
     def _not_written(self, step: int, error: BaseException) -> NotWritten:
-        what = f"{self.root}: the checkpoint of step {step} could not be written ({_reason(error)}); earlier ones are whole"
+        what = f"{self.root}: the checkpoint of step {step} could not be written ({_reason(error)}); earlier ones are complete"
         if self.unwritten is not None:
             self.unwritten(f"{what}: make room; the next one is tried when it is due")
         return NotWritten(f"{what}: make room and start again to continue from the newest")
@@ -267,15 +271,15 @@ class CheckpointStore:
 def open_checkpoint(
     path: str, which: str = "newest", say: Callable[[str], None] = lambda line: None
 ) -> tuple[CheckpointStore, int]:
-    """The store and step that a person means by a run folder, a folder of checkpoints, or one checkpoint.
+    """Find the checkpoint of a path: store and step.
 
     Args:
-        path: any of the three.
-        which: `newest` or `best`, when there are several.
-        say: takes a line on each that is passed over, and where the best is asked for and was never measured.
+        path: a run folder, a folder of checkpoints, or one checkpoint.
+        which: `newest` or `best`, if there are several.
+        say: called with a line for each damaged checkpoint that is skipped, and if no validation loss was measured for `best`.
 
     Raises:
-        UserError: there is no complete checkpoint there.
+        UserError: there is no complete checkpoint.
     """
     path = path.rstrip("/")
     if (step := step_of(os.path.basename(path))) is not None:
@@ -288,16 +292,14 @@ def open_checkpoint(
     for root in (path, f"{path}/checkpoints"):
         store = CheckpointStore(root, limit=1)
         found = store.newest()
-        lines = store.passed_over(found)
+        lines = store.skipped(found)
         if found is None:
             damaged += lines
             continue
         if which == "best" and (best := store.best()) is not None:
             found = best
         elif which == "best":
-            lines.append(
-                f"{root}: the validation loss of no checkpoint was measured: the newest, of step {found}, is taken"
-            )
+            lines.append(f"{root}: no checkpoint has a measured validation loss: using the newest, of step {found}")
         for line in lines:
             say(line)
         return store, found
@@ -318,7 +320,7 @@ def _checksum(tensor: Tensor) -> int:
 def _reason(error: BaseException) -> str:
     """The cause in a few words: DCP wraps it in a CheckpointException (a BaseException), with traces in its text.
 
-    Of a full disk torch's writer says `unexpected pos 704 vs 598`; the system's own words are in what led to that.
+    For a full disk, torch's writer reports `unexpected pos 704 vs 598`; the system's error is in the exception's cause.
     """
     if (fault := disk_fault(error)) is not None:
         return fault

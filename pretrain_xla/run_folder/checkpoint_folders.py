@@ -1,4 +1,4 @@
-"""The folders `step_00001000` below a root: which there are, what belongs into one, and how it is removed."""
+"""The folders `step_00001000` under a root: listing them, and removing one safely."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from pretrain_xla.run_folder.checkpoint_marker import MARKER
 from pretrain_xla.storage.files import filesystem, is_local
 
 PREFIX = "step_"
-# What DCP and we leave in one: a folder with anything else in it is not ours to remove.
+# Files that DCP and we write; a folder with any other file is not removed.
 PARTS = re.compile(rf"\.metadata(\.tmp)?|__\d+_\d+\.distcp|{re.escape(MARKER)}(\.partial)?")
 
 
 def step_of(name: str) -> int | None:
-    """The step that a folder's name says. None means it is no checkpoint's name."""
+    """The step in a folder's name. None means that it is not a checkpoint's name."""
     number = name.removeprefix(PREFIX)
     return int(number) if name.startswith(PREFIX) and number.isdecimal() else None
 
@@ -23,10 +23,10 @@ def step_of(name: str) -> int | None:
 class CheckpointFolders:
     """Folders of checkpoints, complete or not.
 
-    root: path or URL, as a person wrote it. files: its fsspec file system.
+    root: path or URL, as the user wrote it. files: its fsspec file system.
 
     Raises:
-        UserError: a URL of no known kind.
+        UserError: a URL with an unknown scheme.
     """
 
     def __init__(self, root: str) -> None:
@@ -37,7 +37,7 @@ class CheckpointFolders:
             raise UserError(f"checkpoints_dir={error}") from None
 
     def url(self, step: int) -> str:
-        """A step's folder, for people and for DCP."""
+        """A step's folder as path or URL, for messages and for DCP."""
         return f"{self.root}/{PREFIX}{step:08d}"
 
     def path(self, step: int) -> str:
@@ -56,7 +56,7 @@ class CheckpointFolders:
         """
         try:
             found = self.files.ls(self._path, detail=False) if self.files.exists(self._path) else []
-        except OSError as error:  # a bucket that is not there, or not ours
+        except OSError as error:  # the bucket does not exist, or access is denied
             raise UserError(f"checkpoints_dir={self.root} cannot be listed: {error}") from None
         steps = (step_of(entry.rstrip("/").rsplit("/", 1)[-1]) for entry in found)
         return sorted(step for step in steps if step is not None)
@@ -66,16 +66,16 @@ class CheckpointFolders:
         return [step for step in self.all() if self.files.exists(self.marker(step))]
 
     def is_remainder(self, step: int) -> bool:
-        """Whether a folder has no marker and nothing but parts of a checkpoint: broken off in writing, or in removing."""
+        """Whether a folder has no marker and only files of a checkpoint: left by an interrupted write or removal."""
         if self._is_link(step):
             return False
         names = {entry.rstrip("/").rsplit("/", 1)[-1] for entry in self.files.ls(self.path(step), detail=False)}
         return MARKER not in names and all(PARTS.fullmatch(name) for name in names)
 
     def remove(self, step: int) -> None:
-        """Remove a folder, where it is there; of one that is a link, the link."""
+        """Remove a folder if it exists; if it is a symbolic link, only the link."""
         if self._is_link(step):
-            os.unlink(self.path(step))  # what it points to is somebody else's
+            os.unlink(self.path(step))  # its target is not ours
             return
         # The marker goes first, so that a half-removed folder is never taken for a checkpoint.
         for path in (self.marker(step), self.path(step)):

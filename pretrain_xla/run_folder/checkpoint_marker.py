@@ -1,8 +1,7 @@
-"""`checkpoint.json`: what a checkpoint is, and that it is complete.
+"""`checkpoint.json`, the marker that a checkpoint is complete, with its metadata.
 
-It is written last, and whole or not at all, so that a run may be killed at any moment: locally to another name, to the disk,
-and renamed; a bucket's put is whole by itself. What cannot be understood (a version from before wrote it in place) makes the
-folder no checkpoint, and harms no other.
+It is written last and atomically, so that a run may be killed at any moment: on a disk under a temporary name, synced and
+renamed; a put to a bucket is atomic. A folder whose marker cannot be parsed is not a checkpoint; other checkpoints stay usable.
 """
 
 from __future__ import annotations
@@ -18,13 +17,16 @@ from pretrain_xla.storage.files import is_local, write_atomically
 
 MARKER = "checkpoint.json"
 VERSION = 2
-"""Of the marker: 1 carried the last validation loss, of whatever step; 2 that of these very weights, or none."""
+"""Marker format: 1 had the last validation loss, of any step; 2 has the loss of exactly these weights, or null."""
 
 
 @dataclass(frozen=True)
 class DataPosition:
-    """tokens: seen in the whole run, whatever the data. position: in the order of the present data. seed, shuffle_window: of
-    that order."""
+    """How far a run is in its data; key `seen` of the marker.
+
+    tokens: trained on in the whole run, over all datasets. position: in the order of the current dataset, in sequences.
+    seed, shuffle_window: of that order.
+    """
 
     tokens: int
     position: int
@@ -39,9 +41,11 @@ class DataPosition:
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """What `checkpoint.json` says. step: updates made. valid_loss: measured on these very weights. None means it was not. data:
-    fingerprint of the shards. checksums: of each tensor; seen: of the data; tokenizer: fingerprint of what the data was made
-    with; none in checkpoints from before there were any.
+    """Content of `checkpoint.json`.
+
+    step: updates so far. valid_loss: of exactly these weights; None means not measured. data: fingerprint of the shards.
+    checksums: tensor name → CRC-32. seen: position in the data. tokenizer: fingerprint of the tokenizer that made the data.
+    The last three are None in older checkpoints.
     """
 
     step: int
@@ -55,11 +59,11 @@ class CheckpointInfo:
 
 
 class DamagedMarker(Exception):
-    """What stands there is no marker; the text says why, in a few words."""
+    """The file is not a valid marker; the text says why, in a few words."""
 
 
 class NewerMarker(Exception):
-    """A marker by a later version of this program."""
+    """A marker written by a later version of this package."""
 
 
 def read_marker(files: Any, path: str, step: int) -> CheckpointInfo:
@@ -67,12 +71,12 @@ def read_marker(files: Any, path: str, step: int) -> CheckpointInfo:
 
     Args:
         files: its fsspec file system.
-        path: the marker on it.
-        step: that the folder is named by.
+        path: path of the marker on it.
+        step: step in the folder's name.
 
     Raises:
-        DamagedMarker: it is cut off, or says something else than a marker of this step.
-        NewerMarker: it has fields that are not known here.
+        DamagedMarker: it is truncated, or not a marker of this step.
+        NewerMarker: it has unknown fields.
         OSError: it cannot be read.
     """
     try:
@@ -86,41 +90,41 @@ def read_marker(files: Any, path: str, step: int) -> CheckpointInfo:
     except (ValueError, TypeError, RecursionError) as error:
         raise DamagedMarker(" ".join(str(error).split())[:200]) from None
     if info.step != step or not isinstance(info.config, dict) or not isinstance(info.data, str):
-        raise DamagedMarker(f"it is none of step {step}")
+        raise DamagedMarker(f"it is not of step {step}")
     if not isinstance(info.version, int):
-        raise DamagedMarker("its version is no number")
+        raise DamagedMarker("its version is not a number")
     if not isinstance(info.valid_loss, int | float | None) or not isinstance(info.checksums, dict | None):
-        raise DamagedMarker("its valid_loss or its checksums are of another kind")
+        raise DamagedMarker("its valid_loss or its checksums have the wrong type")
     if not isinstance(info.tokenizer, str | None):
-        raise DamagedMarker("its tokenizer is of another kind")
+        raise DamagedMarker("its tokenizer has the wrong type")
     return info if _measured_here(info) else replace(info, valid_loss=None)
 
 
 def write_marker(files: Any, path: str, info: CheckpointInfo) -> None:
-    """Write a marker, whole or not at all; locally it and the folder's entries are on the disk afterwards."""
+    """Write a marker atomically; on a disk, the marker and the folder's entries are synced when this returns."""
     content = json.dumps(asdict(info)).encode()
     if not is_local(files):
         files.pipe_file(path, content)
         return
     folder = os.path.dirname(path)
-    sync_folder(folder)  # the names of what it vouches for come first
+    sync_folder(folder)  # the entries of the tensors must be on the disk before the marker
     write_atomically(files, path, [content])
     sync_folder(folder)
     sync_folder(os.path.dirname(folder))
 
 
 def sync_folder(folder: str) -> None:
-    """Have the entries of a local folder on the disk, as `fsync` has a file's content."""
+    """`fsync` of a local folder: its entries are on the disk afterwards."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):  # some network disks cannot do it for a folder; they have no need of it
+        with contextlib.suppress(OSError):  # some network disks cannot sync a folder, and do not need it
             os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
 def _measured_here(info: CheckpointInfo) -> bool:
-    """Whether the loss is of these weights. Of version 1 it is where a validation was due at that step, and only there."""
+    """Whether the loss is of these weights. For version 1: only if a validation was due at that step."""
     if info.valid_loss is None or not math.isfinite(info.valid_loss):
         return False
     train = info.config.get("train")

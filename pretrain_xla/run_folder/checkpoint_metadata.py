@@ -1,9 +1,9 @@
-"""Reading what `torch.distributed.checkpoint` stores, without trusting it.
+"""Reading `torch.distributed.checkpoint` (DCP) files without trusting them.
 
-Its `.metadata` is a pickle, and a pickle may name any function to be called: whoever wrote the folder could run code here. So
-it is read with an unpickler that knows DCP's own records alone, and fills plain stand-ins for them, never torch's classes. What
-comes out is checked and only then made into a `Metadata`: files lie in the folder itself, and a tensor is no larger than what
-is stored of it. The tensors are read by DCP, which unpickles them with `weights_only=True`.
+`.metadata` is a pickle, and a pickle can call any function: an attacker could run code here. So a restricted unpickler accepts
+only DCP's own records, and fills placeholder classes instead of torch's. The result is validated before it becomes a
+`Metadata`: files must be in the folder itself, and a tensor may not be larger than its stored bytes. Tensors are unpickled
+with `weights_only=True`.
 """
 
 from __future__ import annotations
@@ -44,29 +44,29 @@ _RECORDS = {
     ),
     "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
 }
-# Called with plain values, and standing for themselves: nothing of torch is called while a pickle is read.
+# Callables with plain arguments, replaced by plain types: no torch function is called while a pickle is read.
 _VALUES: dict[tuple[str, str], type] = {
     ("torch", "Size"): tuple,
     ("torch.serialization", "_get_layout"): str,
     ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"): int,
 }
-_PATHS = {"pathlib", "pathlib._local"}  # of the folder as it was written: not used
+_PATHS = {"pathlib", "pathlib._local"}  # the folder at the time of writing: not used
 
 
 class ForbiddenName(Exception):
-    """A pickle names something that no checkpoint needs; the text is its name."""
+    """A pickle names something that no checkpoint needs; the text is that name."""
 
 
 def read_metadata(file: IO[bytes], sizes: Mapping[str, int]) -> Metadata:
-    """What a `.metadata` says of the tensors; entries that are no tensors are left out.
+    """The tensors in a `.metadata`; other entries are left out.
 
     Args:
         file: the `.metadata`.
-        sizes: bytes of each file in its folder.
+        sizes: file name → bytes, of the files in its folder.
 
     Raises:
-        ForbiddenName: it would call, or make, something that is no part of a checkpoint.
-        ValueError: it is no metadata, names a file elsewhere, or declares more than is stored.
+        ForbiddenName: it names something that is not part of a checkpoint.
+        ValueError: it is not valid, names a file outside the folder, or declares more than is stored.
     """
     root = _Unpickler(file).load()
     tensors = {
@@ -81,7 +81,7 @@ def read_metadata(file: IO[bytes], sizes: Mapping[str, int]) -> Metadata:
 
 
 def reader(folder: str, metadata: Metadata) -> dcp.FileSystemReader:
-    """DCP's reader of a folder (a path or a URL), for metadata that was read by `read_metadata`."""
+    """DCP's reader of a folder (path or URL), for metadata from `read_metadata`."""
     return _RemoteReader(folder, metadata) if "://" in folder else _LocalReader(folder, metadata)
 
 
@@ -89,11 +89,11 @@ class _Read(dcp.FileSystemReader):
     metadata: Metadata
 
     def read_metadata(self, *_arguments: Any, **_keywords: Any) -> Metadata:
-        """What was read before, in place of DCP's own `pickle.load`."""
+        """The validated metadata, instead of DCP's `pickle.load`."""
         return self.metadata
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """As DCP's own, with one read for each tensor and a look at how long it is."""
+        """Like DCP's own, with one read for each tensor and a check of its size."""
         per_file: dict[str, list[ReadItem]] = {}
         for item in plan.items:
             per_file.setdefault(self.storage_data[item.storage_index].relative_path, []).append(item)
@@ -128,15 +128,15 @@ class _RemoteReader(_Read, FsspecReader):
 
 
 def _stored(content: bytes) -> Tensor:
-    """The tensor that `torch.save` wrote.
+    """A tensor as `torch.save` wrote it.
 
     Raises:
-        ValueError: it reaches beyond what is stored, or is none.
+        ValueError: it is not a tensor, or larger than its stored bytes.
     """
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         parts = [item.file_size for item in archive.infolist() if "/data/" in item.filename]
         order = [archive.read(item) for item in archive.infolist() if item.filename.endswith("/byteorder")]
-    # Of another order of bytes torch would turn them round in place, beyond the end as well.
+    # For another byte order, torch would swap bytes in place, even beyond the end.
     if len(parts) != 1 or parts[0] > len(content) or any(word != b"little" for word in order):
         raise ValueError("a tensor is not stored as it is written here")
     tensor = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
@@ -146,7 +146,7 @@ def _stored(content: bytes) -> Tensor:
 
 
 class _Record:
-    """An object of the pickle: what it was and what was in it."""
+    """Placeholder of an object in the pickle: its class name and its state."""
 
     kind = ""
 
@@ -158,7 +158,7 @@ class _Record:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Knows the names that DCP writes. Each gets a class of this unpickler's own, so that a pickle can change no other."""
+    """Accepts the names that DCP writes. Each gets a class private to this unpickler, so that a pickle cannot change others."""
 
     def __init__(self, file: IO[bytes]) -> None:
         super().__init__(file)
@@ -235,7 +235,7 @@ def _check_stored(
     storage: Mapping[MetadataIndex, _StorageInfo],
     sizes: Mapping[str, int],
 ) -> None:
-    """Refuse what is declared and not there, before memory is taken for it."""
+    """Refuse tensors that are declared but not stored, before memory is allocated for them."""
     declared = 0
     for name, tensor in tensors.items():
         width = tensor.properties.dtype.itemsize

@@ -1,4 +1,4 @@
-"""What a run says: a progress bar on a terminal, plain lines in a file; nothing on processes that are not main."""
+"""Output of a run: a progress bar on a terminal, plain lines in a log file. Only the main process prints."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pretrain_xla.runtime import Runtime
 
 
 class Console:
-    """Output of the main process; every method does nothing on the others."""
+    """Output of the main process; on other processes every method does nothing."""
 
     def __init__(self, *, enabled: bool) -> None:
         self._enabled = enabled
@@ -28,19 +28,19 @@ class Console:
         self._console = rich.console.Console(quiet=not enabled, soft_wrap=True, highlight=False)
 
     def print(self, text: str) -> None:
-        """A line."""
+        """Print a line."""
         self._console.print(redacted(text), markup=False)
 
     def note(self, text: str) -> None:
-        """A line that the person should know of."""
+        """Print a line that the user should know."""
         self._console.print(f"note: {redacted(text)}", markup=False, style="cyan")
 
     def warn(self, text: str) -> None:
-        """A line that the person should act on."""
+        """Print a line that the user should act on."""
         self._console.print(f"warning: {redacted(text)}", markup=False, style="yellow")
 
     def header(self, config: RunConfig, runtime: Runtime, first: int) -> None:
-        """What is about to run, and where."""
+        """Print model, devices, precision, steps and attention before the first step."""
         axes = " x ".join(f"{axis} {size}" for axis, size in runtime.mesh.items())
         precision = config.train.mixed_precision or "fp32"
         self.print(
@@ -53,7 +53,7 @@ class Console:
             self.note(line)
 
     def validation(self, row: Row) -> None:
-        """A validation result."""
+        """Print a validation result."""
         self._console.print(
             f"step {row['step']:>6}  validation loss {row['valid_loss']:.4f}  perplexity {shown(row['valid_perplexity'], 2)}",
             markup=False,
@@ -61,7 +61,7 @@ class Console:
         )
 
     def evaluation(self, row: Row) -> None:
-        """Scores of the tasks, a line for each task."""
+        """Print the scores, one line for each task."""
         tasks: dict[str, list[str]] = {}
         for name, value in row.items():
             task, _, score = name.partition("/")
@@ -73,35 +73,35 @@ class Console:
             self._console.print(f"step {row['step']:>6}  {task}  {'  '.join(scores)}", markup=False, style="bold")
 
     def summary(self, summary: dict[str, Any], run_dir: str) -> None:
-        """The closing table."""
-        table = Table(title="what happened", show_header=False)
+        """Print the table at the end of a run."""
+        table = Table(title="summary", show_header=False)
         valid = (summary["first_valid_loss"], summary["last_valid_loss"], summary["best_valid_loss"])
         graphs = ", ".join(f"{name} {count}" for name, count in summary["graphs"].items()) or "none"
         table.add_row("tokens", f"{summary['tokens']:,} in {summary['steps']} steps, {summary['seconds']:.0f} s")
         if None not in valid:
-            table.add_row("validation loss", f"{valid[0]:.4f} at first, {valid[1]:.4f} at last, {valid[2]:.4f} at best")
+            table.add_row("validation loss", f"first {valid[0]:.4f}, last {valid[1]:.4f}, best {valid[2]:.4f}")
         if summary["tokens_per_second"]:
             share = f", {summary['mfu']:.1%} of peak" if summary["mfu"] else ""
             table.add_row("rate", f"{summary['tokens_per_second']:,.0f} tokens/s{share}")
         table.add_row("graphs compiled", f"{graphs}; {summary['compile_seconds']:.0f} s")
         table.add_row(
             "graph guard",
-            f"{summary['recompilations']} recompilations, {summary['host_fallbacks']} host fall-backs, "
+            f"{summary['recompilations']} recompilations, {summary['host_fallbacks']} host fallbacks, "
             f"{summary['unplanned_host_transfers']} unplanned host transfers",
         )
-        table.add_row("left in", run_dir)
+        table.add_row("files", run_dir)
         self._console.print(table)
 
     @contextlib.contextmanager
     def progress(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
-        """A bar for a piece of work; yields a function that takes how much of it is done."""
+        """Progress bar of `what`; yields a function that takes how much is done so far."""
         with self._bar("") as bar:
             task = bar.add_task(what, total=total, detail="")
             yield lambda done: bar.update(task, completed=done)
 
     @contextlib.contextmanager
     def training(self, first: int, last: int) -> Iterator[TrainingBar]:
-        """The bar of the training loop."""
+        """Progress bar of the training loop."""
         with self._bar("{task.fields[detail]}") as bar:
             yield TrainingBar(bar, first, last, self)
 
@@ -120,7 +120,7 @@ class Console:
 
     @property
     def is_terminal(self) -> bool:
-        """Whether a person is watching a live screen."""
+        """Whether the output is a terminal."""
         return self._enabled and self._console.is_terminal
 
 
@@ -160,7 +160,7 @@ class TrainingBar:
 
     @contextlib.contextmanager
     def progress(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
-        """A second line for a piece of work in between; see `Console.progress`."""
+        """A second bar, for work between two steps; see `Console.progress`."""
         task = self._bar.add_task(what, total=total, detail="")
         yield lambda done: self._bar.update(task, completed=done)
         self._bar.remove_task(task)

@@ -1,9 +1,9 @@
-"""What a run has seen of its data, and where it goes on when it resumes: no sequence twice, none left out.
+"""Where a resumed run continues in its data, so that no sequence is repeated or skipped.
 
-A batch begins at a position, not at a number of batches (see `data.batches`), so batch size and accumulation may change from
-one start to the next. The order of the data may not: another `seed` or `shuffle_window` is another order, in which what was
-seen lies all over. So an order that was begun is kept, whatever these two say later, until the data are others. With other
-data, or with sequences of another length, the position means nothing: there the order begins anew, at its beginning.
+A position counts sequences, not batches (see `data.batches`), so batch size and accumulation may change on resume. The order
+of the data must not: with another `seed` or `shuffle_window`, the sequences already seen would be spread over the new order.
+So a run keeps the order that it started with until its data change. With other data, or another sequence length, the position
+has no meaning, and the run starts at the beginning of the new order.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ WITHOUT_EFFECT = {
     "init", "train_dir", "cache_dir", "cache_gb", "remote_reads", "prefetch_batches", "mode", "from_checkpoint",
     "strict_graph", "topology", "compile_cache",
 }  # fmt: skip
-"""Settings of which nothing that follows depends in a run that goes on."""
+"""Settings that do not change what a resumed run computes."""
 
 
 def resume_position(info: CheckpointInfo | None, config: RunConfig, data: str, sequences: int) -> DataPosition:
-    """Where a run stands in its data.
+    """Position in the data at which a run continues.
 
     Args:
-        info: of the checkpoint that it begins from. None means there is none.
+        info: of the checkpoint that it resumes from. None means a new run.
         config: of the run now.
-        data: fingerprint of the shards that it will read.
-        sequences: in these.
+        data: fingerprint of the shards to read.
+        sequences: number of sequences in them.
 
     Raises:
-        UserError: a checkpoint from before there was a position has a config that is not understood.
+        UserError: an older checkpoint has no position, and its config cannot be parsed.
     """
     begun = DataPosition(tokens_seen(info), 0, config.train.seed, config.data.shuffle_window)
-    if info is None or info.step == 0 or _begins_anew(info, config, data):
+    if info is None or info.step == 0 or _starts_over(info, config, data):
         return begun
     if info.seen is not None:
         return info.seen
@@ -49,30 +49,30 @@ def tokens_seen(info: CheckpointInfo | None) -> int:
     """Tokens that a checkpoint's run has trained on."""
     if info is None or info.step == 0:
         return 0
-    # Before they were counted, every step had as many.
+    # Older checkpoints do not count tokens; all of their steps had the same number.
     return info.seen.tokens if info.seen is not None else info.step * _config(info).tokens_per_step
 
 
 def describe_changes(info: CheckpointInfo, config: RunConfig, seen: DataPosition) -> str | None:
-    """One line on the settings that are not those of the checkpoint, and on what does not follow them. None means all are."""
+    """One line on the settings that differ from the checkpoint's, and on those that the data order ignores, or None."""
     changes = [f"{key} {_word(had)} → {_word(has)}" for key, had, has in _changes(info.config, config)]
     parts = [f"settings changed since step {info.step}: {', '.join(changes)}"] if changes else []
     if (seen.seed, seen.shuffle_window) != (config.train.seed, config.data.shuffle_window):
         parts.append(
-            "so that nothing comes twice or is left out, the data stay in the order of "
-            f"seed {seen.seed} and shuffle_window {seen.shuffle_window}"
+            f"the data keep the order of seed {seen.seed} and shuffle_window {seen.shuffle_window}, so that no sequence is "
+            "repeated or skipped"
         )
     if _length(info) not in (None, config.model.seq_length):
-        parts.append(f"cut into sequences of {config.model.seq_length} tokens, the data begin anew")
+        parts.append(f"with sequences of {config.model.seq_length} tokens, the data start from their beginning")
     return "; ".join(parts) or None
 
 
 def has_other_data(info: CheckpointInfo, data: str) -> bool:
-    """Whether a checkpoint's run saw other shards than those of this fingerprint."""
+    """Whether a checkpoint's run was trained on other shards than those with this fingerprint."""
     return info.data not in ("", data)
 
 
-def _begins_anew(info: CheckpointInfo, config: RunConfig, data: str) -> bool:
+def _starts_over(info: CheckpointInfo, config: RunConfig, data: str) -> bool:
     return has_other_data(info, data) or _length(info) not in (None, config.model.seq_length)
 
 
@@ -86,8 +86,8 @@ def _config(info: CheckpointInfo) -> RunConfig:
 
 
 def _changes(saved: dict[str, Any], config: RunConfig) -> Iterator[tuple[str, Any, Any]]:
-    """(setting, its value then, its value now); one that there was not then, or is not now, is left out."""
-    now = redacted_tree(config.model_dump(mode="json"))  # as a checkpoint has it
+    """(setting, old value, new value) of each setting that changed and that exists in both configs."""
+    now = redacted_tree(config.model_dump(mode="json"))  # as it is stored in a checkpoint
     for section in ("model", "data", "optim", "train", "parallel"):
         had = saved.get(section, {})
         for key, value in now[section].items():

@@ -1,4 +1,4 @@
-"""What a run keeps beside its metrics so that it can be read on its own: its config and its tokenizer."""
+"""The config and the tokenizer in a run's folder, which make the folder self-contained, and earlier runs' records there."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from pretrain_xla.tokenizers.tokenizer import is_stored
 
 CONFIG_FILE = "config.yaml"
 TOKENIZER_FOLDER = "tokenizer"
-# What a run records, by patterns: it cannot be had again without training again.
+# Patterns of the files that a run records: only training again would give them back.
 RECORDS = ("metrics.jsonl", "samples.txt", "summary.json", "loss.png", "events.out.tfevents.*", CONFIG_FILE)
 
 
 def set_aside(run_dir: str) -> str | None:
-    """Move what an earlier run recorded in this folder into a folder of its own, for a run that begins anew here.
+    """Move the records of an earlier run in this folder into a subfolder, before a new run starts here.
 
-    Its checkpoints were removed, or are elsewhere, or it died before the first; nobody but a person can say whether its curve
-    is still wanted. Validation before the first step alone is no record.
+    The earlier run's checkpoints were removed, are elsewhere, or were never written; only the user knows whether its curve is
+    still of use. A validation before the first step alone does not count as a record.
 
     Returns:
-        The folder `earlier_1` …, which TensorBoard shows as a run of its own. None means there was nothing.
+        The subfolder (`earlier_1` …), which TensorBoard shows as a separate run, or None if there was nothing to move.
     """
     path = metrics_path(run_dir)
     if not os.path.exists(path) or not any(row["step"] > 0 for row in read_metrics(path)):
@@ -45,7 +45,7 @@ def set_aside(run_dir: str) -> str | None:
 
 
 def write_run_files(config: RunConfig) -> None:
-    """Write `config.yaml`, and a copy of the data's tokenizer where that is a file (names need none)."""
+    """Write `config.yaml`, and a copy of the data's tokenizer if it is a file and not a known name."""
     rewrite(os.path.join(config.run_dir, CONFIG_FILE), [to_yaml(config)])
     info = dataset_info(config.data.train_dir)
     name = config.data.tokenizer or (info.tokenizer_name if info else None)
@@ -56,13 +56,13 @@ def write_run_files(config: RunConfig) -> None:
 
 
 def tokenizer_of(data: DataConfig) -> str:
-    """Name of the tokenizer that a run's shards were made with: as configured, as the manifest beside them says, or gpt2."""
+    """The tokenizer of a run's shards: as configured, as their manifest says, or gpt2."""
     info = None if data.tokenizer else dataset_info(data.train_dir)
     return data.tokenizer or (info.tokenizer_name if info else "gpt2")
 
 
 def find_tokenizer(checkpoints_dir: str) -> str | None:
-    """The copy that a run keeps, from its checkpoints folder: in it, or in the run folder above."""
+    """The run's copy of its tokenizer, in the checkpoints folder or in its parent, or None."""
     found = (
         stored_tokenizer(f"{folder}/{TOKENIZER_FOLDER}")
         for folder in (checkpoints_dir, os.path.dirname(checkpoints_dir))

@@ -1,4 +1,4 @@
-"""The folders of a run: tried before any device is touched, and gone again where a start is refused."""
+"""The folders of a run: created and tested before any device is touched, and removed again if the run is refused."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ from pretrain_xla.storage.files import missing_folders, remove_empty
 
 
 def local_folders(config: RunConfig) -> dict[str, str]:
-    """The key and path of each folder that the run writes to on a disk; a bucket is tried by its own client."""
+    """Setting → path of each local folder that the run writes to; buckets are checked by their own client."""
     folders = {"run_dir": config.run_dir, "checkpoints_dir": config.checkpoints_dir}
     return {key: folder for key, folder in folders.items() if "://" not in folder}
 
 
 @contextlib.contextmanager
 def writable_folders(config: RunConfig) -> Iterator[None]:
-    """Make the run's folders and write to each once; those that were made and are empty when a run fails are removed.
+    """Create the run's folders and write to each once; folders that were created and are still empty when the run fails are
+    removed.
 
     Raises:
-        UserError: a folder cannot be made or written.
+        UserError: a folder cannot be created or written.
     """
     made: list[str] = []
     try:
@@ -36,15 +37,15 @@ def writable_folders(config: RunConfig) -> Iterator[None]:
 
 
 def probe(key: str, folder: str, made: list[str]) -> None:
-    """Make a folder where it is missing, and write to it once; `made` gets what was made, the innermost first.
+    """Create a folder if it is missing, and write to it once; created folders are added to `made`, innermost first.
 
     Raises:
-        UserError: it cannot be made or written; the text names the key.
+        UserError: it cannot be created or written; the text names the setting `key`.
     """
     made[:0] = missing_folders(folder)
     try:
         os.makedirs(folder, exist_ok=True)
-        # A file of its own for each process: they all try at the same time.
+        # One file for each process: all of them test at the same time.
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"\0")
     except OSError as error:

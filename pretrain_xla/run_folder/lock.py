@@ -1,8 +1,8 @@
-"""One run in a folder at a time: a lock that the system lets go of when its holder ends, however it ends.
+"""A lock on a run's folder: one run at a time, released by the operating system when its holder ends for any reason.
 
-The file `run.lock` says who holds it; the lock itself is the system's (`flock`), so what a crash leaves behind locks nothing.
-It works on local disks, and between hosts on network disks that pass such locks on (NFS does). Buckets have no locks: there
-nothing keeps two runs apart.
+The lock is the system's (`flock`); the file `run.lock` only names its holder, so a file left by a crash locks nothing. It
+works on local disks, and between hosts on network disks that support such locks (NFS does). Buckets have no locks: two runs
+in one bucket folder are not detected.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ LOCK = "run.lock"
 
 @contextlib.contextmanager
 def alone_in(folders: dict[str, str]) -> Iterator[None]:
-    """Hold the folders (key → path), each once, for the main process of a run.
+    """Lock the folders (setting → path) for the main process of a run.
 
     Raises:
-        UserError: another run holds one; the text names it.
+        UserError: another run holds one; the text names its process and host.
     """
     with contextlib.ExitStack() as stack:
         held: set[str] = set()
@@ -43,13 +43,13 @@ def _hold(key: str, folder: str) -> Iterator[None]:
         yield
         return
     try:
-        with contextlib.suppress(OSError):  # on a full disk the lock holds all the same, without a name
+        with contextlib.suppress(OSError):  # on a full disk the lock holds too, only without a name
             os.ftruncate(descriptor, 0)
             os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         yield
     finally:
         with contextlib.suppress(OSError):
-            os.unlink(path)  # while it is held: whoever has opened it meanwhile sees that it is gone
+            os.unlink(path)  # while locked: a process that opened it in the meantime sees that it is gone
         os.close(descriptor)
 
 
@@ -70,4 +70,4 @@ def _locked(key: str, folder: str, path: str) -> int | None:
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(descriptor), os.stat(path)):
                 return descriptor
-        os.close(descriptor)  # its holder has removed it between our opening and our locking
+        os.close(descriptor)  # its holder removed it after we opened it and before we locked it

@@ -1,8 +1,8 @@
-"""Where a run's numbers go: `metrics.jsonl`, TensorBoard, Weights & Biases, and the console.
+"""Metrics of a run: `metrics.jsonl`, passed on to TensorBoard and Weights & Biases.
 
-`metrics.jsonl` is the record: one line a step, one a validation and one an evaluation. It is safe over restarts: when a run
-resumes at step s, lines of later steps (from a run that died after its last checkpoint) are dropped, and so is a last line that
-was cut off; `samples.txt` is treated alike. A disk that is full in the middle of a run does not end it (`appender.py`).
+`metrics.jsonl` has one line for each step, each validation and each evaluation. When a run resumes at step s, lines of later
+steps (written after the last checkpoint) and a truncated last line are dropped; `samples.txt` is treated likewise. A full disk
+does not end the run (`appender.py`).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _HEADING = "--- step "
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
-    """JSON, which has neither NaN nor Infinity: null for what is no finite number."""
+    """Standard JSON, with null for NaN and infinity."""
     return json.dumps(_without_nan(value), indent=indent, allow_nan=False)
 
 
@@ -41,7 +41,7 @@ def _without_nan(value: Any) -> Any:
 
 
 def read_metrics(path: str) -> list[Row]:
-    """Lines of a `metrics.jsonl`, NaN where they have null; one that was cut off in writing is left out."""
+    """Rows of a `metrics.jsonl`, with NaN for null; a truncated line is left out."""
     rows = []
     with open(path, encoding="utf-8") as file:
         for line in file:
@@ -50,13 +50,13 @@ def read_metrics(path: str) -> list[Row]:
             except ValueError:
                 continue
             if not isinstance(row, dict) or "step" not in row:
-                continue  # a line that was cut off can be a number as well
+                continue  # a truncated line can be valid JSON, such as a number
             rows.append({name: math.nan if value is None else value for name, value in row.items()})
     return rows
 
 
 def metrics_path(run_dir: str) -> str:
-    """Where a run's rows are."""
+    """Path of a run's `metrics.jsonl`."""
     return os.path.join(run_dir, "metrics.jsonl")
 
 
@@ -65,12 +65,12 @@ class MetricLog:
 
     Args:
         config: of the run.
-        resumed_step: updates made when the run begins; what is recorded of later ones is dropped.
-        warn: takes a line where something cannot be written; the run goes on.
-        wandb: gets the rows as well; closed with the rest.
+        resumed_step: number of updates when the run starts; rows of later steps are dropped.
+        warn: called with a line if something cannot be written; the run continues.
+        wandb: also gets the rows, and is closed by `close`.
 
     Raises:
-        UserError: the record cannot be begun.
+        UserError: the file cannot be written at the start.
     """
 
     def __init__(
@@ -95,13 +95,13 @@ class MetricLog:
             tracker.rows(rows, kind)
 
     def write_sample(self, step: int, text: str) -> None:
-        """Record what the model wrote after `step`, in `samples.txt` and as TensorBoard text."""
+        """Write text generated after `step` to `samples.txt` and TensorBoard."""
         self._samples().write(sample_entry(step, text).encode())
         if self._tensorboard is not None:
             self._tensorboard.text(step, text)
 
     def close(self) -> None:
-        """Flush everything."""
+        """Flush and close everything."""
         self._file.close()
         if self._samples.cache_info().currsize:
             self._samples().close()
@@ -110,7 +110,7 @@ class MetricLog:
 
 
 def rewrite(path: str, lines: Iterable[str]) -> None:
-    """Put other lines into a file, whole or not at all.
+    """Replace a file's lines atomically.
 
     Raises:
         UserError: it cannot be written.
@@ -119,7 +119,7 @@ def rewrite(path: str, lines: Iterable[str]) -> None:
         with open(path + ".tmp", "w", encoding="utf-8", newline="\n") as file:
             file.writelines(lines)
             file.flush()
-            os.fsync(file.fileno())  # else a machine that goes down may be left with neither the old file nor the new
+            os.fsync(file.fileno())  # otherwise a host that crashes may keep neither the old file nor the new
         os.replace(path + ".tmp", path)
     except OSError as error:
         with contextlib.suppress(OSError):
@@ -128,12 +128,12 @@ def rewrite(path: str, lines: Iterable[str]) -> None:
 
 
 def sample_entry(step: int, text: str) -> str:
-    """What a sample is in `samples.txt`; a line of it that looks like the next one's heading is moved in."""
+    """A sample as it is written to `samples.txt`; a line that looks like a heading is indented."""
     return f"{_HEADING}{step}\n" + f"{text}\n".replace(f"\n{_HEADING}", f"\n {_HEADING}")
 
 
 def samples_until(path: str, step: int) -> list[str]:
-    """Lines of a `samples.txt` up to the last sample of `step` or before; a run that goes on there writes the others again."""
+    """Lines of a `samples.txt` up to the last sample at or before `step`; a resumed run generates later ones again."""
     kept = []
     with open(path, encoding="utf-8", errors="replace", newline="\n") as file:
         for line in file:

@@ -1,4 +1,4 @@
-"""What a finished run leaves for a person: `summary.json` and `loss.png`."""
+"""`summary.json` and `loss.png`, written at the end of a run."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ def summarise(rows: list[Row]) -> dict[str, Any]:
 
 
 def write_report(run_dir: str, figures: dict[str, Any]) -> dict[str, Any]:
-    """Write `loss.png` and `summary.json` of a run from its metrics and these figures of it; returns the summary.
+    """Write `loss.png` and `summary.json` of a run from its metrics and the given figures; returns the summary.
 
-    The summary comes last: where it is missing, the same command makes both again.
+    The summary is written last: if it is missing, the same command writes both again.
 
     Raises:
-        UserError: one cannot be written.
+        UserError: one of them cannot be written.
     """
     path = metrics_path(run_dir)
     rows = read_metrics(path) if os.path.exists(path) else []
@@ -53,7 +53,7 @@ def write_report(run_dir: str, figures: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_summary(run_dir: str, summary: dict[str, Any]) -> None:
-    """Write `summary.json`, whole or not at all.
+    """Write `summary.json` atomically.
 
     Raises:
         UserError: it cannot be written.
@@ -62,7 +62,7 @@ def write_summary(run_dir: str, summary: dict[str, Any]) -> None:
 
 
 def summarised_steps(run_dir: str) -> int | None:
-    """The steps that the `summary.json` there tells of. None means there is none that can be read."""
+    """Number of steps in the folder's `summary.json`, or None if it cannot be read."""
     try:
         with open(os.path.join(run_dir, "summary.json"), encoding="utf-8") as file:
             steps = json.load(file).get("steps")
@@ -72,7 +72,7 @@ def summarised_steps(run_dir: str) -> int | None:
 
 
 def plot_loss(run_dir: str, rows: list[Row], title: str) -> None:
-    """Draw training loss (raw and smoothed), validation loss and the learning rate into `loss.png`.
+    """Plot training loss (raw and smoothed), validation loss and the learning rate into `loss.png`.
 
     Raises:
         UserError: it cannot be written.
@@ -122,7 +122,7 @@ def plot_loss(run_dir: str, rows: list[Row], title: str) -> None:
 
 
 def _smoothed(values: list[float]) -> list[float]:
-    """Exponential mean over about a fiftieth of the run, corrected for its start."""
+    """Exponential moving average over about a fiftieth of the run, bias-corrected."""
     keep = 1.0 - 1.0 / max(len(values) / 50, 2.0)
     mean, weight, result = 0.0, 0.0, []
     for value in values:
@@ -132,10 +132,10 @@ def _smoothed(values: list[float]) -> list[float]:
 
 
 def perplexity(loss: float) -> float:
-    """exp(loss), or infinity where that does not fit a float; NaN of NaN."""
+    """exp(loss), or infinity if that overflows a float; NaN for NaN."""
     return math.inf if loss >= 700 else math.exp(loss)
 
 
 def shown(value: float, digits: int = 4) -> str:
-    """A score as people read it: with so many digits, and in powers of ten from a million on."""
+    """A score for display: with `digits` decimals, in scientific notation from a million on."""
     return f"{value:.{digits}f}" if abs(value) < 1e6 else f"{value:.3e}"

@@ -1,4 +1,4 @@
-"""Tensors that are there and are numbers: what is missing, or holds NaN or infinity, is named before it is kept or used."""
+"""Checks of tensors before they are saved or used: missing names, wrong shapes, NaN and infinity."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pretrain_xla.errors import UserError
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
-    """What is wrong with the first tensor that holds NaN or infinity, beginning with its name. None means all are numbers.
+    """Describe the first tensor that holds NaN or infinity, or return None.
 
-    The least and the greatest value tell, in one pass with nothing allocated: 20 times as fast as `isfinite` (docs/LOG.md).
+    Looks at minimum and maximum: one pass that allocates nothing, faster than `isfinite` (docs/LOG.md).
     """
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and tensor.numel():
@@ -25,20 +25,20 @@ def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
 
 
 def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
-    """Refuse weights that are no numbers.
+    """Refuse weights with NaN or infinity.
 
     Raises:
-        UserError: names the first tensor that holds NaN or infinity, and where it was read.
+        UserError: names the first such tensor, and where it was read.
     """
     if (fault := not_finite(tensors)) is not None:
-        raise UserError(f"{where}: {fault}, so nothing can be had from it: name an older or another one")
+        raise UserError(f"{where}: {fault}, so it cannot be used: name an older checkpoint or another model")
 
 
 def check_names(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], where: str) -> None:
-    """Refuse weights that are not those of a model.
+    """Refuse weights that do not fit a model.
 
     Raises:
-        UserError: names the first tensor that is missing, of another shape, or none of the model's.
+        UserError: names the first tensor that is missing, unknown to the model, or of another shape.
     """
     for name in (*wanted, *tensors):
         if name not in tensors:

@@ -1,6 +1,6 @@
-"""The tokenizer of a run, and the refusal to go on with data that another one made.
+"""The tokenizer of a run's data, and a check that a resumed run or an imported model was trained with the same one.
 
-Nothing in the ids tells: they fit, the loss doubles, and what the model then writes is noise.
+The ids do not show it: another tokenizer's ids are valid, but the loss doubles and the generated text is noise.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from pretrain_xla.tokenizers.load import known_tokenizers
 
 
 def tokenizer_of_run(config: RunConfig) -> TokenizerId:
-    """What the data of a run was made with: as its manifest says, else as `tokenizer` does.
+    """The tokenizer that made a run's data, from the data's manifest or else from the setting `tokenizer`.
 
     Raises:
-        UserError: `tokenizer`, `train_dir` and `valid_dir` are not of one tokenizer.
+        UserError: `tokenizer`, `train_dir` and `valid_dir` do not have the same tokenizer.
     """
     data = config.data
     folders = [data.valid_dir] if config.train.do_test else [data.train_dir, data.valid_dir]
@@ -33,23 +33,23 @@ def tokenizer_of_run(config: RunConfig) -> TokenizerId:
         if first.differs(found):
             raise UserError(
                 f"{where} was made with another tokenizer than {other}: the same ids mean other text there; "
-                f"{_mend(first.name)}"
+                f"{_fix(first.name)}"
             )
     return first
 
 
 def tokenizer_of_checkpoint(root: str, info: CheckpointInfo, config: RunConfig) -> TokenizerId:
-    """What a checkpoint's run was trained with.
+    """The tokenizer that a checkpoint's run was trained with.
 
     Args:
         root: its checkpoints folder.
-        info: what it says; before there was a fingerprint in it, the run's own copy or its data's manifest tells.
-        config: of the run now. What lies in its `train_dir` now need not be what the checkpoint's run saw there.
+        info: its marker. For older ones without a fingerprint, the run's copy of the tokenizer or the data's manifest is used.
+        config: of the run now. Its `train_dir` may have changed since the checkpoint, so that its manifest says nothing.
     """
     data = info.config.get("data")
     stated, folder = (data.get(key) for key in ("tokenizer", "train_dir")) if isinstance(data, dict) else (None, None)
     name = find_tokenizer(root) or (stated if isinstance(stated, str) else None)
-    if not info.data and name in known_tokenizers():  # an imported model's, which came with no file: a guess
+    if not info.data and name in known_tokenizers():  # an imported model without a tokenizer file: the name is a guess
         return TokenizerId()
     if info.tokenizer is not None or name is not None:
         return TokenizerId(info.tokenizer, name)
@@ -62,18 +62,18 @@ def tokenizer_of_checkpoint(root: str, info: CheckpointInfo, config: RunConfig) 
 
 
 def check_same_tokenizer(had: TokenizerId, where: str, has: TokenizerId, config: RunConfig) -> None:
-    """Refuse data that was not made with the tokenizer of the model.
+    """Refuse data that was made with another tokenizer than the model's.
 
     Raises:
-        UserError: it was made with another one.
+        UserError: the tokenizers differ.
     """
     if had.differs(has):
         data = config.data.valid_dir if config.train.do_test else config.data.train_dir
         raise UserError(
             f"{where} was trained with another tokenizer than {data} was made with: the same ids mean other text there; "
-            f"{_mend(had.name)}, or begin a run of its own in another folder"
+            f"{_fix(had.name)}, or start a new run in another folder"
         )
 
 
-def _mend(name: str | None) -> str:
+def _fix(name: str | None) -> str:
     return f"prepare the data with one tokenizer{f' (prepare --tokenizer {name})' if name else ''}"

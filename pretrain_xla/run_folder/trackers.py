@@ -1,4 +1,4 @@
-"""TensorBoard and Weights & Biases, which show a run and are no part of it: one that fails is left out, and the run goes on."""
+"""TensorBoard and Weights & Biases. If one fails, the run warns and continues without it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Warn = Callable[[str], None]
 
 
 class TensorBoard:
-    """Scalars and texts as TensorBoard events; what an earlier life of the run drew after `resumed_step` is taken back."""
+    """Scalars and texts as TensorBoard events; on resume, events after `resumed_step` are purged."""
 
     def __init__(self, config: RunConfig, resumed_step: int, warn: Warn) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -25,21 +25,21 @@ class TensorBoard:
         _expect_failing_writers()
         self._warn = warn
         self._writer: Any = None
-        # Without a checkpoint everything is drawn anew, the validation before the first step, too.
+        # Without a checkpoint everything is purged, including the validation before the first step.
         purged = resumed_step + 1 if resumed_step else 0
         self._try(lambda: setattr(self, "_writer", SummaryWriter(config.run_dir, purge_step=purged)))
 
     def rows(self, rows: list[Row], kind: str) -> None:
-        """Draw rows; each has a `step`."""
+        """Write rows; each has a `step`."""
         for row in rows:
             self._use(functools.partial(_draw, row, kind))
 
     def text(self, step: int, text: str) -> None:
-        """Show a sample."""
+        """Write a generated sample."""
         self._use(lambda writer: writer.add_text("sample", text, step))
 
     def close(self) -> None:
-        """Write what is waiting."""
+        """Flush and close."""
         self._use(lambda writer: writer.close())
         self._writer = None
 
@@ -52,20 +52,20 @@ class TensorBoard:
             call()
         except Exception as error:
             self._writer = None
-            self._warn(f"TensorBoard events cannot be written ({reason(error)}): the run goes on without them")
+            self._warn(f"TensorBoard events cannot be written ({reason(error)}): the run continues without them")
 
 
 class WandB:
-    """Rows for Weights & Biases: those of training every `wandb_logging_interval` steps, and the last one.
+    """Rows for Weights & Biases; of training, every `wandb_logging_interval` steps and the last one.
 
     Raises:
-        UserError: it is not installed, or does not begin (no log-in, no network, no such run).
+        UserError: it is not installed or does not start (no login, no network, no such run).
     """
 
     def __init__(self, config: RunConfig, warn: Warn) -> None:
         self._interval, self._warn = config.wandb.wandb_logging_interval, warn
         self._run: Any = _start(config)
-        self._left: Row | None = None  # the newest row of training that was not sent
+        self._left: Row | None = None  # the newest training row that was not sent
 
     def rows(self, rows: list[Row], kind: str) -> None:
         """Send rows; each has a `step`."""
@@ -77,7 +77,7 @@ class WandB:
             self._send(row, kind)
 
     def close(self) -> None:
-        """Send the last row of training, so that no run is empty, and end."""
+        """Send the last training row, so that no run is empty, and finish."""
         if self._left is not None:
             self._send(self._left, "train")
         self._use(lambda run: run.finish())
@@ -91,10 +91,10 @@ class WandB:
             return
         try:
             call(self._run)
-        except Exception as error:  # whatever it is: the network's, its service's, its own
+        except Exception as error:  # of the network, the service or the client
             self._run = None
             self._warn(
-                f"Weights & Biases failed ({reason(error)}): the run goes on without it; metrics.jsonl has all rows"
+                f"Weights & Biases failed ({reason(error)}): the run continues without it; metrics.jsonl has all rows"
             )
 
 
@@ -131,7 +131,7 @@ def _start(config: RunConfig) -> Any:
 
 
 def _expect_failing_writers() -> None:
-    """TensorBoard's thread hands its error on to the next call here, and prints a trace of it as well: that one is left out."""
+    """TensorBoard's thread passes its error to our next call and also prints a traceback: suppress the traceback."""
     previous = threading.excepthook
     if getattr(previous, "leaves_out_tensorboard", False):
         return

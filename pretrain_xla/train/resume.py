@@ -96,9 +96,9 @@ def find_start(config: RunConfig, data_fingerprint: str, say: Callable[[str], No
     root = config.checkpoints_dir
     store = CheckpointStore(root, config.checkpoint.saved_checkpoint_limit)
     newest = store.newest()
-    for line in store.passed_over(newest):
+    for line in store.skipped(newest):
         if newest is None:
-            raise UserError(f"{line}, and there is no other: remove that folder to begin anew")
+            raise UserError(f"{line}, and there is no other: remove that folder to start over")
         say(line)
     if newest is not None and not config.checkpoint.resume and not config.train.do_test:
         raise UserError(
@@ -161,7 +161,7 @@ def _from_model(config: RunConfig, store: CheckpointStore, data_fingerprint: str
     if step >= config.train.train_steps and not config.train.do_test and not only:
         raise UserError(
             f"{source.folder(step)} has made {step} steps, and --train-steps is {config.train.train_steps}: raise "
-            "--train-steps to go on from there, or add --weights-only to begin at step 0 with its weights"
+            "--train-steps to continue from there, or add --weights-only to start at step 0 with its weights"
         )
     info = source.info(step)
     _check_data(info, source, step, data_fingerprint, config, say)

@@ -299,7 +299,7 @@ class Trainer:
     def _already_done(self, first: int, last: int) -> None:
         """A run that was finished before is left as it is, but for a summary that it was killed before it could write."""
         made = f"its {last} steps" if first == last else f"{first} steps, and --train-steps is {last}"
-        self.console.note(f"this run has already made {made}; raise --train-steps to go on")
+        self.console.note(f"this run has already made {made}; raise --train-steps to continue")
         self.start.store.close()
         if self.runtime.is_main and summarised_steps(self.config.run_dir) != first:
             self._summarise(first)

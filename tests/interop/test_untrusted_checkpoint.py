@@ -71,5 +71,5 @@ def test_no_entry_point_runs_code_of_a_checkpoint(tmp_path: Path, capsys: pytest
             with pytest.raises((UserError, SystemExit)) as caught:
                 enter(model)
             said = str(caught.value) if isinstance(caught.value, UserError) else capsys.readouterr().err
-            assert "asks for posix.mkdir, which is no part of a checkpoint" in said, (entry_point, model)
+            assert "asks for posix.mkdir, which is not part of a checkpoint" in said, (entry_point, model)
             assert not (tmp_path / "ran").exists(), (entry_point, model)

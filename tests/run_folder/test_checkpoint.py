@@ -164,7 +164,7 @@ def test_without_a_measured_loss_the_best_is_the_newest(store: CheckpointStore, 
     save(store, None, None)
     said: list[str] = []
     assert open_checkpoint(root, "best", said.append)[1] == 2
-    assert said == [f"{root}: the validation loss of no checkpoint was measured: the newest, of step 2, is taken"]
+    assert said == [f"{root}: no checkpoint has a measured validation loss: using the newest, of step 2"]
     assert open_checkpoint(root, "newest", said.append)[1] == 2
     assert len(said) == 1
 
@@ -277,7 +277,7 @@ def test_a_damaged_marker_harms_no_other(content: bytes, root: str) -> None:
     assert step == 2
     assert len(said) == 1
     assert said[0].startswith(f"{root}/step_00000003/{MARKER} cannot be read (")
-    assert said[0].endswith("so that checkpoint is passed over for that of step 2")
+    assert said[0].endswith("so that checkpoint is skipped for that of step 2")
     with pytest.raises(UserError, match=f"step_00000003/{MARKER} cannot be read"):
         open_checkpoint(f"{root}/step_00000003")
     store = CheckpointStore(root, limit=1)
@@ -375,7 +375,7 @@ def test_what_is_no_number_is_not_saved(value: float, kind: torch.dtype, store: 
 def assert_write_failed(error: UserError, root: Path) -> None:
     assert str(error).startswith(f"{root}: the checkpoint of step ")
     assert "could not be written" in str(error)
-    assert "earlier ones are whole" in str(error)
+    assert "earlier ones are complete" in str(error)
     assert "\n" not in str(error)
 
 

@@ -71,7 +71,7 @@ def test_lines_stay_whole_in_a_log(
     assert "step      8/20  loss 5.0000  norm 0.50  rate 3.00e-04" in lines
     for part in (
         "1,234,567 in 20 steps, 61 s",
-        "9.0000 at first, 5.5000 at last, 5.0000 at best",
+        "first 9.0000, last 5.5000, best 5.0000",
         "3,500 tokens/s, 41.5% of peak",
         "train 1, validation 1; 7 s",
         "3 unplanned host transfers",

@@ -91,14 +91,14 @@ def test_what_changed_is_said_in_a_line() -> None:
     )
     assert describe_changes(info, has, DataPosition(1, 2, 4, 8)) == (
         "settings changed since step 50: betas 0.9 0.95 → 0.9 0.98, decay_steps 20000 → 9000, seed 4 → 5, "
-        "train_batch_size 8 → 4, gradient_accum_step 1 → 3, mixed_precision none → bf16; so that nothing comes twice or is "
-        "left out, the data stay in the order of seed 4 and shuffle_window 8"
+        "train_batch_size 8 → 4, gradient_accum_step 1 → 3, mixed_precision none → bf16; the data keep the order of "
+        "seed 4 and shuffle_window 8, so that no sequence is repeated or skipped"
     )
     line = describe_changes(
         info, config(model={"seq_length": 256}, train={"train_batch_size": 8, "seed": 4}), DataPosition(1, 0, 4, 8)
     )
     assert line is not None
-    assert line.endswith("; cut into sequences of 256 tokens, the data begin anew")
+    assert line.endswith("; with sequences of 256 tokens, the data start from their beginning")
 
 
 def test_settings_from_before_they_were_there_are_no_change() -> None:

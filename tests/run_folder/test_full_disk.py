@@ -41,7 +41,7 @@ def test_lines_wait_until_there_is_room(tmp_path: Path) -> None:
             appender.write(line)
         assert path.stat().st_size == 30_005
     assert heard == [
-        f"{path} cannot be written (File too large): the run goes on and keeps the lines in memory until there is room"
+        f"{path} cannot be written (File too large): the run continues and keeps the lines in memory until there is room"
     ]
     appender.write(b"last\n")
     assert path.read_bytes() == line * 5 + b"last\n"
@@ -95,7 +95,7 @@ def test_a_disk_that_fills_up_costs_neither_the_run_nor_a_row(
     monkeypatch.setattr(MetricLog, "write", fill)
     run(make_config(train={"train_steps": 6, "valid_steps": 1, "train_batch_size": 2}, logging={"log_interval": 1}))
     output = capfd.readouterr().out
-    assert "metrics.jsonl cannot be written (No space left on device): the run goes on" in output
+    assert "metrics.jsonl cannot be written (No space left on device): the run continues" in output
     assert "metrics.jsonl is written again" in output
     rows = read_metrics(str(tmp_path / "run" / "metrics.jsonl"))
     assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4, 5, 6]
@@ -111,12 +111,12 @@ def test_samples_and_tensorboard_on_a_full_disk(
     (tmp_path / "run" / "samples.txt").symlink_to("/dev/full")
     log.write_sample(1, "a text")
     assert len(heard) == 1
-    assert "samples.txt cannot be written (No space left on device): the run goes on" in heard[0]
+    assert "samples.txt cannot be written (No space left on device): the run continues" in heard[0]
     with files_of(4000):
         for step in range(1, 26):
             log.write([{"step": step, **{f"value_{number}": 1.0 for number in range(4)}}], kind="train")
         log.close()
-    assert heard[1:-1] == ["TensorBoard events cannot be written (File too large): the run goes on without them"]
+    assert heard[1:-1] == ["TensorBoard events cannot be written (File too large): the run continues without them"]
     assert "samples.txt: the last 2 lines could not be written and are lost" in heard[-1]
     assert "Traceback" not in capfd.readouterr().err
     assert len(read_metrics(str(tmp_path / "run" / "metrics.jsonl"))) == 25

@@ -80,7 +80,7 @@ def test_what_fails_in_the_middle_does_not_stop_the_run(
     assert rows == [1, 2, 3, 4, 5]
     warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
     assert warnings == [
-        "warning: Weights & Biases failed (Error communicating with W&B servers:): the run goes on without it; "
+        "warning: Weights & Biases failed (Error communicating with W&B servers:): the run continues without it; "
         "metrics.jsonl has all rows"
     ]
 

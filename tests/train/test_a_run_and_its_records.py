@@ -114,7 +114,7 @@ def test_a_finished_run_is_left_as_it_is(make: Make, folder: Path, capsys: pytes
     for steps, words in ((6, "its 6 steps; raise"), (4, "6 steps, and --train-steps is 4; raise")):
         capsys.readouterr()
         run(make(train_steps=steps, log_interval=2))
-        assert f"this run has already made {words} --train-steps to go on" in capsys.readouterr().out
+        assert f"this run has already made {words} --train-steps to continue" in capsys.readouterr().out
         assert contents(folder) == before
     (folder / "summary.json").unlink()  # killed after its last checkpoint, and before that
     run(make(train_steps=4, log_interval=2))

@@ -72,7 +72,7 @@ def test_a_run_continues_from_the_newest_that_is_whole(make_config: Make) -> Non
     assert said[0].startswith(f"{marker} cannot be read")
     assert said[1:] == [f"continuing from {start.store.folder(3)}"]
     (Path(config.checkpoints_dir) / "step_00000003" / MARKER).write_bytes(b"")
-    with pytest.raises(UserError, match="and there is no other: remove that folder to begin anew"):
+    with pytest.raises(UserError, match="and there is no other: remove that folder to start over"):
         find_start(config, "data", print)
 
 
