@@ -1,4 +1,4 @@
-"""The scores that lm-eval computes with transformers on the same items, to the example."""
+"""Scores compared with lm-eval's, computed with transformers on the same items, example by example."""
 
 from __future__ import annotations
 

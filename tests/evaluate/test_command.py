@@ -1,4 +1,4 @@
-"""The words of `evaluate.py`: a table, a JSON file, and faults in one line."""
+"""Command-line interface of `evaluate.py`: the table, the JSON file, and errors in one line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Perplexity by stride against a few lines of transformers, and what its windows score."""
+"""Perplexity by stride compared with a short loop of transformers, and which tokens its windows score."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Items in each form they are passed around in: the same strings, and a clear word where one is not the task's."""
+"""Prompts of each record format, and a clear error for a malformed record."""
 
 from __future__ import annotations
 

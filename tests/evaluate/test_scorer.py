@@ -1,4 +1,4 @@
-"""Scores of rows: what a plain softmax gives, whatever the padding, the batch and the order."""
+"""Scores of rows compared with a plain softmax, for any padding, batch size and order."""
 
 from __future__ import annotations
 

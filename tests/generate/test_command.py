@@ -1,4 +1,4 @@
-"""The words of `generate.py`: its old flags, a prompt from anywhere, and faults in one line."""
+"""Command-line interface of `generate.py`: its flags, prompts from flags, files and pipes, and errors in one line."""
 
 from __future__ import annotations
 

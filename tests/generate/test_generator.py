@@ -1,4 +1,4 @@
-"""Continuing text: the same tokens as the plainest loop, whatever the padding."""
+"""Generation compared with a plain loop, for any padding."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From logits to a token: what may come, how often, and what is refused."""
+"""Sampling: which tokens can be drawn, how often, and which settings are refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Text out of tokens while they come."""
+"""Streaming text from tokens."""
 
 from __future__ import annotations
 

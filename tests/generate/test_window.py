@@ -1,4 +1,4 @@
-"""Where the window of a text stands, and in which sizes texts are run."""
+"""The context window of a long text, and padded lengths."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run's examples are made from: its settings, and what its data say of themselves."""
+"""Examples of a run: from its settings and its data's manifest."""
 
 from __future__ import annotations
 

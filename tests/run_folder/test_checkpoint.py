@@ -1,4 +1,4 @@
-"""Checkpoints: bit-exact, complete or absent, pruned with care, and clear about what is damaged."""
+"""Checkpoints: bit-exact, complete or absent, pruned safely; damage is reported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A checkpoint by a stranger: it runs nothing, reads no other file and takes no memory that it does not fill."""
+"""Untrusted checkpoints: loading one runs no code, reads no other file and allocates no more than is stored."""
 
 from __future__ import annotations
 

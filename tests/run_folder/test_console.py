@@ -1,4 +1,4 @@
-"""What a run says to a person, and that the other processes say nothing."""
+"""Terminal output of a run: of the main process, none of the others."""
 
 from __future__ import annotations
 

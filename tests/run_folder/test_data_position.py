@@ -1,4 +1,4 @@
-"""A run that resumes with other settings: what it has seen stays seen, and comes neither again nor never."""
+"""A run that resumes with other settings: no sequence is repeated or skipped."""
 
 from __future__ import annotations
 
@@ -184,7 +184,7 @@ def test_a_run_goes_on_where_it_stands_with_any_batch(
     assert "settings changed since step 2: train_steps" not in said
     assert "since step 2: train_batch_size 4 → 3, gradient_accum_step 1 → 2, train_steps 2 → 4" in said
     assert "seed 7 → 8" in said
-    assert said.count("the data stay in the order of seed 7") == 2
+    assert said.count("the data keep the order of seed 7") == 2
 
     # Another run takes it up with all of that; and other data begin at their beginning.
     branch = {"run_dir": str(tokens / "branch")}

@@ -1,4 +1,4 @@
-"""What a run keeps beside its metrics, where it may write, and a whole small run in this process."""
+"""Config and tokenizer in a run's folder, its write checks, and a small run in this process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A disk that is full, which `/dev/full` and a limit on the size of files stand for: what is refused, and what goes on."""
+"""A full disk, simulated by `/dev/full` and a file size limit: what is refused, and what continues."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_lines_wait_until_there_is_room(tmp_path: Path) -> None:
     ]
     appender.write(b"last\n")
     assert path.read_bytes() == line * 5 + b"last\n"
-    assert heard[1:] == [f"{path} is written again, nothing of it is lost"]
+    assert heard[1:] == [f"{path} is written again, and no line is lost"]
     with files_of(50_005):
         appender.write(b"a\nb\n")
         appender.close()

@@ -1,4 +1,4 @@
-"""What a finished run leaves: the figures of its summary, and a picture with something in it."""
+"""`summary.json` and `loss.png` of a finished run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run and its data are of one tokenizer, whatever it is called and wherever it lies."""
+"""A run and its data must have the same tokenizer, by whatever name or path."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TensorBoard and Weights & Biases: each run drawn once, and a failure of theirs is no failure of the run's."""
+"""TensorBoard and Weights & Biases: no row twice over restarts, and their failure does not end the run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run keeps: the weights that are worth it, each with its own measure, and every record of every run."""
+"""Which checkpoints a run keeps, with which loss, and that earlier runs' records are kept."""
 
 from __future__ import annotations
 

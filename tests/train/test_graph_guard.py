@@ -1,4 +1,4 @@
-"""The graph guard: strict runs end at the first event, others hear of each line once and count."""
+"""The graph guard: strict runs end at the first event, others report each line once and count."""
 
 from __future__ import annotations
 

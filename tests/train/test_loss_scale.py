@@ -1,4 +1,4 @@
-"""Dynamic loss scaling: an overflow halves and zeroes, patience doubles, and the host is never asked."""
+"""Dynamic loss scaling: an overflow halves the scale and skips the update, and nothing is read on the host."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a run begins, and what it refuses to begin from."""
+"""Where a run starts or resumes, and what it refuses."""
 
 from __future__ import annotations
 

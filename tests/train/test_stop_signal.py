@@ -1,4 +1,4 @@
-"""Being asked to stop, with real signals."""
+"""SIGTERM and Ctrl-C, with real signals."""
 
 from __future__ import annotations
 
