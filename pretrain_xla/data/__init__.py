@@ -1,8 +1,7 @@
-"""Text → tokens → shards → batches; knows numpy and fsspec, and no device.
+"""Token shards → batches. NumPy and fsspec; no device.
 
-Reading order: `documents` and `corpus` give text, behind one door, `sources`; `tokenizer` (and `train_tokenizer`)
-turns it into ids; `prepare` writes these as `shards` with a `manifest`. `locate` finds shards, `formats` and `parquet`
-recognise them, `dataset` opens and checks them, `supply` brings them to memory (`remote` reads, `cache` keeps), `inspect`
-shows what is in them; `batches` says which sequences make up batch number n, in an order from `permutation`; `prefetch`
-makes batches ready ahead of the step.
+In the order of a run: `find_shards.py` lists the shards of a folder, `formats.py` (with `headerless.py`, `index_files.py` and
+`parquet.py`) tells how each is written, `shards.py` opens one, `manifest.py` reads the dataset's `dataset.json`, `dataset.py`
+checks them all, `shard_loader.py` makes them local and maps them ahead of their use, `batches.py` says which sequences are in
+which batch (`permutation.py` is the shuffle), and `prefetch.py` prepares batches in the background.
 """

@@ -7,7 +7,7 @@ j*T + T, the T inputs and, shifted by one, the T targets. In each epoch every se
 
 The order of an epoch: shards are shuffled, then taken `shuffle_window` at a time, and within such a window all
 sequences are shuffled together by a permutation that needs no memory. So at any time the reads fall in a few files
-(which the page cache can hold, and which is announced to the `supply` that brings shards from elsewhere), and nothing
+(which the page cache can hold, and which is announced to the `shard_loader` that fetches remote shards), and nothing
 as long as the dataset is ever built. Cost of `rows`: about 0.3 ms, and a copy of the tokens.
 """
 
@@ -55,7 +55,7 @@ class Batches:
             next epoch. The position counts those that are left out, too.
         once: the data end after one epoch: what the last batch lacks is rows of `PADDING`.
         start: position at which batch 0 begins.
-        steps: batches that will be asked for; none: no end. Nothing beyond them is fetched ahead.
+        steps: batches that will be asked for. None means no end. Nothing beyond them is fetched ahead.
         share: part of a batch's rows that this process asks for, times how often: with `steps`, what decides whether
             remote shards are fetched whole.
 
@@ -97,12 +97,12 @@ class Batches:
         self._end = min([*ends, self.sequences_per_epoch] if once else ends, default=None)
         self._announced: list[tuple[int, int]] = []
         reached = 1.0 if shuffle or self._end is None else min(1.0, (self._end - start) / self.sequences_per_epoch)
-        dataset.supply.choose(share * reached, shuffle_window)
+        dataset.loader.choose(share * reached, shuffle_window)
 
     @property
     def threads(self) -> int:
         """Threads that `rows` is worth calling from at a time: more than one where each call waits for a network."""
-        return _READERS if self.dataset.supply.ranged else 1
+        return _READERS if self.dataset.loader.ranged else 1
 
     def rows(self, step: int, rows: slice | np.ndarray = slice(None)) -> np.ndarray:
         """Rows of batch number `step`: int32 [rows, T + 1], of which `[:, :-1]` are the inputs and `[:, 1:]` the
@@ -135,7 +135,7 @@ class Batches:
         return self.dataset.read(shards, sequences * self.seq_length, self.seq_length + 1)
 
     def position(self, steps: int) -> int:
-        """Where the run stands after so many batches: the start of one that goes on from there."""
+        """The position after so many batches: where a run that continues begins."""
         return position_after(
             steps, self.sequences_per_batch, self.sequences_per_epoch, start=self._start, drop_last=self._drop_last
         )
@@ -146,7 +146,7 @@ class Batches:
         return end - (end - max(begin, self._start)) % self.sequences_per_batch if self._drop_last else end
 
     def _announce(self, begin: int) -> None:
-        """Tell the supply which shards the batch that begins there is spread over, and which come after."""
+        """Tell the loader which shards the batch that begins there needs, and which come after."""
         end = begin + self.sequences_per_batch
         if self.once:
             end = min(end, self.sequences_per_epoch)
@@ -161,7 +161,7 @@ class Batches:
         after = self._window_after(last)
         begins = after[0] * self.sequences_per_epoch + int(self._epoch(after[0]).window_starts[after[1]])
         soon = [after] if self._end is None or begins < self._end else []
-        self.dataset.supply.plan(self._shards_of(now), self._shards_of(soon))
+        self.dataset.loader.plan(self._shards_of(now), self._shards_of(soon))
         self._announced = now
 
     def _window_at(self, position: int) -> tuple[int, int]:

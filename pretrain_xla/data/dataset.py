@@ -6,7 +6,7 @@ nothing; where there are none (someone else's shards), by reading up to `SCANNED
 which is everything for small data and both ends of each shard for large (nothing, where they are remote); and again, for
 every token, when it is read, at about 1% of the time that reading takes. So a wrong tokenizer is found at once, and
 nothing out of range ever reaches the device, where it would train on in silence. Checksums, where a manifest has them:
-of each shard when it is opened, ahead of its use (see `supply`), and of all on request, `verify_checksums`.
+of each shard when it is opened, ahead of its use (see `shard_loader`), and of all on request, `verify_checksums`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 from pretrain_xla.config import DataConfig
 from pretrain_xla.data.find_shards import Split, find_shards, is_pattern
 from pretrain_xla.data.manifest import DatasetInfo, dataset_info, is_unfinished
-from pretrain_xla.data.shard_loader import Supply
+from pretrain_xla.data.shard_loader import ShardLoader
 from pretrain_xla.data.shards import Shard, checksum_of, fetch, narrow, open_shard
 from pretrain_xla.errors import UserError
 from pretrain_xla.storage.files import filesystem, is_local, url
@@ -49,13 +49,13 @@ class TokenDataset:
         return sum(shard.tokens for shard in self.shards)
 
     @cached_property
-    def supply(self) -> Supply:
+    def loader(self) -> ShardLoader:
         """What brings the shards to memory."""
-        return Supply(self.shards, _checksums(self.info, self.directory), self.settings)
+        return ShardLoader(self.shards, _checksums(self.info, self.directory), self.settings)
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of the names, lengths and content of the shards, whatever folder they stand in; for a resume to compare.
+        """Of the names, lengths and content of the shards, whatever folder they are in; for a resume to compare.
 
         Content is the manifest's checksums; without a manifest, the first and last 4096 tokens of each shard.
         """
@@ -80,7 +80,7 @@ class TokenDataset:
         far = np.zeros(len(shards), bool)
         for number in np.unique(shards).tolist():
             here = shards == number
-            tokens = self.supply.tokens(number)
+            tokens = self.loader.tokens(number)
             if tokens is None:
                 far |= here
                 continue
@@ -116,12 +116,12 @@ def open_dataset(
         directory: the folder, `.../train` for instance, or a file, or a pattern with `*`; local, or an fsspec URL.
         seq_length: tokens of a training sequence; a shard must hold one, and the token after it.
         vocab_size: number of ids that the model has.
-        split: where the files are named for training and for validation both, which to take; none: all.
+        split: where the files are named for training and for validation both, which to take. None means all.
         settings: where and how to keep remote shards.
 
     Raises:
         UserError: no folder, no shards, an unfinished dataset, or a shard that is missing, truncated, too short, of
-            another type, or from another vocabulary; the message names the file and the mend.
+            another type, or from another vocabulary; the message names the file and the fix.
     """
     dataset = open_shards(directory, vocab_size, split=split, settings=settings)
     for shard in dataset.shards:
@@ -193,7 +193,7 @@ def listed_max_ids(dataset: TokenDataset) -> dict[str, int]:
     for name, shard in found.items():
         if name not in listed:
             raise UserError(
-                f"{shard.path}: not listed in the dataset.json beside it: remove it, or remove dataset.json to use all"
+                f"{shard.path}: not listed in the dataset.json of its folder: remove it, or remove dataset.json to use all"
             )
         if shard.tokens != listed[name].tokens:
             raise UserError(

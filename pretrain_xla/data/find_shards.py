@@ -57,8 +57,8 @@ def find_shards(fs: Any, root: str, asked: str, split: Split | None) -> tuple[st
     Args:
         fs: an fsspec file system.
         root: folder, file or pattern on it.
-        asked: the same as a person wrote it, for errors.
-        split: which to take where names tell them apart; none: all.
+        asked: the same as the user wrote it, for errors.
+        split: which to take where names tell them apart. None means all.
 
     Raises:
         UserError: nothing there, no shards there, or shards whose names put them in neither split.
@@ -67,8 +67,8 @@ def find_shards(fs: Any, root: str, asked: str, split: Split | None) -> tuple[st
     files = {path: info for path, info in sorted(found.items()) if is_shard(path)}
     if not files:
         inside = [word for word in ("train", "valid") if f"{root}/{word}" in found]
-        mend = f"; did you mean {asked.rstrip('/')}/{inside[0]}?" if inside else f": {_others(list(found))}"
-        raise UserError(f"{asked}: no token shards ({', '.join(SUFFIXES)}) in it{mend}")
+        hint = f"; did you mean {asked.rstrip('/')}/{inside[0]}?" if inside else f": {_others(list(found))}"
+        raise UserError(f"{asked}: no token shards ({', '.join(SUFFIXES)}) in it{hint}")
     folder = root if root not in files and not is_pattern(root) else posixpath.dirname(next(iter(files)))
     return folder, {path: files[path] for path in _of_split(list(files), split, asked)}
 
@@ -96,15 +96,15 @@ def _listing(fs: Any, root: str, asked: str) -> dict[str, Mapping[str, Any] | No
         entries = [own] if own and own["type"] == "file" else call(fs, "ls", root, detail=True)
     except (FileNotFoundError, NotADirectoryError):
         near = _near(fs, root, asked)
-        mend = f"; did you mean {near}?" if near else ": `python -m pretrain_xla prepare` makes one"
-        raise UserError(f"{asked}: no such folder of token shards{mend}") from None
+        hint = f"; did you mean {near}?" if near else ": `python -m pretrain_xla prepare` makes one"
+        raise UserError(f"{asked}: no such folder of token shards{hint}") from None
     except OSError as error:
         raise UserError(f"{asked}: cannot be read: {error.strerror or error}") from None
     return {entry["name"].rstrip("/"): None if is_local(fs) else entry for entry in entries}
 
 
 def _near(fs: Any, root: str, asked: str) -> str | None:
-    """The folder beside a missing one that was probably meant: the same split by another name, or a likely spelling."""
+    """The folder that was probably meant by a missing one: the same split by another name, or a likely spelling."""
     parent, name = posixpath.split(root.rstrip("/"))
     try:
         beside = [posixpath.basename(entry.rstrip("/")) for entry in call(fs, "ls", parent or ".", detail=False)]

@@ -147,7 +147,7 @@ def _ids(where: str, format: Format, size: int, dtype: np.dtype[Any], offset: in
 
 
 def header(format: Format, tokens: np.ndarray) -> bytes:
-    """What stands before a row of ids, uint16 or uint32, in a `npy` or `bin` file.
+    """The header before a row of ids, uint16 or uint32, in a `npy` or `bin` file.
 
     Raises:
         UserError: more tokens than the format can count.

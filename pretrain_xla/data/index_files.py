@@ -1,6 +1,6 @@
-"""What lies beside a shard and says what is in it: the index of litdata, the index of Megatron, and nanoGPT's `meta.pkl`.
+"""Files next to a shard that describe it: the index of litdata, the index of Megatron, and nanoGPT's `meta.pkl`.
 
-A pickle can name any function to be called by whoever opens it. This one is read by an unpickler that knows no names, so
+A pickle can name any function to be called when it is opened. This one is read by an unpickler that knows no names, so
 that it holds plain values or is refused.
 """
 
@@ -32,10 +32,10 @@ _MOST_CHARACTERS = 2**21
 
 
 def litdata_chunk(where: str, size: int, head: bytes, beside: Beside) -> tuple[np.dtype[Any], int] | None:
-    """(type of the ids, bytes before the first) of a chunk of litdata, as litgpt prepares them; none: it is no chunk.
+    """(type of the ids, bytes before the first) of a chunk of litdata, as litgpt prepares them. None means it is no chunk.
 
     A chunk begins with the number n of its items and n + 1 offsets, uint32, of which the first is where the ids begin. The
-    type of the ids stands in `index.json`.
+    type of the ids is in `index.json`.
 
     Raises:
         UserError: a chunk of something else than token ids, or without its index.
@@ -48,7 +48,7 @@ def litdata_chunk(where: str, size: int, head: bytes, beside: Beside) -> tuple[n
     if raw is None:
         if not re.fullmatch(r"chunk-\d+-\d+\.bin", name):
             return None
-        raise UserError(f"{where}: a chunk of litdata without its {_LITDATA_INDEX} beside it: copy that, too")
+        raise UserError(f"{where}: a chunk of litdata without its {_LITDATA_INDEX} in the same folder: copy that, too")
     index = parse_object(raw, f"{where.removesuffix(name)}{_LITDATA_INDEX}")
     config, chunks = index.get("config"), index.get("chunks")
     formats = config.get("data_format") if isinstance(config, dict) else None
@@ -70,7 +70,7 @@ def litdata_chunk(where: str, size: int, head: bytes, beside: Beside) -> tuple[n
 
 
 def megatron_dtype(where: str, beside: Beside) -> np.dtype[Any] | None:
-    """The type of the ids of a Megatron `.bin`, as the `.idx` beside it has it; none: there is none.
+    """The type of the ids of a Megatron `.bin`, as its `.idx` has it. None means there is none.
 
     Raises:
         UserError: the index says that they are no ids.
@@ -80,7 +80,7 @@ def megatron_dtype(where: str, beside: Beside) -> np.dtype[Any] | None:
     if raw is None or not raw.startswith(_MEGATRON_MAGIC) or len(raw) < 18:
         return None
     if raw[17] not in _MEGATRON_TYPES:
-        raise UserError(f"{where}: the .idx beside it says that it holds numbers of type {raw[17]}, no token ids")
+        raise UserError(f"{where}: its .idx says that it holds numbers of type {raw[17]}, no token ids")
     return np.dtype(_MEGATRON_TYPES[raw[17]])
 
 

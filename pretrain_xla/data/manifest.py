@@ -1,6 +1,6 @@
-"""`dataset.json`: what a dataset is, written beside its shards when, and only when, all of them are whole.
+"""`dataset.json`: what a dataset is, written next to its shards when, and only when, all of them are complete.
 
-While a dataset is being made, `dataset.json.partial` stands in its place: a folder with that and without the other
+While a dataset is being made, `dataset.json.partial` is in its place: a folder with that and without the other
 was left by an interrupted run, and is never trained on by accident.
 """
 
@@ -66,7 +66,7 @@ class Recipe(_Record):
     """All that the shards depend on. An equal recipe gives equal bytes."""
 
     source: str
-    """As a person named it; not compared."""
+    """As the user named it; not compared."""
     source_version: str
     """See `Source.version`."""
     tokenizer: str
@@ -97,7 +97,7 @@ class DatasetInfo(_Record):
     """Documents of the source that could not be read, and were left out because that was asked for."""
     recipe: Recipe
     root: str = "."
-    """The dataset's folder, wherever it stands now; not stored."""
+    """The dataset's folder, wherever it is now; not stored."""
 
     @property
     def tokenizer_name(self) -> str:

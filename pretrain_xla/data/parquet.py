@@ -3,7 +3,7 @@
 Rows are blocks of one length, as tokenisation with `datasets` leaves them; the last may be shorter. Rows of many lengths
 are documents that nobody has joined, with no end-of-text between them: those are refused, since text would run from one
 into the next. A stretch of tokens cannot be read out of a compressed file at any speed, so a Parquet shard is decoded
-once into the cache (see `supply`), and mapped there.
+once into the cache (see `shard_loader`), and mapped there.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ class Prefetcher(Generic[T]):
     """An iterator over `make(start)`, ..., `make(stop - 1)`, each made ahead of its use by a thread.
 
     At most `depth` items are made, or being made, and not yet taken: a bound on the memory, and the device memory, that
-    they hold. They come in order whoever is done first. An error in `make` is raised, itself, where its item would have
+    they hold. They come in order, whichever is done first. An error in `make` is raised, itself, where its item would have
     come, and nothing is begun after it. Use it as a context manager, or call `close`; one that is forgotten is closed
     when it is collected or the interpreter exits, so the threads never keep a process alive.
 

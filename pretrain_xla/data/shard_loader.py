@@ -1,4 +1,4 @@
-"""Shards on their way to memory: each is made local, checked and mapped before the batches need it, and let go after.
+"""Loads shards ahead of their use: each is made local, checked and mapped before the batches need it, and released after.
 
 Batches say which shards they read now and which come next (`plan`). Ones that are mapped as they lie cost nothing. For
 the others one thread works ahead: a remote shard is fetched into the cache, in parts side by side; its checksum, where a
@@ -48,7 +48,7 @@ class _Mapped:
 
 @dataclass
 class _State:
-    """What the thread and its supply share, under the condition's lock."""
+    """What the thread and its loader share, under the condition's lock."""
 
     changed: threading.Condition = field(default_factory=threading.Condition)
     wanted: list[int] = field(default_factory=list)
@@ -64,7 +64,7 @@ class _State:
     closing: threading.Event = field(default_factory=threading.Event)
 
 
-class Supply:
+class ShardLoader:
     """The tokens of a dataset's shards, by number.
 
     Args:
@@ -111,7 +111,7 @@ class Supply:
         self.ranged = mode == "ranged" or (mode == "auto" and small and packed is None)
 
     def plan(self, now: Iterable[int], soon: Iterable[int]) -> None:
-        """Say which shards are read from here on; others are let go, and what comes soon is made ready meanwhile."""
+        """Say which shards are read from here on; others are released, and what comes soon is loaded meanwhile."""
         now, state = list(now), self._state
         with state.changed:
             state.now = {*now, *state.awaited}
@@ -120,7 +120,7 @@ class Supply:
             for number in [number for number in state.errors if number not in state.awaited]:
                 del state.errors[number]  # what failed ahead of its time is tried again
             for number in [number for number in state.ready if number not in state.wanted]:
-                _let_go(state.ready.pop(number))
+                _release(state.ready.pop(number))
             state.changed.notify_all()
         if any(self._needs_work(number) for number in state.wanted):
             self._start()
@@ -159,7 +159,7 @@ class Supply:
         if self._thread is None:
             # The thread must not hold `self`: then it could never be collected.
             arguments = (self._state, self._maker)
-            self._thread = threading.Thread(target=_work, args=arguments, name="supply", daemon=True)
+            self._thread = threading.Thread(target=_work, args=arguments, name="shard loader", daemon=True)
             self._thread.start()
 
 
@@ -267,7 +267,7 @@ def _download(shard: Shard, path: str, closing: threading.Event) -> None:
 
 
 def _work(state: _State, maker: _Maker) -> None:
-    """The thread: make ready what is wanted, in that order, until the supply is closed or collected."""
+    """The thread: make ready what is wanted, in that order, until the loader is closed or collected."""
     while True:
         with state.changed:
             while (number := _next(state)) is None and not state.closing.is_set():
@@ -284,7 +284,7 @@ def _work(state: _State, maker: _Maker) -> None:
             elif made is not None and number in state.wanted:
                 state.ready[number] = made
             elif made is not None:
-                _let_go(made)
+                _release(made)
             state.changed.notify_all()
 
 
@@ -299,11 +299,11 @@ def _try(maker: _Maker, number: int, state: _State) -> tuple[_Mapped | None, Bas
             return maker.make(number, state.closing), None
         except CacheFullError as full:
             return (maker.without_cache(number), None) if number in state.now else (None, full)
-    except BaseException as error:  # handed to whoever waits for the shard, whatever it is
+    except BaseException as error:  # handed to the thread that waits for the shard, whatever it is
         return None, error
 
 
-def _let_go(mapped: _Mapped) -> None:
+def _release(mapped: _Mapped) -> None:
     if mapped.entry is not None:
         mapped.entry.close()
 
@@ -312,5 +312,5 @@ def _close(state: _State) -> None:
     state.closing.set()
     with state.changed:
         for mapped in state.ready.values():
-            _let_go(mapped)
+            _release(mapped)
         state.changed.notify_all()

@@ -1,7 +1,7 @@
 """One shard: a file of token ids, in any of the formats of `formats`; and how ours are written.
 
 A local file, other than Parquet, is memory-mapped: opening it costs nothing, and what is read lies in the page cache,
-shared by all processes of the machine. `supply` brings everything else to that state, or a shard is read by ranges.
+shared by all processes of the host. `shard_loader` makes everything else local, or a shard is read by ranges.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ class Shard:
 
     @property
     def is_remote(self) -> bool:
-        """Whether it lies on another file system than this machine's."""
+        """Whether it lies on another file system than this host's."""
         return "://" in self.path
 
     def gather(self, starts: np.ndarray, length: int) -> np.ndarray:

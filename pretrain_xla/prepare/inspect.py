@@ -121,7 +121,7 @@ def inspect(
 def blocks(dataset: TokenDataset, faults: list[str]) -> Iterator[tuple[int, np.ndarray]]:
     """(shard index, tokens) from first to last; a read error becomes a fault and ends its shard."""
     for number, shard in enumerate(dataset.shards):
-        dataset.supply.plan([number], [number + 1] if number + 1 < len(dataset.shards) else [])
+        dataset.loader.plan([number], [number + 1] if number + 1 < len(dataset.shards) else [])
         for start in range(0, shard.tokens, _BLOCK):
             try:
                 length = min(_BLOCK, shard.tokens - start)

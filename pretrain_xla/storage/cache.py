@@ -1,9 +1,12 @@
-"""A folder of files that were fetched or decoded, of bounded size, shared by all processes of the machine.
+"""A folder of files that were fetched or decoded, of bounded size, shared by all processes of the host.
 
-An entry is made under a temporary name, in a file that its maker has locked, and renamed when it is whole: whoever wants
-the same one waits on that lock instead of fetching it again, and when the maker is killed the system frees the lock, so
-that the next one begins anew. Whoever uses an entry holds a shared lock on it, and only what nobody holds is evicted, the
-least recently used first. Locks are `flock`: the folder belongs on a local disk.
+An entry is written under a temporary name, in a file that its writer has locked, and renamed when it is complete. A process
+that wants the same entry waits on that lock instead of fetching it again; when the writer is killed the system frees the
+lock, and the next one begins anew. A user of an entry holds a shared lock on it. Only entries that nobody holds are evicted,
+the least recently used first. Locks are `flock`: the folder belongs on a local disk.
+
+fsspec's `filecache`, `simplecache` and `blockcache` do not serve here: they have no bound on their size and no lock between
+processes, so that each process of a host fetches every shard for itself (docs/LOG.md has the count).
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ _GATE = ".lock"  # held while sizes are added up and room is made
 
 
 class CacheFullError(Exception):
-    """Everything in the cache is in use, and what is wanted does not fit beside it."""
+    """Everything in the cache is in use, and the new entry does not fit."""
 
 
 class Entry:

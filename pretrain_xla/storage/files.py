@@ -56,12 +56,12 @@ def filesystem(path: str) -> tuple[Any, str]:
 
 
 def is_local(fs: Any) -> bool:
-    """Whether the file system is this machine's own."""
+    """Whether the file system is this host's own."""
     return isinstance(fs, LocalFileSystem)
 
 
 def url(fs: Any, path: str) -> str:
-    """The path as a person would type it: bare where local, with its protocol elsewhere."""
+    """The path as a user would type it: bare where local, with its protocol elsewhere."""
     return path if is_local(fs) else str(fs.unstrip_protocol(path))
 
 
@@ -128,11 +128,11 @@ def _faults(fs: Any) -> type[Exception]:
 
 def _not_written(fs: Any, path: str, error: BaseException) -> UserError:
     if is_local(fs):
-        reason, mend = getattr(error, "strerror", None) or error, "free some space or choose another folder"
+        reason, fix = getattr(error, "strerror", None) or error, "free some space or choose another folder"
     else:
         text = " ".join(str(error).split()) or type(error).__name__
-        reason, mend = text[:200], "check the credentials, the permissions and the network"
-    return UserError(f"{url(fs, path)}: cannot be written: {reason}; {mend}")
+        reason, fix = text[:200], "check the credentials, the permissions and the network"
+    return UserError(f"{url(fs, path)}: cannot be written: {reason}; {fix}")
 
 
 def remove(fs: Any, paths: Iterable[str]) -> None:

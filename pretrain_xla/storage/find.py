@@ -1,4 +1,4 @@
-"""Which files a path stands for: one file, all of those below a folder, or those that fit a pattern; on any file system.
+"""The files of a path: one file, all of those below a folder, or those that match a pattern; on any file system.
 
 A name that is there is that file or folder, whatever signs are in it; only else are `*`, `?` and `[...]` a pattern. On this
 machine's disks, links to folders are followed as folders, and what cannot be read as a file (a link to nothing, a pipe) is no
@@ -30,7 +30,7 @@ def find_files(fs: Any, root: str, asked: str) -> list[str]:
     Args:
         fs: an fsspec file system.
         root: file, folder or pattern on it.
-        asked: the same as a person wrote it, for errors.
+        asked: the same as the user wrote it, for errors.
 
     Raises:
         UserError: nothing there, or a folder that cannot be read.

@@ -67,7 +67,7 @@ class RefusedError(UserError):
 
 
 def call(fs: Any, method: str, path: str, **options: Any) -> Any:
-    """`fs.method(path, ...)`, with patience where the file system is not this machine's.
+    """`fs.method(path, ...)`, with patience where the file system is not this host's.
 
     Raises:
         FileNotFoundError: there is no such file or folder.

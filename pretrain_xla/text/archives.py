@@ -1,7 +1,7 @@
 """Documents of .tar and .zip archives: those of their members, each read as a file of its own would be.
 
 Nothing is unpacked to a disk, so that a member's name, whatever it is, names a place in a message and nothing else. A tar is
-read from first to last, as a stream; the directory of a zip stands at its end, so that it needs a file in which one can
+read from first to last, as a stream; the directory of a zip is at its end, so that it needs a file in which one can
 seek. Members that are no text, and files about the data, are left out; an archive within an archive is read, as
 OpenWebText is packed, but no zip and no Parquet, which cannot be streamed.
 """
@@ -44,7 +44,7 @@ def read_zip(raw: Any, where: str, reading: Reading) -> Iterator[tuple[str | Bad
     Args:
         raw: the open file.
         where: what to call it in an error.
-        reading: what the person says.
+        reading: what the user asks for.
 
     Raises:
         UserError: damaged, encrypted, or a file in which one cannot seek.
@@ -75,7 +75,7 @@ def read_tar(stream: Any, where: str, reading: Reading) -> Iterator[str | Bad]:
     Args:
         stream: its bytes, unpacked.
         where: what to call it in an error.
-        reading: what the person says.
+        reading: what the user asks for.
 
     Raises:
         UserError: damaged, or ended too early.

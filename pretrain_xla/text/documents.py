@@ -1,6 +1,6 @@
 """Documents out of files: text, records, archives, whole folders or patterns of them, on a disk or at any fsspec URL.
 
-What a file is, is told from its name and from what it holds (`recognise`), and what of a folder is no data is left out
+A file's format is told by its name and its content (`recognise`), and files of a folder that are no data are left out
 (`selection`); which files are read as what, and which are not, is said once, in the log, before the first is read. Blank
 lines at either end of a document are dropped, and so is a document that is nothing else. Files of text may be packed.
 """
@@ -34,7 +34,7 @@ _NAMED = 3  # files of a sort that are named in the log
 
 
 class Document(NamedTuple):
-    """A document, and where it stands."""
+    """A document, and its place in the source."""
 
     text: str
     place: Any
@@ -47,12 +47,12 @@ class Document(NamedTuple):
 
 @dataclass(eq=False)
 class TextFiles:
-    """The files that a path stands for, looked at and sorted into data and what is left out."""
+    """The files of a path, sorted into data and what is left out."""
 
     fs: Any
     root: str
     asked: str
-    """The path as a person wrote it; `root` is what it is on the file system."""
+    """The path as the user wrote it; `root` is what it is on the file system."""
     files: tuple[TextFile, ...]
     reading: Reading
     version: str
@@ -66,7 +66,7 @@ class TextFiles:
         return BadDocuments(self.reading.skips_bad)
 
     def read(self, place: Sequence[int] | None = None) -> Iterator[Document]:
-        """The documents after a place (none: from the first one), in the order of the files' names.
+        """The documents after a place (None means from the first one), in the order of the files' names.
 
         Memory: the largest document, or some MB of a Parquet file.
 

@@ -22,13 +22,13 @@ PREFIX = "hf:"
 
 
 def hub_source(name: str, *, text_column: str, streaming: bool, cache_dir: str | None) -> Source:
-    """The source that `hf:DATASET[:CONFIG[:SPLIT]]` stands for; the split is `train` unless named.
+    """The source `hf:DATASET[:CONFIG[:SPLIT]]`; the split is `train` unless named.
 
     Args:
         name: such as `hf:HuggingFaceFW/fineweb-edu:sample-10BT`, `hf:allenai/c4:ja`, `hf:./folder/of/parquet`.
         text_column: the column that holds the text.
         streaming: read over the network as it goes, instead of downloading first.
-        cache_dir: where downloads are kept; none: where `datasets` keeps them.
+        cache_dir: where downloads are kept. None means where `datasets` keeps them.
 
     Raises:
         UserError: no such dataset, config or split, or no network.

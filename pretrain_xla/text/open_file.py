@@ -29,7 +29,7 @@ BLOCK_BYTES = 2**22  # of a remote file, asked for at a time
 LONGEST_LINE = 2**28
 """Characters of a line, and so of a record in JSON lines: 131 KB of a packed file can hold ten billion."""
 LONGEST_DOCUMENT = 2**30
-"""Characters of a document in a text file, which stands in memory whole; the largest one-file corpora have 10**9."""
+"""Characters of a document in a text file, which is held in memory as one string; the largest one-file corpora have 10**9."""
 _PACKED_AT_A_TIME = 2**12  # bytes of a .zst file with a long window: 128 MB of text at most
 _USUAL_WINDOW = 2**27  # bytes of text that a .zst file may look back on; more is asked for with `zstd --long`
 UNPACK_ERRORS = (EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError)  # besides OSError: of a damaged packed file

@@ -14,7 +14,7 @@ _SHOWN = 3
 
 @dataclass(frozen=True)
 class Reading:
-    """What a person says of their files."""
+    """What the user says of their files."""
 
     column: str = "text"
     """Key or column that holds the text, in files of records; `a.b`: the key `b` of what is under `a`."""
@@ -25,7 +25,7 @@ class Reading:
 
     @property
     def decoding(self) -> str:
-        """How bytes that are not UTF-8 are met: they end the reading, or stand as surrogates (see `is_utf8`)."""
+        """How bytes that are not UTF-8 are met: they end the reading, or become surrogates (see `is_utf8`)."""
         return "surrogateescape" if self.skips_bad else "strict"
 
 

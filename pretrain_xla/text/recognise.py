@@ -1,4 +1,4 @@
-"""What a file is that documents may be in: told from what it holds, where its name does not say it.
+"""The format of a file of documents: by its content, where its name does not say it.
 
 | kind      | told by                                                              | documents                       |
 |-----------|----------------------------------------------------------------------|---------------------------------|

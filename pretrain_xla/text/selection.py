@@ -1,6 +1,6 @@
 """What of a folder is data, and what is only about it, or is held out.
 
-A snapshot of a dataset from the Hub has a README, a LICENSE and JSON that describe it beside the files that it is made of,
+A snapshot of a dataset from the Hub has a README, a LICENSE and JSON that describe it, next to its data files,
 and test splits that must not be trained on. Text alone is taken as it is, since a README can be as good a text as any:
 nothing is left out of a folder but what is no text, unless it holds records or begins with the card of a dataset.
 """
@@ -20,7 +20,7 @@ _ABOUT = re.compile(
     r"|(sha\d+|md5)sums?([._-].*)?|.*\.(sha\d+|md5)|checksums?([._-].*)?",
     re.IGNORECASE,
 )
-_CACHED = re.compile(r"cache-[0-9a-f]+(_\d+_of_\d+)?\.arrow")  # what `map` of `datasets` leaves beside the data
+_CACHED = re.compile(r"cache-[0-9a-f]+(_\d+_of_\d+)?\.arrow")  # what `map` of `datasets` leaves next to the data
 _BROKEN_OFF = re.compile(r".*(\.(incomplete|part|partial|crdownload|aria2|tmp)|~)", re.IGNORECASE)
 _TEXT_SUFFIXES = ("", "txt", "text", "raw", "tokens")  # of plain text that comes in splits
 
@@ -32,7 +32,7 @@ class TextFile:
     path: str
     size: int
     kind: Kind | None
-    """None: it is left out."""
+    """None means it is left out."""
     packing: str = ""
     """The suffix by which it is unpacked, where its name does not have it."""
     usual: Kind | None = None
@@ -64,7 +64,7 @@ def select(files: Sequence[TextFile], root: str) -> list[TextFile]:
 
 
 def is_about(path: str) -> bool:
-    """Whether a file is about the data that lie beside it, by its name."""
+    """Whether a file is about the data next to it, by its name."""
     return _ABOUT.fullmatch(path.rpartition("/")[2]) is not None
 
 
@@ -92,7 +92,7 @@ def _about_the_data(files: Sequence[TextFile]) -> dict[str, str]:
 
 
 def _held_out(files: Sequence[TextFile], root: str) -> set[str]:
-    """The paths of validation and test splits that lie beside training splits.
+    """The paths of validation and test splits that are next to training splits.
 
     Of text only what is named alike: `train.py` and `test.py` are no splits, `wiki.train.raw` and `wiki.test.raw` are.
     """

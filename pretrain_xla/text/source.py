@@ -14,11 +14,11 @@ class Source:
     """Documents that can be read more than once."""
 
     name: str
-    """What a person calls it."""
+    """The name by which the user asks for it."""
     version: str
     """Another string whenever the documents may be others; how `prepare` knows that a dataset is up to date."""
     read: Callable[[Any], Iterator[Document]]
-    """The documents after a place (none: from the first one), in the same order every time."""
+    """The documents after a place (None means from the first one), in the same order every time."""
     skipped: Callable[[], int] = lambda: 0
     """How many bad documents have been skipped in all that was read of it so far."""
 

@@ -19,7 +19,7 @@ def source_of(name: str, version: str, texts: Callable[[], Iterable[str]]) -> So
     """A source out of documents of one's own; to go on after a place, those before it are read again.
 
     Args:
-        name: what a person calls it.
+        name: the name by which the user asks for it.
         version: see `Source.version`.
         texts: gives the documents, from the first one, in the same order every time.
     """
@@ -40,7 +40,7 @@ def open_source(
     document_per_line: bool = False,
     skip_bad_documents: bool = False,
 ) -> Source:
-    """The source that a name stands for.
+    """The source of a name.
 
     Args:
         name: `quickstart`; the path, pattern or URL of text (see `open_text`); or `hf:DATASET[:CONFIG[:SPLIT]]`.
@@ -71,7 +71,7 @@ def join_sources(sources: Sequence[Source], weights: Sequence[float] = (), max_d
 
     Args:
         sources: at least one.
-        weights: one for each source, in any unit; none: all of each.
+        weights: one for each source, in any unit. None means all of each.
         max_documents: end after so many.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Which split a piece of text belongs to: told from its own words, so that it never moves.
+"""Which split a piece of text belongs to: decided by its own words, so that it never moves.
 
 Neither the order of documents nor what else there is has a say: add text to a corpus, and what was held out stays
 held out.

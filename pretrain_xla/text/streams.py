@@ -27,7 +27,7 @@ def read_stream(kind: Kind, stream: Any, where: str, reading: Reading) -> Iterat
         kind: of the file.
         stream: its bytes.
         where: what to call it in an error.
-        reading: what the person says.
+        reading: what the user asks for.
 
     Raises:
         UserError: it is not what it looked like.

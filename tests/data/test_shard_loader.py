@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pretrain_xla.config import DataConfig
-from pretrain_xla.data import shard_loader as supply
+from pretrain_xla.data import shard_loader as loader
 from pretrain_xla.data.batches import Batches
 from pretrain_xla.data.dataset import open_dataset
 from pretrain_xla.errors import UserError
@@ -18,24 +18,24 @@ from tests.peers import WRITERS
 
 @pytest.fixture
 def shards(tmp_path):
-    """The supply of three Parquet shards, which have to be decoded before they can be read."""
+    """The loader of three Parquet shards, which have to be decoded before they can be read."""
     (folder := tmp_path / "shards").mkdir()
     write = next(write for name, write in WRITERS.items() if name.endswith(".parquet"))
     for number in range(3):
         write(folder / f"{number}.parquet", [number + 1] * 1000)
-    return open_dataset(str(folder), 64, 1000, settings=DataConfig(cache_dir=str(tmp_path / "cache"))).supply
+    return open_dataset(str(folder), 64, 1000, settings=DataConfig(cache_dir=str(tmp_path / "cache"))).loader
 
 
 @pytest.fixture
 def gate(monkeypatch):
     """No shard is made ready before it is opened."""
-    opened, make = threading.Event(), supply._Maker.make
+    opened, make = threading.Event(), loader._Maker.make
 
     def wait_and_make(self, number, closing):
         assert opened.wait(30)
         return make(self, number, closing)
 
-    monkeypatch.setattr(supply._Maker, "make", wait_and_make)
+    monkeypatch.setattr(loader._Maker, "make", wait_and_make)
     yield opened
     opened.set()
 
@@ -85,4 +85,4 @@ def test_local_shards_are_never_read_by_ranges(tmp_path):
     np.save(tmp_path / "0.npy", np.ones(1000, np.uint16))
     dataset = open_dataset(str(tmp_path), 64, 1000, settings=DataConfig(remote_reads="ranged"))
     assert Batches(dataset, sequences_per_batch=8, seq_length=64, seed=1).threads == 1
-    assert not dataset.supply.ranged
+    assert not dataset.loader.ranged

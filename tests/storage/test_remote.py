@@ -148,7 +148,7 @@ def test_each_process_asks_for_its_own_rows_only(proxy, emulator, local, tmp_pat
     near, parts = batches(folder, tmp_path), []
     for host in range(hosts):
         far = batches(target, tmp_path / "never", share=1 / hosts)
-        assert far.dataset.supply.ranged
+        assert far.dataset.loader.ranged
         assert far.threads > 1
         proxy.requests.clear()
         parts.append(far.rows(0, slice(4 * host, 4 * host + 4)))
@@ -164,7 +164,7 @@ def test_whole_or_ranged_is_chosen_by_what_is_needed(proxy, emulator, local, tmp
     target = upload(emulator, folder, "choice")
 
     def ranged(data=None, **settings):
-        return batches(target, tmp_path / "cache", data=data or {}, **settings).dataset.supply.ranged
+        return batches(target, tmp_path / "cache", data=data or {}, **settings).dataset.loader.ranged
 
     assert not ranged()
     assert ranged(share=1 / 8)
@@ -326,11 +326,11 @@ def test_concurrently_keeps_order_and_stops_at_an_error():
     assert len(begun) < 20
 
 
-def test_no_thread_outlives_its_supply(proxy, emulator, local, tmp_path):
+def test_no_thread_outlives_its_loader(proxy, emulator, local, tmp_path):
     before = threading.enumerate()
     far = batches(upload(emulator, local, "threads"), tmp_path)
     far.rows(0)
-    started = [thread for thread in threading.enumerate() if thread.name == "supply" and thread not in before]
+    started = [thread for thread in threading.enumerate() if thread.name == "shard loader" and thread not in before]
     assert len(started) == 1
     del far
     gc.collect()

@@ -16,7 +16,7 @@ from pretrain_xla.text.reading import Bad, Reading, is_utf8
 
 SUFFIXES = (".csv", ".tsv")
 _DELIMITERS = ",;\t|"
-_SKIP = "mend it, or leave such documents out with --skip-bad-documents"
+_SKIP = "fix it, or leave such documents out with --skip-bad-documents"
 
 
 def read_table(stream: IO[str], where: str, reading: Reading) -> Iterator[str | Bad]:
@@ -25,7 +25,7 @@ def read_table(stream: IO[str], where: str, reading: Reading) -> Iterator[str | 
     Args:
         stream: the text, with its line ends as they are.
         where: what to call it in an error.
-        reading: what the person says.
+        reading: what the user asks for.
 
     Raises:
         UserError: no such column.

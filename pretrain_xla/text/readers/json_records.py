@@ -15,7 +15,7 @@ from pretrain_xla.text.reading import Bad, Reading, is_utf8
 
 _BLOCK = 2**20  # characters that are read at a time
 _LONGEST_TOKEN = 1000  # characters: a fault so near to the end may be that more is to be read
-_SKIP = "mend it, or leave such documents out with --skip-bad-documents"
+_SKIP = "fix it, or leave such documents out with --skip-bad-documents"
 _missing = object()
 
 
@@ -25,7 +25,7 @@ def read_lines(stream: IO[str], where: str, reading: Reading) -> Iterator[str | 
     Args:
         stream: the text.
         where: what to call it in an error.
-        reading: what the person says.
+        reading: what the user asks for.
     """
     for number, line in enumerate(lines_of(stream, where), start=1):
         if line.isspace():
@@ -45,14 +45,14 @@ def read_lines(stream: IO[str], where: str, reading: Reading) -> Iterator[str | 
 
 
 def read_values(stream: IO[str], where: str, reading: Reading) -> Iterator[str | Bad]:
-    """The document of each object of a list, or of each of those that stand one after the other.
+    """The document of each object of a list, or of each of several in a row.
 
     Never more in memory than a value and `_BLOCK`.
 
     Args:
         stream: the text.
         where: what to call it in an error.
-        reading: what the person says.
+        reading: what the user asks for.
 
     Raises:
         UserError: what is not JSON, since one cannot tell where the next value begins.

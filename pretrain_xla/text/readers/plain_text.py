@@ -25,10 +25,10 @@ def read_text(stream: IO[str], where: str, reading: Reading) -> Iterator[str | B
     Args:
         stream: the text.
         where: what to call it in an error.
-        reading: what the person says.
+        reading: what the user asks for.
 
     Raises:
-        UserError: a line or document that is too long to stand in memory.
+        UserError: a line or document that is too long for memory.
     """
     lines = lines_of(stream, where)
     for line, text in enumerate(lines, start=1) if reading.one_per_line else _divided(lines, where):
@@ -64,7 +64,7 @@ def _divided(lines: Iterator[str], where: str) -> Iterator[tuple[int, str]]:
 
 
 def _gpt_2_simple_s(line: str) -> str | None:
-    """The mark of gpt-2-simple that a line begins or ends with, beside text."""
+    """The mark of gpt-2-simple that a line of text begins or ends with."""
     if line.startswith(START):
         return START
     return SEPARATOR if line.rstrip().endswith(SEPARATOR) else None
