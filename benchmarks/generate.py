@@ -1,7 +1,7 @@
 """How fast generation is: `python benchmarks/generate.py`, about ten minutes on two cores.
 
 Greedy continuation of a random prompt by a random GPT-2 of the quick start's size, and by one of 124M parameters, in four ways
-that take turns in one process, so that drift of the machine hits all alike. All read the prompt within the measured time.
+that take iterations in one process, so that drift of the machine hits all alike. All read the prompt within the measured time.
 
 * transformers: `generate` with its cache, eager PyTorch on the CPU, from the same weights.
 * torch: ours with cache, on the torch runtime.

@@ -50,7 +50,7 @@ class ModelConfig(Section):
     bias: bool = True
     """Biases in linear layers and in LayerNorm."""
     qk_norm: bool = False
-    """RMS-normalise each query and key head before the rotary turn."""
+    """RMS-normalise each query and key head before rotary positions."""
     query_scale: PositiveFloat | None = None
     """Factor on query-key products. None means head_dim ** -0.5."""
     attention_softcap: PositiveFloat | None = None
@@ -98,7 +98,7 @@ class ModelConfig(Section):
                 "each key/value head serves a whole number of query heads"
             )
         if self.positions == "rotary" and self.heads_dim % 2:
-            raise ValueError(f"head_dim={self.heads_dim} is odd, and rotary positions turn pairs: make it even")
+            raise ValueError(f"head_dim={self.heads_dim} is odd, and rotary positions rotate pairs: make it even")
         if self._weights > MOST_WEIGHTS:
             raise ValueError(
                 f"num_layers={self.num_layers}, d_model={self.d_model}, d_ff={self.d_ff} and vocab_size={self.vocab_size} make "

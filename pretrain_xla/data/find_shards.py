@@ -107,11 +107,11 @@ def _near(fs: Any, root: str, asked: str) -> str | None:
     """The folder that was probably meant by a missing one: the same split by another name, or a likely spelling."""
     parent, name = posixpath.split(root.rstrip("/"))
     try:
-        beside = [posixpath.basename(entry.rstrip("/")) for entry in call(fs, "ls", parent or ".", detail=False)]
+        siblings = [posixpath.basename(entry.rstrip("/")) for entry in call(fs, "ls", parent or ".", detail=False)]
     except (OSError, ValueError):  # the parent is not there either, or has no listing
         return None
     split = next((words for words in _WORDS.values() if name.lower() in words), set())
-    found = [one for one in beside if one.lower() in split] or difflib.get_close_matches(name, beside, n=1)
+    found = [one for one in siblings if one.lower() in split] or difflib.get_close_matches(name, siblings, n=1)
     return f"{posixpath.dirname(asked.rstrip('/')) or '.'}/{found[0]}" if found else None
 
 

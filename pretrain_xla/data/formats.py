@@ -6,8 +6,8 @@
 | `bin`      | 256 int32: magic 20240520, version 1, number of tokens  | uint16            | llm.c, modded-nanogpt      |
 | `bin`      | 256 int32: magic 20240801, version 7, number of tokens  | uint32            | llm.c for Llama 3          |
 | `raw`      | the first id; `.bin`, `.ds`, or `.npy` without a header | 16, 32, 64 bits   | nanoGPT; datatrove; OLMo   |
-| `litdata`  | number of items, their offsets; an index.json beside it | by the index      | litdata, litgpt            |
-| `megatron` | the first id; an .idx beside it                         | by the index      | Megatron-LM                |
+| `litdata`  | number of items, their offsets; an index.json in its folder | by the index      | litdata, litgpt            |
+| `megatron` | the first id; an .idx of the same name                   | by the index      | Megatron-LM                |
 | `parquet`  | `PAR1`; a column `input_ids` of lists                   | any integer       | tokenisation by `datasets` |
 
 All but the last are a row of numbers after a header, and can be mapped into memory as they are; Parquet is compressed, and
@@ -25,7 +25,7 @@ from typing import Any, Literal
 import numpy as np
 
 from pretrain_xla.data.headerless import dtype_of, looks_like_ids, what_else
-from pretrain_xla.data.index_files import Beside, litdata_chunk, megatron_dtype
+from pretrain_xla.data.index_files import ReadSibling, litdata_chunk, megatron_dtype
 from pretrain_xla.errors import UserError
 from pretrain_xla.git_lfs import refuse_pointer
 
@@ -59,14 +59,14 @@ def is_parquet(head: bytes) -> bool:
     return head.startswith(b"PAR1")
 
 
-def layout(where: str, size: int, head: bytes, beside: Beside = lambda name: None) -> Layout:
+def layout(where: str, size: int, head: bytes, read_sibling: ReadSibling = lambda name: None) -> Layout:
     """Recognise a file of ids other than Parquet, and check its header against its size.
 
     Args:
         where: path or URL, for errors; its suffix matters only for a file without a header.
         size: bytes of the file.
         head: its first `HEAD_BYTES`, or all of it.
-        beside: see `Beside`.
+        read_sibling: see `ReadSibling`.
 
     Raises:
         UserError: no format that is known, a header that contradicts itself, truncated, or too long.
@@ -79,7 +79,9 @@ def layout(where: str, size: int, head: bytes, beside: Beside = lambda name: Non
         raise UserError(f"{where}: not a Parquet file (it does not begin with PAR1): remove it or write it again")
     else:
         words = np.frombuffer(head[: len(head) // 4 * 4], "<i4")
-        found = _bin(where, words) if len(words) and int(words[0]) in _BIN_MAGICS else _raw(where, size, head, beside)
+        found = (
+            _bin(where, words) if len(words) and int(words[0]) in _BIN_MAGICS else _raw(where, size, head, read_sibling)
+        )
     expected = found.offset + found.tokens * found.dtype.itemsize
     if size != expected:
         fault = "truncated" if size < expected else "too long"
@@ -116,7 +118,7 @@ def _bin(where: str, words: np.ndarray) -> Layout:
     return Layout("bin", _BIN_KINDS[magic, version], _BIN_HEADER, tokens)
 
 
-def _raw(where: str, size: int, head: bytes, beside: Beside) -> Layout:
+def _raw(where: str, size: int, head: bytes, read_sibling: ReadSibling) -> Layout:
     words = np.frombuffer(head[: len(head) // 4 * 4], "<i4")
     if len(words) and words[0] == _EVALUATION_MAGIC:
         raise UserError(
@@ -124,9 +126,9 @@ def _raw(where: str, size: int, head: bytes, beside: Beside) -> Layout:
         )
     if other := what_else(head):
         raise UserError(f"{where}: {other}: no token shard: take it out, or prepare the text that it was made of")
-    if chunk := litdata_chunk(where, size, head, beside):
+    if chunk := litdata_chunk(where, size, head, read_sibling):
         return _ids(where, "litdata", size, *chunk)
-    if dtype := megatron_dtype(where, beside):
+    if dtype := megatron_dtype(where, read_sibling):
         return _ids(where, "megatron", size, dtype, 0)
     # A header of 256 numbers uses the first few; in text no such run of one id comes up.
     if len(words) >= 256 and words[:4].any() and not words[8:256].any():

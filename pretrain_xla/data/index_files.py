@@ -18,7 +18,7 @@ import numpy as np
 from pretrain_xla.errors import UserError
 from pretrain_xla.untrusted import parse_object
 
-Beside = Callable[[str], bytes | None]
+ReadSibling = Callable[[str], bytes | None]
 """Gives the content of a file in the shard's folder, none where there is no such file."""
 
 META = "meta.pkl"
@@ -31,7 +31,7 @@ _MOST_META = 2**26  # bytes
 _MOST_CHARACTERS = 2**21
 
 
-def litdata_chunk(where: str, size: int, head: bytes, beside: Beside) -> tuple[np.dtype[Any], int] | None:
+def litdata_chunk(where: str, size: int, head: bytes, read_sibling: ReadSibling) -> tuple[np.dtype[Any], int] | None:
     """(type of the ids, bytes before the first) of a chunk of litdata, as litgpt prepares them. None means it is no chunk.
 
     A chunk begins with the number n of its items and n + 1 offsets, uint32, of which the first is where the ids begin. The
@@ -44,7 +44,7 @@ def litdata_chunk(where: str, size: int, head: bytes, beside: Beside) -> tuple[n
     if len(words) < 3 or not 0 < words[0] < 2**28 or int(words[1]) != 4 * (int(words[0]) + 2) or words[2] < words[1]:
         return None
     name = where.rpartition("/")[2]
-    raw = beside(_LITDATA_INDEX)
+    raw = read_sibling(_LITDATA_INDEX)
     if raw is None:
         if not re.fullmatch(r"chunk-\d+-\d+\.bin", name):
             return None
@@ -69,14 +69,14 @@ def litdata_chunk(where: str, size: int, head: bytes, beside: Beside) -> tuple[n
     return np.dtype(found), int(words[1])
 
 
-def megatron_dtype(where: str, beside: Beside) -> np.dtype[Any] | None:
+def megatron_dtype(where: str, read_sibling: ReadSibling) -> np.dtype[Any] | None:
     """The type of the ids of a Megatron `.bin`, as its `.idx` has it. None means there is none.
 
     Raises:
         UserError: the index says that they are no ids.
     """
     name = where.rpartition("/")[2]
-    raw = beside(f"{name.removesuffix('.bin')}.idx") if name.endswith(".bin") else None
+    raw = read_sibling(f"{name.removesuffix('.bin')}.idx") if name.endswith(".bin") else None
     if raw is None or not raw.startswith(_MEGATRON_MAGIC) or len(raw) < 18:
         return None
     if raw[17] not in _MEGATRON_TYPES:

@@ -277,7 +277,7 @@ def _work(state: _State, maker: _Maker) -> None:
         made, error = _try(maker, number, state)
         with state.changed:
             if isinstance(error, CacheFullError):
-                if number not in state.now:  # else it was asked for just now: the next turn does without the cache
+                if number not in state.now:  # else it was asked for just now: the next iteration does without the cache
                     state.postponed.add(number)
             elif error is not None:
                 state.errors[number] = error

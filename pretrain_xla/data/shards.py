@@ -219,11 +219,11 @@ def open_shard(fs: Any, path: str, known: Mapping[str, Any] | None = None) -> Sh
     except OSError as error:
         reason = "no such file" if isinstance(error, FileNotFoundError) else error.strerror or error
         raise UserError(f"{where}: cannot be read: {reason}") from None
-    found = layout(where, size, head, lambda other: read_beside(fs, path.rpartition("/")[0], other))
+    found = layout(where, size, head, lambda other: read_sibling(fs, path.rpartition("/")[0], other))
     return Shard(where, name, found.tokens, found.dtype, found.offset, stamp, found.format, size)
 
 
-def read_beside(fs: Any, folder: str, name: str) -> bytes | None:
+def read_sibling(fs: Any, folder: str, name: str) -> bytes | None:
     """The content of a file in a folder of shards; none where there is no such file."""
     try:
         data: bytes = call(fs, "cat_file", f"{folder}/{name}")

@@ -156,7 +156,7 @@ def build(
 
 
 def tokenizer_of(loaded: LoadedModel, named: str | None) -> Tokenizer:
-    """The tokenizer that a person named, or the model's own.
+    """The tokenizer that the user named, or the model's own.
 
     Raises:
         UserError: there is neither.

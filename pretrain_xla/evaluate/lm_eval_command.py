@@ -1,6 +1,6 @@
 """`python -m pretrain_xla lm-eval …`: lm-eval's own command line, which then knows `--model pretrain_xla`.
 
-lm-eval 0.4 finds models only in its own table; packages beside it have no way to enter themselves (no entry point is read), so
+lm-eval 0.4 finds models only in its own table; other packages cannot add to it (no entry point is read), so
 the plain `lm_eval` command cannot know of ours. Here its table gets one more line, and it is handed the words as they are.
 """
 
@@ -25,9 +25,9 @@ def lm_eval_command(arguments: Sequence[str]) -> None:
     Raises:
         UserError: lm-eval is not installed.
     """
-    # From a checkout, our door `evaluate.py` would stand for the library of that name, which lm-eval imports.
-    door = Path(__file__).resolve().parents[2]
-    sys.path[:] = [path for path in sys.path if Path(path or os.getcwd()).resolve() != door]
+    # From a checkout, our `evaluate.py` would be taken for the library of that name, which lm-eval imports.
+    root = Path(__file__).resolve().parents[2]
+    sys.path[:] = [path for path in sys.path if Path(path or os.getcwd()).resolve() != root]
     try:
         register()
         from lm_eval.__main__ import cli_evaluate

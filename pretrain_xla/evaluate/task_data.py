@@ -80,7 +80,7 @@ def read_records(source: str) -> Iterator[Record]:
                 raise UserError(f"{where}: not a JSON object, but {type(fields).__name__}")
             if labels is not None:
                 if number > len(labels):
-                    raise UserError(f"{where}: the file of labels beside it has only {len(labels)} lines")
+                    raise UserError(f"{where}: its file of labels has only {len(labels)} lines")
                 fields.setdefault("label", labels[number - 1])
             yield Record(fields, where)
 
@@ -146,7 +146,7 @@ def _lines(fs: Any, path: str) -> Iterator[str]:
 
 def _labels(path: str) -> list[str] | None:
     fs, root = filesystem(path)
-    beside = f"{root.removesuffix('.gz').removesuffix('.jsonl')}-labels.lst"
-    if not fs.isfile(beside):
+    labels_file = f"{root.removesuffix('.gz').removesuffix('.jsonl')}-labels.lst"
+    if not fs.isfile(labels_file):
         return None
-    return [line.strip() for line in _lines(fs, beside)]
+    return [line.strip() for line in _lines(fs, labels_file)]

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from pretrain_xla.generate.decoder import TURNS, Choice, Decoder
+from pretrain_xla.generate.decoder import MOST_TOKENS, Choice, Decoder
 from pretrain_xla.generate.sampling import Sampling, draws
 from pretrain_xla.generate.window import window_start
 
@@ -56,13 +56,13 @@ class Continuation:
         while self._goes_on():
             tokens_B = self._read_texts()
             yield from self._take(tokens_B)
-            turns = 1
+            iterations = 1
             while self._goes_on() and (room := self._room()):
-                turns = min(turns, room, TURNS)
-                chance_NB = self._chance_NB[self._made : self._made + turns]
-                for tokens_B in self._decoder.decode(turns, self._alive, chance_NB):
+                iterations = min(iterations, room, MOST_TOKENS)
+                chance_NB = self._chance_NB[self._made : self._made + iterations]
+                for tokens_B in self._decoder.decode(iterations, self._alive, chance_NB):
                     yield from self._take(tokens_B)
-                turns *= 2
+                iterations *= 2
 
     def _goes_on(self) -> bool:
         return any(self._alive) and self._made < self._request.max_new_tokens

@@ -1,7 +1,7 @@
 """Prompts in, tokens out: prefill reads the texts and chooses the first token, decode makes one token after another.
 
 Each is one graph for one set of shapes, and choosing a token is part of it. Decode is a loop on the device around the model and
-the choice: the host hears of a token only when it asks for some, `turns` of them in one go.
+the choice: the host hears of a token only when it asks for some, `iterations` of them in one go.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pretrain_xla.generate.window import bucket
 from pretrain_xla.model import GPT
 from pretrain_xla.runtime import Runtime
 
-TURNS = 32
+MOST_TOKENS = 32
 """Most tokens that one call of decode makes."""
 
 
@@ -41,7 +41,7 @@ class Choice:
 
 
 class OneToken(nn.Module):
-    """A turn of the loop: the newest tokens through the model, and what they choose."""
+    """An iteration of the loop: the newest tokens through the model, and what they choose."""
 
     def __init__(self, model: GPT, rules: Rules, choices: int) -> None:
         super().__init__()
@@ -128,25 +128,25 @@ class Decoder:
         self.slots_left = max(slots - longest, 0)
         return self._read(self._token_B)
 
-    def decode(self, turns: int, alive: Sequence[bool], chance_NB: Tensor) -> list[list[int]]:
-        """The next tokens of all rows, fewer than `turns` where every row has ended. A dead row's tokens mean nothing.
+    def decode(self, iterations: int, alive: Sequence[bool], chance_NB: Tensor) -> list[list[int]]:
+        """The next tokens of all rows, fewer than `iterations` where every row has ended. A dead row's tokens mean nothing.
 
         Args:
-            turns: at most `TURNS` and `slots_left`.
+            iterations: at most `MOST_TOKENS` and `slots_left`.
             alive: rows that have not ended.
             chance_NB: chance of each of these tokens, on the host.
         """
-        assert turns <= min(TURNS, self.slots_left)
+        assert iterations <= min(MOST_TOKENS, self.slots_left)
         rules = self._choice.rules
         if rules not in self._decodes:
             self._decodes[rules] = self._compile_decode(rules)
-        padded_NB = torch.nn.functional.pad(chance_NB, (0, 0, 0, TURNS - len(chance_NB)), value=1.0)
+        padded_NB = torch.nn.functional.pad(chance_NB, (0, 0, 0, MOST_TOKENS - len(chance_NB)), value=1.0)
         state = [self._token_B, self._slot_1, self._place(torch.tensor(alive)), *self._seen]
         tokens_NB = self._decodes[rules](
-            self._place(torch.tensor(turns, dtype=torch.int32)), self._place(padded_NB), state
+            self._place(torch.tensor(iterations, dtype=torch.int32)), self._place(padded_NB), state
         )
-        self.slots_left -= turns
-        return self._read(tokens_NB)[:turns]
+        self.slots_left -= iterations
+        return self._read(tokens_NB)[:iterations]
 
     def _compile_prefill(self, rules: Rules, slots: int) -> Callable[..., Tensor]:
         model, choices = self.model, self.choices
@@ -168,9 +168,9 @@ class Decoder:
     def _compile_decode(self, rules: Rules) -> Callable[..., Tensor]:
         repeat = self.runtime.repeat(OneToken(self.model, rules, self.choices))
 
-        def decode(turns: Tensor, chance_NB: Tensor, state: list[Tensor]) -> Tensor:
+        def decode(iterations: Tensor, chance_NB: Tensor, state: list[Tensor]) -> Tensor:
             fixed = [self._first_B, self._numbers_5, self._stops_N]
-            (tokens_NB,) = repeat(turns, [*state, *self._cache], [chance_NB], fixed)
+            (tokens_NB,) = repeat(iterations, [*state, *self._cache], [chance_NB], fixed)
             return tokens_NB
 
         compiled: Callable[..., Tensor] = self.runtime.compile(decode, "decode", state=lambda: self._cache)

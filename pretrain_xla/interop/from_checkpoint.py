@@ -85,7 +85,7 @@ def resolve_tokenizer(config: RunConfig, stated: frozenset[str]) -> tuple[RunCon
     """The config with the tokenizer of `from_checkpoint`, if neither the user nor the shards name one; and a note on it.
 
     Raises:
-        UserError: there is no such checkpoint, or a manifest beside the shards is damaged.
+        UserError: there is no such checkpoint, or the manifest of the shards is damaged.
     """
     if config.train.from_checkpoint is None or "tokenizer" in stated or dataset_info(config.data.train_dir) is not None:
         return config, []

@@ -39,7 +39,7 @@ def load_model(name_or_path: str, which: str = "newest", stated: Mapping[str, An
 
     Args:
         name_or_path: a run folder of ours, a folder of checkpoints or one checkpoint (local or any fsspec URL); a Hugging Face
-            folder, or a file of weights (`.safetensors` beside its config.json; `.pt`, also of nanoGPT and its like); a name
+            folder, or a file of weights (`.safetensors` with its config.json; `.pt`, also of nanoGPT and its like); a name
             on the Hugging Face Hub (`gpt2`, `gpt2-medium`, `gpt2-large`, `gpt2-xl`, any `owner/name`).
         which: `newest` or `best`, where there are several checkpoints.
         stated: options of `ModelConfig` that the user set; used for what an old file of weights does not state.
@@ -134,11 +134,11 @@ def _checkpoint(path: str, which: str) -> ModelSource:
 
 
 def _special_tokens_of(tokenizer: str | None, vocab_size: int) -> tuple[bool, tuple[int, ...]]:
-    """The special tokens before and after a text, as `import` wrote them beside the tokenizer's file."""
+    """The special tokens before and after a text, as `import` wrote them next to the tokenizer's file."""
 
     def find(name: str) -> str | None:
-        beside = os.path.join(os.path.dirname(tokenizer or ""), name)
-        return beside if tokenizer is not None and os.path.isfile(beside) and os.path.isfile(tokenizer) else None
+        sibling = os.path.join(os.path.dirname(tokenizer or ""), name)
+        return sibling if tokenizer is not None and os.path.isfile(sibling) and os.path.isfile(tokenizer) else None
 
     return adds_bos_token(find), eos_token_ids({}, find, vocab_size)
 

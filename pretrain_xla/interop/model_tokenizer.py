@@ -47,14 +47,14 @@ def find_model_tokenizer(find: Find, vocab_size: int, where: str) -> tuple[str |
     """Its name or path for `load_tokenizer`, or None; and a note if it was guessed or cannot be used.
 
     Args:
-        find: file name → local path, or None if there is no such file beside the weights.
+        find: file name → local path, or None if there is no such file next to the weights.
         vocab_size: ids of the model.
         where: the model, for messages.
     """
     own = next(filter(None, map(find, WHOLE)), None)
     if own is not None:
         for name in (SPECIALS_FILE, CONFIG_FILE):
-            find(name)  # from the Hub: downloads them beside it, for the end-of-text token that they name
+            find(name)  # from the Hub: downloads them next to it, for the end-of-text token that they name
         return own, ()
     kinds = [(name, SENTENCEPIECE_CLASSES) for name in SENTENCEPIECE]
     kinds += [(name, BPE_CLASSES) for name, merges in VOCABULARIES.items() if find(merges)]

@@ -56,7 +56,7 @@ def eos_token_ids(config: Mapping[str, Any], find: Find, vocab_size: int) -> tup
 
 
 def write_special_tokens(folder: str, *, adds_bos: bool, eos_ids: Sequence[int]) -> None:
-    """Write, beside a tokenizer, the files that the two functions above read.
+    """Write, next to a tokenizer, the files that the two functions above read.
 
     Args:
         folder: of the tokenizer.

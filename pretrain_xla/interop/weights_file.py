@@ -1,4 +1,4 @@
-"""A single file of weights: safetensors beside its config.json, or an old PyTorch checkpoint that holds its own settings.
+"""A single file of weights: safetensors with its config.json, or an old PyTorch checkpoint that holds its own settings.
 
 Old checkpoints are those of nanoGPT and its many relatives, and of earlier trainers of GPT-2: a dictionary with the state dict
 under `model` or alone, and numbers of the architecture under `model_args` or `config`, as a mapping or as an object. Their
@@ -115,7 +115,7 @@ def _check_names(tensors: Mapping[str, Tensor], path: str) -> None:
     if missing or foreign:
         shown = foreign[0] if foreign else next(iter(tensors), "nothing")
         raise UserError(
-            f"{path}: there is no config.json beside it, and its tensors are not those of a GPT-2 or nanoGPT (it has "
+            f"{path}: there is no config.json in its folder, and its tensors are not those of a GPT-2 or nanoGPT (it has "
             f"{shown.removeprefix('transformer.')!r}"
             f"{', and no ' + missing[0].removeprefix('transformer.') if missing else ''}): give it a config.json of an "
             "architecture that `python -m pretrain_xla export` writes, with its tensors named so"

@@ -16,7 +16,7 @@ import numpy as np
 from pretrain_xla.config import DataConfig
 from pretrain_xla.data.dataset import TokenDataset, listed_max_ids, open_shards, verify_checksums
 from pretrain_xla.data.index_files import META, Meta, read_meta
-from pretrain_xla.data.shards import read_beside
+from pretrain_xla.data.shards import read_sibling
 from pretrain_xla.errors import UserError
 from pretrain_xla.storage.files import filesystem
 from pretrain_xla.tokenizers.load import load_tokenizer
@@ -169,7 +169,7 @@ def _tokenizer(dataset: TokenDataset, result: Inspection, asked: str | None) -> 
 def _meta(dataset: TokenDataset, result: Inspection) -> Meta | None:
     """The character vocabulary that nanoGPT writes next to its shards."""
     fs, folder = filesystem(dataset.directory)
-    raw = read_beside(fs, folder, META)
+    raw = read_sibling(fs, folder, META)
     try:
         return read_meta(raw, f"{dataset.directory}/{META}") if raw is not None else None
     except UserError as error:

@@ -172,7 +172,7 @@ class _Rejoined(io.RawIOBase):
 
 
 class _Watched:
-    """A stream that remembers the last block it gave."""
+    """A stream that keeps the last block it gave."""
 
     def __init__(self, stream: Any) -> None:
         self._stream, self.last = stream, b""
