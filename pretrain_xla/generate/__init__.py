@@ -1,7 +1,8 @@
-"""Text from a trained model, by a key/value cache of static shape: two compiled graphs, one that reads and one that writes.
+"""Text generation with a key/value cache of static shape: one compiled graph for prefill and one for decode.
 
-Read `generator.py` first; `continuation.py` decides which call comes next, `decoder.py` is what is compiled, `sampling.py` the
-choice of a token, `window.py` what is seen of a long text.
+Read `generator.py` first (`Generator`: model and tokenizer on a device), then `continuation.py` (which call comes next),
+`decoder.py` (what is compiled) with `cache.py`, `sampling.py` (choosing a token), `window.py` (texts longer than the context)
+and `text.py` (from tokens to text). `command.py` is the command-line interface.
 """
 
 from pretrain_xla.generate.continuation import Request

@@ -1,9 +1,8 @@
-"""A key/value cache of static shape: what tokens have been attended with is kept, so that the next one costs one token's work.
+"""A key/value cache of static shape: keys and values of earlier tokens are kept, so that a new token costs one token's work.
 
-Each block has a buffer of S slots for the keys of its K key/value heads and one for the values. Rows of a batch end together: a
-shorter text begins at a later slot (`Places.first`), so that one slot number, a device value, serves all rows, and writing is
-one update in place. What stands before a row's first slot, or after the newest, is never looked at; a token's position is
-counted from its row's first slot.
+Each block has a buffer of S slots for the keys of its K key/value heads and one for the values. Rows of a batch are left-padded: a
+shorter text starts at a later slot (`Places.first`), so that one slot number, a device value, serves all rows, and writing is
+one update in place. Slots before a row's first token and after its newest are masked; positions count from the first token.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ FAR_BELOW = -1e30
 
 @dataclasses.dataclass(frozen=True)
 class Places:
-    """Where the T tokens of a call stand.
+    """Slots of the T tokens of a call.
 
     Attributes:
         slots: their slots, int64 [T], the same for all rows.
@@ -35,11 +34,11 @@ class Places:
     first: Tensor
 
     def positions(self) -> Tensor:
-        """Each token's position in its row [B, T]; 0 for what stands before the first."""
+        """Each token's position in its row [B, T]; 0 for padding before the first token."""
         return (self.slots - self.first[:, None]).clamp(min=0)
 
     def allowed(self, count: int) -> Tensor:
-        """Which of `count` slots each token may look at, [B, 1, T, S]: its row's up to its own, and always its own."""
+        """Attention mask [B, 1, T, S] over `count` slots: from the row's first slot to the token's own, and always its own."""
         slots_S = torch.arange(count, device=self.slots.device)
         own_TS = slots_S == self.slots[:, None]
         row_BTS = (slots_S >= self.first[:, None, None]) & (slots_S <= self.slots[:, None])
@@ -47,14 +46,14 @@ class Places:
 
 
 class FillCache:
-    """Attention of a prompt over itself, which makes a cache; `model.attention.KeyValueCache`.
+    """Attention of a prompt over itself, which creates a cache; `model.attention.KeyValueCache`.
 
     Attributes:
         tensors: keys and values `[B, K, S, E]` of each layer that has attended.
     """
 
     def __init__(self, config: ModelConfig, places: Places, slots: int) -> None:
-        """Begin.
+        """Start an empty cache.
 
         Args:
             config: the architecture.
@@ -75,7 +74,7 @@ class FillCache:
 
 
 class ExtendCache:
-    """Attention of new tokens over a cache, which their keys and values join first, in place; `model.attention.KeyValueCache`.
+    """Attention of new tokens over a cache, after writing theirs into it in place; `model.attention.KeyValueCache`.
 
     Args:
         config: the architecture.

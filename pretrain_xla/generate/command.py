@@ -1,4 +1,4 @@
-"""The words of `generate.py`: prompts on the command line, from a file or a pipe, or typed at `>>`."""
+"""Command-line interface of `generate.py`: prompts from flags, a file or a pipe, or typed at `>>`."""
 
 from __future__ import annotations
 
@@ -26,60 +26,60 @@ MEMORY = (
 
 @dataclass(frozen=True)
 class GenerateFlags:
-    """Continue text with a trained model."""
+    """Generate text with a trained model."""
 
     model: str
     """Run folder, checkpoints folder, one checkpoint, or a pretrained model by name (gpt2)."""
     tokenizer: str | None = None
     """Tokenizer. None means the one the model was trained with."""
     seed: int = 42
-    """Seed of the draws."""
+    """Random seed."""
     temperature: float = 1.0
-    """0: always the likeliest token."""
+    """0 means greedy: always the most likely token."""
     max_new_tokens: int = 100
-    """Tokens to add at most."""
+    """Maximum number of new tokens."""
     top_k: int = 0
-    """Draw among the k likeliest; 0: all."""
+    """Sample from the k most likely tokens; 0 means all."""
     top_p: float = 1.0
-    """Draw among the fewest that reach this probability; 1: all."""
+    """Sample from the smallest set of tokens with at least this probability; 1 means all."""
     min_p: float = 0.0
-    """Draw among those at least this fraction as likely as the likeliest; 0: all."""
+    """Sample from tokens with at least this fraction of the highest probability; 0 means all."""
     repetition_penalty: float = 1.0
-    """Above 1: what is in the text already becomes less likely."""
+    """Above 1: tokens that are already in the text become less likely."""
     stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """End before this text; may be given several times. End-of-text always ends."""
+    """Stop before this text; may be given several times. End-of-text always stops."""
     stop_token: tyro.conf.UseAppendAction[tuple[int, ...]] = ()
-    """End at this token id; may be given several times."""
+    """Stop at this token id; may be given several times."""
     prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """Text to continue; given several times, all are continued together. none: ask for it."""
+    """Text to continue; given several times, all are continued together. None means that the user types it."""
     prompt_file: str | None = None
-    """File with a prompt on each line, all continued together."""
+    """File with one prompt on each line, all continued together."""
     num_samples: int = 1
     """Continuations of each prompt."""
     show_tokens: bool = False
     """Print each token by itself, as [id text]."""
     output: str | None = None
-    """File to write the text to, besides the screen."""
+    """File to which the text is also written."""
     checkpoint: Literal["newest", "best"] = "newest"
     """Which checkpoint of a run."""
     runtime: Literal["xla", "torch"] | None = None
-    """none: xla where PJRT_DEVICE is set, else torch."""
+    """None means xla if PJRT_DEVICE is set, else torch."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """torch runtime: device."""
     cache: bool = True
-    """--no-cache: read the whole text again for each token, to compare with."""
+    """--no-cache: process the whole text again for each token, for comparison."""
 
     def request(self) -> Request:
-        """What to add."""
+        """The request that the flags describe."""
         sampling = Sampling(self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty)
         return Request(self.max_new_tokens, sampling, self.seed, self.stop_token, self.cache)
 
 
 def generate_command(arguments: Sequence[str]) -> None:
-    """Parse, load, and continue the prompts that are given, or as many as are typed.
+    """Load the model and continue the given prompts, or those that the user types.
 
     Raises:
-        UserError: no checkpoint, no tokenizer, an unreadable file, a setting out of range, or too little memory.
+        UserError: no checkpoint, no tokenizer, an unreadable file, a setting out of range, or not enough memory.
     """
     with out_of_memory(MEMORY):
         _generate(parse(GenerateFlags, arguments, program="generate.py", command="generate"))
@@ -119,7 +119,7 @@ def _generate(flags: GenerateFlags) -> None:
 
 def _prompts_of(path: str) -> list[str]:
     try:
-        # What Windows writes begins with a mark (utf-8-sig). `splitlines` would also cut at U+2028 and its like, inside a text.
+        # Files from Windows start with a byte order mark (utf-8-sig). `splitlines` would also split at U+2028 and the like.
         with open(path, encoding="utf-8-sig") as file:
             prompts = [line for line in file.read().split("\n") if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
@@ -130,7 +130,7 @@ def _prompts_of(path: str) -> list[str]:
 
 
 def _check_writable(path: str) -> None:
-    """Find out before the model is loaded, not after it has written; a file that was not there is not there afterwards."""
+    """Check before the model is loaded; leaves no new file behind."""
     there = os.path.exists(path)
     try:
         with open(path, "a", encoding="utf-8"):
@@ -142,7 +142,7 @@ def _check_writable(path: str) -> None:
 
 
 def _ask() -> str | None:
-    """A prompt from the person or the pipe; none at its end."""
+    """The next prompt from the user or the pipe, or None at the end."""
     try:
         return input(">> " if sys.stdin.isatty() else "").removeprefix("\ufeff")
     except (EOFError, KeyboardInterrupt):
@@ -150,7 +150,7 @@ def _ask() -> str | None:
 
 
 def _continue(generator: Generator, prompts: Sequence[str], flags: GenerateFlags, request: Request) -> list[str]:
-    """Print the texts: a single one as it comes, several one after another when all are done. Returns them."""
+    """Print the texts and return them: a single one as it is generated, several when all are done."""
     prompts = [prompt for prompt in prompts for _ in range(flags.num_samples)]
     if flags.show_tokens:
         return _print_tokens(generator, prompts, request, flags.stop)
@@ -171,7 +171,7 @@ def _continue(generator: Generator, prompts: Sequence[str], flags: GenerateFlags
 def _print_tokens(
     generator: Generator, prompts: Sequence[str], request: Request, stop_strings: Sequence[str]
 ) -> list[str]:
-    """`[id text]` for each token of the prompts and of what follows them, to before the one that completes a stop string."""
+    """Print `[id text]` for each token of the prompts and continuations, up to the token that completes a stop string."""
 
     def shown(token: int) -> str:
         return f"[{token} {generator.tokenizer.decode([token])!r}]"

@@ -1,7 +1,7 @@
-"""The texts of a batch, token by token, until each has ended: which call of the decoder comes next.
+"""The continuation of a batch of texts, token by token: which call of the decoder comes next.
 
-The first call reads the texts; the following ones ask for 1, 2, 4 … tokens at once, so that the first words appear early and
-the device is soon left alone. When a text has filled its window (`window.py`), or the slots are used up, all are read anew.
+The first call is a prefill; the following ones decode 1, 2, 4 … tokens at once, so that the first tokens appear early and
+later calls are few. When a text has filled its window (`window.py`) or the cache is full, all texts are prefilled again.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from pretrain_xla.generate.window import window_start
 
 @dataclass(frozen=True)
 class Request:
-    """What to add to a text.
+    """How to continue a text.
 
     Attributes:
-        max_new_tokens: at most so many tokens.
+        max_new_tokens: upper limit of new tokens.
         sampling: how to choose them.
-        seed: of the chance.
-        stops: ids that end a text; they are not given out.
-        cached: keep keys and values; without, each token reads the whole window again (to compare with).
+        seed: of the random numbers.
+        stops: ids that end a text; they are not returned.
+        cached: use the key/value cache; without it, each token needs a prefill of the whole window (for comparison).
     """
 
     max_new_tokens: int
@@ -36,7 +36,7 @@ class Request:
 
 
 class Continuation:
-    """Iterate over it: `(row, token)` as they come. `end(row)` ends a row early."""
+    """An iterable of `(row, token)`, as they are generated. `end(row)` ends a row early."""
 
     def __init__(self, decoder: Decoder, texts: Sequence[Sequence[int]], request: Request) -> None:
         assert all(texts), "each text needs a token to begin with"
@@ -48,11 +48,11 @@ class Continuation:
         self._chance_NB = draws(request.seed, len(texts), request.max_new_tokens)
 
     def end(self, row: int) -> None:
-        """No more tokens of this row."""
+        """Generate no more tokens for this row."""
         self._alive[row] = False
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        """Make the tokens."""
+        """Generate the tokens."""
         while self._goes_on():
             tokens_B = self._read_texts()
             yield from self._take(tokens_B)
@@ -68,7 +68,7 @@ class Continuation:
         return any(self._alive) and self._made < self._request.max_new_tokens
 
     def _start(self, row: int) -> int:
-        """Where the window of a row begins; of an ended one nothing is needed but a token."""
+        """Start of a row's window; for an ended row, its last token is enough."""
         length = len(self._texts[row])
         return window_start(length, self._seq_length) if self._alive[row] else length - 1
 
@@ -90,14 +90,14 @@ class Continuation:
         return Choice(sampling.rules, sampling.numbers(), torch.tensor(stops, dtype=torch.int32), seen_BV)
 
     def _room(self) -> int:
-        """Tokens that can follow before a living row's window moves, the slots are used up, or enough are made."""
+        """Tokens that can follow before an active row's window moves, the cache is full, or the limit is reached."""
         windows = [len(text) - start for text, start in zip(self._texts, self._starts, strict=True)]
         longest = max(window for window, alive in zip(windows, self._alive, strict=True) if alive)
         left = self._request.max_new_tokens - self._made
         return min(self._seq_length + 1 - longest, self._decoder.slots_left, left)
 
     def _take(self, tokens_B: Sequence[int]) -> Iterator[tuple[int, int]]:
-        """Give out one token of each living row."""
+        """Append a token to each active row, and yield it."""
         self._made += 1
         for row, token in enumerate(tokens_B):
             if not self._alive[row]:

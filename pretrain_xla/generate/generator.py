@@ -1,4 +1,4 @@
-"""A model that continues text: tokenizer, model and device together."""
+"""A model that continues text: model and tokenizer on a device."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pretrain_xla.tokenizers.tokenizer import Tokenizer
 
 
 class Generator:
-    """A model and a tokenizer, ready on a device. A text ends at end-of-text, or at a stop of the request."""
+    """A model and its tokenizer on a device. A text ends at end-of-text, or at a stop token of the request."""
 
     def __init__(
         self,
@@ -36,8 +36,8 @@ class Generator:
             model: the model.
             tokenizer: its tokenizer.
             runtime: the device.
-            before: ids that it has learnt to see before every text.
-            ends: ids that end a text, besides the tokenizer's end-of-text.
+            before: ids that it expects before every text.
+            ends: ids that end a text, in addition to the tokenizer's end-of-text.
         """
         self.tokenizer, self.runtime = tokenizer, runtime
         self._before, self._ends = tuple(before), tuple(ends)
@@ -51,7 +51,7 @@ class Generator:
 
     @staticmethod
     def load(path: str, *, tokenizer: str | None, runtime: str, device: str, which: str = "newest") -> Generator:
-        """A trained model.
+        """Load a trained model.
 
         Args:
             path: a run folder, checkpoints folder or one checkpoint, or what else `load_model` knows.
@@ -80,7 +80,7 @@ class Generator:
         return prompt_ids(self.tokenizer, prompt, self._before)
 
     def tokens(self, prompts: Sequence[str], request: Request) -> Continuation:
-        """New tokens of each prompt, as `(row, token)`; an empty prompt begins at end-of-text."""
+        """New tokens of each prompt, as `(row, token)`; an empty prompt starts after end-of-text."""
         texts = [self.prompt_ids(prompt) for prompt in prompts]
         stops = (self.tokenizer.end_of_text, *self._ends, *request.stops)
         return Continuation(self._decoder, texts, replace(request, stops=stops))
@@ -88,11 +88,11 @@ class Generator:
     def stream(
         self, prompts: Sequence[str], request: Request, stop_strings: Sequence[str] = ()
     ) -> Iterator[tuple[int, str]]:
-        """New text of each prompt as it comes, as `(row, text)`.
+        """New text of each prompt as it is generated, as `(row, text)`.
 
         Args:
-            prompts: continued together, each as if it were alone.
-            request: how.
+            prompts: continued in one batch; the texts do not depend on each other.
+            request: how to continue them.
             stop_strings: a text ends before the first of these.
         """
         streams = [TextStream(self.tokenizer, prompt, stop_strings) for prompt in prompts]

@@ -1,10 +1,10 @@
-"""From logits to tokens, on the device: repetition penalty, temperature, top-k, top-p, min-p, and one draw a token.
+"""From logits to tokens, on the device: repetition penalty, temperature, top-k, top-p, min-p, and one draw for each token.
 
-The device draws nothing itself. Chance comes from the host, as one number in (0, 1] for each row and token (`draws`), and picks
-the token at which the running sum of probabilities reaches it. So a seed means the same on every machine, in any batch and with
-or without a cache, as far as the machines agree on the probabilities; greedy choice needs no chance at all.
+The device has no random generator here. The host sends one uniform number in (0, 1] for each row and token (`draws`), which
+picks the token where the cumulative probability reaches it. So a seed gives the same text on every device, in any batch, with
+or without cache, as far as the devices agree on the probabilities. Greedy decoding ignores it.
 
-What is compiled depends on which rules are in force (`Rules`), never on their numbers, which are a tensor.
+The graph depends on which rules are used (`Rules`), not on their values, which are a tensor.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pretrain_xla.errors import UserError
 
 @dataclass(frozen=True)
 class Rules:
-    """Which parts of `choose` are in force. draws: not greedy. sorts: top-k, top-p or min-p. penalizes: repetition penalty."""
+    """Which parts of `choose` are used. draws: not greedy. sorts: top-k, top-p or min-p. penalizes: repetition penalty."""
 
     draws: bool
     sorts: bool
@@ -32,12 +32,12 @@ class Sampling:
     """How to choose a token.
 
     Attributes:
-        temperature: divides the logits; 0 takes the likeliest.
-        top_k: only the k likeliest; 0: all.
-        top_p: only the fewest that together reach this probability (Holtzman et al. 2020), of what top-k leaves; 1: all.
-        min_p: only those at least this fraction as likely as the likeliest (Nguyen et al. 2024); 0: all.
-        repetition_penalty: a token that is in the text already has its logit divided by this if positive, multiplied if
-            negative (Keskar et al. 2019); 1: no penalty.
+        temperature: divides the logits; 0 means greedy.
+        top_k: only the k most likely tokens; 0 means all.
+        top_p: of what top-k leaves, only the smallest set with at least this probability (Holtzman et al. 2020); 1 means all.
+        min_p: only tokens with at least this fraction of the highest probability (Nguyen et al. 2024); 0 means all.
+        repetition_penalty: divides the logit, or multiplies it if negative, of each token that is already in the text
+            (Keskar et al. 2019); 1 means no penalty.
     """
 
     temperature: float = 1.0
@@ -62,21 +62,21 @@ class Sampling:
 
     @property
     def rules(self) -> Rules:
-        """Which rules are in force."""
+        """Which rules are used."""
         draws = self.temperature > 0
         sorts = draws and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
         return Rules(draws, sorts, self.repetition_penalty != 1)
 
     def numbers(self) -> Tensor:
-        """The rules' numbers, fp32 [5] on the host, as `choose` takes them."""
+        """The rules' values for `choose`, fp32 [5] on the host."""
         top_k = self.top_k or 2**30
-        # Below the smallest normal number some devices see 0, and dividing by it would leave no token that can be drawn.
+        # Some devices flush subnormal numbers to 0, and dividing by 0 would leave no token to draw.
         temperature = max(self.temperature, 1e-30) if self.temperature > 0 else 0.0
         return torch.tensor([temperature, top_k, self.top_p, self.min_p, self.repetition_penalty])
 
 
 def draws(seed: int, rows: int, count: int) -> Tensor:
-    """The chance of `count` tokens of each row: fp32 [count, rows] in (0, 1]. A row's numbers do not depend on other rows."""
+    """Uniform numbers for `count` tokens of each row: fp32 [count, rows] in (0, 1]. A row's do not depend on other rows."""
     columns = [
         1.0 - torch.rand(count, generator=torch.Generator().manual_seed((seed + row * 0x9E3779B97F4A7C15) % 2**63))
         for row in range(rows)
@@ -90,11 +90,11 @@ def choose(
     """Choose each row's next token.
 
     Args:
-        logits_BV: fp32 scores of the vocabulary.
-        rules: which rules are in force.
-        numbers_5: their numbers, `Sampling.numbers()`.
-        chance_B: a number in (0, 1] for each row; not looked at by the greedy rule.
-        seen_BV: true where a token is in the row's text, with `rules.penalizes`.
+        logits_BV: fp32 logits.
+        rules: which rules are used.
+        numbers_5: their values, `Sampling.numbers()`.
+        chance_B: uniform number in (0, 1] for each row; ignored by greedy decoding.
+        seen_BV: whether a token is in the row's text; needed with `rules.penalizes`.
 
     Returns:
         token_B, int32.
@@ -106,7 +106,7 @@ def choose(
         logits_BV = torch.where(seen_BV, penalized_BV, logits_BV)
     if not rules.draws:
         return logits_BV.argmax(-1).to(torch.int32)
-    # The highest becomes 0 first, so that a tiny temperature gives 0 and -inf, and never inf / inf; its weight is then 1.
+    # Subtract the maximum first, so that a tiny temperature gives 0 and -inf, never inf / inf.
     logits_BV = (logits_BV - logits_BV.amax(-1, keepdim=True)) / temperature
     if not rules.sorts:
         return _draw(logits_BV.exp(), chance_B).to(torch.int32)
@@ -116,7 +116,7 @@ def choose(
 
 
 def _kept(weights_BV: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
-    """Weights in falling order, the first of them 1, with 0 for those that a rule leaves out; the first always stays."""
+    """Set the weights (descending, the first is 1) that a rule leaves out to 0; the first always stays."""
     rank_V = torch.arange(weights_BV.shape[-1], device=weights_BV.device)
     weights_BV = torch.where(rank_V < top_k, weights_BV, 0.0)
     reached_BV = weights_BV.cumsum(-1)
@@ -125,7 +125,7 @@ def _kept(weights_BV: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Te
 
 
 def _draw(weights_BV: Tensor, chance_B: Tensor) -> Tensor:
-    """Index of the first element at which the running sum reaches `chance` of the whole sum: its weight is not 0."""
+    """Index of the first element with nonzero weight where the cumulative sum reaches `chance` times the total."""
     reached_BV = weights_BV.cumsum(-1)
     enough_BV = (reached_BV >= chance_B[:, None] * reached_BV[:, -1:]) & (weights_BV > 0)
     return enough_BV.to(torch.int32).argmax(-1)

@@ -1,4 +1,4 @@
-"""From tokens to text while they come: whole characters only, and an end at a string."""
+"""From prompts to ids, and from tokens to text as they are generated: complete characters only, up to a stop string."""
 
 from __future__ import annotations
 
@@ -8,15 +8,14 @@ from pretrain_xla.tokenizers.tokenizer import Tokenizer
 
 
 def prompt_ids(tokenizer: Tokenizer, prompt: str, before: Sequence[int] = ()) -> list[int]:
-    """The ids that a prompt begins a text with, at least one.
+    """Ids of a prompt, at least one.
 
-    A prompt is no document, which could forge a border: where it begins with the name of end-of-text, it means that id. An
-    empty one begins where a document does.
+    Unlike in a document, the name of end-of-text at the start of a prompt means that id. An empty prompt is end-of-text.
 
     Args:
         tokenizer: the model's.
         prompt: text to continue.
-        before: ids that the model has learnt to see before every text.
+        before: ids that the model expects before every text.
     """
     end = tokenizer.end_of_text
     name, ends = tokenizer.decode([end]), 0
@@ -29,9 +28,9 @@ class TextStream:
     """The text of one row of tokens.
 
     Attributes:
-        text: what is certain so far, without the prompt.
+        text: what is final so far, without the prompt.
         tokens: the ids.
-        ended: a stop string has come; the text ends before it.
+        ended: a stop string was generated; the text ends before it.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: str = "", stop_strings: Sequence[str] = ()) -> None:
@@ -44,7 +43,7 @@ class TextStream:
         self.ended = False
 
     def add(self, token: int) -> str:
-        """Take a token; returns the text that is certain by now and was not before (perhaps none)."""
+        """Add a token; returns the text that became final with it, possibly empty."""
         self.tokens.append(token)
         decoded = self._decoded()
         if decoded.endswith("\ufffd"):  # a character may need several tokens
@@ -52,12 +51,12 @@ class TextStream:
         return self._advance(decoded, len(decoded) - self._keep_back)
 
     def finish(self) -> str:
-        """What was kept back, at the end of the tokens."""
+        """The rest of the text, after the last token."""
         decoded = self._decoded()
         return "" if self.ended else self._advance(decoded, len(decoded))
 
     def _decoded(self) -> str:
-        """As `decode_after` has it, with the prompt encoded once: decoding is cheap, and may need all that came before."""
+        """Like `decode_after`, with the prompt encoded once. Decoding is cheap, and may depend on all earlier tokens."""
         return self._tokenizer.decode([*self._before, *self.tokens])[self._before_length :]
 
     def _advance(self, decoded: str, certain: int) -> str:

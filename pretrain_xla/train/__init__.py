@@ -1,1 +1,6 @@
-"""The step, the loop, and what they leave behind: metrics, checkpoints, a summary and a plot."""
+"""Training: the compiled step, the loop around it, and what happens between two steps.
+
+Read `run.py` (a run from its config to its end), then `trainer.py` (the loop) and `step.py` (what is compiled). The loop uses
+`resume.py` (where a run starts), `deferred_metrics.py` (metrics from the device, without waiting for it), `evaluations.py` and
+`samples.py` (validation, tasks and generated text), `graph_guard.py`, `stop_signal.py`, and `loss_scale.py` for fp16.
+"""

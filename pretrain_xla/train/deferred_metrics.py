@@ -1,7 +1,7 @@
-"""Metrics on their way from the device to the record, several steps at a time, with what is measured over them.
+"""Metrics fetched from the device without waiting for it, several steps at a time, with throughput over these steps.
 
-A reading is asked for and collected later, so that the device never waits. What is read is recorded before it is judged: the
-rows that led to a loss that is no number are there for whoever looks for the cause.
+A fetch is requested and collected later. Rows are recorded before they are checked, so that the rows before a NaN loss can be
+inspected.
 """
 
 from __future__ import annotations
@@ -26,14 +26,17 @@ from pretrain_xla.train.step import METRICS
 class DeferredMetrics:
     """The metrics of a run's steps.
 
-    read_until: step that the newest reading goes to.
+    Attributes:
+        read_until: last step of the newest fetch.
+        clock: time between fetches.
+        input_seconds: returns the seconds that the loop has waited for input so far.
 
     Args:
         config: of the run.
-        runtime: brings values from the device.
-        first: updates made when the run begins.
-        record: takes the rows of each reading, in order.
-        tokens: tokens seen after a step.
+        runtime: fetches values from the device.
+        first: number of updates when the run starts.
+        record: called with the rows of each fetch, in order.
+        tokens: step → tokens trained on after it.
     """
 
     def __init__(
@@ -48,43 +51,43 @@ class DeferredMetrics:
         self.clock = Clock()
         self.input_seconds: Callable[[], float] = lambda: 0.0
         self._config, self._runtime, self._record, self._tokens = config, runtime, record, tokens
-        self._pending: deque[_Reading] = deque()
+        self._pending: deque[_Fetch] = deque()
 
     def request(self, history_NM: Tensor, done: int) -> None:
-        """Ask for the metrics of the steps since the last reading, up to `done`; the history ends with that step."""
+        """Start fetching the metrics of the steps since the last request, up to `done`, the last step of the history."""
         count = done - self.read_until
         if count:
-            self._pending.append(_Reading(self._runtime.fetch(history_NM), self.read_until, count))
+            self._pending.append(_Fetch(self._runtime.fetch(history_NM), self.read_until, count))
             self.read_until = done
 
     def collect(self, leave: int = 0) -> None:
-        """Record the readings that have arrived; wait for all but the newest `leave` of them.
+        """Wait for all fetches but the newest `leave`, and record them.
 
         Raises:
-            UserError: a loss or a gradient norm is no number; its rows are recorded.
+            UserError: a loss or a gradient norm is NaN or infinite; its rows are recorded.
         """
         while len(self._pending) > leave:
             check_rows(self._take(), self._config.checkpoints_dir)
 
     def record_all(self) -> None:
-        """Record what is asked for, whatever it says."""
+        """Record all requested rows without checking them."""
         while self._pending:
             self._take()
 
     def _take(self) -> list[Row]:
-        reading = self._pending.popleft()
+        fetch = self._pending.popleft()
         with self._runtime.planned():
-            values_NM = reading.future.result()[-reading.count :].tolist()
+            values_NM = fetch.future.result()[-fetch.count :].tolist()
         rows = [
-            {"step": reading.before + 1 + index, **dict(zip(METRICS, values, strict=True))}
+            {"step": fetch.before + 1 + index, **dict(zip(METRICS, values, strict=True))}
             for index, values in enumerate(values_NM)
         ]
-        self._add_rates(rows[-1], reading.arrived)
+        self._add_rates(rows[-1], fetch.arrived)
         self._record(rows)
         return rows
 
     def _add_rates(self, row: Row, arrived: float) -> None:
-        """To the last row of a reading, what is measured over the whole of it."""
+        """Add to the last row of a fetch what is measured over all of its steps."""
         row["perplexity"] = perplexity(row["loss"])
         row["tokens"] = self._tokens(row["step"])
         seconds, steps = self.clock.since(row["step"], arrived)
@@ -100,10 +103,10 @@ class DeferredMetrics:
 
 
 def check_rows(rows: list[Row], checkpoints_dir: str) -> None:
-    """Stop at the first row that is no number: the weights after it are ruined.
+    """Stop at the first row with NaN or infinity: the weights are unusable from there on.
 
     Raises:
-        UserError: a loss, training or validation, or a gradient norm is NaN or infinite.
+        UserError: a training or validation loss or a gradient norm is NaN or infinite.
     """
     words = {"loss": "loss", "grad_norm": "gradient norm", "valid_loss": "validation loss"}
     for row in rows:
@@ -116,8 +119,8 @@ def check_rows(rows: list[Row], checkpoints_dir: str) -> None:
                 )
 
 
-class _Reading:
-    """Metrics on their way to the host: `count` steps after step `before`. The device was done when they `arrived`."""
+class _Fetch:
+    """A fetch of the metrics of `count` steps after step `before`; `arrived` is the time when the device was done."""
 
     def __init__(self, future: Future[Tensor], before: int, count: int) -> None:
         self.future, self.before, self.count = future, before, count
@@ -129,18 +132,18 @@ class _Reading:
 
 
 class Clock:
-    """Time between readings, without what was spent on validation and checkpoints."""
+    """Time between fetches, excluding validation and checkpoints."""
 
     def __init__(self) -> None:
         self.restart(0)
 
     def restart(self, step: int) -> None:
-        """Begin again after `step`."""
+        """Start measuring after `step`."""
         self._time, self._step = time.perf_counter(), step
 
     def since(self, step: int, now: float) -> tuple[float, int]:
-        """Seconds and steps from the last call to `now`, and begin again there."""
-        # A future wakes its waiter before it calls back, so a stamp may not be there yet.
+        """Seconds and steps since the last call, up to `now`; the next measurement starts there."""
+        # A future wakes its waiter before it runs its callbacks, so the time stamp may still be missing.
         now = min(now, time.perf_counter())
         result = (max(now - self._time, 1e-9), step - self._step)
         self._time, self._step = now, step

@@ -1,4 +1,4 @@
-"""What is measured while a run trains: the validation loss and the scores of tasks, on the same data at every call."""
+"""Evaluations in the training loop: validation loss and task scores, on the same data every time."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pretrain_xla.train.step import TrainStep
 def build_validation(
     config: RunConfig, step: TrainStep, runtime: Runtime, dataset: TokenDataset, share: float
 ) -> ValidationLoss:
-    """The loss on the first sequences of a dataset; `share`: part of each batch's rows that this process reads."""
+    """The loss on the first sequences of a dataset; `share` is the fraction of a batch's rows that this process reads."""
     train = config.train
     batches = Batches(
         dataset,
@@ -42,8 +42,8 @@ def build_validation(
 
 
 def build_evaluation(config: RunConfig, model: GPT, runtime: Runtime) -> Evaluation | None:
-    """The tasks to score in the loop, read and tokenized now, so that what is missing is missed before training. None means
-    there are none."""
+    """The tasks to score in the loop, or None if there are none; read and tokenized now, so that a missing file is reported
+    before training."""
     evaluation = config.evaluation
     if not evaluation.eval_tasks:
         return None

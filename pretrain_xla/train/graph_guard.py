@@ -1,6 +1,6 @@
-"""The graph guard: fails, or at least reports, a run that recompiles, falls back to the host or waits for the device.
+"""The graph guard: stops or warns about a run that recompiles, falls back to the host or waits for the device.
 
-The runtime sees the events and knows their lines; the guard decides what they mean. Each compiled function may build one graph.
+The runtime records the events with their source lines; the guard reports them. Each compiled function may have one graph.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from pretrain_xla.runtime import Runtime
 
 
 class GraphGuard:
-    """Checked after every step; `strict` turns the first event into the end of the run.
+    """Checked after every step; with `strict`, the first event ends the run.
 
     Attributes:
-        counts: (kind, line) → times.
+        counts: (kind, source line) → number of events.
     """
 
     def __init__(self, runtime: Runtime, *, strict: bool, say: Callable[[str], None]) -> None:
@@ -24,10 +24,10 @@ class GraphGuard:
         self.counts: Counter[tuple[str, str]] = Counter()
 
     def check(self, step: int) -> None:
-        """Take what the runtime recorded since the last check.
+        """Report the events that the runtime recorded since the last check.
 
         Raises:
-            UserError: strict, and there was an event; the text names the line.
+            UserError: strict, and there was an event; the text names the source line.
         """
         for event in self._runtime.take_events():
             key = (event.kind, event.where)
@@ -38,11 +38,11 @@ class GraphGuard:
                 self._say(f"step {step}: {event} (said once; --strict-graph would stop the run here)")
 
     def total(self, kind: str) -> int:
-        """How often something of this kind has happened."""
+        """Number of events of a kind."""
         return sum(times for (event_kind, _), times in self.counts.items() if event_kind == kind)
 
     def summary(self) -> dict[str, object]:
-        """For summary.json: graphs of each function, and what went wrong, by line."""
+        """For summary.json: number of graphs of each function, and events by kind and source line."""
         counts = self._runtime.graph_counts()
         return {
             "graphs": counts.graphs,

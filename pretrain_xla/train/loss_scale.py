@@ -1,8 +1,8 @@
 """Dynamic loss scaling for fp16, without a host synchronisation.
 
-fp16 gradients underflow, so the loss is multiplied by a scale, and gradients divided by it. Where one overflows, the update is
-skipped and the scale halved; after `GROWTH_INTERVAL` good steps it doubles (Micikevicius et al. 2018, section 3.2).
-`torch.amp.GradScaler` asks the host whether to skip; here the answer stays on the device as a mask.
+fp16 gradients underflow, so the loss is multiplied by a scale and the gradients are divided by it. If one overflows, the update
+is skipped and the scale halved; after `GROWTH_INTERVAL` steps without overflow it doubles (Micikevicius et al. 2018, section
+3.2). Ours stays next to `torch.amp.GradScaler` because that one decides on the host; here the decision is a mask on the device.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ GROWTH_INTERVAL = 2000
 
 
 class LossScale:
-    """scale: 0-d float32; good_steps: 0-d int32 since the last change. Both are on `device` and are saved with the run."""
+    """scale: 0-d float32. good_steps: 0-d int32, steps since the last change. Both are on `device` and in every checkpoint."""
 
     def __init__(self, device: torch.device) -> None:
         self.scale = torch.tensor(INITIAL_SCALE, device=device)
@@ -30,7 +30,7 @@ class LossScale:
 
     @torch.no_grad()
     def unscale(self, gradients: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
-        """Gradients divided by the scale, and whether any overflowed (0-d bool); overflowed ones come back as zeros."""
+        """Gradients divided by the scale, and whether any overflowed (0-d bool); if so, all gradients are zeros."""
         unscaled = torch._foreach_mul(list(gradients), 1.0 / self.scale)
         overflow = ~torch.stack([torch.isfinite(gradient).all() for gradient in unscaled]).all()
         clean = [torch.where(overflow, torch.zeros_like(gradient), gradient) for gradient in unscaled]
@@ -38,7 +38,7 @@ class LossScale:
 
     @torch.no_grad()
     def adjust(self, overflow: Tensor) -> None:
-        """Halve after an overflow, double after `GROWTH_INTERVAL` steps without one."""
+        """Halve the scale after an overflow, double it after `GROWTH_INTERVAL` steps without one."""
         good_steps = torch.where(overflow, 0, self.good_steps + 1)
         grow = good_steps >= GROWTH_INTERVAL
         factor = torch.where(overflow, 0.5, torch.where(grow, 2.0, 1.0))

@@ -1,4 +1,4 @@
-"""Where a run begins: new, from its own newest checkpoint (here or on the Hub), or from any model (`--from-checkpoint`)."""
+"""Where a run starts: at step 0, from its own newest checkpoint (local or on the Hub), or from `--from-checkpoint`."""
 
 from __future__ import annotations
 
@@ -25,9 +25,11 @@ from pretrain_xla.train.loss_scale import LossScale
 
 @dataclass
 class Start:
-    """The state that a run begins from. step: updates already made. tensors: name → host tensor, empty for a new run. where:
-    what was read. own: it goes on with this run, not with another's checkpoint. tests: only the weights count. info: what the
-    checkpoint says, where it is one of ours.
+    """The state that a run starts from.
+
+    store: the run's checkpoints. step: number of updates so far. tensors: name → host tensor, empty for a new run. where: what
+    was loaded. own: it is this run's own checkpoint. tests: only the weights are used (mode `evaluate`). info: the checkpoint's
+    marker, if it is one of ours.
     """
 
     store: CheckpointStore
@@ -39,21 +41,21 @@ class Start:
     info: CheckpointInfo | None = None
 
     def load_model(self, model: nn.Module) -> None:
-        """Put the checkpoint's parameters into a model on the host.
+        """Load the checkpoint's parameters into a model on the host.
 
         Raises:
-            UserError: one is not there, or of another shape.
+            UserError: one is missing or of another shape.
         """
         state = {n.removeprefix("model."): t for n, t in self.tensors.items() if n.startswith("model.")}
         check_names(state, model.state_dict(), self.where)
         model.load_state_dict(state, strict=True)
 
     def optimizer_tensor(self, name: str, parameter: Tensor) -> Tensor:
-        """The saved tensor of the optimizer by that name. Where there cannot be one (a new run, weights from elsewhere, a mere
-        test): zeros of the parameter's shape (a 0-d step).
+        """The saved optimizer tensor with that name, or zeros of the parameter's shape (0-d for `step`) for a new run, for
+        imported weights and for a test.
 
         Raises:
-            UserError: it is not there although others are or updates were made, or it is of another shape.
+            UserError: it is missing although there are others or updates were made, or it is of another shape.
         """
         saved = stack_layers(f"optimizer.{name}", self.tensors)
         shape = () if name == "step" else tuple(parameter.shape)
@@ -70,10 +72,10 @@ class Start:
         return saved
 
     def load_loss_scale(self, loss_scale: LossScale | None) -> None:
-        """Continue with the saved loss scale, where there is one.
+        """Restore the saved loss scale, if there is one.
 
         Raises:
-            UserError: there is a part of it.
+            UserError: it is incomplete.
         """
         saved = {name for name in self.tensors if name.startswith("loss_scale.")}
         if loss_scale is not None and saved:
@@ -83,15 +85,15 @@ class Start:
                 tensor.copy_(self.tensors[name])
 
     def release(self) -> None:
-        """Let the host copies go; the devices have them now."""
+        """Free the host copies once the devices have them."""
         self.tensors = {}
 
 
 def find_start(config: RunConfig, data_fingerprint: str, say: Callable[[str], None]) -> Start:
-    """Decide where the run begins, and read the state.
+    """Decide where the run starts, and load the state.
 
     Raises:
-        UserError: the checkpoint belongs to another model or is damaged, or `--no-resume` would overwrite a run.
+        UserError: the checkpoint is of another model or damaged, or `--no-resume` would overwrite a run.
     """
     root = config.checkpoints_dir
     store = CheckpointStore(root, config.checkpoint.saved_checkpoint_limit)
@@ -129,7 +131,7 @@ def _pushed(config: RunConfig, root: str, newest: int | None) -> str | None:
     if repository is None or not (steps := hub.steps(repository)):
         return None
     if newest is not None:
-        if steps[-1] > newest:  # another run's, or this one's from another machine: pushing would remove what is there
+        if steps[-1] > newest:  # of another run, or of this one on another host: pushing would remove them
             raise UserError(
                 f"{repository} on the Hub holds checkpoints up to step {steps[-1]}, and {root} only up to {newest}: name "
                 "another --hub-repo, or another --checkpoints-dir to continue from the Hub"
@@ -143,11 +145,11 @@ def _pushed(config: RunConfig, root: str, newest: int | None) -> str | None:
 
 
 def _from_model(config: RunConfig, store: CheckpointStore, data_fingerprint: str, say: Callable[[str], None]) -> Start:
-    """Begin from `from_checkpoint`: with all of its state where it is a checkpoint of ours, else (or with `weights_only`)
-    with its weights.
+    """Start from `from_checkpoint`: with the full state of a checkpoint of ours, else (or with `weights_only`) with the
+    weights alone.
 
     Raises:
-        UserError: it is another model's, its numbers are none, or it has no steps left to make.
+        UserError: it is of another model, has NaN or infinity, or has already made all steps.
     """
     assert config.train.from_checkpoint is not None
     found = find_model(config.train.from_checkpoint, stated=config.model.model_dump())
@@ -188,7 +190,7 @@ def _check_data(
     config: RunConfig,
     say: Callable[[str], None],
 ) -> None:
-    """Point out other shards than the checkpoint's, and refuse those of another tokenizer."""
+    """Report other shards than the checkpoint's, and refuse those of another tokenizer."""
     if info.data == data_fingerprint:
         return
     folder = source.folder(step)
@@ -200,13 +202,13 @@ def _check_data(
 
 
 def _check_tokenizer_beside(found: ModelSource, config: RunConfig) -> None:
-    """The same for a model from elsewhere. A name without a file is a guess there, and refuses nothing."""
+    """The same for an imported model. There, a tokenizer's name without a file is a guess and is not checked."""
     if found.tokenizer is not None and found.tokenizer not in known_tokenizers():
         check_same_tokenizer(TokenizerId(name=found.tokenizer), found.where, tokenizer_of_run(config), config)
 
 
 def check_same_model(info: CheckpointInfo, model: ModelConfig, folder: str) -> None:
-    """Refuse to put one model's weights into another.
+    """Refuse a checkpoint of another model.
 
     Raises:
         UserError: names the first setting that differs.

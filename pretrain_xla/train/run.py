@@ -1,4 +1,4 @@
-"""A run, from a config to its end: in this process, or in one for each device."""
+"""A run from its config to its end, in this process or in one process for each device."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MEMORY = (
 
 
 def start_run(config: RunConfig) -> None:
-    """Run a config in this process, or once for each device where it asks for multiprocessing."""
+    """Run a config in this process, or in one process for each device if it asks for multiprocessing."""
     if config.parallel.runtime == "xla" and config.parallel.is_multiprocess:
         _, notes = load_xla(config)
         say(notes)

@@ -1,7 +1,7 @@
-"""What the model writes while it learns: one short text now and then, always from the same prompt with the same chance.
+"""Text generated during training, every `logging.sample_interval` steps, always with the same prompt and the same seed.
 
-Reading and writing are two graphs of their own, of one shape for the whole run, so that the training step is left as it is. No
-random state of the run is touched: a run with samples has the losses of one without.
+Prefill and decode are two separate graphs of one shape each, so the training step keeps its graph. The run's random state is
+not touched: losses are the same with and without samples.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ SAMPLING = Sampling(temperature=0.8, top_k=50)
 
 
 class Samples:
-    """Continues `logging.sample_prompt` with the model as it is.
+    """Continues `logging.sample_prompt` with the current weights.
 
     Raises:
-        UserError: the data's tokenizer cannot be loaded, or is not the model's.
+        UserError: the data's tokenizer cannot be loaded, or has more ids than the model.
     """
 
     def __init__(self, config: RunConfig, model: GPT, runtime: Runtime) -> None:
@@ -41,13 +41,13 @@ class Samples:
         limit = config.model.seq_length
         ids = prompt_ids(self._tokenizer, self._prompt)
         self._ids = ids[-max(limit // 2, 1) :] if len(ids) > limit else ids
-        # Within one window: a text that outgrows it is read anew, by a graph of another size.
+        # Stay within one context window: a longer text would be prefilled again, with a graph of another size.
         tokens = min(TOKENS, limit + 1 - len(self._ids))
         self._request = Request(tokens, SAMPLING, seed=config.train.seed, stops=(self._tokenizer.end_of_text,))
         self._decoder = Decoder(model, runtime, self._tokenizer.vocab_size)
 
     def __call__(self) -> str:
-        """The prompt and its continuation. Every process calls it, and gets the same."""
+        """The prompt and its continuation. Every process must call it; all get the same text."""
         was_training = self._model.training
         self._model.eval()
         tokens = [token for _, token in Continuation(self._decoder, [self._ids], self._request)]

@@ -1,8 +1,8 @@
-"""Being asked to stop: SIGTERM (a preempted machine) or Ctrl-C ends the run after the step, with a checkpoint.
+"""SIGTERM (preemption) or Ctrl-C ends the run after the current step, with a checkpoint.
 
-Python calls its handlers between two steps of its own, and a compilation is one long step: minutes, in which a person would see
-nothing happen and press again. So a thread hears of each signal as it comes, from the pipe that the interpreter writes to, and
-answers; it also ends the process where a second signal finds the main thread still away.
+Python runs signal handlers between bytecodes, and a compilation blocks them for minutes, in which the user would see nothing
+and press Ctrl-C again. So a thread reads each signal at once from the interpreter's wakeup pipe, and prints an answer. It also
+ends the process if the main thread has not reacted to a second signal.
 """
 
 from __future__ import annotations
@@ -20,17 +20,20 @@ from pretrain_xla.errors import Interrupted
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 PATIENCE = 5.0
-"""Seconds that a second signal's usual way may take before the process is ended from here."""
+"""Seconds that the main thread has to react to a second signal before the process is ended."""
 
 
 class StopSignal:
-    """While open, remembers the first SIGTERM or SIGINT and answers it at once; a second one takes its usual way.
+    """Context that records the first SIGTERM or SIGINT and answers it at once; a second one has its default effect.
 
-    Only where one process makes up the run: several would have to agree on the step first, or wait for each other for ever.
+    Only for runs of one process: several would have to agree on the last step, or wait for each other for ever.
+
+    Attributes:
+        signal: the first signal's number, or None.
 
     Args:
-        enabled: listen at all.
-        doing: what is finished first, for the answer, as `finishing step 7 and saving`.
+        enabled: whether to listen.
+        doing: returns what is finished first, for the answer, such as `finishing step 7 and saving`.
     """
 
     def __init__(self, *, enabled: bool, doing: Callable[[], str] = lambda: "stopping") -> None:
@@ -47,7 +50,7 @@ class StopSignal:
             self._write.setblocking(False)
             self._previous_pipe = signal.set_wakeup_fd(self._write.fileno(), warn_on_full_buffer=False)
             for number in SIGNALS:
-                self._previous[number] = signal.signal(number, self._remember)
+                self._previous[number] = signal.signal(number, self._record)
             self._thread = threading.Thread(target=self._listen, name="signals", daemon=True)
             self._thread.start()
         return self
@@ -64,7 +67,7 @@ class StopSignal:
             self._read.close()
 
     def leave(self, message: str) -> None:
-        """End the run the way the signal asks.
+        """End the run because of the signal.
 
         Raises:
             Interrupted: always; the command line exits with 128 + signal.
@@ -72,7 +75,7 @@ class StopSignal:
         assert self.signal is not None
         raise Interrupted(message, self.signal)
 
-    def _remember(self, number: int, frame: FrameType | None) -> None:
+    def _record(self, number: int, frame: FrameType | None) -> None:
         self.signal = number
         self._restore()
 
@@ -94,7 +97,7 @@ class StopSignal:
 
 
 def _forget_pipe() -> None:
-    """In a child of a fork: what it hears is not for its parent, which would take Ctrl-C for a second one."""
+    """In a forked child: its signals must not reach the parent, which would take one Ctrl-C for two."""
     signal.set_wakeup_fd(-1)
 
 
@@ -102,6 +105,6 @@ os.register_at_fork(after_in_child=_forget_pipe)
 
 
 def _say(line: str) -> None:
-    """On stderr, past its buffer: another thread may be in the middle of a line, and a handler must not wait for it."""
-    begin = "\n" if sys.stderr.isatty() else ""  # after the ^C that the terminal shows
+    """Print to stderr, unbuffered: another thread may hold the buffer's lock, and a handler must not wait for it."""
+    begin = "\n" if sys.stderr.isatty() else ""  # after the ^C on the terminal
     os.write(2, f"{begin}{line}\n".encode())
