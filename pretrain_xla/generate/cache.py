@@ -1,8 +1,8 @@
 """A key/value cache of static shape: keys and values of earlier tokens are kept, so that a new token costs one token's work.
 
-Each block has a buffer of S slots for the keys of its K key/value heads and one for the values. Rows of a batch are left-padded: a
-shorter text starts at a later slot (`Places.first`), so that one slot number, a device value, serves all rows, and writing is
-one update in place. Slots before a row's first token and after its newest are masked; positions count from the first token.
+Each block has a buffer of S slots for the keys of its K key/value heads and one for the values. Rows are left-padded: a shorter
+text starts at a later slot (`Places.first`), so that one slot number, a device value, serves all rows, and writing is one
+update in place. Slots before a row's first token and after its newest are masked; positions count from the first token.
 """
 
 from __future__ import annotations
