@@ -1,18 +1,18 @@
-"""Tokens a second of `prepare`, beside the plain loop that it replaces, Hugging Face's `tokenizers`, and tiktoken's own limit.
+"""Speed of `prepare`, against the simple loop that it replaces, Hugging Face's `tokenizers`, and what tiktoken alone could do:
+`python benchmarks/tokenization.py`, a few minutes on two cores.
 
-    python benchmarks/tokenize.py
+Each method turns the same documents (in memory) into uint16 shards of GPT-2 ids on disk, on the same cores, in a new process.
+The methods alternate, so that other load on the machine affects all of them alike:
 
-Each contender turns the same documents (in memory) into uint16 shards of GPT-2 ids on disk, on the same cores, in a fresh
-process, and they take turns, so that a busy machine is unkind to all of them alike:
+* ours: `prepare`, with everything that it does (splitting by hash, checksums, the journal, starting its processes).
+* plain: a `multiprocessing.Pool`, `encode_ordinary` for each document, `np.array`, a buffer and `np.save`.
+* tokenizers: `encode_batch_fast` in batches of 1,000 documents, with its own threads.
+* limit: cores x what one core does in `encode_ordinary_batch`, with lists of ids in memory and nothing else.
 
-- ours: `prepare`, with everything that it does (the split by hashes, checksums, the journal, its processes' start);
-- plain: a `multiprocessing.Pool`, `encode_ordinary` for each document, `np.array`, a buffer and `np.save`;
-- tokenizers: `encode_batch_fast` in batches of 1,000 documents, with its own threads;
-- limit: cores x what one core does in `encode_ordinary_batch`, lists of ids in memory and nothing else.
+It prints tokens/s by wall-clock time, and by the CPU time of all processes, which other load affects less.
 
-Shown by the clock, and by the processor time of all processes together, which other work on the machine disturbs less.
-
-Then, on one core and by processor time, BitBPE against its base. Without real text it takes Python's documentation.
+Then, on one core and by CPU time: encoding alone against tiktoken's `encode_ordinary`, once the cache of pre-tokens is warm;
+and BitBPE against its base. Without the real texts it uses Python's documentation.
 """
 
 from __future__ import annotations
@@ -38,34 +38,36 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from pretrain_xla.errors import guarded
-from pretrain_xla.prepare.dataset import prepare
-from pretrain_xla.prepare.encode import document_encoder
-from pretrain_xla.text.corpus import quickstart_documents
-from pretrain_xla.text.sources import join_sources, open_source, source_of
-from pretrain_xla.tokenizers.bitbpe import BitBPETokenizer
-from pretrain_xla.tokenizers.load import load_tokenizer
-
-MODULE = "benchmarks.tokenize_speed"
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from pretrain_xla.errors import guarded  # noqa: E402
+from pretrain_xla.prepare.dataset import prepare  # noqa: E402
+from pretrain_xla.prepare.encode import document_encoder  # noqa: E402
+from pretrain_xla.text.corpus import quickstart_documents  # noqa: E402
+from pretrain_xla.text.sources import join_sources, open_source, source_of  # noqa: E402
+from pretrain_xla.tokenizers.bitbpe import BitBPETokenizer  # noqa: E402
+from pretrain_xla.tokenizers.load import load_tokenizer  # noqa: E402
+
 SHARED = ROOT.parent / "shared" / "data"
 ENGLISH = (SHARED / "text/en/openstax.jsonl.gz", SHARED / "text/en/novels.jsonl.gz")
 CHINESE = SHARED / "text/zh/wikipedia_hans.jsonl.gz"
 SHARD_SIZE = 10_000_000
+DOCUMENTS_ALONE = 400
 
 
 @dataclass(frozen=True)
 class Flags:
-    """Compare ways to tokenise."""
+    """Compare the speed of ways to tokenize."""
 
     text: tuple[str, ...] = tuple(map(str, ENGLISH))
     """Any sources of `prepare`."""
     rounds: int = 3
-    """Turns of each contender; the median counts."""
+    """Runs of each method; the median counts."""
     cores: int = len(os.sched_getaffinity(0))
     """Processes, or threads."""
     only: str | None = None
-    """Internal: run this contender alone, and print its figures as JSON."""
+    """Internal: run this method alone, and print its measurements as JSON."""
 
 
 @guarded
@@ -75,42 +77,43 @@ def main(arguments: Sequence[str]) -> None:
         os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(SHARED / "tokenizers/tiktoken_cache"))
     if flags.only:
         documents = _documents(flags.text)
-        before = _processor_seconds()
-        tokens, seconds = CONTENDERS[flags.only](documents, flags.cores)
-        print(json.dumps({"tokens": tokens, "seconds": seconds, "processor": _processor_seconds() - before}))
+        before = _cpu_seconds()
+        tokens, seconds = METHODS[flags.only](documents, flags.cores)
+        print(json.dumps({"tokens": tokens, "seconds": seconds, "cpu": _cpu_seconds() - before}))
         return
-    figures: dict[str, list[dict[str, float]]] = {name: [] for name in CONTENDERS}
+    figures: dict[str, list[dict[str, float]]] = {name: [] for name in METHODS}
     for _ in range(flags.rounds):
-        for name in CONTENDERS:
+        for name in METHODS:
             figures[name].append(_figures(flags, name))
-    _show("by the clock", "seconds", figures, flags)
-    _show("by processor time of all processes", "processor", figures, flags)
+    _show("by wall-clock time", "seconds", figures, flags)
+    _show("by CPU time of all processes", "cpu", figures, flags)
+    _show_encoding(_documents(flags.text)[:DOCUMENTS_ALONE])
     _show_bitbpe()
 
 
-def _processor_seconds() -> float:
-    """Of this process and of its children that have ended; the server that forks workers is one of them, and is ended."""
+def _cpu_seconds() -> float:
+    """CPU time of this process and of its children that have ended; ends the fork server, so that it is counted."""
     forkserver._forkserver._stop()  # type: ignore[attr-defined]
     return sum(os.times()[:4])
 
 
 def _figures(flags: Flags, name: str) -> dict[str, float]:
-    words = ["--only", name, "--text", *flags.text, "--cores", str(flags.cores)]
-    ended = subprocess.run([sys.executable, "-m", MODULE, *words], check=True, capture_output=True, text=True, cwd=ROOT)
+    arguments = ["--only", name, "--text", *flags.text, "--cores", str(flags.cores)]
+    ended = subprocess.run([sys.executable, __file__, *arguments], check=True, stdout=subprocess.PIPE, text=True)
     figures: dict[str, float] = json.loads(ended.stdout.splitlines()[-1])
     return figures
 
 
 def _show(how: str, key: str, figures: dict[str, list[dict[str, float]]], flags: Flags) -> None:
-    # By the clock the limit is that of all cores; by processor time, of which each core gives a second a second, of one.
+    # By wall-clock time the rates are of all cores, by CPU time of one core.
     rates = {name: [each["tokens"] / each[key] for each in found] for name, found in figures.items()}
     table = Table(
         title=f"{' '.join(map(os.path.basename, flags.text))}, GPT-2, {flags.cores} cores, {flags.rounds} rounds, {how}"
     )
-    for heading in ("", "M tokens/s (median)", "all", "ours / it (median of rounds)"):
+    for heading in ("", "M tokens/s (median)", "all", "ours / this (median of rounds)"):
         table.add_column(heading, justify="left" if not heading else "right")
     for name, found in rates.items():
-        ratio = statistics.median(ours / it for ours, it in zip(rates["ours"], found, strict=True))
+        ratio = statistics.median(ours / other for ours, other in zip(rates["ours"], found, strict=True))
         each = " ".join(f"{rate / 1e6:.2f}" for rate in found)
         table.add_row(name, f"{statistics.median(found) / 1e6:.2f}", each, f"{ratio:.2f}")
     Console(width=120).print(table)
@@ -161,7 +164,7 @@ def huggingface(documents: list[str], cores: int) -> tuple[int, float]:
 
 
 def _write(arrays: object, folder: str) -> int:
-    """Fill a buffer, and save it as a shard whenever it is full."""
+    """Fill a buffer, and save it as a shard whenever it is full; returns the number of tokens."""
     buffer, filled, shards, total = np.empty(SHARD_SIZE, np.uint16), 0, 0, 0
     for ids in arrays:  # type: ignore[attr-defined]
         total += len(ids)
@@ -187,20 +190,38 @@ def limit(documents: list[str], cores: int) -> tuple[int, float]:
     return tokens, seconds / cores
 
 
-CONTENDERS: dict[str, Callable[[list[str], int], tuple[int, float]]] = {"ours": ours, "plain": plain, "limit": limit}
+METHODS: dict[str, Callable[[list[str], int], tuple[int, float]]] = {"ours": ours, "plain": plain, "limit": limit}
 if (SHARED / "tokenizers/gpt2_hf").exists():
-    CONTENDERS["tokenizers"] = huggingface
+    METHODS["tokenizers"] = huggingface
+
+
+def _show_encoding(texts: list[str]) -> None:
+    encode, encoding = document_encoder(load_tokenizer("gpt2")), tiktoken.get_encoding("gpt2")
+    encode(texts)
+    ratios = []
+    for _ in range(3):
+        begun = time.process_time()
+        tokens = len(encode(texts))
+        between = time.process_time()
+        for text in texts:
+            encoding.encode_ordinary(text)
+        rates = [tokens / seconds / 1e6 for seconds in (between - begun, time.process_time() - between)]
+        ratios.append(rates[0] / rates[1])
+    print(
+        f"encoding alone, one core, CPU time: ours {rates[0]:.1f}M tokens/s, tiktoken {rates[1]:.1f}M; "
+        f"ours / tiktoken {statistics.median(ratios):.2f} (from {min(ratios):.2f} to {max(ratios):.2f})\n"
+    )
 
 
 def _show_bitbpe() -> None:
-    table = Table(title="BitBPE, one core, processor time; the base's tokens in M a second")
+    table = Table(title="BitBPE, one core, CPU time; millions of the base's tokens per second")
     for heading in ("base", "text", "base alone", "with BitBPE", "ratio"):
         table.add_column(heading, justify="left" if heading in ("base", "text") else "right")
     models = SHARED / "tokenizers/sentencepiece_4096.model"
     for name in ("gpt2", "cl100k_base", *([str(models)] if models.exists() else [])):
         for file in filter(Path.exists, (ENGLISH[0], CHINESE)):
             with gzip.open(file, "rt") as lines:
-                texts = [json.loads(line)["text"] for line, _ in zip(lines, range(400), strict=False)]
+                texts = [json.loads(line)["text"] for line, _ in zip(lines, range(DOCUMENTS_ALONE), strict=False)]
             base = load_tokenizer(name)
             rates = {True: 0.0, False: 0.0}
             for _ in range(3):
