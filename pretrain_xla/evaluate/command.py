@@ -1,4 +1,4 @@
-"""The words of `evaluate.py`: a model, tasks, and where the results go."""
+"""Command-line interface of `evaluate.py`: a model, tasks, and where the results go."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from pretrain_xla.tokenizers.load import load_tokenizer
 from pretrain_xla.tokenizers.tokenizer import Tokenizer
 
 MEMORY = (
-    "lower --batch-size, add --mixed-precision bf16, or share the weights out with --mesh-fsdp over more devices (xla); "
+    "lower --batch-size, add --mixed-precision bf16, or shard the weights with --mesh-fsdp over more devices (xla); "
     "`python -m pretrain_xla preflight` says for a TPU what a model needs"
 )
 
@@ -43,17 +43,17 @@ class EvaluateFlags:
     """shards, wikitext, text, hellaswag, hellaswag_llmc, lambada, piqa, arc_easy, winogrande; each NAME or NAME=SOURCE, where
     SOURCE is a path, glob or URL of its file (of a folder, for shards)."""
     data_dir: str | None = None
-    """Folder with the tasks' files, found by how their names begin. None means the Hugging Face Hub."""
+    """Folder with the tasks' files, found by the start of their names. None means the Hugging Face Hub."""
     limit: int | None = None
     """Items of each task (questions, passages, windows, sequences). None means all."""
     stride: int | None = None
-    """wikitext, text: tokens between the beginnings of windows. None means half of the model's length."""
+    """wikitext, text: tokens between the starts of windows. None means half of the model's length."""
     top_k: tuple[int, ...] = (1, 5)
     """shards, wikitext, text: each k of the top-k accuracies."""
     batch_size: int = 8
-    """Rows of full length in a batch, over all devices; shorter rows come more at a time."""
+    """Rows of full length in a batch, over all devices; a batch of shorter rows has more of them."""
     output: str | None = None
-    """JSON file for the results, with what was found for each item."""
+    """JSON file for the results, including those of each item."""
     tokenizer: str | None = None
     """Tokenizer. None means the model's own."""
     checkpoint: Literal["newest", "best"] = "newest"
@@ -61,20 +61,20 @@ class EvaluateFlags:
     mixed_precision: Literal["bf16"] | None = None
     """Compute in bf16 instead of fp32."""
     runtime: Literal["xla", "torch"] | None = None
-    """none: xla where PJRT_DEVICE is set, else torch."""
+    """None means xla if PJRT_DEVICE is set, else torch."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """torch runtime: device."""
     mesh_fsdp: int = 1
-    """xla: devices over which the weights are sharded; the rest share the rows."""
+    """xla: devices over which the weights are sharded; batches are split over the others."""
     mesh_tensor: int = 1
-    """xla: devices that share each matrix product."""
+    """xla: devices over which each matrix product is split (tensor parallelism)."""
 
 
 def evaluate_command(arguments: Sequence[str]) -> None:
-    """Parse, load, score, and show the results.
+    """Load the model, score the tasks, and print the results.
 
     Raises:
-        UserError: no model, no such task or file, a setting out of range, or too little memory.
+        UserError: no model, no such task or file, a setting out of range, or not enough memory.
     """
     flags = parse(EvaluateFlags, arguments, program="evaluate.py", command="evaluate")
     _check(flags)
@@ -126,17 +126,17 @@ def build(
     mixed_precision: str | None = None,
     mesh: tuple[int, int] = (1, 1),
 ) -> tuple[Runtime, GPT]:
-    """The machine that was asked for, and the loaded model, still on the host.
+    """Start the runtime, and build the loaded model on the host.
 
     Args:
-        loaded: its tensors.
-        runtime: `xla` or `torch`. None means xla where PJRT_DEVICE is set.
+        loaded: the model's config and tensors.
+        runtime: `xla` or `torch`. None means xla if PJRT_DEVICE is set.
         device: for torch, `auto`, `cpu` or `cuda`.
         mixed_precision: `bf16`, or none for fp32.
         mesh: for xla, devices along fsdp and tensor.
 
     Raises:
-        UserError: the devices are not there, or the mesh does not fit them.
+        UserError: the devices do not exist, or the mesh does not fit them.
     """
     tree: dict[str, Any] = {
         "model": loaded.config.model_dump() | {"dropout": 0.0},
@@ -149,10 +149,10 @@ def build(
         },
     }
     config = build_config(tree, loaded.where)
-    machine = start(config)
-    model = GPT(config.model, machine.compute_dtype)
+    started = start(config)
+    model = GPT(config.model, started.compute_dtype)
     model.load_state_dict(loaded.tensors, strict=True)
-    return machine, model.eval()
+    return started, model.eval()
 
 
 def tokenizer_of(loaded: LoadedModel, named: str | None) -> Tokenizer:
@@ -168,7 +168,7 @@ def tokenizer_of(loaded: LoadedModel, named: str | None) -> Tokenizer:
 
 
 def show_results(results: Sequence[Result], title: str) -> None:
-    """A table: one line for each score."""
+    """Print a table with one line for each score."""
     console = RichConsole(highlight=False)
     console.print(redacted(title), markup=False, soft_wrap=True)
     table = Table()
@@ -205,14 +205,14 @@ def _check(flags: EvaluateFlags) -> None:
 
 
 def _check_writable(fs: Any, path: str, output: str) -> None:
-    """Find out before anything is scored, on a disk; a bucket says it when it is written to."""
+    """Check a local path before anything is scored; for a bucket, writing itself tells."""
     if not is_local(fs):
         return
     made: list[str] = []
     try:
         probe("--output", os.path.dirname(path) or ".", made)
     finally:
-        remove_empty(made)  # what is refused later leaves nothing behind; writing makes them again
+        remove_empty(made)  # a run that is refused later leaves no folders; writing creates them again
 
 
 def _write(path: str, where: str, results: Sequence[Result], graphs: dict[str, int]) -> None:

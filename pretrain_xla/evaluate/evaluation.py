@@ -1,4 +1,4 @@
-"""Several tasks on one model: read once, scored as often as asked, in the training loop or alone."""
+"""Several tasks on one model: read once, scored any number of times, in the training loop or by `evaluate.py`."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from pretrain_xla.runtime import Runtime
 from pretrain_xla.tokenizers.tokenizer import Tokenizer
 
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
-"""(what is done, how much of it there is) → a context that yields a function for how much is done so far."""
+"""(label, total) → a context that yields a function of how much is done so far."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """Of a task.
+    """Result of a task.
 
-    scores: name → value. errors: name → standard error. source: where the items came from. cut: rows that the model was too
-    short for. examples: what was found for each item.
+    scores: name → value. errors: name → standard error. source: where the items came from. items: how many. cut: rows longer
+    than the model, which lost their beginning. examples: results of each item.
     """
 
     task: str
@@ -38,17 +38,17 @@ class Result:
     examples: list[dict[str, Any]]
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """As a dictionary of plain values."""
         return asdict(self)
 
 
 class Evaluation:
-    """Tasks, read and tokenized, ready for a placed model.
+    """Tasks that are read and tokenized, for a model on its device.
 
     Args:
-        model: placed.
-        runtime: its machine.
-        load_tokenizer: gives the model's tokenizer, where a task has text.
+        model: prepared by `runtime.prepare_model`.
+        runtime: where it runs.
+        load_tokenizer: returns the model's tokenizer; called if a task has text.
         tasks: `NAME` or `NAME=SOURCE` each.
         settings: see `Settings`.
         batch_size: rows of full length in a batch, over all devices.
@@ -56,7 +56,7 @@ class Evaluation:
         begins: see `LoadedModel.adds_bos`.
 
     Raises:
-        UserError: an unknown task, no items, items that are not the task's, or a tokenizer that is not the model's.
+        UserError: an unknown task, no items, malformed items, or a tokenizer that does not fit the model.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Evaluation:
             raise UserError(f"task {twice.pop()!r} is named twice")
 
     def __call__(self, progress: Progress) -> list[Result]:
-        """Score every task; the same results on every process."""
+        """Score every task; all processes get the same results."""
         results = []
         for task in self.tasks:
             began = time.perf_counter()

@@ -1,7 +1,7 @@
-"""`python -m pretrain_xla lm-eval …`: lm-eval's own command line, which then knows `--model pretrain_xla`.
+"""`python -m pretrain_xla lm-eval …`: lm-eval's command line with `--model pretrain_xla`.
 
-lm-eval 0.4 finds models only in its own table; other packages cannot add to it (no entry point is read), so
-the plain `lm_eval` command cannot know of ours. Here its table gets one more line, and it is handed the words as they are.
+lm-eval 0.4 looks up models in its own registry and reads no entry points of other packages, so the plain `lm_eval` command
+cannot find ours. Here our model is registered, and the arguments are passed on unchanged.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ def lm_eval_command(arguments: Sequence[str]) -> None:
 
 
 def _names_a_model(words: Sequence[str]) -> bool:
-    """Whether the words, or the file that they name with --config, say which of lm-eval's models it is."""
+    """Whether the arguments, or the file that --config names, say which of lm-eval's models to use."""
     for word, following in zip(words, [*words[1:], ""], strict=True):
         if word in ("--model", "-M") or word.startswith("--model="):
             return True
         if word in ("--config", "-C") or word.startswith("--config="):
             with contextlib.suppress(
                 OSError, ValueError, RecursionError, yaml.YAMLError
-            ):  # lm-eval says what is wrong with it
+            ):  # lm-eval reports what is wrong with it
                 tree = yaml.safe_load(Path(word.partition("=")[2] or following).read_text(encoding="utf-8"))
                 if isinstance(tree, dict) and "model" in tree:
                     return True
@@ -57,7 +57,7 @@ def _names_a_model(words: Sequence[str]) -> bool:
 
 
 def register() -> None:
-    """Enter our model into lm-eval's table, under the name `pretrain_xla`; for a program that uses lm-eval's Python API.
+    """Register our model with lm-eval as `pretrain_xla`; call this before using lm-eval's Python API.
 
     Raises:
         ModuleNotFoundError: lm-eval is not installed.

@@ -1,7 +1,7 @@
-"""A model of ours as EleutherAI's lm-eval knows models. Needs `pip install lm-eval`; nothing else here imports it.
+"""A model of ours with lm-eval's model interface. Needs `pip install lm-eval`; only `lm_eval_command.py` imports this file.
 
-It scores what lm-eval asks with the same rows and graphs as our own tasks: `loglikelihood` by pairs, `loglikelihood_rolling`
-by windows without overlap, `generate_until` by our generator.
+Requests are scored with the same rows and graphs as our own tasks: `loglikelihood` by pairs, `loglikelihood_rolling` by windows
+without overlap, `generate_until` by our generator.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ DEFAULT_BATCH_SIZE = 8
 
 
 class PretrainXlaLM(TemplateLM):
-    """`--model pretrain_xla`; what follows are the keys of `--model_args`.
+    """`--model pretrain_xla`; the arguments are the keys of `--model_args`.
 
     Args:
-        pretrained: what `evaluate.py` takes as --model.
-        tokenizer: none: the model's own.
+        pretrained: as --model of `evaluate.py`.
+        tokenizer: None means the model's own.
         checkpoint: `newest` or `best`.
         runtime: `xla` or `torch`. None means xla where PJRT_DEVICE is set.
         mixed_precision: `bf16`, or none for fp32.
         mesh_fsdp: xla: devices over which the weights are sharded.
-        mesh_tensor: xla: devices that share each matrix product.
+        mesh_tensor: xla: devices over which each matrix product is split.
         batch_size: lm-eval's --batch_size: rows of full length in a batch.
-        device: lm-eval's --device: with the torch runtime `cpu`; whatever else means CUDA where there is one.
-        max_batch_size: lm-eval's, without meaning here: shapes are static.
+        device: lm-eval's --device, for the torch runtime: `cpu`; any other value means CUDA if available.
+        max_batch_size: lm-eval's; ignored, because shapes are static.
     """
 
     def __init__(
@@ -59,23 +59,23 @@ class PretrainXlaLM(TemplateLM):
         super().__init__()
         loaded = load_model(str(pretrained), checkpoint)
         loaded.print_notes()
-        machine, model = build(
+        started, model = build(
             loaded,
             runtime=runtime,
-            # lm-eval says cuda:0 where nobody asked for anything, also on machines without CUDA.
+            # lm-eval's default is cuda:0, even on hosts without CUDA.
             device="cpu" if device == "cpu" else "auto",
             mixed_precision=mixed_precision,
             mesh=(int(mesh_fsdp), int(mesh_tensor)),
         )
-        if machine.process_count > 1:
+        if started.process_count > 1:
             raise UserError("lm-eval runs in one process here, which uses all devices of its mesh: start it only once")
         self._tokenizer = tokenizer_of(loaded, tokenizer)
         self._before = before_text(self._tokenizer) if loaded.adds_bos else ()
         self._generator = Generator(  # places the model
-            model, self._tokenizer, machine, before=self._before, ends=loaded.eos_ids
+            model, self._tokenizer, started, before=self._before, ends=loaded.eos_ids
         )
         rows = DEFAULT_BATCH_SIZE if str(batch_size).startswith("auto") else int(batch_size)
-        self._scorer = Scorer(model, machine, rows)
+        self._scorer = Scorer(model, started, rows)
 
     @property
     def eot_token_id(self) -> int:
@@ -84,9 +84,9 @@ class PretrainXlaLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text without context: what the model learnt to see there, or end-of-text.
+        """Id before a text without context: the one that the model expects there, or end-of-text.
 
-        Some models are lost when they see an end of text there instead: perplexities of millions.
+        Some models have perplexities of millions after end-of-text instead.
         """
         return self._before[0] if self._before else self.eot_token_id
 
@@ -97,11 +97,11 @@ class PretrainXlaLM(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
-        """For the names of lm-eval's caches."""
+        """Used by lm-eval for cache names."""
         return self._tokenizer.name.replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **unused: Any) -> list[int]:
-        """Ids of a text, after what the model has learnt to see before one, unless lm-eval says that it is no beginning."""
+        """Ids of a text, after the ids that the model expects before one, unless lm-eval asks for none."""
         before = () if add_special_tokens is False else self._before
         return [*before, *self._tokenizer.encode(string)]
 
@@ -118,7 +118,7 @@ class PretrainXlaLM(TemplateLM):
         return answers
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Log-probability of whole texts, each by itself: windows of full length, every token once."""
+        """Log-probability of whole texts, each in windows of full length that score every token once."""
         rows: list[Row] = []
         owners: list[int] = []
         for owner, request in enumerate(requests):
@@ -155,8 +155,8 @@ class PretrainXlaLM(TemplateLM):
         temperature = float(kwargs.get("temperature", 1.0)) if kwargs["do_sample"] else 0.0
         sampling = Sampling(temperature, int(kwargs.get("top_k", 0)), float(kwargs.get("top_p", 1.0)))
         request = Request(int(kwargs["max_gen_toks"]), sampling, seed=0)
-        pieces = self._generator.stream([prompt], request, [stop for stop in stops if stop])
-        text = "".join(piece for _, piece in pieces)
+        parts = self._generator.stream([prompt], request, [stop for stop in stops if stop])
+        text = "".join(part for _, part in parts)
         return postprocess_generated_text(text, stops, think_end_token=None)
 
     def _answers(self, rows: Sequence[Row], disable_tqdm: bool) -> list[tuple[float, bool]]:

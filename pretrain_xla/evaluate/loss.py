@@ -1,7 +1,7 @@
-"""Mean loss over a fixed set of sequences, each counted once whatever the size of a batch, and read once.
+"""Mean loss over a fixed set of sequences, each counted once for any batch size.
 
-Each batch's sums are kept as they are, and added on the host in double precision: one running sum in fp32 would be off in the
-fifth digit after some ten thousand batches.
+The sums of each batch are added on the host in double precision: a running sum in fp32 would be wrong in the fifth digit after
+some ten thousand batches.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from pretrain_xla.errors import UserError
 from pretrain_xla.model.documents import Examples
 from pretrain_xla.runtime import Runtime
 
-READING = 256
-"""Batches whose sums come to the host together, while the device goes on."""
+FETCHED_BATCHES = 256
+"""Batches whose sums are fetched together, while the device continues."""
 
 
 class ValidationLoss:
-    """Evaluates a model on the first `steps` batches of data that end after an epoch, the same at every call."""
+    """Evaluates a model on the first `steps` batches of one epoch, the same at every call."""
 
     def __init__(
         self,
@@ -38,7 +38,7 @@ class ValidationLoss:
         prefetch: int,
         examples: Examples | None = None,
     ) -> None:
-        assert batches.once, "a batch that runs on into the next epoch would count sequences twice"
+        assert batches.once, "a batch that continues into the next epoch would count sequences twice"
         self.model, self.batches, self.runtime = model, batches, runtime
         examples = dataclasses.replace(examples or Examples(), padded=True)
         self.steps = min(steps, -(-batches.sequences_per_epoch // batches.sequences_per_batch))
@@ -56,26 +56,26 @@ class ValidationLoss:
         self._step = runtime.compile(validation, "validation", state=tuple)
 
     def __call__(self, progress: Callable[[int], None] | None = None) -> float:
-        """Mean cross-entropy in nats per token that counts. Waits for the device once, at the end.
+        """Mean cross-entropy in nats per counted token. Waits for the device once, at the end.
 
         Raises:
-            UserError: none counts.
+            UserError: no token is counted.
         """
-        reading = min(self.steps, READING)
-        sums_N2 = self.runtime.place_like(torch.zeros(reading, 2), None)
-        readings: list[tuple[Future[Tensor], int]] = []
+        group = min(self.steps, FETCHED_BATCHES)
+        sums_N2 = self.runtime.place_like(torch.zeros(group, 2), None)
+        fetches: list[tuple[Future[Tensor], int]] = []
         was_training = self.model.training
         self.model.eval()
         place = self.runtime.place_batch
         with pipeline(self._read, place, 0, self.steps, self._prefetch, self.batches.threads) as batches:
             for done, tokens in enumerate(batches, start=1):
                 sums_N2 = self._step(tokens, sums_N2)
-                if done % reading == 0 or done == self.steps:
-                    readings.append((self.runtime.fetch(sums_N2), (done - 1) % reading + 1))
+                if done % group == 0 or done == self.steps:
+                    fetches.append((self.runtime.fetch(sums_N2), (done - 1) % group + 1))
                 if progress is not None:
                     progress(done)
         self.model.train(was_training)
-        sums = [pair for future, count in readings for pair in future.result()[-count:].tolist()]
+        sums = [pair for future, count in fetches for pair in future.result()[-count:].tolist()]
         loss, counted = (math.fsum(column) for column in zip(*sums, strict=True))
         if not counted:
             directory = self.batches.dataset.directory

@@ -1,4 +1,4 @@
-"""From the scores of rows to the scores of a task."""
+"""Metrics of a task from the scores of its rows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pretrain_xla.evaluate.scorer import Score
 
 @dataclass(frozen=True)
 class Measured:
-    """scores: name → value. errors: name → standard error, where there is one. examples: what was found for each item."""
+    """scores: name → value. errors: name → standard error, if there is one. examples: results of each item."""
 
     scores: dict[str, float]
     errors: dict[str, float]
@@ -24,11 +24,11 @@ class Measured:
 def choice(
     questions: Sequence[Question], scores: Sequence[Score], by: Literal["characters", "tokens"] | None
 ) -> Measured:
-    """Share of questions whose right choice is the likeliest (the first of equals).
+    """Accuracy: fraction of questions whose right choice is the most likely one (of equals, the first).
 
     Args:
         questions: in order.
-        scores: of every choice of each question, in order.
+        scores: of all choices of each question, in order.
         by: what acc_norm divides a choice's log-probability by. None means there is no acc_norm.
     """
     found: list[dict[str, Any]] = []
@@ -36,10 +36,10 @@ def choice(
     for question in questions:
         own = list(itertools.islice(remaining, len(question.contexts)))
         logprobs = [score.logprob for score in own]
-        example = {"gold": question.gold, "acc": _likeliest(logprobs)}
+        example = {"gold": question.gold, "acc": _most_likely(logprobs)}
         if by is not None:
             sizes = question.lengths if by == "characters" else [score.count for score in own]
-            example["acc_norm"] = _likeliest(
+            example["acc_norm"] = _most_likely(
                 [value / max(size, 1) for value, size in zip(logprobs, sizes, strict=True)]
             )
         found.append(example | {"logprobs": logprobs})
@@ -49,8 +49,8 @@ def choice(
 
 
 def last_word(scores: Sequence[Score]) -> Measured:
-    """Perplexity: exp of minus the mean log-probability of a word, however many tokens it has; acc: all of its tokens are the
-    likeliest."""
+    """perplexity: exp of minus the mean log-probability of a word, whatever its number of tokens. acc: fraction of words of
+    which every token is the most likely one."""
     accuracy = _share([score.greedy for score in scores])
     perplexity = _exp(-math.fsum(score.logprob for score in scores) / len(scores))
     examples = [{"acc": int(score.greedy), "logprob": score.logprob} for score in scores]
@@ -58,7 +58,7 @@ def last_word(scores: Sequence[Score]) -> Measured:
 
 
 def stream(scores: Sequence[Score], top_k: Sequence[int]) -> Measured:
-    """Mean loss of all scored tokens in nats, its exponential, and how often the true token was among the k likeliest."""
+    """Mean loss of the scored tokens in nats, perplexity, and how often the true token is among the k most likely."""
     count = sum(score.count for score in scores)
     loss = -math.fsum(score.logprob for score in scores) / count
     values: dict[str, float] = {"loss": loss, "perplexity": _exp(loss)}
@@ -68,8 +68,8 @@ def stream(scores: Sequence[Score], top_k: Sequence[int]) -> Measured:
     return Measured(values | {"tokens": count}, {}, examples)
 
 
-def _likeliest(values: Sequence[float]) -> int | None:
-    """Number of the highest; none where a broken model gave no number, which is no answer."""
+def _most_likely(values: Sequence[float]) -> int | None:
+    """Index of the highest value, or None if a broken model gave NaN, which counts as wrong."""
     if any(map(math.isnan, values)):
         return None
     return max(range(len(values)), key=values.__getitem__)
@@ -80,7 +80,7 @@ def _share(truths: Sequence[bool]) -> float:
 
 
 def _error(share: float, count: int) -> float:
-    """Standard error of a share, from the sample's deviation, as lm-eval has it."""
+    """Standard error of a fraction from the sample's standard deviation, as in lm-eval."""
     return math.sqrt(share * (1 - share) / (count - 1)) if count > 1 else 0.0
 
 
