@@ -1,4 +1,4 @@
-"""From strings to rows: which tokens a model is given, and which of them are scored."""
+"""From strings to rows: the tokens that a model is given, and which of them are scored."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ def joined_rows(
     max_length: int,
     before: Sequence[int] = (),
 ) -> list[Row]:
-    """lm-eval's way: each pair is tokenized as one string, and scored from where the context's own tokens end.
+    """As in lm-eval: each pair is tokenized as one string, and scored from where the context's own tokens end.
 
-    Spaces that end a context belong to what follows. An empty context is an end-of-text token. A pair that is longer than the
-    model loses tokens at its left.
+    Trailing spaces of a context belong to the continuation. An empty context is an end-of-text token. A pair longer than the
+    model is truncated on the left.
 
     Args:
-        contexts: what is given.
-        continuations: what is scored.
+        contexts: not scored.
+        continuations: scored.
         tokenizer: the model's.
-        max_length: tokens that the model takes.
-        before: ids that the model has learnt to see before every text.
+        max_length: the model's `seq_length`.
+        before: ids that the model expects before every text.
     """
     stripped = [context.rstrip() for context in contexts]
     wholes = tokenizer.encode_batch([a + b for a, b in zip(contexts, continuations, strict=True)])
@@ -36,7 +36,7 @@ def joined_rows(
     rows = []
     for context, kept, whole in zip(contexts, stripped, wholes, strict=True):
         if context and len(whole) > 1:
-            # Where a merge runs over the border, the last token is scored rather than none.
+            # If the context's tokens cover the whole pair, the last token is scored.
             start = len(before) + min(lengths[kept], len(whole) - 1)
             rows.append(cut([*before, *whole], start, max_length))
         else:
@@ -48,24 +48,24 @@ def joined_rows(
 def separate_rows(
     contexts: Sequence[str], continuations: Sequence[str], tokenizer: Tokenizer, max_length: int
 ) -> list[Row]:
-    """llm.c's way: context and continuation are tokenized apart. An empty context is an end-of-text token."""
+    """As in llm.c: context and continuation are tokenized separately. An empty context is an end-of-text token."""
     pairs = zip(tokenizer.encode_batch(contexts), tokenizer.encode_batch(continuations), strict=True)
     befores = ((context or [tokenizer.end_of_text], continuation) for context, continuation in pairs)
     return [cut(before + continuation, len(before), max_length) for before, continuation in befores]
 
 
 def cut(tokens: Sequence[int], start: int, max_length: int) -> Row:
-    """A row that the model can take: tokens too many go at the left; of a longer continuation than the model only the last
+    """A row that is truncated on the left to the model's length; of a continuation longer than that, only the last
     `max_length` tokens are scored."""
     excess = max(len(tokens) - (max_length + 1), 0)
     return Row(np.array(tokens[excess:], np.int32), max(start - excess, 1), excess)
 
 
 def windows(tokens: np.ndarray, max_length: int, stride: int) -> Iterator[Row]:
-    """A long text as windows of `max_length` tokens, `stride` apart, in each of which the tokens new to it are scored.
+    """Windows of `max_length` tokens over a long text, `stride` apart; in each, the tokens not in an earlier one are scored.
 
-    So each token is scored once, given at least `max_length - stride` tokens before it (but for the first window), except
-    the first of the text, which has none; and, with stride = max_length, the first of every window likewise.
+    Each token is scored once, with at least `max_length - stride` tokens before it (except in the first window). The first
+    token of the text is not scored, nor, with stride = max_length, the first of each window.
     """
     seen = 0
     for begin in range(0, len(tokens), stride):

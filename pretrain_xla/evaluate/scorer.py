@@ -1,11 +1,11 @@
-"""Log-probabilities of given tokens, each after those before it: what every score here is made of.
+"""Log-probabilities of given tokens, each conditioned on those before it; every score is computed from them.
 
-Shapes are static. A row is padded on the right (attention is causal, so nothing sees the padding) to the next of a few lengths,
-powers of two up to `seq_length`; a batch that is not full is padded with rows that count for nothing. So there is one graph for
-each length, whatever the number of rows. A batch of short rows has more of them, so that each holds about as many tokens.
+Shapes are static. Rows are padded on the right (attention is causal, so padding is never attended to) to one of a few lengths,
+powers of two up to `seq_length`; incomplete batches are padded with rows that are not counted. So there is one graph for each
+length, for any number of rows. Batches of shorter rows have more rows, so that all have about the same number of tokens.
 
-Every process computes its own rows of a batch, on the mesh or under DDP, and all of them get all of the results. The host
-waits only where it reads them, some batches behind.
+Every process computes its own rows of a batch, on a mesh or under DDP, and gets all results. The host reads results a few
+batches late, so that the device does not wait.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from pretrain_xla.model.loss import IGNORED
 from pretrain_xla.runtime import Runtime
 
 SHORTEST = 32
-"""Length of the shortest padded row: below it a device has too little to do."""
+"""Shortest padded length; shorter rows would not use the device well."""
 LOGITS_AT_ONCE = 2**27
-"""Numbers in the logits that one device holds at a time (0.5 GB in fp32): longer batches are scored in parts."""
+"""Logits that one device computes at a time (0.5 GB in fp32); larger batches are scored in chunks."""
 AHEAD = 2
 """Batches packed and copied to the device ahead of their use."""
 BEHIND = 4
-"""Batches that the device may still be computing when the results of an earlier one are read."""
+"""Batches that may still be running on the device when an earlier one's results are read."""
 
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """Tokens of which those from `start` on are scored, each given all before it; at most `seq_length` + 1 of them.
+    """Tokens of which those from `start` on are scored.
 
-    tokens: int32 [S]. start: at least 1, because the first token has nothing before it. lost: tokens cut off at the left,
-    because the model is shorter.
+    tokens: int32 [S], at most `seq_length` + 1. start: at least 1, because nothing precedes the first token. lost: tokens that
+    were truncated on the left.
     """
 
     tokens: np.ndarray
@@ -49,13 +49,13 @@ class Row:
 
     @property
     def count(self) -> int:
-        """Tokens that are scored."""
+        """Number of scored tokens."""
         return len(self.tokens) - self.start
 
 
 @dataclass(frozen=True)
 class Score:
-    """Of a row. logprob: sum over its scored tokens, in nats. hits: of them, how many are among the k likeliest, for each k."""
+    """Score of a row. logprob: sum over its `count` scored tokens, in nats. hits: for each k, how many are in the top k."""
 
     logprob: float
     count: int
@@ -63,17 +63,17 @@ class Score:
 
     @property
     def greedy(self) -> bool:
-        """Whether every scored token is the likeliest one (`hits` begins with k = 1)."""
+        """Whether every scored token is the most likely one (`hits` starts with k = 1)."""
         return self.hits[0] == self.count
 
 
 class Scorer:
-    """A placed model that scores rows.
+    """Scores rows with a model on its device.
 
     Args:
         model: prepared by `runtime.prepare_model`.
-        runtime: its machine.
-        batch_size: rows of full length in a batch, over all devices; rounded up to a multiple of those that split it.
+        runtime: where it runs.
+        batch_size: rows of full length in a batch, over all devices; rounded up to a multiple of the devices that split it.
         top_k: each k for which hits are counted, besides 1.
 
     Attributes:
@@ -89,13 +89,13 @@ class Scorer:
         self.lengths = _lengths(self.max_length)
         self._shards = runtime.mesh["data"] * runtime.mesh.get("fsdp", 1)
         self._tokens_per_batch = batch_size * self.max_length
-        # One function for each length, so that each has the one graph that the guard allows it.
+        # One function for each length: the graph guard allows one graph for each function.
         self._steps = {
             length: runtime.compile(self._score, f"evaluate {length}", state=tuple) for length in self.lengths
         }
 
     def __call__(self, rows: Sequence[Row], progress: Callable[[int], None] | None = None) -> list[Score]:
-        """Score rows; the results are in their order.
+        """Score rows; results are in the same order.
 
         Args:
             rows: the same on every process.
@@ -131,12 +131,12 @@ class Scorer:
         return [score for score in scores if score is not None]
 
     def rows_in_batch(self, length: int) -> int:
-        """Rows of a batch of this padded length, over all devices."""
+        """Rows in a batch of this padded length, over all devices."""
         rows = self._tokens_per_batch // length
         return -(-rows // self._shards) * self._shards
 
     def _plan(self, rows: Sequence[Row]) -> list[tuple[int, Sequence[int]]]:
-        """Batches as (padded length, numbers of the rows), the longest first: what does not fit in memory fails at once."""
+        """Batches as (padded length, row indices), the longest first, so that running out of memory happens at once."""
         by_length: dict[int, list[int]] = {length: [] for length in self.lengths}
         for index, row in enumerate(rows):
             inputs = len(row.tokens) - 1
@@ -162,13 +162,13 @@ class Scorer:
 
     @torch.no_grad()
     def _score(self, batch_R2T: Tensor) -> Tensor:
-        """Of each row of the whole batch: summed log-probability, and hits for each k. fp32 [rows, 1 + len(top_k)]."""
+        """Summed log-probability and hits for each k, of all rows of the global batch: fp32 [rows, 1 + len(top_k)]."""
         targets_RT = batch_R2T[:, 1]
         x_RTD = self._model.hidden(batch_R2T[:, 0])
         per_device = self.rows_in_batch(x_RTD.shape[1]) // self._shards
-        part = max(LOGITS_AT_ONCE // (per_device * self._model.config.padded_vocab_size), 1)
-        parts = zip(x_RTD.split(part, dim=1), targets_RT.split(part, dim=1), strict=True)
-        sums_RK = torch.stack([self._sums(self._model.logits(x), targets) for x, targets in parts]).sum(0)
+        chunk = max(LOGITS_AT_ONCE // (per_device * self._model.config.padded_vocab_size), 1)
+        chunks = zip(x_RTD.split(chunk, dim=1), targets_RT.split(chunk, dim=1), strict=True)
+        sums_RK = torch.stack([self._sums(self._model.logits(x), targets) for x, targets in chunks]).sum(0)
         return self._runtime.all_rows(sums_RK)
 
     def _sums(self, logits_RTV: Tensor, targets_RT: Tensor) -> Tensor:
@@ -176,11 +176,11 @@ class Scorer:
         ids_RT1 = targets_RT.clamp(min=0).long()[..., None]
         target_RT1 = logits_RTV.gather(-1, ids_RT1)
         logprobs_RT = target_RT1[..., 0] - torch.logsumexp(logits_RTV, dim=-1)
-        # Of equal logits (in bf16 there are some) the first counts as the likelier, as argmax has it.
+        # Of equal logits (common in bf16), the first ranks higher, as in argmax.
         before_V = torch.arange(logits_RTV.shape[-1], device=logits_RTV.device) < ids_RT1
         rank_RT = ((logits_RTV > target_RT1) | ((logits_RTV == target_RT1) & before_V)).sum(-1)
         columns = [torch.where(valid_RT, logprobs_RT, 0.0)]
-        # Nothing is above a NaN, which would make every token of a broken model the likeliest.
+        # No logit compares greater than NaN, so without this every token of a broken model would rank first.
         counts_RT = valid_RT & logprobs_RT.isfinite()
         columns += [(counts_RT & (rank_RT < k)).float() for k in self.top_k]
         return torch.stack([column_RT.sum(-1) for column_RT in columns], dim=-1)

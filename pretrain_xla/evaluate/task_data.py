@@ -1,4 +1,4 @@
-"""Where a task's items are read: JSON lines at any path, glob or fsspec URL, or a dataset of the Hugging Face Hub."""
+"""Reading a task's items: JSON lines at any path, glob or fsspec URL, or a dataset of the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Fields = dict[str, Any]
 
 @dataclass(frozen=True)
 class Record:
-    """One item as it stands in a file. where: file and line, for messages."""
+    """One item of a file. where: file and line, for messages."""
 
     fields: Fields
     where: str
@@ -27,7 +27,7 @@ class Record:
 
 @dataclass(frozen=True)
 class HubDataset:
-    """A dataset of the Hub: where a task's items come from when no file is named."""
+    """A dataset of the Hub, the default source of a task's items."""
 
     path: str
     name: str | None
@@ -38,15 +38,15 @@ class HubDataset:
 
 
 def find_file(folder: str, stem: str, split: str) -> str:
-    """The file of a task in a folder of evaluation data, by the beginning of its name.
+    """Find the file of a task in a folder of evaluation data by the start of its name.
 
     Args:
         folder: local path or fsspec URL.
-        stem: how the name begins; case does not matter, and `-` is `_`.
-        split: a word of the name that decides where several files begin like that.
+        stem: start of the name; case is ignored, and `-` is the same as `_`.
+        split: part of the name that decides if several files start with `stem`.
 
     Raises:
-        UserError: no folder, or none or several such files.
+        UserError: no such folder, no such file, or several.
     """
     fs, root = filesystem(folder)
     if not fs.isdir(root):
@@ -62,12 +62,12 @@ def find_file(folder: str, stem: str, split: str) -> str:
 
 
 def read_records(source: str) -> Iterator[Record]:
-    """The objects of a `.jsonl` file (packed or not), or of all files that a glob names, in the order of their names.
+    """The objects of a `.jsonl` file, compressed or not, or of all files that match a glob, in the order of their names.
 
-    Labels in a file of their own (`dev.jsonl` and `dev-labels.lst`, a line for each item) join their items as `label`.
+    Labels in a separate file (`dev-labels.lst` for `dev.jsonl`, one line for each item) are added to their items as `label`.
 
     Raises:
-        UserError: nothing there, or not JSON lines.
+        UserError: no such file, or not JSON lines.
     """
     for path, lines in _open_all(source):
         labels = _labels(path)
@@ -86,10 +86,10 @@ def read_records(source: str) -> Iterator[Record]:
 
 
 def read_lines(source: str) -> Iterator[str]:
-    """The lines of a text file, or of all that a glob names, with their ends.
+    """The lines of a text file, or of all that match a glob, with their line ends.
 
     Raises:
-        UserError: nothing there, or not text.
+        UserError: no such file, or not text.
     """
     length = 0
     for path, lines in _open_all(source):
@@ -104,16 +104,16 @@ def read_hub(dataset: HubDataset, task: str) -> Iterator[Record]:
     """The rows of a dataset of the Hub, or of its copy in the cache.
 
     Raises:
-        UserError: it cannot be had; the message says how to name a file.
+        UserError: it cannot be loaded; the message says how to name a file instead.
     """
     import datasets
 
     try:
         rows = datasets.load_dataset(dataset.path, dataset.name, split=dataset.split)
-    except Exception as error:  # `datasets` lets through whatever its network clients raise
+    except Exception as error:  # `datasets` passes on any exception of its network clients
         reason = " ".join(str(error).split())[:160] or type(error).__name__
         raise UserError(
-            f"task {task}: {dataset.path} cannot be had from the Hugging Face Hub ({reason}); "
+            f"task {task}: {dataset.path} cannot be loaded from the Hugging Face Hub ({reason}); "
             f"with no network, name a file: {task}=FILE in the tasks, or a folder of them with --data-dir"
         ) from None
     for number, fields in enumerate(rows):
@@ -121,7 +121,7 @@ def read_hub(dataset: HubDataset, task: str) -> Iterator[Record]:
 
 
 def _open_all(source: str) -> Iterator[tuple[str, Iterator[str]]]:
-    """(path, lines) of each file that a path, glob or URL stands for."""
+    """(path, lines) of each file that a path, glob or URL matches."""
     fs, root = filesystem(source)
     fits = fitting(fs, root, source) if glob.has_magic(root) and path_type(fs, root) != "file" else [root]
     paths = sorted(path for path in fits if path_type(fs, path) == "file")

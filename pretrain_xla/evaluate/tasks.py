@@ -1,4 +1,4 @@
-"""The tasks: what each one reads, asks and measures, and whose definition it follows."""
+"""The evaluation tasks: the data, prompts and metrics of each, and whose definition it follows. Add a task to `TASKS`."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ import numpy as np
 from pretrain_xla.data.batches import Batches
 from pretrain_xla.data.dataset import TokenDataset, open_dataset
 from pretrain_xla.errors import UserError
-from pretrain_xla.evaluate import metrics as measures
-from pretrain_xla.evaluate import prompts
+from pretrain_xla.evaluate import metrics, prompts
 from pretrain_xla.evaluate.metrics import Measured
 from pretrain_xla.evaluate.prompts import Question
 from pretrain_xla.evaluate.rows import joined_rows, separate_rows, windows
@@ -28,10 +27,10 @@ from pretrain_xla.tokenizers.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Settings:
-    """What an evaluation asks for besides its tasks.
+    """Options of an evaluation.
 
-    data_dir: folder with the tasks' files, none: the Hub. limit: items of each task, none: all. stride: tokens between
-    windows of text, none: half of the model's length. shards: folder that the task `shards` reads where none is named.
+    data_dir: folder with the tasks' files; None means the Hub. limit: items of each task; None means all. stride: tokens
+    between windows of text; None means half of the model's length. shards: default folder of the task `shards`.
     """
 
     data_dir: str | None = None
@@ -42,10 +41,10 @@ class Settings:
 
 @dataclass(frozen=True)
 class Reader:
-    """What a text becomes for one model.
+    """How a model reads text.
 
-    load_tokenizer: gives its tokenizer; not called where no task has text, nor shards that say how they were made.
-    max_length: tokens that it takes. vocab_size: ids that it has. top_k: each k of the top-k accuracies.
+    load_tokenizer: returns its tokenizer; called only for tasks with text, and for shards whose tokenizer is known.
+    max_length: its `seq_length`. vocab_size: its number of ids. top_k: each k of the top-k accuracies.
     begins: see `LoadedModel.adds_bos`.
     """
 
@@ -57,7 +56,7 @@ class Reader:
 
     @cached_property
     def before(self) -> tuple[int, ...]:
-        """Ids that the model has learnt to see before every text."""
+        """Ids that the model expects before every text."""
         return before_text(self.tokenizer) if self.begins else ()
 
     @cached_property
@@ -65,7 +64,7 @@ class Reader:
         """The model's tokenizer.
 
         Raises:
-            UserError: there is none, or it has ids that the model does not have.
+            UserError: there is none, or it has more ids than the model.
         """
         tokenizer = self.load_tokenizer()
         if tokenizer.vocab_size > self.vocab_size:
@@ -78,7 +77,7 @@ class Reader:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A task that has been read: rows to be scored, and what their scores amount to.
+    """A task that has been read: rows to score, and how their scores become the task's.
 
     source: where its items came from. items: how many.
     """
@@ -95,15 +94,26 @@ class Prepared:
 class Task:
     """A kind of evaluation.
 
-    definition: what is scored and how, in a sentence. prepare: reads it. hub: its items where no file is named, with the
-    beginning of its files' names. options: of `prepare`.
+    definition: what is scored and how, in a sentence. prepare: reads it. hub: its default dataset. stem: how the names of its
+    files start. options: for `prepare`.
     """
 
     definition: str
-    prepare: Callable[[str, Task, str | None, Settings, Reader], Prepared]
+    prepare: Callable[[TaskRequest], Prepared]
     hub: HubDataset | None = None
     stem: str = ""
     options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TaskRequest:
+    """A task to prepare for a model. source: path, glob or URL that the user named, if any."""
+
+    name: str
+    task: Task
+    source: str | None
+    settings: Settings
+    reader: Reader
 
 
 def prepare_task(word: str, settings: Settings, reader: Reader) -> Prepared:
@@ -111,19 +121,19 @@ def prepare_task(word: str, settings: Settings, reader: Reader) -> Prepared:
 
     Args:
         word: `NAME`, or `NAME=SOURCE` with a path, glob or fsspec URL.
-        settings: what else was asked for.
+        settings: other options.
         reader: of the model.
 
     Raises:
-        UserError: no such task, no such file, or items that are not the task's.
+        UserError: no such task, no such file, or malformed items.
     """
     name = check_task(word)
     source = word.partition("=")[2]
-    return TASKS[name].prepare(name, TASKS[name], source or None, settings, reader)
+    return TASKS[name].prepare(TaskRequest(name, TASKS[name], source or None, settings, reader))
 
 
 def check_task(word: str) -> str:
-    """The name in `NAME` or `NAME=SOURCE`; before a model is read, which may take long.
+    """The name in `NAME` or `NAME=SOURCE`; called before the model is loaded, which may take long.
 
     Raises:
         UserError: there is no such task.
@@ -137,81 +147,92 @@ def check_task(word: str) -> str:
     return name
 
 
-def _records(name: str, task: Task, source: str | None, settings: Settings) -> tuple[str, list[Record]]:
-    """Where the items of a task are, and the first `limit` of them."""
-    assert task.hub is not None
-    if source is None and settings.data_dir is not None:
-        source = find_file(settings.data_dir, task.stem, task.hub.split[:3])
-    found = read_records(source) if source is not None else read_hub(task.hub, name)
-    where = source or str(task.hub)
-    records = list(itertools.islice(found, settings.limit))
+def _records(request: TaskRequest) -> tuple[str, list[Record]]:
+    """Source of a task's items, and the first `limit` of them."""
+    hub = request.task.hub
+    assert hub is not None
+    source = _source(request)
+    found = read_records(source) if source is not None else read_hub(hub, request.name)
+    where = source or str(hub)
+    records = list(itertools.islice(found, request.settings.limit))
     if not records:
         raise UserError(f"{where}: no items in it")
     return where, records
 
 
-def _choice(name: str, task: Task, source: str | None, settings: Settings, reader: Reader) -> Prepared:
-    where, records = _records(name, task, source, settings)
-    asked: list[Question] = [task.options["ask"](record) for record in records]
-    contexts = [context for question in asked for context in question.contexts]
-    continuations = [continuation for question in asked for continuation in question.continuations]
-    if task.options.get("separate"):
+def _source(request: TaskRequest) -> str | None:
+    """The file that was named, or that is in the folder of evaluation data, or None for the Hub."""
+    hub, folder = request.task.hub, request.settings.data_dir
+    if request.source is None and folder is not None and hub is not None:
+        return find_file(folder, request.task.stem, hub.split[:3])
+    return request.source
+
+
+def _choice(request: TaskRequest) -> Prepared:
+    reader, options = request.reader, request.task.options
+    where, records = _records(request)
+    questions: list[Question] = [options["prompt"](record) for record in records]
+    contexts = [context for question in questions for context in question.contexts]
+    continuations = [continuation for question in questions for continuation in question.continuations]
+    if options.get("separate"):
         rows = separate_rows(contexts, continuations, reader.tokenizer, reader.max_length)
     else:
         rows = joined_rows(contexts, continuations, reader.tokenizer, reader.max_length, reader.before)
 
     def measure(scores: Sequence[Score]) -> Measured:
-        return measures.choice(asked, scores, by=task.options["by"])
+        return metrics.choice(questions, scores, by=options["by"])
 
-    return Prepared(name, task.definition, where, len(asked), rows, measure)
+    return Prepared(request.name, request.task.definition, where, len(questions), rows, measure)
 
 
-def _last_word(name: str, task: Task, source: str | None, settings: Settings, reader: Reader) -> Prepared:
-    where, records = _records(name, task, source, settings)
+def _last_word(request: TaskRequest) -> Prepared:
+    reader = request.reader
+    where, records = _records(request)
     pairs = [prompts.lambada(record) for record in records]
     rows = joined_rows([a for a, _ in pairs], [b for _, b in pairs], reader.tokenizer, reader.max_length, reader.before)
-    return Prepared(name, task.definition, where, len(pairs), rows, measures.last_word)
+    return Prepared(request.name, request.task.definition, where, len(pairs), rows, metrics.last_word)
 
 
-def _text(name: str, task: Task, source: str | None, settings: Settings, reader: Reader) -> Prepared:
+def _text(request: TaskRequest) -> Prepared:
+    reader, settings = request.reader, request.settings
     stride = settings.stride or max(reader.max_length // 2, 1)
     if stride > reader.max_length:
         raise UserError(
             f"stride {stride} is longer than the model's {reader.max_length} tokens, and would leave out some: "
             f"use {reader.max_length} or less"
         )
-    where, text = _read_text(name, task, source, settings)
+    where, text = _read_text(request)
     tokens = np.array([*reader.before, *reader.tokenizer.encode(text)], np.int32)
     rows = list(itertools.islice(windows(tokens, reader.max_length, stride), settings.limit))
     if not rows:
         raise UserError(f"{where}: {len(tokens)} tokens are too few to score one")
 
     def measure(scores: Sequence[Score]) -> Measured:
-        return measures.stream(scores, reader.top_k)
+        return metrics.stream(scores, reader.top_k)
 
-    definition = f"{task.definition} (windows of {reader.max_length} tokens, stride {stride})"
-    return Prepared(name, definition, where, len(rows), rows, measure)
+    definition = f"{request.task.definition} (windows of {reader.max_length} tokens, stride {stride})"
+    return Prepared(request.name, definition, where, len(rows), rows, measure)
 
 
-def _read_text(name: str, task: Task, source: str | None, settings: Settings) -> tuple[str, str]:
-    if source is None and settings.data_dir is not None and task.hub is not None:
-        source = find_file(settings.data_dir, task.stem, task.hub.split[:3])
-    if source is None and task.hub is None:
+def _read_text(request: TaskRequest) -> tuple[str, str]:
+    name, hub, source = request.name, request.task.hub, _source(request)
+    if source is None and hub is None:
         raise UserError(f"task {name} needs a file: {name}=FILE")
     lines: Iterable[str]
     if source is None:
-        assert task.hub is not None
-        lines = (record.fields["text"] for record in read_hub(task.hub, name))
+        assert hub is not None
+        lines = (record.fields["text"] for record in read_hub(hub, name))
     else:
         lines = read_lines(source)
-    if task.options.get("rows"):
-        # As the Hub's dataset has them: a line is a row with its end, a blank line an empty row.
-        return source or str(task.hub), "\n\n".join(line if line.strip() else "" for line in lines)
-    return source or str(task.hub), "".join(lines)
+    if request.task.options.get("rows"):
+        # As in the Hub's dataset: each line with its end is a row, and a blank line is an empty row.
+        return source or str(hub), "\n\n".join(line if line.strip() else "" for line in lines)
+    return source or str(hub), "".join(lines)
 
 
-def _shards(name: str, task: Task, source: str | None, settings: Settings, reader: Reader) -> Prepared:
-    folder = source or settings.shards
+def _shards(request: TaskRequest) -> Prepared:
+    name, settings, reader = request.name, request.settings, request.reader
+    folder = request.source or settings.shards
     if folder is None:
         raise UserError(f"task {name} needs a folder of token shards: {name}=FOLDER")
     dataset = open_dataset(folder, reader.max_length, reader.vocab_size, split="valid")
@@ -221,19 +242,19 @@ def _shards(name: str, task: Task, source: str | None, settings: Settings, reade
     rows = [Row(batches.rows(index)[0], 1) for index in range(count)]
 
     def measure(scores: Sequence[Score]) -> Measured:
-        return measures.stream(scores, reader.top_k)
+        return metrics.stream(scores, reader.top_k)
 
-    return Prepared(name, task.definition, folder, count, rows, measure)
+    return Prepared(name, request.task.definition, folder, count, rows, measure)
 
 
 def _check_made_with(dataset: TokenDataset, folder: str, reader: Reader) -> None:
-    """Refuse shards that another tokenizer than the model's made, where both are known: their loss would say nothing."""
+    """Refuse shards made with another tokenizer than the model's, if both are known: their loss would be meaningless."""
     made = dataset_tokenizer(dataset.info)
     if made == TokenizerId():
         return
     try:
         own = TokenizerId(fingerprint(reader.tokenizer), reader.tokenizer.name)
-    except UserError:  # the model came without one
+    except UserError:  # the model has none
         return
     if own.differs(made):
         raise UserError(
@@ -252,12 +273,12 @@ TASKS: dict[str, Task] = {
     "text": Task("perplexity of a text file as it stands", _text),
     "hellaswag": Task(
         f"{_LM_EVAL}: acc by summed log-probability, acc_norm by that for each character", _choice,
-        HubDataset("Rowan/hellaswag", None, "validation"), "hellaswag", {"ask": prompts.hellaswag, "by": "characters"},
+        HubDataset("Rowan/hellaswag", None, "validation"), "hellaswag", {"prompt": prompts.hellaswag, "by": "characters"},
     ),
     "hellaswag_llmc": Task(
         "llm.c's: raw context and ending, tokenized apart; acc by summed loss, acc_norm by mean loss for each token", _choice,
         HubDataset("Rowan/hellaswag", None, "validation"), "hellaswag",
-        {"ask": prompts.hellaswag_llmc, "by": "tokens", "separate": True},
+        {"prompt": prompts.hellaswag_llmc, "by": "tokens", "separate": True},
     ),
     "lambada": Task(
         "lm-eval's lambada_openai: perplexity of the last word, acc by greedy decoding", _last_word,
@@ -265,16 +286,16 @@ TASKS: dict[str, Task] = {
     ),
     "piqa": Task(
         f"{_LM_EVAL}: acc by summed log-probability, acc_norm by that for each character", _choice,
-        HubDataset("baber/piqa", None, "validation"), "piqa", {"ask": prompts.piqa, "by": "characters"},
+        HubDataset("baber/piqa", None, "validation"), "piqa", {"prompt": prompts.piqa, "by": "characters"},
     ),
     "arc_easy": Task(
         f"{_LM_EVAL}: acc by summed log-probability, acc_norm by that for each character", _choice,
-        HubDataset("allenai/ai2_arc", "ARC-Easy", "test"), "arc_easy", {"ask": prompts.arc, "by": "characters"},
+        HubDataset("allenai/ai2_arc", "ARC-Easy", "test"), "arc_easy", {"prompt": prompts.arc, "by": "characters"},
     ),
     "winogrande": Task(
         f"{_LM_EVAL}: acc by the log-probability of what follows the gap, given each filling", _choice,
         HubDataset("allenai/winogrande", "winogrande_xl", "validation"), "winogrande",
-        {"ask": prompts.winogrande, "by": None},
+        {"prompt": prompts.winogrande, "by": None},
     ),
 }  # fmt: skip
 """Name → task."""

@@ -130,7 +130,7 @@ def test_offline_the_hub_is_a_clear_word(
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     said = refusal(capsys, "--model", str(trio.run_dir), "--tasks", "hellaswag")
-    assert "Rowan/hellaswag cannot be had from the Hugging Face Hub" in said
+    assert "Rowan/hellaswag cannot be loaded from the Hugging Face Hub" in said
     assert "hellaswag=FILE" in said
 
 

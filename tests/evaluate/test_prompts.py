@@ -104,7 +104,7 @@ def test_lambada() -> None:
 
 @pytest.mark.parametrize("task", ASK)
 def test_records_of_something_else(task: str) -> None:
-    with pytest.raises(UserError, match=r"file.jsonl:7: unknown form: its keys are text"):
+    with pytest.raises(UserError, match=r"file.jsonl:7: unknown format: its keys are text"):
         ask(task, {"text": "a"})
 
 
@@ -223,7 +223,7 @@ def test_an_empty_context_is_an_end_of_text() -> None:
     ],
 )
 def test_values_of_another_form_name_the_record(ask: Callable[[Record], Any], fields: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match=r"^file:7: one of its values is of another form"):
+    with pytest.raises(UserError, match=r"^file:7: one of its values has the wrong type"):
         ask(Record(fields, "file:7"))
 
 
