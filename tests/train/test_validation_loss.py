@@ -89,7 +89,7 @@ def test_each_sequence_counts_once_whatever_the_size_of_a_batch(
     expected = float(F.cross_entropy(logits.flatten(0, 1), targets))
     for size in (1, 2, 5, 7, count - 1, count, count + 1, 3 * count):
         assert validation(model, runtime, tokens, 99, examples, size)() == pytest.approx(expected, rel=2e-6), size
-    monkeypatch.setattr(loss, "READING", 3)  # the sums come in parts
+    monkeypatch.setattr(loss, "FETCHED_BATCHES", 3)  # the sums come in parts
     assert validation(model, runtime, tokens, 99, examples, 1)() == pytest.approx(expected, rel=2e-6)
 
 
