@@ -59,8 +59,13 @@ class Report:
         return self.memory.fits
 
     def to_tree(self) -> dict[str, Any]:
-        """As JSON holds it."""
-        return {"fits": self.fits} | dataclasses.asdict(self)
+        """As JSON holds it. The conservative figures are there under their former name, sober, too."""
+        tree: dict[str, Any] = {"fits": self.fits} | dataclasses.asdict(self)
+        for section in (tree["estimate"], tree["run"]):
+            if section is not None:
+                former = {key.replace("conservative", "sober"): value for key, value in section.items()}
+                section.update(former)
+        return tree
 
 
 def make_report(

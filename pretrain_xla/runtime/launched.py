@@ -1,4 +1,4 @@
-"""Who this process is by the environment: alone, or one of several that torchrun (or whoever sets the same) has started.
+"""Who this process is by its environment: alone, or one of several that torchrun or another launcher has started.
 
 torchrun sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT together. A part of them, left in a shell or set for
 another program, is no launch: without RANK it is passed over with a note, and RANK without the others is refused.

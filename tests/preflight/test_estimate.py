@@ -183,7 +183,12 @@ def test_report_of_what_fits(config: RunConfig, make_result: MakeResult) -> None
         "all-reduce",
     ):
         assert part in text
-    assert json.loads(json.dumps(report.to_tree()))["fits"] is True
+    tree = json.loads(json.dumps(report.to_tree()))
+    assert tree["fits"] is True
+    assert tree["estimate"]["sober"] == tree["estimate"]["conservative"], "its name in older reports"
+    assert (
+        tree["run"]["hours_sober"] == tree["run"]["hours_conservative"] == pytest.approx(report.run.hours_conservative)
+    )
 
 
 def test_report_of_what_does_not_fit(config: RunConfig, make_result: MakeResult) -> None:

@@ -8,7 +8,7 @@ import torch_xla
 from torch import Tensor
 
 from pretrain_xla.runtime.base import GraphCounts, GraphEvent
-from pretrain_xla.runtime.xla import graphs as xla_graphs
+from pretrain_xla.runtime.xla import graphs
 from pretrain_xla.runtime.xla.compiler_warnings import compiler_warnings, in_words
 
 
@@ -37,13 +37,13 @@ class CompiledFunction:
 
     def __call__(self, *arguments: Tensor) -> Tensor:
         """Trace, run, and record what should not have happened."""
-        before, fallen = xla_graphs.compilations(), xla_graphs.fallbacks()
+        before, fallen = graphs.compilations(), graphs.fallbacks()
         result = self._function(*arguments)
         if not self._first_graph:
-            self._first_graph = xla_graphs.graph_text([result, *self._state()])
+            self._first_graph = graphs.graph_text([result, *self._state()])
         self._compile_and_run()
-        added = xla_graphs.compilations() - before
-        fell = [name for name, times in xla_graphs.fallbacks().items() if times > fallen.get(name, 0)]
+        added = graphs.compilations() - before
+        fell = [name for name, times in graphs.fallbacks().items() if times > fallen.get(name, 0)]
         if fell:
             lines = self._fallback_lines(arguments)
             for name in fell:
@@ -70,12 +70,12 @@ class CompiledFunction:
     def _fallback_lines(self, arguments: tuple[Tensor, ...]) -> dict[str, str]:
         if not self._explain:
             return {}
-        with xla_graphs.FallbackFinder() as finder:
+        with graphs.FallbackFinder() as finder:
             self._function(*arguments)
         return finder.lines
 
     def _explanation(self, arguments: tuple[Tensor, ...]) -> tuple[str, str]:
         if not self._explain:
             return f"the {self._name} step", "its graph changed; --strict-graph stops there and names the line"
-        graph = xla_graphs.traced_with_lines(lambda: [self._function(*arguments), *self._state()])
-        return xla_graphs.first_difference(self._first_graph, graph)
+        graph = graphs.traced_with_lines(lambda: [self._function(*arguments), *self._state()])
+        return graphs.first_difference(self._first_graph, graph)

@@ -1,4 +1,4 @@
-"""Environment variables that PyTorch/XLA reads when it first touches a device, put right beforehand."""
+"""Environment variables that PyTorch/XLA reads when it first touches a device, corrected beforehand."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def _cuda_plugin() -> str:
     """Path of the CUDA plugin that JAX ships.
 
     Raises:
-        UserError: it is not installed, or the machine has no GPU.
+        UserError: it is not installed, or the host has no GPU.
     """
     found = importlib.util.find_spec("jax_plugins.xla_cuda12") if importlib.util.find_spec("jax_plugins") else None
     library = ""

@@ -1,4 +1,4 @@
-"""What the XLA compiler and the lazy tensors do behind one's back, by source line.
+"""What the XLA compiler and the lazy tensors do without being asked, by source line.
 
 Lazy tensors make two faults easy and silent. A Python value that changes between steps, or a shape, ends up in the traced
 graph, and the step compiles anew (minutes on a TPU). Reading a tensor on the host (`.item()`, `if tensor:`) cuts the graph and

@@ -4,8 +4,8 @@
 handed to it, and a call costs the host one operation, whatever the size of the model. What it carries is updated in place: the
 buffers are donated, and a key/value cache is never copied. Random numbers are handed to it, too: its body draws none.
 
-`torch_xla.experimental.fori_loop.while_loop` traces and builds its body anew at each call, which takes the host longer than a
-small model takes for a token (`benchmarks/generate.py` measures this one).
+`torch_xla.experimental.fori_loop.while_loop` and `torch_xla.experimental.scan` trace their bodies anew at each call, which
+takes the host longer than a small model takes for a token (`benchmarks/generate.py` measures this one).
 """
 
 from __future__ import annotations
