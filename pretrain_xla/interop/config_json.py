@@ -34,10 +34,10 @@ def choose_family(config: ModelConfig) -> Family:
         return fitting
     obstacles, nearest = min(rows, key=lambda row: sum(FUNDAMENTAL.get(name, 1) for name in row[0]))
     in_the_way = " and ".join(f"{name}={getattr(config, name)}" for name in obstacles)
-    fixs = " and ".join(f"{name} {_wanted(nearest, name)}" for name in obstacles)
+    fixes = " and ".join(f"{name} {_wanted(nearest, name)}" for name in obstacles)
     raise UserError(
         f"no architecture of transformers computes this model: {in_the_way} {'stand' if len(obstacles) > 1 else 'stands'} in "
-        f"the way; with {fixs} it would be {nearest.model_type} ({nearest.architecture})"
+        f"the way; with {fixes} it would be {nearest.model_type} ({nearest.architecture})"
     )
 
 
