@@ -9,7 +9,8 @@ from typing import Any
 
 import yaml
 
-from pretrain_xla.config import LEAVES, RunConfig
+from pretrain_xla.config import RunConfig
+from pretrain_xla.config.run import SECTION_OF_KEY
 from pretrain_xla.errors import UserError
 from pretrain_xla.redact import redacted_tree
 
@@ -71,8 +72,8 @@ def load_yaml(path: str) -> dict[str, Any]:
     if tree is None:
         return {}
     if not isinstance(tree, dict) or not all(isinstance(value, dict | None) for value in tree.values()):
-        flat = next((key for key in tree if key in LEAVES), None) if isinstance(tree, dict) else None
-        hint = f"; {flat!r} belongs under {LEAVES[flat]!r}" if flat else ""
+        flat = next((key for key in tree if key in SECTION_OF_KEY), None) if isinstance(tree, dict) else None
+        hint = f"; {flat!r} belongs under {SECTION_OF_KEY[flat]!r}" if flat else ""
         raise UserError(
             f"--config {path}: expected sections ({', '.join(RunConfig.model_fields)}), each with its keys{hint}"
         )

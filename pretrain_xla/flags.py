@@ -19,7 +19,7 @@ from pydantic import BaseModel
 
 from pretrain_xla.command_line import flags_of, one_line, unknown_flag
 from pretrain_xla.config import LEAVES, RunConfig, build_config
-from pretrain_xla.config.old_settings import ALIASES, translate, translate_flags
+from pretrain_xla.config.old_settings import SWITCHES, apply, without_old_flags, without_old_settings
 from pretrain_xla.config_file import load_yaml
 from pretrain_xla.errors import UserError
 from pretrain_xla.redact import is_redacted
@@ -87,9 +87,10 @@ def parse_flags(
     arguments = ["--help" if argument == "--help-all" else argument for argument in arguments]
     file = _value_of("--config", arguments)
     where = f"--config {file}" if file is not None else "command line"
-    tree = translate(load_yaml(file), where) if file is not None else {}
-    given = frozenset(leaf for leaf in (*LEAVES, *ALIASES) if _is_named(leaf, arguments))
-    arguments = translate_flags(arguments, given)
+    tree, switches = without_old_settings(load_yaml(file) if file is not None else {}, where)
+    arguments, typed_switches = without_old_flags(arguments)
+    named = frozenset(leaf for leaf in LEAVES if _is_named(leaf, arguments))
+    given = named | typed_switches.keys()
     for leaf, value in (fixed or {}).items():
         if leaf not in given:
             tree.setdefault(LEAVES[leaf], {})[leaf] = value
@@ -106,12 +107,14 @@ def parse_flags(
             return_unknown_args=True,
         )
     if unknown:
-        known = [flag for leaf in (*LEAVES, "config", "print_config", "help", "help_all") for flag in flags_of(leaf)]
+        names = (*LEAVES, *SWITCHES, "config", "print_config", "help", "help_all")
+        known = [flag for leaf in names for flag in flags_of(leaf)]
         raise UserError(unknown_flag(unknown[0], known, "train"))
     sections = {
         name: {f.name: getattr(getattr(parsed, name), f.name) for f in dataclasses.fields(getattr(parsed, name))}
         for name in RunConfig.model_fields
     }
+    apply(switches | typed_switches, sections, named)
     both = f"{where} and flags" if file is not None and given else where
     _check_not_redacted(sections, both)
     stated = given | {leaf for section in tree.values() for leaf in section}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import textwrap
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 
 from pretrain_xla.config import LEAVES, RunConfig, build_config
+from pretrain_xla.config.old_settings import SWITCHES
 from pretrain_xla.config_file import load_yaml, to_yaml
 from pretrain_xla.errors import UserError
 from pretrain_xla.flags import USUAL, Parsed, parse_flags
@@ -397,42 +397,73 @@ def test_defaults_of_the_original() -> None:
     assert {name: leaf(config, name) for name in original} == original
 
 
-@pytest.mark.parametrize(
-    ("flags", "expected"),
-    [
-        (["--do-test"], {"mode": "evaluate"}),
-        (["--preflight-only", "--topology", "v5e-8"], {"mode": "preflight", "topology": "v5e-8"}),
-        (["--ddp"], {"mp_start_method": "spawn"}),
-        (["--ddp", "--mp-start-method", "fork"], {"mp_start_method": "fork"}),
-        (["--mp_start_method=fork", "--ddp"], {"mp_start_method": "fork"}),
-        (["--no-ddp", "--no-do_test"], {"mp_start_method": None, "mode": "train"}),
-        (["--use_syncfree_optim"], {}),
-    ],
-)
-def test_old_switches_mean_settings_of_today(flags: list[str], expected: dict[str, Any]) -> None:
-    config = parse(*flags).config
-    assert config == build_config(nested(expected | {"runtime": config.parallel.runtime}), "test")
+# (a config of an older run, flags) → (mode, start method), as they were when each switch was a setting of its own.
+OLD_SWITCHES: list[tuple[str, str, str, str | None]] = [
+    ("", "--do-test", "evaluate", None),
+    ("", "--do_test --use_syncfree_optim", "evaluate", None),
+    ("", "--preflight-only --do-test", "preflight", None),
+    ("", "--do-test --no-do-test", "train", None),
+    ("", "--no-do_test --no_ddp --no-use-syncfree-optim", "train", None),
+    ("", "--ddp", "train", "spawn"),
+    ("", "--ddp --mp-start-method fork", "train", "fork"),
+    ("", "--mp_start_method=fork --ddp", "train", "fork"),
+    ("train: {do_test: true}", "", "evaluate", None),
+    ("train: {do_test: 1}", "--no-preflight-only", "evaluate", None),
+    ("train: {do_test: true}", "--no-do-test", "train", None),
+    ("train: {do_test: true, preflight_only: true}", "--no-preflight-only", "evaluate", None),
+    ("train: {do_test: true, preflight_only: true}", "--no-do-test", "preflight", None),
+    ("train: {preflight_only: true}", "--do-test", "preflight", None),
+    ("train: {do_test: false, preflight_only: false, use_syncfree_optim: true}", "--preflight-only", "preflight", None),
+    ("parallel: {ddp: true, mp_start_method: null}", "", "train", "spawn"),
+    ("parallel: {ddp: true}", "--no-ddp", "train", None),
+    ("parallel: {ddp: true, mp_start_method: fork}", "--no-ddp", "train", "fork"),
+    ("parallel: {ddp: false, mp_start_method: fork}", "--ddp", "train", "fork"),
+    # with the settings that replaced them
+    ("train: {mode: evaluate}", "--no-do-test", "train", None),
+    ("train: {mode: train}", "--do-test", "evaluate", None),
+    ("train: {do_test: false, mode: evaluate}", "", "evaluate", None),
+    ("train: {do_test: true}", "--mode train", "train", None),
+    ("train: {do_test: true}", "--mode preflight", "preflight", None),
+    ("parallel: {mp_start_method: spawn}", "--no-ddp", "train", "spawn"),
+]
 
 
-def nested(leaves: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    tree: dict[str, dict[str, Any]] = {}
-    for name, value in leaves.items():
-        tree.setdefault(LEAVES[name], {})[name] = value
-    return tree
+@pytest.mark.parametrize(("text", "flags", "mode", "start_method"), OLD_SWITCHES)
+def test_old_switches_do_what_they_did(
+    text: str, flags: str, mode: str, start_method: str | None, yaml: Callable[[str], str]
+) -> None:
+    config = parse("--config", yaml(text), *flags.split()).config
+    assert (config.train.mode, config.parallel.mp_start_method) == (mode, start_method)
+    same = {"train": {"mode": mode}, "parallel": {"mp_start_method": start_method}}
+    assert config == build_config(same, "test"), "nothing else is changed"
+    if not flags:
+        assert config == build_config(load_yaml(yaml(text)), "test"), "as a saved config is read"
 
 
-def test_configs_that_older_runs_saved(yaml: Any) -> None:
-    """Every old key, as it was written into `config.yaml` and into checkpoints; flags go before them."""
-    old = """
-        train: {do_test: true, preflight_only: false, use_syncfree_optim: true, train_steps: 7}
-        parallel: {ddp: true, mp_start_method: null}
-        logging: {wandb_logging: true, wandb_tags: [a], log_interval: 3}
-    """
-    config = parse("--config", yaml(textwrap.dedent(old))).config
-    assert (config.train.mode, config.train.train_steps) == ("evaluate", 7)
-    assert config.parallel.mp_start_method == "spawn"
+def test_old_settings_are_in_no_help_and_no_saved_config(capsys: pytest.CaptureFixture[str]) -> None:
+    assert not set(SWITCHES) & set(LEAVES)
+    saved = to_yaml(parse("--ddp", "--do-test", "--use-syncfree-optim").config)
+    assert not [name for name in SWITCHES if f" {name}:" in saved]
+    with pytest.raises(SystemExit):
+        parse("--help-all")
+    text = capsys.readouterr().out
+    assert not [name for name in SWITCHES if re.search(rf"(?m)^\W*--{name.replace('_', '-')}(?![\w-])", text)]
+    assert refusal("--do-tset") == "unknown argument '--do-tset'; did you mean --do-test?"
+
+
+def test_settings_of_weights_and_biases_are_accepted_where_they_were(yaml: Callable[[str], str]) -> None:
+    old = (
+        "logging: {wandb_logging: true, wandb_tags: [a], wandb_name: old, log_interval: 3}\nwandb: {wandb_name: new}\n"
+    )
+    config = parse("--config", yaml(old)).config
     assert (config.wandb.wandb_logging, config.wandb.wandb_tags, config.logging.log_interval) == (True, ("a",), 3)
-    assert parse("--config", yaml(textwrap.dedent(old)), "--no-do-test").config.train.mode == "train"
-    assert parse("--config", yaml("parallel: {ddp: true}")).config.parallel.mp_start_method == "spawn"
-    with pytest.raises(UserError, match=r"train.do_test='maybe': give true or false"):
-        parse("--config", yaml("train: {do_test: maybe}"))
+    assert config.wandb.wandb_name == "new"
+    assert "unknown key 'wandb.wandb_nam'" in refusal("--config", yaml("logging: {wandb_nam: x}"))
+
+
+def test_faults_in_old_settings_name_them(yaml: Callable[[str], str]) -> None:
+    assert "train.do_test='maybe': give true or false" in refusal("--config", yaml("train: {do_test: maybe}"))
+    assert "key 'train.ddp' is in the wrong place: it belongs under 'parallel'" in refusal(
+        "--config", yaml("train: {ddp: true}")
+    )
+    assert "'ddp' belongs under 'parallel'" in refusal("--config", yaml("ddp: true"))

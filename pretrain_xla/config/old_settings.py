@@ -1,84 +1,117 @@
-"""Settings of older command lines and of the configs that older runs saved: accepted, and translated to today's.
+"""Settings of older command lines and older saved configs: still accepted, and translated to the current ones.
 
-They are no leaves of the tree. `ALIASES` and `MOVED` are all there is to know of them.
+They are not leaves of the tree. `SWITCHES` and `MOVED` are the whole list.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import reprlib
+from collections.abc import Sequence
 from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
 
 from pretrain_xla.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
-class Alias:
-    """What a switch of older command lines means. leaf, on, off: the setting, and its value with the switch on or off.
+class Switch:
+    """An old true/false setting.
 
-    section: where the switch, and the setting, are in a file. leaf None: the switch has no effect.
+    Attributes:
+        section: section of the switch, and of the leaf that replaces it.
+        leaf: the leaf that replaces it. None means that the switch has no effect.
+        value: what the switch sets the leaf to.
+        otherwise: what the leaf returns to if a flag turns the switch off.
+        only_if_unset: the switch sets the leaf only if it is None, and does not reset it.
     """
 
     section: str
-    leaf: str | None
-    on: str | None = None
-    off: str | None = None
+    leaf: str | None = None
+    value: str | None = None
+    otherwise: str | None = None
+    only_if_unset: bool = False
 
 
-ALIASES = {
-    "do_test": Alias("train", "mode", "evaluate", "train"),
-    "preflight_only": Alias("train", "mode", "preflight", "train"),
-    "ddp": Alias("parallel", "mp_start_method", "spawn", None),
-    "use_syncfree_optim": Alias("train", None),
+SWITCHES = {
+    "do_test": Switch("train", "mode", "evaluate", "train"),
+    "preflight_only": Switch("train", "mode", "preflight", "train"),
+    "ddp": Switch("parallel", "mp_start_method", "spawn", only_if_unset=True),
+    "use_syncfree_optim": Switch("train"),
 }
-"""Later ones win where two name one setting."""
+"""Old name → what it means. If two set the same leaf, the last one in this table wins."""
 
 MOVED = {"logging": ("wandb_", "wandb")}
-"""Section → (beginning of the names of leaves that were in it, the section where they are today)."""
+"""Section → (prefix of the leaves that were once in it, their section now)."""
+
+Tree = dict[str, Any]
 
 
-def translate(tree: dict[str, Any], where: str) -> dict[str, Any]:
-    """A nested dict (section → leaf → value) without old settings; those of today that have a value keep it.
+def translate(tree: Tree, where: str) -> Tree:
+    """A copy of a config (section → leaf → value) without old settings.
 
     Raises:
         UserError: an old switch is neither true nor false.
     """
-    new = {section: dict(values) if isinstance(values, dict) else values for section, values in tree.items()}
-    made: set[str] = set()
-    for name, alias in ALIASES.items():
-        values = new.get(alias.section)
-        if not isinstance(values, dict) or name not in values:
-            continue
-        if not isinstance(value := values.pop(name), bool):
-            raise UserError(f"{where}: {alias.section}.{name}={value!r}: give true or false")
-        if value and alias.leaf is not None and (values.get(alias.leaf) is None or alias.leaf in made):
-            values[alias.leaf] = alias.on
-            made.add(alias.leaf)
-    for section, (prefix, target) in MOVED.items():
-        values = new.get(section)
-        if not isinstance(values, dict) or not isinstance(new.get(target, {}), dict):
-            continue
-        for leaf in [leaf for leaf in values if str(leaf).startswith(prefix)]:
-            new.setdefault(target, {}).setdefault(leaf, values.pop(leaf))
+    new, switches = without_old_settings(tree, where)
+    apply(switches, new)
     return new
 
 
-def translate_flags(arguments: list[str], named: frozenset[str]) -> list[str]:
-    """Arguments of a command line, with each old switch as the flag of today.
+def without_old_settings(tree: Tree, where: str) -> tuple[Tree, dict[str, bool]]:
+    """A copy of a config with moved leaves in their current section, and the old switches that are on, taken out of it.
 
-    Args:
-        arguments: as they were typed.
-        named: leaves of today that they name; an old switch does not override them.
+    A leaf that is in both its old and its current section keeps the value of the current one.
+
+    Raises:
+        UserError: an old switch is neither true nor false.
     """
-    spelled: dict[str, tuple[Alias, str | None]] = {}
-    for name, alias in ALIASES.items():
-        for dashed in {name, name.replace("_", "-")}:
-            spelled |= {f"--{dashed}": (alias, alias.on), f"--no-{dashed}": (alias, alias.off)}
-    new: list[str] = []
-    for argument in arguments:
-        if argument not in spelled:
-            new.append(argument)
+    new = {section: dict(leaves) if isinstance(leaves, dict) else leaves for section, leaves in tree.items()}
+    switches: dict[str, bool] = {}
+    for name, switch in SWITCHES.items():
+        leaves = new.get(switch.section)
+        if isinstance(leaves, dict) and name in leaves:
+            value = leaves.pop(name)
+            try:
+                is_on = TypeAdapter(bool).validate_python(value)
+            except ValidationError:
+                raise UserError(f"{where}: {switch.section}.{name}={reprlib.repr(value)}: give true or false") from None
+            switches |= {name: True} if is_on else {}
+    for section, (prefix, target) in MOVED.items():
+        leaves = new.get(section)
+        if not isinstance(leaves, dict) or not isinstance(new.get(target, {}), dict):
             continue
-        alias, value = spelled[argument]
-        if alias.leaf is not None and alias.leaf not in named:
-            new += [f"--{alias.leaf.replace('_', '-')}", str(value)]
-    return new
+        for leaf in [leaf for leaf in leaves if str(leaf).startswith(prefix)]:
+            new.setdefault(target, {}).setdefault(leaf, leaves.pop(leaf))
+    return new, switches
+
+
+def without_old_flags(arguments: Sequence[str]) -> tuple[list[str], dict[str, bool]]:
+    """A command line without the flags of old switches, and these switches: on, or off where `no` precedes the name."""
+    spelled = {
+        f"--{no}{name}".replace("_", "-"): (name, not no) for name in SWITCHES for no in ("", "no-")
+    }  # dashes and underscores mean the same
+    rest: list[str] = []
+    switches: dict[str, bool] = {}
+    for argument in arguments:
+        if (found := spelled.get(argument.replace("_", "-"))) is None:
+            rest.append(argument)
+        else:
+            name, is_on = found
+            switches[name] = is_on
+    return rest, switches
+
+
+def apply(switches: dict[str, bool], tree: Tree, named: frozenset[str] = frozenset()) -> None:
+    """Set, in place, the leaves that old switches set; `named` leaves were given as flags of their own, which win."""
+    for name, switch in SWITCHES.items():
+        if switch.leaf is None or name not in switches:
+            continue
+        leaves = tree.setdefault(switch.section, {})
+        had = leaves.get(switch.leaf)
+        if switch.only_if_unset:
+            if switches[name] and had is None:
+                leaves[switch.leaf] = switch.value
+        elif switch.leaf not in named and (switches[name] or had == switch.value):
+            leaves[switch.leaf] = switch.value if switches[name] else switch.otherwise

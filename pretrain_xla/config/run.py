@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError, model_validator
 from pretrain_xla.config.data import DataConfig, EvaluationConfig
 from pretrain_xla.config.machine import CheckpointConfig, LoggingConfig, ParallelConfig, WandbConfig
 from pretrain_xla.config.model import ModelConfig
-from pretrain_xla.config.old_settings import translate
+from pretrain_xla.config.old_settings import SWITCHES, translate
 from pretrain_xla.config.section import Section
 from pretrain_xla.config.training import OptimConfig, TrainConfig
 from pretrain_xla.errors import UserError
@@ -96,6 +96,10 @@ def _leaves(section: type[BaseModel]) -> dict[str, str]:
 
 
 LEAVES = _leaves(RunConfig)
+"""Leaf name → section name."""
+
+SECTION_OF_KEY = LEAVES | {name: switch.section for name, switch in SWITCHES.items()}
+"""The same, with the old keys that a file may have."""
 
 
 def _nearest(word: str, known: list[str]) -> str:
@@ -112,8 +116,8 @@ def _one_line(error: ValidationError, where: str) -> str:
         fields: Any = RunConfig.model_fields if not parents else RunConfig.model_fields[str(parents[0])].annotation
         known = list(fields if not parents else fields.model_fields)
         last = str(fault["loc"][-1])
-        if last in LEAVES:
-            return f"{where}: key {key!r} is in the wrong place: it belongs under {LEAVES[last]!r}"
+        if last in SECTION_OF_KEY:
+            return f"{where}: key {key!r} is in the wrong place: it belongs under {SECTION_OF_KEY[last]!r}"
         return f"{where}: unknown key {key!r}{_nearest(last, known)}"
     message = fault["msg"].removeprefix("Value error, ")
     if fault["type"] == "value_error":

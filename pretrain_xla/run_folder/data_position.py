@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from pretrain_xla.config import RunConfig, build_config
+from pretrain_xla.config.old_settings import translate
 from pretrain_xla.data.batches import position_after
 from pretrain_xla.redact import redacted_tree
 from pretrain_xla.run_folder.checkpoint_marker import CheckpointInfo, DataPosition
@@ -87,6 +88,7 @@ def _config(info: CheckpointInfo) -> RunConfig:
 
 def _changes(saved: dict[str, Any], config: RunConfig) -> Iterator[tuple[str, Any, Any]]:
     """(setting, old value, new value) of each setting that changed and that exists in both configs."""
+    saved = translate(saved, "config of the checkpoint")
     now = redacted_tree(config.model_dump(mode="json"))  # as it is stored in a checkpoint
     for section in ("model", "data", "optim", "train", "parallel"):
         had = saved.get(section, {})

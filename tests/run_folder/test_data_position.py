@@ -101,6 +101,16 @@ def test_what_changed_is_said_in_a_line() -> None:
     assert line.endswith("; with sequences of 256 tokens, the data start from their beginning")
 
 
+def test_old_settings_of_a_checkpoint_are_no_changes() -> None:
+    info = saved(config(), 50)
+    info.config["train"] |= {"do_test": False, "preflight_only": False, "use_syncfree_optim": True}
+    info.config["parallel"] |= {"ddp": True}
+    del info.config["train"]["mode"]
+    seen = DataPosition(1, 2, config().train.seed, config().data.shuffle_window)
+    assert describe_changes(info, config(parallel={"mp_start_method": "spawn"}), seen) is None
+    assert "mp_start_method spawn → none" in str(describe_changes(info, config(), seen))
+
+
 def test_settings_from_before_they_were_there_are_no_change() -> None:
     had = config()
     info = saved(had, 50)
