@@ -205,7 +205,7 @@ def _mirror(tree: dict[str, Any], *, every: bool) -> type[Any]:
             if isinstance(default, list):
                 default = tuple(default)
             annotated: Any = operator.getitem(
-                Annotated, (_plain(info.annotation), tyro.conf.arg(help=info.description))
+                Annotated, (_plain(info.annotation), tyro.conf.arg(help=" ".join((info.description or "").split())))
             )
             if not every and leaf not in USUAL:
                 annotated = operator.getitem(Annotated, (annotated, tyro.conf.Suppress))

@@ -76,8 +76,8 @@ class TrainConfig(Section):
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
     """Precision of fp32 matrix products."""
     mode: Literal["train", "evaluate", "preflight"] = "train"
-    """evaluate: only print loss and perplexity on valid_dir (as --do-test). preflight: only compile the training step for
-    `topology` with the TPU's compiler, and print what it needs and takes (as --preflight-only)."""
+    """evaluate: only print loss and perplexity on valid_dir, and end. preflight: only compile the training step for `topology`
+    with the TPU's compiler, print what it needs and takes, and end."""
     from_checkpoint: str | None = None
     """Start from gpt2[-medium|-large|-xl], from any model of the Hub (owner/name), a Hugging Face folder or a .pt file, or from
     where another run stands: its folder, or one of its checkpoints. The architecture comes from there."""
