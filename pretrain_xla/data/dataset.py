@@ -110,7 +110,7 @@ def open_dataset(
     split: Split | None = None,
     settings: DataConfig | None = None,
 ) -> TokenDataset:
-    """Open a folder of shards, and check all that can be checked without reading it whole (see the module).
+    """Open a folder of shards, and check all that can be checked without reading all of it (see the module).
 
     Args:
         directory: the folder, `.../train` for instance, or a file, or a pattern with `*`; local, or an fsspec URL.

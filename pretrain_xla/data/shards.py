@@ -32,7 +32,7 @@ def dtype_for(vocab_size: int) -> np.dtype[Any]:
 
 
 def write_shard(fs: Any, path: str, tokens: np.ndarray, format: WrittenFormat = "npy") -> ShardInfo:
-    """Write a shard, whole or not at all.
+    """Write a shard atomically.
 
     Args:
         fs: an fsspec file system.

@@ -29,7 +29,7 @@ class CacheFullError(Exception):
 
 
 class Entry:
-    """A whole file of the cache, which stays there until it is closed, or forgotten, or its process ends."""
+    """A complete file of the cache, which stays there until it is closed, or forgotten, or its process ends."""
 
     def __init__(self, path: str, descriptor: int) -> None:
         self.path = path

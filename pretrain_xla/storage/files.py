@@ -1,4 +1,4 @@
-"""Files at any fsspec URL: finding them, and writing them so that a half-written one is never taken for a whole one."""
+"""Files at any fsspec URL: finding them, and writing them atomically."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Documents out of files: text, records, archives, whole folders or patterns of them, on a disk or at any fsspec URL.
+"""Documents read from files: text, records, archives, folders or patterns of them, on a disk or at any fsspec URL.
 
 A file's format is told by its name and its content (`recognise`), and files of a folder that are no data are left out
 (`selection`); which files are read as what, and which are not, is said once, in the log, before the first is read. Blank

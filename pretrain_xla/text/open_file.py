@@ -32,7 +32,7 @@ LONGEST_DOCUMENT = 2**30
 """Characters of a document in a text file, which is held in memory as one string; the largest one-file corpora have 10**9."""
 _PACKED_AT_A_TIME = 2**12  # bytes of a .zst file with a long window: 128 MB of text at most
 _USUAL_WINDOW = 2**27  # bytes of text that a .zst file may look back on; more is asked for with `zstd --long`
-UNPACK_ERRORS = (EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError)  # besides OSError: of a damaged packed file
+UNPACK_ERRORS = (EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError)  # and OSError: of a damaged packed file
 _UNPACKERS: dict[str, Callable[[Any], Any]] = {
     ".gz": lambda raw: gzip.GzipFile(fileobj=raw),
     ".bz2": bz2.BZ2File,
@@ -178,12 +178,12 @@ class _Ranges(io.RawIOBase):
 
 
 class _Stream(io.RawIOBase):
-    """A remote file that comes whole or not at all."""
+    """A remote file that cannot be read in ranges."""
 
     def __init__(self, fs: Any, path: str, size: int) -> None:
         self._where, self._size, self._position = url(fs, path), size, 0
-        whole = {"block_size": 0} if isinstance(fs, HTTPFileSystem) else {}
-        self._file = self._tried(lambda: fs.open(path, "rb", **whole))
+        options = {"block_size": 0} if isinstance(fs, HTTPFileSystem) else {}
+        self._file = self._tried(lambda: fs.open(path, "rb", **options))
 
     def readable(self) -> bool:
         return True

@@ -69,7 +69,7 @@ def is_about(path: str) -> bool:
 
 
 def is_broken_off(path: str) -> bool:
-    """Whether a name is what programs call a download that is not whole, or what they keep besides a file."""
+    """Whether a name is that of an incomplete download, or of a file that a program keeps next to another."""
     return _BROKEN_OFF.fullmatch(path.rpartition("/")[2]) is not None
 
 
