@@ -1,12 +1,12 @@
-"""A folder of files that were fetched or decoded, of bounded size, shared by all processes of the host.
+"""A cache of files on a local disk: bounded in size, and shared by all processes of the host.
 
-An entry is written under a temporary name, in a file that its writer has locked, and renamed when it is complete. A process
-that wants the same entry waits on that lock instead of fetching it again; when the writer is killed the system frees the
-lock, and the next one begins anew. A user of an entry holds a shared lock on it. Only entries that nobody holds are evicted,
-the least recently used first. Locks are `flock`: the folder belongs on a local disk.
+An entry is downloaded or decoded into a temporary file that its writer has locked, and renamed when it is complete. A process
+that wants the same entry waits for that lock instead of downloading it again. If the writer is killed, the system frees the
+lock, and the next process starts over. A process that uses an entry holds a shared lock on it. Only unlocked entries are
+evicted, the least recently used first. The locks are `flock`, so the folder must be on a local disk.
 
-fsspec's `filecache`, `simplecache` and `blockcache` do not serve here: they have no bound on their size and no lock between
-processes, so that each process of a host fetches every shard for itself (docs/LOG.md has the count).
+fsspec's caches do not replace it: none bounds its size or shares a download between processes, and four processes that read one
+shard at once got it wrong through `filecache` and `simplecache` (measured in docs/LOG.md, "A cache that processes share").
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 from pretrain_xla.errors import UserError
 from pretrain_xla.storage.files import PARTIAL
 
-_GATE = ".lock"  # held while sizes are added up and room is made
+_SPACE_LOCK = ".lock"  # locked while sizes are added up and entries are evicted
 
 
 class CacheFullError(Exception):
@@ -36,12 +36,12 @@ class Entry:
         self._descriptor: int | None = descriptor
 
     def map(self) -> mmap.mmap:
-        """Its content, in memory; not for an empty one. Works even where the file has been removed by force."""
+        """The content, memory-mapped. It stays readable if the file is deleted. An empty file cannot be mapped."""
         assert self._descriptor is not None
         return mmap.mmap(self._descriptor, 0, access=mmap.ACCESS_READ)
 
     def close(self) -> None:
-        """Let the cache evict it. What has been mapped of it stays readable."""
+        """Allow eviction. Existing maps of the content stay readable, and keep the entry until they are collected."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
@@ -51,27 +51,28 @@ class Entry:
 
 
 class ShardCache:
-    """Entries by key, in one folder.
+    """A folder of entries, by key.
 
     Args:
-        directory: local folder; made where it is missing.
-        capacity: bytes that all entries together may have.
+        directory: local folder, created if it is missing.
+        capacity: total size of all entries, in bytes.
     """
 
     def __init__(self, directory: str, capacity: int) -> None:
         self.directory, self.capacity = os.path.abspath(os.path.expanduser(directory)), capacity
 
     def obtain(self, key: str, size: int, fill: Callable[[str], None]) -> Entry:
-        """The entry of that key, made first where it is not there.
+        """The entry of a key, created if it is missing.
 
         Args:
-            key: a file name; it must change when the content does.
-            size: bytes that it has, or will have.
-            fill: writes the content to a path, whose file is there and has `size` bytes already.
+            key: a file name. It must change when the content changes.
+            size: size of the content in bytes.
+            fill: writes the content to the path that it is given, an existing file of `size` bytes.
 
         Raises:
-            CacheFullError: no room, now.
-            UserError: the folder cannot be written; and what `fill` raises.
+            CacheFullError: the entries in use leave no room.
+            UserError: the folder cannot be written.
+            Exception: whatever `fill` raises.
         """
         path = f"{self.directory}/{key}"
         try:
@@ -79,10 +80,10 @@ class ShardCache:
             if entry := self._existing(path, size):
                 return entry
             with self._partial(path) as descriptor:
-                # Another process may have made it while this one waited for the lock.
+                # Another process may have written it while this one waited for the lock.
                 if entry := self._existing(path, size):
                     return entry
-                with self._gate():
+                with self._space_lock():
                     self._make_room(size)
                     if size:
                         os.posix_fallocate(descriptor, 0, size)
@@ -102,21 +103,21 @@ class ShardCache:
             descriptor = os.open(path, os.O_RDWR)
             fcntl.flock(descriptor, fcntl.LOCK_SH)
             if _is_at(descriptor, path) and os.fstat(descriptor).st_size == size:
-                os.utime(descriptor)  # of least recent use
+                os.utime(descriptor)  # eviction goes by the time of last use
                 return Entry(path, descriptor)
             os.close(descriptor)
         return None
 
     @contextlib.contextmanager
     def _partial(self, path: str) -> Iterator[int]:
-        """A locked, empty file under the temporary name; removed on leaving, unless it was renamed."""
+        """A locked, empty file under the temporary name. It is removed on exit unless it was renamed."""
         partial = path + PARTIAL
         while True:
             descriptor = os.open(partial, os.O_RDWR | os.O_CREAT, 0o644)
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             if _is_at(descriptor, partial):
                 break
-            os.close(descriptor)  # the one who held it has renamed or removed it meanwhile
+            os.close(descriptor)  # its former owner has renamed or removed it
         try:
             os.ftruncate(descriptor, 0)
             yield descriptor
@@ -126,13 +127,13 @@ class ShardCache:
             os.close(descriptor)
 
     @contextlib.contextmanager
-    def _gate(self) -> Iterator[None]:
-        with open(f"{self.directory}/{_GATE}", "a") as file:
+    def _space_lock(self) -> Iterator[None]:
+        with open(f"{self.directory}/{_SPACE_LOCK}", "a") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
     def _make_room(self, size: int) -> None:
-        """Evict, until `size` bytes more fit. Space that unfinished files of other processes have taken counts too."""
+        """Evict until `size` more bytes fit. Unfinished files of other processes count as used space."""
         files = self._files()
         room = self.capacity - sum(status.st_size for status, _ in files)
         for status, path in sorted(files, key=lambda file: file[0].st_mtime_ns):
@@ -144,14 +145,14 @@ class ShardCache:
             raise CacheFullError
 
     def _files(self) -> list[tuple[os.stat_result, Path]]:
-        """What takes space. Makers rename and remove their files at any time: then it is looked at again."""
+        """All files that take space. Other processes may rename or remove one during the listing: then list again."""
         while True:
             with contextlib.suppress(FileNotFoundError):
-                return [(path.stat(), path) for path in Path(self.directory).iterdir() if path.name != _GATE]
+                return [(path.stat(), path) for path in Path(self.directory).iterdir() if path.name != _SPACE_LOCK]
 
 
 def _is_at(descriptor: int, path: str) -> bool:
-    """Whether an open file is still the one of that name."""
+    """Whether a path still refers to this open file."""
     try:
         return os.path.samestat(os.fstat(descriptor), os.stat(path))
     except FileNotFoundError:
@@ -159,7 +160,7 @@ def _is_at(descriptor: int, path: str) -> bool:
 
 
 def _remove_unused(path: Path) -> bool:
-    """Remove a file unless somebody holds a lock on it."""
+    """Remove a file unless a process holds a lock on it. Returns whether it was removed."""
     try:
         descriptor = os.open(path, os.O_RDWR)
     except FileNotFoundError:
