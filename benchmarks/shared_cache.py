@@ -104,7 +104,9 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as folder:
                 fs, root = filesystem(folder)
                 write_shard(fs, f"{root}/{name}.npy", tokens(seed))
-                return f"{upload(address, Path(folder), 'shards')}/{name}.npy", hashlib.sha256(tokens(seed)).digest()
+                return f"{upload(address, Path(folder), 'shards')}/{name}.npy", hashlib.sha256(
+                    tokens(seed).tobytes()
+                ).digest()
 
         def sent() -> float:
             media = [span for path, *span in proxy.requests if "alt=media" in path]
