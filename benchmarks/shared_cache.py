@@ -7,11 +7,12 @@ The bucket is an emulator on loopback, and a shard has 32 MB. For each cache:
 3. Replaced: the object is overwritten with one of the same size. Whether the next process gets the new one.
 4. Bounded: four shards are read one after the other. How many times the size of a shard is on the disk afterwards.
 
-Ours has room for two shards. fsspec's have no such option; `filecache` and `blockcache` run with `check_files`.
+Ours has room for two shards and a half. fsspec's have no such option; `filecache` and `blockcache` run with `check_files`.
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import multiprocessing
 import os
@@ -93,6 +94,7 @@ def finish(process: Any) -> int:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     from pretrain_xla.data.shards import write_shard
     from pretrain_xla.storage.files import filesystem
     from tests.servers import FaultyProxy, gcs_emulator, gcs_environment, upload
@@ -104,9 +106,8 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as folder:
                 fs, root = filesystem(folder)
                 write_shard(fs, f"{root}/{name}.npy", tokens(seed))
-                return f"{upload(address, Path(folder), 'shards')}/{name}.npy", hashlib.sha256(
-                    tokens(seed).tobytes()
-                ).digest()
+                digest = hashlib.sha256(tokens(seed).data).digest()
+                return f"{upload(address, Path(folder), 'shards')}/{name}.npy", digest
 
         def sent() -> float:
             media = [span for path, *span in proxy.requests if "alt=media" in path]

@@ -5,8 +5,8 @@ that wants the same entry waits for that lock instead of downloading it again. I
 lock, and the next process starts over. A process that uses an entry holds a shared lock on it. Only unlocked entries are
 evicted, the least recently used first. The locks are `flock`, so the folder must be on a local disk.
 
-fsspec's caches do not replace it: none bounds its size or shares a download between processes, and four processes that read one
-shard at once got it wrong through `filecache` and `simplecache` (measured in docs/LOG.md, "A cache that processes share").
+fsspec's caches do not replace it: none bounds its size or shares a download between processes, and of four processes that
+read one shard at once some got it wrong through `filecache` and `simplecache` (docs/LOG.md, "A cache that processes share").
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class CacheFullError(Exception):
 
 
 class Entry:
-    """A complete file of the cache, which stays there until it is closed, or forgotten, or its process ends."""
+    """A complete file of the cache. It is not evicted before it is closed or collected, or its process ends."""
 
     def __init__(self, path: str, descriptor: int) -> None:
         self.path = path
