@@ -1,12 +1,12 @@
-"""How fast generation is: `python benchmarks/generate.py`, about ten minutes on two cores.
+"""Speed of generation: `python benchmarks/generate.py`, about ten minutes on two cores.
 
-Greedy continuation of a random prompt by a random GPT-2 of the quick start's size, and by one of 124M parameters, in four ways
-that take iterations in one process, so that drift of the machine hits all alike. All read the prompt within the measured time.
+A random GPT-2 of the quick start's size, and one of 124M parameters, continue a random prompt greedily in four ways. The ways
+alternate in one process, so that other load on the machine affects all of them alike. The measured time includes the prompt.
 
 * transformers: `generate` with its cache, eager PyTorch on the CPU, from the same weights.
-* torch: ours with cache, on the torch runtime.
-* xla: ours with cache, on the xla runtime (`PJRT_DEVICE=CPU`).
-* xla, no cache: ours with `--no-cache`; each token reads a window of 512 tokens again, so few are made.
+* torch: ours with its cache, on the torch runtime.
+* xla: ours with its cache, on the xla runtime (`PJRT_DEVICE=CPU`).
+* xla, no cache: ours with `--no-cache`; each token recomputes a window of 512 tokens, so that few are generated.
 
 It prints tokens/s, ratios with their spread over the rounds, how many tokens agree, and the graphs that XLA compiled.
 """
@@ -31,7 +31,7 @@ LENGTH = 512
 
 @dataclass(frozen=True)
 class Size:
-    """A model's shape, and how many tokens to make with and without cache."""
+    """A model's shape, and how many tokens to generate with and without a cache."""
 
     name: str
     vocab_size: int
@@ -49,8 +49,8 @@ SIZES = (
 
 
 def measure(size: Size, rounds: int) -> None:
-    """Compare the ways for one model, and print the figures."""
-    # XLA first: see CONTRIBUTING.md. Nothing here runs backward, but the order costs nothing.
+    """Compare the ways for one model, and print the measurements."""
+    # XLA first: see CONTRIBUTING.md. Nothing here runs a backward pass, but this order costs nothing.
     from pretrain_xla.config import build_config
     from pretrain_xla.generate.continuation import Continuation, Request
     from pretrain_xla.generate.decoder import Decoder
@@ -112,7 +112,7 @@ def measure(size: Size, rounds: int) -> None:
         "xla": (lambda: ours("xla", prompt, size.cached, cached=True), size.cached),
         "xla, no cache": (lambda: ours("xla", window, size.uncached, cached=False), size.uncached),
     }
-    first = {name: way() for name, (way, _) in ways.items() if name != "xla, no cache"}  # and compile
+    first = {name: way() for name, (way, _) in ways.items() if name != "xla, no cache"}  # compiles, too
     graphs = dict(runtimes["xla"].graph_counts().graphs)
     ways["xla, no cache"][0]()
     rates: dict[str, list[float]] = {name: [] for name in ways}
@@ -130,7 +130,7 @@ def measure(size: Size, rounds: int) -> None:
     for name in ("torch", "xla"):
         same = [a == b for a, b in zip(first[name], first["transformers"], strict=True)]
         agree = same.index(False) if False in same else len(same)
-        print(f"  {name}: the first {agree} of {len(same)} tokens are those of transformers")
+        print(f"  {name}: the first {agree} of {len(same)} tokens agree with transformers")
     print(f"  graphs compiled on XLA for {size.cached} tokens: {graphs}", flush=True)
     for runtime in runtimes.values():
         runtime.close()
@@ -139,7 +139,7 @@ def measure(size: Size, rounds: int) -> None:
 def main() -> None:
     """All sizes, or one."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5, help="times that each way runs")
+    parser.add_argument("--rounds", type=int, default=5, help="runs of each way")
     parser.add_argument("--only", type=int, choices=range(len(SIZES)), help="only this size")
     flags = parser.parse_args()
     for size in SIZES if flags.only is None else [SIZES[flags.only]]:

@@ -1,14 +1,14 @@
-"""What the trainer costs beside the device: `python benchmarks/host_overhead.py`, about five minutes on two cores.
+"""Host overhead of the trainer: `python benchmarks/host_overhead.py`, about five minutes on two cores.
 
-For each runtime on the CPU, two loops around the same model and batches take turns in one process, so that drift of the
-machine hits all alike:
+For each runtime on the CPU, two training loops with the same model and batches alternate in one process, so that other load on
+the machine affects both alike:
 
-* textbook: what a tutorial writes. torch.optim.AdamW with its scheduler, `loss.item()` and a print each step, the batch read
-  and copied in the loop. On XLA with `torch_xla.sync()` after each step.
-* ours: the compiled step, the prefetch thread, metrics read every ten steps, the graph guard. Everything that training runs.
+* textbook: as in a tutorial. torch.optim.AdamW with its scheduler, `loss.item()` each step, the batch read and copied in the
+  loop. On XLA with `torch_xla.sync()` after each step.
+* ours: everything that training runs: the compiled step, the prefetch thread, metrics read every ten steps, the graph guard.
 
-It prints tokens/s of each, their ratio (ours / textbook; above 1 is faster), and the share of a step of ours that the host
-spends tracing, waiting for input, and on metrics and files.
+It prints tokens/s of each, their ratio (ours / textbook; above 1 means ours is faster), and the share of our step that the host
+spends on tracing, waiting for input, and metrics and files.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ sys.path.insert(0, str(ROOT))
 
 
 def textbook(config: Any, batches: Any, device: Any, sync: Callable[[], None]) -> Callable[[int], None]:
-    """A plain loop around the same model; returns a function that makes one step."""
+    """A textbook training loop with the same model; returns a function that runs one step."""
     import torch
 
     from pretrain_xla.model import GPT, initialize
@@ -61,7 +61,7 @@ def textbook(config: Any, batches: Any, device: Any, sync: Callable[[], None]) -
 
 
 def measure(kind: str, rounds: int, steps: int) -> None:
-    """Compare the loops on one runtime, and print the figures."""
+    """Compare the loops on one runtime, and print the measurements."""
     import torch
 
     from pretrain_xla.config import build_config
@@ -98,7 +98,7 @@ def measure(kind: str, rounds: int, steps: int) -> None:
     traced: list[float] = []
 
     def ours(first: int, count: int) -> tuple[float, float]:
-        """Seconds a step, and seconds of them waited for input, of the trainer's own path without its files."""
+        """Seconds per step, and seconds of them spent waiting for input, of the trainer's own path without its files."""
         from pretrain_xla.data.prefetch import pipeline
 
         begin = time.perf_counter()
@@ -140,25 +140,25 @@ def measure(kind: str, rounds: int, steps: int) -> None:
         only_trace = trace_seconds(trainer, history[0])
         print(
             f"       a step of {mine * 1e3:.0f} ms: tracing {only_trace * 1e3:.1f} ms ({only_trace / mine:.1%}; "
-            f"on a TPU it runs beside the device), waiting for input {statistics.median(waits):.2%}"
+            f"on a TPU it overlaps with the device), waiting for input {statistics.median(waits):.2%}"
         )
     else:
         print(f"       a step of {mine * 1e3:.0f} ms: waiting for input {statistics.median(waits):.2%}")
 
-    # The whole trainer, files and all, against its own bare steps: what logging costs.
+    # The whole trainer, with its files, against its steps alone: the cost of logging.
     trainer = Trainer(config, runtime)
     trainer.fit()
     rows = [row for row in read_metrics(str(folder / "run" / "metrics.jsonl")) if "tokens_per_second" in row]
     whole = statistics.median(row["tokens_per_second"] for row in rows)
     print(
-        f"       with metrics, TensorBoard and console: {whole:,.0f} tokens/s, {whole * mine / tokens:.3f} of the bare steps"
+        f"       with metrics, TensorBoard and console: {whole:,.0f} tokens/s, {whole * mine / tokens:.3f} of the steps alone"
     )
     runtime.close()
     shutil.rmtree(folder)
 
 
 def trace_seconds(trainer: Any, history: Any) -> float:
-    """Median seconds to trace a step (Python, no device)."""
+    """Median seconds to trace a step, in Python, without the device."""
     import torch_xla
 
     seconds = []
@@ -173,11 +173,11 @@ def trace_seconds(trainer: Any, history: Any) -> float:
 
 
 def main() -> None:
-    """Each runtime in a process of its own: XLA must be there before autograd starts its threads."""
+    """Run each runtime in its own process: XLA must be initialised before autograd starts its threads."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runtime", choices=("xla", "torch"), help="only this one, in this process")
-    parser.add_argument("--rounds", type=int, default=5, help="pairs of measurements")
-    parser.add_argument("--steps", type=int, default=20, help="steps in a measurement")
+    parser.add_argument("--runtime", choices=("xla", "torch"), help="measure only this runtime, in this process")
+    parser.add_argument("--rounds", type=int, default=5, help="measurements of each loop")
+    parser.add_argument("--steps", type=int, default=20, help="steps per measurement")
     flags = parser.parse_args()
     os.environ.setdefault("PJRT_DEVICE", "CPU")
     if flags.runtime:

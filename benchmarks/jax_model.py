@@ -1,10 +1,10 @@
-"""The models of `jax_step.py` in JAX: parameters as a tree, the loss as a function of them.
+"""The models of `jax_step.py` in JAX: parameters as a tree, and the loss as a function of them.
 
-Written the way JAX is written: no modules, no hand-written backward pass, no kernel but JAX's own Pallas attention. Where
-there was a choice, it was made by the TPU compiler's figures, in favour of the faster step; the comments say which.
+Idiomatic JAX: no modules, no hand-written backward pass, no kernel except JAX's own Pallas attention. Where there was a choice,
+the faster step by the TPU compiler's figures was chosen; the comments say which.
 
-The parameter tree has the names of our state dict (`params["blocks"][0]["attention"]["query"]["weight"]`), with matrices laid
-out (in, out), as `x @ weight` wants them. Shapes: B batch, T tokens, S tokens + 1, D model width, H heads, E head width, F
+The parameter tree has the names of our state dict (`params["blocks"][0]["attention"]["query"]["weight"]`), with matrices of
+shape (in, out), for `x @ weight`. Shapes: B batch, T tokens, S tokens + 1, D model width, H heads, E head width, F
 feed-forward width, V padded vocabulary.
 """
 
@@ -38,7 +38,7 @@ PADDING_LOGIT = -1e30
 
 
 def params_from_torch(state_dict: Mapping[str, Any], model: ModelConfig) -> Tree:
-    """Our `GPT`'s state dict (values that NumPy can read) as the tree of this module; linear matrices are transposed."""
+    """The state dict of our `GPT` (values that NumPy can read) as this module's tree; linear matrices are transposed."""
     params: Tree = {"blocks": [{} for _ in range(model.num_layers)]}
     for name, tensor in state_dict.items():
         *path, leaf = name.split(".")
@@ -51,9 +51,9 @@ def params_from_torch(state_dict: Mapping[str, Any], model: ModelConfig) -> Tree
 
 
 def init_params(key: Array, model: ModelConfig) -> Tree:
-    """GPT-2's first values: normal(0.02), divided by sqrt(2 layers) where the residual stream is written to."""
+    """GPT-2's initialization: normal(0.02), divided by sqrt(2 layers) for projections into the residual stream."""
     heads_width = model.num_heads * model.heads_dim
-    # Biases as in GPT-2 belong to linear layers and to LayerNorm alike.
+    # As in GPT-2, linear layers and LayerNorm have biases.
     norm_bias = model.bias and model.norm == "layernorm"
     names = iter(range(2**16))
 
@@ -102,7 +102,7 @@ def loss_of(
     compute_dtype: jnp.dtype,
     residual_dtype: jnp.dtype,
 ) -> Array:
-    """Mean cross-entropy of each next token, fp32 and 0-d."""
+    """Mean cross-entropy of the next tokens, fp32, 0-d."""
     tokens_BT, targets_BT = tokens_BS[:, :-1], tokens_BS[:, 1:]
     x_BTD = params["embedding"]["weight"][tokens_BT].astype(residual_dtype)
     if "position_embedding" in params:
@@ -113,15 +113,15 @@ def loss_of(
         x_BTD += attention_layer(block["attention"], norm(block["attention_norm"], x_BTD), model, rotary, attend)
         x_BTD += feed_forward(block["feed_forward"], norm(block["feed_forward_norm"], x_BTD), model)
     x_BTD = norm(params["final_norm"], x_BTD)
-    # The logits are written once, in the compute type; every fp32 pass over them is fused into its reader.
+    # The logits are written once, in the compute type; each fp32 pass over them is fused into its consumer.
     logits_BTV = jnp.einsum("btd,vd->btv", x_BTD, params["embedding"]["weight"].astype(compute_dtype))
     return cross_entropy(logits_BTV.astype(jnp.float32), targets_BT, model.vocab_size)
 
 
 def cross_entropy(logits_BTV: Array, targets_BT: Array, vocab_size: int) -> Array:
-    """Mean over tokens of log-sum-exp(logits) - logits[target], without the padding of the vocabulary.
+    """Mean over tokens of log-sum-exp(logits) - logits[target], without the vocabulary's padding.
 
-    The target's logit is picked by comparison: a gather (optax's own loss) has a scatter over B, T, V as its backward pass.
+    The target's logit is selected by comparison: the backward pass of a gather (optax's own loss) is a scatter over B, T, V.
     """
     ids_V = jnp.arange(logits_BTV.shape[-1])
     logits_BTV = jnp.where(ids_V < vocab_size, logits_BTV, PADDING_LOGIT)
@@ -147,8 +147,8 @@ def attention_layer(
 def _heads(params: Tree, x_BTD: Array, model: ModelConfig) -> Array:
     """x @ weight + bias as (B, H, T, E), which the kernel reads.
 
-    By einsum and not by product, reshape, transpose: the transposition is then part of the matrix product. The weights stay
-    (D, H * E) between steps, since a last dimension of 64 would be padded to 128 in memory.
+    An einsum, not a product, reshape and transpose: the transpose is then part of the matrix product. Between steps the weights
+    are (D, H * E), because a last dimension of 64 would be padded to 128 in memory.
     """
     weight_DHE = params["weight"].astype(x_BTD.dtype).reshape(model.d_model, model.num_heads, model.heads_dim)
     heads_BHTE = jnp.einsum("btd,dhe->bhte", x_BTD, weight_DHE)
@@ -179,7 +179,7 @@ def normalize(params: Tree, x: Array, model: ModelConfig, dtype: jnp.dtype) -> A
     x = x.astype(jnp.float32)
     mean_square = jnp.square(x).mean(axis=-1, keepdims=True)
     if model.norm == "layernorm":
-        # The variance from the mean square, as flax does: both sums then come out of the product that wrote x, in one pass.
+        # The variance from the mean square, as in flax: both sums are then fused into the product that wrote x, in one pass.
         mean = x.mean(axis=-1, keepdims=True)
         normed = (x - mean) * jax.lax.rsqrt(mean_square - jnp.square(mean) + model.norm_eps)
     else:
@@ -197,10 +197,11 @@ def rotary_tables(model: ModelConfig) -> RotaryTables:
 
 
 def rotate(x_BHTE: Array, tables: RotaryTables) -> Array:
-    """Turn channel i together with channel i + E/2; fp32 inside, x's type outside.
+    """Rotate channel i together with channel i + E/2; fp32 inside, x's type outside.
 
-    The halves of a head change places by a product with a permutation, which is exact. Cutting and joining them, as on other
-    machines, moves data across the lanes of a register: the compiler's estimate for `modern_124m` on v5e fell from 73 to 63 ms.
+    The halves of a head are swapped by a product with a permutation matrix, which is exact. Slicing and concatenating them, as
+    on other devices, moves data across the lanes of a register, and is slower (docs/LOG.md, "The step by the TPU compiler's
+    figures").
     """
     cos, sin = tables
     head_dim = x_BHTE.shape[-1]
@@ -210,7 +211,7 @@ def rotate(x_BHTE: Array, tables: RotaryTables) -> Array:
 
 
 def _reference(query_BHTE: Array, key_BHTE: Array, value_BHTE: Array, scale: float) -> Array:
-    """Causal attention written out: its scores (B, H, T, T) are real."""
+    """Causal attention that materialises its scores (B, H, T, T)."""
     length = query_BHTE.shape[2]
     scores_BHTS = jnp.einsum("bhte,bhse->bhts", query_BHTE, key_BHTE).astype(jnp.float32) * scale
     scores_BHTS = jnp.where(np.tri(length, dtype=bool), scores_BHTS, -jnp.inf)
@@ -219,7 +220,7 @@ def _reference(query_BHTE: Array, key_BHTE: Array, value_BHTE: Array, scale: flo
 
 
 def _splash(query_BHTE: Array, key_BHTE: Array, value_BHTE: Array, scale: float) -> Array:
-    """JAX's newer Pallas kernel: one backward kernel, and one number of state for each row where the older keeps 128."""
+    """JAX's newer Pallas kernel: one backward kernel, and one number saved for each row, where the older saves 128."""
     heads, length = query_BHTE.shape[1:3]
     block = min(512, length)
     sizes = splash.BlockSizes(
@@ -233,15 +234,15 @@ def _splash(query_BHTE: Array, key_BHTE: Array, value_BHTE: Array, scale: float)
     )
     mask = splash_mask.MultiHeadMask([splash_mask.CausalMask((length, length))] * heads)
     kernel = splash.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1)
-    # It takes one sequence, and has no scale of its own.
+    # It takes one sequence, and has no scale argument.
     return jax.vmap(kernel)(query_BHTE * jnp.asarray(scale, query_BHTE.dtype), key_BHTE, value_BHTE)
 
 
 def _flash(query_BHTE: Array, key_BHTE: Array, value_BHTE: Array, scale: float) -> Array:
-    """JAX's older Pallas kernel, the one that torch_xla wraps."""
+    """JAX's older Pallas kernel, which torch_xla wraps."""
     length = query_BHTE.shape[2]
-    # For the gradient of the queries a number a row is spread over block_k_major_dq columns in memory: with 1,024 of them
-    # this alone took 18 ms of the 93 of `gpt2_124m` on v5e.
+    # For the queries' gradient, one number per row is broadcast to block_k_major_dq columns in memory, so keep that small: see
+    # docs/LOG.md, "The step by the TPU compiler's figures".
     block, narrow = min(1024, length), min(256, length)
     sizes = flash.BlockSizes(
         block_b=1,

@@ -1,7 +1,7 @@
-"""The same training step in JAX and optax: what `tpu_step.py` compares ours with.
+"""The same training step in JAX and optax, which `tpu_step.py` compares ours with.
 
-The architecture (`jax_model.py`), the optimizer and the numerics are those of `pretrain_xla`
-(`tests/benchmarks/test_jax_step.py` holds them equal over three updates). `compile_for` needs no TPU and holds no weights: it
+The architecture (`jax_model.py`), the optimizer and the numerics are those of `pretrain_xla`;
+`tests/benchmarks/test_jax_step.py` tests that both agree over three updates. `compile_for` needs no TPU and no weights: it
 compiles for a named topology from shapes alone.
 """
 
@@ -28,11 +28,11 @@ from benchmarks.jax_model import ATTENTION, Tree, init_params, loss_of
 from pretrain_xla.config import OptimConfig, RunConfig
 
 MOSAIC_VERSION = 7
-"""Newest version of the kernel language that libtpu 0.0.21 reads; jax 0.7.1 writes 8 unless told."""
+"""Newest version of Mosaic's IR that libtpu 0.0.21 reads; jax 0.7.1 writes version 8 by default."""
 
 
 class State(NamedTuple):
-    """What a step reads and replaces."""
+    """What a step reads and updates."""
 
     params: Tree
     optimizer: optax.OptState
@@ -54,24 +54,24 @@ class JaxStep:
 def build(
     config: RunConfig, *, attention: str = "splash", residual_dtype: str | None = None, mesh: Mesh | None = None
 ) -> JaxStep:
-    """Make the step of a run, for one micro-batch: gradient accumulation is not part of the comparison.
+    """Build the step of a run, for one micro-batch: gradient accumulation is not part of the comparison.
 
     Args:
-        config: `model` and `optim` say what is trained; `train.mixed_precision` gives the compute type.
+        config: `model` and `optim`; `train.mixed_precision` gives the compute type.
         attention: splash or flash (JAX's two Pallas kernels; TPU only), or reference.
-        residual_dtype: type of the residual stream; none: the compute type. The torch side keeps it in float32.
-        mesh: devices along one axis `data`, over which sequences are split; none: one device.
+        residual_dtype: type of the residual stream; None means the compute type. The torch side keeps it in float32.
+        mesh: devices along one axis `data`, over which sequences are sharded; None means one device.
 
     Raises:
-        ValueError: the config uses what only the torch side has.
+        ValueError: the config uses something that only the torch side has.
     """
     model = config.model
-    _refuse_the_rest(config)
+    _refuse_unsupported(config)
     optimizer = make_optimizer(config.optim)
     compute_dtype = jnp.dtype(jnp.bfloat16 if config.train.mixed_precision == "bf16" else jnp.float32)
     attend = partial(ATTENTION[attention], scale=model.query_scale or model.heads_dim**-0.5)
     if mesh is not None and attention != "reference":
-        # The partitioner cannot look into a kernel: say that each device runs it on its own sequences.
+        # The partitioner cannot see into a kernel: state that each device runs it on its own sequences.
         attend = jax.shard_map(attend, mesh=mesh, in_specs=(P("data"),) * 3, out_specs=P("data"), check_vma=False)
     loss = partial(
         loss_of,
@@ -108,12 +108,12 @@ def compile_for(
     Args:
         config: see `build`.
         topology: for example `v5e:2x4`; see `jax.experimental.topologies`.
-        sequences_per_chip: rows of `model.seq_length` tokens that each chip sees in a step.
-        chips: how many, each with all parameters.
+        sequences_per_chip: sequences of `model.seq_length` tokens for each chip in a step.
+        chips: number of chips, each with all parameters.
         attention: see `build`.
         residual_dtype: see `build`.
     """
-    # What libtpu otherwise asks of the machine it runs on; it is loaded at the first topology.
+    # libtpu would otherwise ask the host for these; it is loaded at the first topology.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_WORKER_ID", "0")
@@ -135,12 +135,12 @@ def compile_for(
 
 
 def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
-    """Clip, then AdamW on a warm-up and a cosine; only matrices decay."""
-    rise_and_fall = optax.warmup_cosine_decay_schedule(
+    """Clipping, then AdamW with warm-up and cosine decay; weight decay applies only to matrices."""
+    schedule = optax.warmup_cosine_decay_schedule(
         0.0, config.learning_rate, config.warmup_steps, config.decay_steps, config.min_lr
     )
     adamw = optax.adamw(
-        lambda step: rise_and_fall(step + 1),  # our first update already moves
+        lambda step: schedule(step + 1),  # our first update already has a learning rate above 0
         b1=config.betas[0],
         b2=config.betas[1],
         eps=config.adam_eps,
@@ -150,10 +150,10 @@ def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), adamw) if config.max_grad_norm else adamw
 
 
-def _refuse_the_rest(config: RunConfig) -> None:
-    """Fail on what this step does not have, instead of comparing unequals."""
+def _refuse_unsupported(config: RunConfig) -> None:
+    """Fail on what this step does not support, instead of comparing different steps."""
     model, optim = config.model, config.optim
-    unknown = {
+    unsupported = {
         "num_kv_heads": model.kv_heads != model.num_heads,
         "norm": model.norm == "rmsnorm_zero_centered" or (model.norm == "layernorm" and model.qk_norm),
         "post_norm": model.post_norm,
@@ -167,5 +167,5 @@ def _refuse_the_rest(config: RunConfig) -> None:
         "decay_method": optim.decay_method != "cosine",
         "mixed_precision": config.train.mixed_precision == "fp16",
     }
-    if any(unknown.values()):
-        raise ValueError(f"the JAX step has no such {', '.join(key for key, bad in unknown.items() if bad)}")
+    if any(unsupported.values()):
+        raise ValueError(f"the JAX step does not support {', '.join(key for key, bad in unsupported.items() if bad)}")

@@ -1,12 +1,12 @@
-"""Tokens a second handed to the trainer, from a local disk and from a bucket, and what a step waits for them:
-`python benchmarks/loading.py`, about five minutes on two cores; the bucket is an emulator on loopback.
+"""Speed of data loading from a local disk and from a bucket, and how long a step waits for it: `python benchmarks/loading.py`.
 
-1. Rate: batches one after another as fast as they come, pinned to one core, for each format and some sequence lengths.
-2. Waiting: a simulated step of 50 ms, batches made ahead by the trainer's own pipeline; the share of the time that the
-   step waits for input, after the first batch.
-3. Memory: as many steps as an hour of 50 ms steps, without the sleeping, and a thirty-sixth of them out of the bucket;
-   anonymous memory and memory with mapped files over time. Mapped pages are the system's to take back; anonymous ones are
-   what a leak would show in.
+It takes about five minutes on two cores. The bucket is an emulator on loopback.
+
+1. Rate: batches one after another, as fast as possible, pinned to one core, for each format and several sequence lengths.
+2. Waiting: a simulated step of 50 ms, with batches prefetched by the trainer's own pipeline; the share of the time that it
+   waits for input, after the first batch.
+3. Memory: as many steps as an hour of 50 ms steps, without the sleeping, and a thirty-sixth of them from the bucket; anonymous
+   memory and resident memory over time. A leak shows in anonymous memory; the operating system can reclaim mapped pages.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from pretrain_xla.data.shards import write_shard
 from pretrain_xla.storage.files import filesystem
 
 STEP_SECONDS = 0.050
-TOKENS_A_BATCH = 2**18
+TOKENS_PER_BATCH = 2**18
 SHARDS, SHARD_TOKENS = 12, 8_000_000
 
 
@@ -45,12 +45,12 @@ def write_shards(folder: Path, format: str) -> None:
 def batches(target: str, cache: str, seq_length: int = 1024, share: float = 1.0, **settings: object) -> Batches:
     data = DataConfig(cache_dir=cache, shuffle_window=4, **settings)  # type: ignore[arg-type]
     dataset = open_dataset(target, seq_length, 50257, settings=data)
-    count = TOKENS_A_BATCH // seq_length
+    count = TOKENS_PER_BATCH // seq_length
     return Batches(dataset, sequences_per_batch=count, seq_length=seq_length, seed=1, shuffle_window=4, share=share)
 
 
 def rate(target: str, cache: str, seq_length: int) -> tuple[float, float]:
-    """Million tokens a second: until the first batch has come, and after it, over one epoch."""
+    """Seconds to the first batch, and million tokens per second after it, over one epoch."""
     begin = time.perf_counter()
     made = batches(target, cache, seq_length)
     made.rows(0)
@@ -58,7 +58,7 @@ def rate(target: str, cache: str, seq_length: int) -> tuple[float, float]:
     steps = made.sequences_per_epoch // made.sequences_per_batch
     for step in range(1, steps):
         made.rows(step)
-    return first, (steps - 1) * TOKENS_A_BATCH / (time.perf_counter() - begin) / 1e6
+    return first, (steps - 1) * TOKENS_PER_BATCH / (time.perf_counter() - begin) / 1e6
 
 
 def waiting(made: Batches, steps: int, rows: slice) -> tuple[float, float]:
@@ -80,7 +80,7 @@ def memory() -> tuple[float, float]:
     return anonymous, resident
 
 
-def flatness(name: str, made: Batches, steps: int, rows: slice = slice(None)) -> None:
+def print_memory(name: str, made: Batches, steps: int, rows: slice = slice(None)) -> None:
     print(f"\nmemory over {steps:,} steps, {name}, threads: {made.threads}; MB")
     print(f"{'step':>8} {'anonymous':>10} {'resident':>10}")
     with pipeline(lambda step: made.rows(step, rows), lambda tokens: tokens, 0, steps, 2, made.threads) as items:
@@ -91,15 +91,15 @@ def flatness(name: str, made: Batches, steps: int, rows: slice = slice(None)) ->
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=200, help="of the simulated run that is watched for waiting")
-    parser.add_argument("--hour", type=int, default=72_000, help="steps of the run that is watched for memory")
+    parser.add_argument("--steps", type=int, default=200, help="steps of the simulated run whose waiting is measured")
+    parser.add_argument("--hour", type=int, default=72_000, help="steps of the run whose memory is measured")
     flags = parser.parse_args()
     cores = os.sched_getaffinity(0)
     with tempfile.TemporaryDirectory() as scratch:
         for format in ("npy", "bin", "parquet"):
             (folder := Path(scratch, format)).mkdir()
             write_shards(folder, format)
-        print(f"{SHARDS} shards of {SHARD_TOKENS / 1e6:.0f}M tokens, batches of {TOKENS_A_BATCH:,} tokens\n")
+        print(f"{SHARDS} shards of {SHARD_TOKENS / 1e6:.0f}M tokens, batches of {TOKENS_PER_BATCH:,} tokens\n")
         print("from a local disk, one core: format, sequence length, seconds to the first batch, M tokens/s after it")
         os.sched_setaffinity(0, {min(cores)})
         for format, length in (("npy", 1024), ("bin", 1024), ("parquet", 1024), ("npy", 128), ("npy", 8192)):
@@ -113,12 +113,14 @@ def main() -> None:
         first, share = waiting(made, flags.steps, slice(None))
         print(f"{'local disk':>40} {first:>7.2f} {share:>8.4%}", flush=True)
         from_bucket(scratch, flags.steps, flags.hour // 36)
-        flatness("local disk", batches(f"{scratch}/npy", f"{scratch}/cache"), flags.hour)
+        print_memory("local disk", batches(f"{scratch}/npy", f"{scratch}/cache"), flags.hour)
 
 
-def from_bucket(scratch: str, steps: int, watched: int) -> None:
-    """The same out of the emulator: whole shards, and the rows of one host of many by ranges (as many
-    requests a second as the emulator, one Python process, can answer)."""
+def from_bucket(scratch: str, steps: int, memory_steps: int) -> None:
+    """The same from the emulator: whole shards, and by ranges the rows of one host of many.
+
+    The emulator, a single Python process, limits the requests per second.
+    """
     from tests.servers import gcs_emulator, gcs_environment, upload
 
     with gcs_emulator() as address:
@@ -129,15 +131,15 @@ def from_bucket(scratch: str, steps: int, watched: int) -> None:
         first, share = waiting(batches(target, f"{scratch}/cold2"), steps, slice(None))
         print(f"{'emulator, whole shards':>40} {first:>7.2f} {share:>8.4%}", flush=True)
         for hosts in (64, 8):
-            part, rows = batches(target, f"{scratch}/never", share=1 / hosts), TOKENS_A_BATCH // 1024 // hosts
+            part, rows = batches(target, f"{scratch}/never", share=1 / hosts), TOKENS_PER_BATCH // 1024 // hosts
             first, share = waiting(part, steps, slice(0, rows))
-            words = f"ranges, one host of {hosts}, {rows / STEP_SECONDS:.0f} requests/s"
-            print(f"{words:>40} {first:>7.2f} {share:>8.4%}", flush=True)
-        # A cache with room for two of three windows, so that shards come and go.
+            title = f"ranges, one host of {hosts}, {rows / STEP_SECONDS:.0f} requests/s"
+            print(f"{title:>40} {first:>7.2f} {share:>8.4%}", flush=True)
+        # A cache with room for two of three windows, so that shards are evicted.
         tight = batches(target, f"{scratch}/tight", cache_gb=8.5 * SHARD_TOKENS * 2 / 1e9)
-        flatness("emulator, whole shards", tight, watched)
+        print_memory("emulator, whole shards", tight, memory_steps)
         part = batches(target, f"{scratch}/never", share=1 / 64)
-        flatness("emulator, ranges", part, watched, slice(0, TOKENS_A_BATCH // 1024 // 64))
+        print_memory("emulator, ranges", part, memory_steps, slice(0, TOKENS_PER_BATCH // 1024 // 64))
 
 
 if __name__ == "__main__":

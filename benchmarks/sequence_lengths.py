@@ -1,9 +1,7 @@
-"""How long texts of several languages become: BPE against the same with BitBPE.
+"""Sequence lengths in several languages, without and with BitBPE: `python benchmarks/sequence_lengths.py`, about a minute.
 
-    python benchmarks/sequence_lengths.py
-
-Prints the table of docs/tokenizers.md, in Markdown: tokens for each character, and the change by BitBPE. Each length is
-checked by unpacking.
+It prints the table of docs/tokenizers.md, in Markdown: tokens per character, and the change that BitBPE makes. Every packed
+sequence is unpacked and compared.
 """
 
 from __future__ import annotations
@@ -21,6 +19,8 @@ import tyro
 from rich.console import Console
 from rich.progress import track
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from pretrain_xla.errors import UserError, guarded
 from pretrain_xla.prepare.encode import document_encoder
 from pretrain_xla.text.sources import open_source
@@ -34,12 +34,12 @@ SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 @dataclass(frozen=True)
 class Flags:
-    """Sequence lengths by language."""
+    """Compare sequence lengths by language."""
 
     folder: str = str(SHARED / "text")
-    """Folder with a folder for each language, of .jsonl.gz files."""
+    """Folder with a subfolder of .jsonl.gz files for each language."""
     characters: int = 1_000_000
-    """Of each file, from its start."""
+    """Characters to read from the start of each file."""
 
 
 @guarded
@@ -52,7 +52,9 @@ def main(arguments: Sequence[str]) -> None:
         for file in sorted(glob.glob(f"{flags.folder}/*/*.jsonl.gz"))
     }
     if not texts:
-        raise UserError(f"{flags.folder}: no .jsonl.gz below: name a folder with a folder for each language")
+        raise UserError(
+            f"{flags.folder}: no .jsonl.gz in its subfolders: give a folder with a subfolder for each language"
+        )
     with tempfile.TemporaryDirectory() as folder:
         bases = _bases(folder, [text for name, part in texts.items() if name.startswith("en/") for text in part])
         rows = [
@@ -89,7 +91,7 @@ def _cell(base: Tokenizer, texts: list[str]) -> str:
     plain_N = document_encoder(base)(texts)
     packed_N = tokenizer.pack(plain_N)
     if not np.array_equal(tokenizer.unpack(packed_N), plain_N):
-        raise UserError(f"{base.name}: BitBPE does not come back: report this as a defect")
+        raise UserError(f"{base.name}: BitBPE does not unpack to what was packed: report this as a bug")
     characters = sum(map(len, texts))
     change = len(packed_N) / len(plain_N) - 1
     return f"{len(plain_N) / characters:.2f} → {len(packed_N) / characters:.2f} ({change:+.1%})"

@@ -1,8 +1,7 @@
-"""What `tpu_step.py` reads from a compiled step, and how it shows two of them side by side.
+"""The figures that `tpu_step.py` reads from a compiled step, and the table that compares two steps.
 
-A Pallas kernel is a black box to the compiler: it has no cycles, and counts the operations and bytes that its author declared,
-or none. Ours declare, JAX's do not. So all that a kernel declares is taken away here, and what takes its place is had by one
-rule for both sides.
+A Pallas kernel is a black box to the compiler: it has no cycles, and its flops and bytes are those that its author declared, if
+any. Ours declare them, JAX's do not. So declared costs are subtracted here, and replaced by one rule for both sides.
 """
 
 from __future__ import annotations
@@ -23,14 +22,14 @@ from pretrain_xla.runtime.chips import Chip
 RULES = """\
 Rules, the same for both sides:
   cycles       the compiler's estimated_cycles, summed over the schedule, / clock. Kernels have none.
-  kernels      runs of the attention kernel counted in the module, times model/flash_kernels.cost: forward 2 and backward 5
-               products over the causal score blocks of our default side, all lanes; / (peak x the share of it that a large
-               product gets by the compiler's cycles). What else a kernel does (softmax; norms or rotation, where fused in)
-               is not in it: it is to run beside the matrix unit.
-  accessed     the compiler's count, on-chip memory included. It counts for a kernel what its author declared and nothing
-               else, so the declared bytes are taken away: a kernel is 0 here. Flops alike.
-  HBM          preflight's count: operands and results that do not live on the chip; a kernel 0, or each of its operands and
-               results once (an array passed twice is one).
+  kernels      runs of the attention kernel in the module, times kernels/flash_kernels.cost: 2 products forward and 5 backward,
+               over the causal score blocks of our default size, all lanes; / (peak flops x the share of them that a large
+               product reaches by the compiler's cycles). A kernel's other work (softmax; norms or rotary, where fused) is
+               left out: it should overlap with the matrix unit.
+  accessed     the compiler's count, including on-chip memory. For a kernel it counts only what its author declared, which is
+               subtracted: a kernel is 0 here. The same for flops.
+  HBM          preflight's count: operands and results that are not in on-chip memory. A kernel is 0, or each of its operands
+               and results once (an array passed twice counts once).
   products     the matrix products of the module, by their shapes.
   model/flops  forward and backward, all T x T pairs, the unpadded vocabulary."""
 
@@ -40,7 +39,7 @@ GIGA = 1e9
 
 @dataclasses.dataclass(frozen=True)
 class Figures:
-    """One side. Milliseconds, bytes, operations of one step; forward, backward: runs of attention kernels."""
+    """Figures of one side, for one step: milliseconds, bytes, flops; `forward` and `backward` are runs of attention kernels."""
 
     cycle_ms: float
     kernel_ms: float
@@ -57,20 +56,20 @@ class Figures:
 
     @property
     def total_ms(self) -> float:
-        """One operation after another, kernels by the rule."""
+        """Operations one after another, kernels by the rule."""
         return self.cycle_ms + self.kernel_ms
 
     @property
     def memory(self) -> int:
-        """HBM that the step needs; its results live where its arguments did."""
+        """HBM that the step needs; its results reuse the memory of its arguments."""
         return self.arguments + self.temporaries
 
 
 def read_figures(config: RunConfig, compiled: Compiled, module: Module, chip: Chip) -> Figures:
-    """One side's figures. `config.train.train_batch_size` is what the step was compiled for.
+    """Read one side's figures; the step was compiled for `config.train.train_batch_size` sequences.
 
     Raises:
-        UserError: a loop, whose operations the compiler counts otherwise than preflight.
+        UserError: the step has a loop, whose operations the compiler and preflight count differently.
     """
     if any(instruction.opcode == "while" for instruction in module.scheduled()):
         raise UserError("the compiled step has loops: their bytes and flops cannot be compared")
@@ -109,7 +108,7 @@ def read_figures(config: RunConfig, compiled: Compiled, module: Module, chip: Ch
 
 
 def attention_flops(config: RunConfig, *, backward: bool) -> float:
-    """Operations of one layer's attention over the batch, by the rule."""
+    """Flops of one layer's attention over the batch, by the rule."""
     model = config.model
     heads = Heads(model.num_heads, model.kv_heads, model.heads_dim, scale=1.0, softcap=model.attention_softcap)
     return float(cost(heads, config.train.train_batch_size, model.seq_length, 2, backward=backward).flops)
@@ -132,7 +131,7 @@ def kernel_traffic(module: Module, kernel: Instruction) -> int:
 
 
 def print_table(config: RunConfig, sides: dict[str, Figures]) -> None:
-    """A row for each figure, a column for each side, and ours / each other."""
+    """Print a row for each figure, with a column for each side and ours / each other side."""
     others = [title for title in sides if title != "ours"]
     print(f"{'':44}" + "".join(f"{name:>15}" for name in [*sides, *(f"ours/{title}" for title in others)]))
 
@@ -146,7 +145,7 @@ def print_table(config: RunConfig, sides: dict[str, Figures]) -> None:
     if any(side.kernel_ms for side in every):
         runs = "  (" + ", ".join(f"{title} {side.forward}+{side.backward}" for title, side in sides.items()) + " runs)"
         row("ms of kernels, by the rule", [side.kernel_ms for side in every], 2, runs)
-        row("ms together", [side.total_ms for side in every], 2)
+        row("ms in total", [side.total_ms for side in every], 2)
     row("GB accessed (compiler), kernels apart", [side.accessed / GIGA for side in every], 2)
     row("GB through HBM (preflight), kernels apart", [side.hbm / GIGA for side in every], 2)
     row("GB through HBM, with kernels' arrays", [side.hbm_with_kernels / GIGA for side in every], 2)
@@ -162,9 +161,9 @@ def print_table(config: RunConfig, sides: dict[str, Figures]) -> None:
 
 
 def padded_bytes(config: RunConfig) -> int:
-    """HBM that JAX's kernel wastes on narrow heads: queries, keys, values and result of each layer, kept for the backward.
+    """HBM that JAX's kernel wastes on narrow heads: queries, keys, values and output of each layer, saved for backward.
 
-    Its arrays end in the head width, which the TPU's memory layout fills up to 128 lanes.
+    The last dimension of its arrays is the head width, which the TPU's memory layout pads to 128 lanes.
     """
     model = config.model
     rows = config.train.train_batch_size * model.seq_length * model.num_heads
@@ -172,14 +171,14 @@ def padded_bytes(config: RunConfig) -> int:
 
 
 def print_checks(config: RunConfig, sides: dict[str, Figures]) -> None:
-    """Whether we are ahead, and whether both sides need the same where they do the same."""
+    """Print whether ours is ahead, and whether both need the same for the same work."""
     ours = sides["ours"]
     for title, other in sides.items():
         if other is ours:
             continue
         ahead = {
             "ms by cycles": (ours.cycle_ms, other.cycle_ms),
-            "ms together": (ours.total_ms, other.total_ms),
+            "ms in total": (ours.total_ms, other.total_ms),
             "GB accessed": (ours.accessed, other.accessed),
             "GB through HBM": (ours.hbm_with_kernels, other.hbm_with_kernels),
         }
@@ -202,23 +201,23 @@ def print_checks(config: RunConfig, sides: dict[str, Figures]) -> None:
 
 
 def expensive_lines(module: Module, chip: Chip, count: int) -> list[str]:
-    """The lines of source whose operations move most bytes, on-chip memory included, of all layers together."""
-    # The same module with everything in HBM: what the compiler calls accessed.
-    everywhere = Module(module.text.replace("S(1)", ""))
+    """The source lines whose operations move the most bytes, including on-chip memory, summed over layers."""
+    # The same module with everything in HBM, which is what the compiler calls accessed.
+    all_in_hbm = Module(module.text.replace("S(1)", ""))
     rows: dict[str, list[float]] = {}
     for instruction in module.scheduled():
         if instruction.is_kernel:
             values = [0.0, float(kernel_traffic(module, instruction)), 0.0]
         elif instruction.opcode == "custom-call":
-            continue  # names a place, and moves nothing
+            continue  # an annotation, which moves nothing
         else:
-            twin = everywhere.computations[instruction.computation][instruction.name]
-            values = [float(hbm_bytes(everywhere, twin)), float(hbm_bytes(module, instruction)), instruction.cycles]
+            twin = all_in_hbm.computations[instruction.computation][instruction.name]
+            values = [float(hbm_bytes(all_in_hbm, twin)), float(hbm_bytes(module, instruction)), instruction.cycles]
         row = rows.setdefault(_where(module, instruction), [0.0, 0.0, 0.0, 0.0])
         for index, value in enumerate((*values, 1.0)):
             row[index] += value
     best = sorted(rows.items(), key=lambda item: -item[1][0])[:count]
-    best.append(("all of it", [sum(column) for column in zip(*rows.values(), strict=True)]))
+    best.append(("all lines", [sum(column) for column in zip(*rows.values(), strict=True)]))
     return [f"{'GB accessed':>13}{'GB HBM':>9}{'ms':>8}{'runs':>7}  where"] + [
         f"{accessed / GIGA:13.2f}{hbm / GIGA:9.2f}{cycles / chip.clock * 1e3:8.2f}{runs:7.0f}  {where}"
         for where, (accessed, hbm, cycles, runs) in best
@@ -229,7 +228,7 @@ def _where(module: Module, instruction: Instruction) -> str:
     label = instruction.label.of_layer()
     operation = instruction.op_name.rpartition("/")[2]
     if instruction.opcode.endswith("-start"):
-        # The compiler's own transfers between HBM and the chip: say of what.
+        # The compiler's own transfers between HBM and on-chip memory: name the array.
         moved = module.operands(instruction)[0].results
         return f"({instruction.opcode} of {' '.join(map(str, moved))})"
     if label.line:

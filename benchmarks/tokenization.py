@@ -11,8 +11,8 @@ The methods alternate, so that other load on the machine affects all of them ali
 
 It prints tokens/s by wall-clock time, and by the CPU time of all processes, which other load affects less.
 
-Then, on one core and by CPU time: encoding alone against tiktoken's `encode_ordinary`, once the cache of pre-tokens is warm;
-and BitBPE against its base. Without the real texts it uses Python's documentation.
+Then, on one core and by CPU time: encoding alone, with a warm cache, against tiktoken's `encode_ordinary`; and BitBPE against
+its base. Without the real texts it uses Python's documentation.
 """
 
 from __future__ import annotations
@@ -38,18 +38,17 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pretrain_xla.errors import guarded  # noqa: E402
-from pretrain_xla.prepare.dataset import prepare  # noqa: E402
-from pretrain_xla.prepare.encode import document_encoder  # noqa: E402
-from pretrain_xla.text.corpus import quickstart_documents  # noqa: E402
-from pretrain_xla.text.sources import join_sources, open_source, source_of  # noqa: E402
-from pretrain_xla.tokenizers.bitbpe import BitBPETokenizer  # noqa: E402
-from pretrain_xla.tokenizers.load import load_tokenizer  # noqa: E402
+from pretrain_xla.errors import guarded
+from pretrain_xla.prepare.dataset import prepare
+from pretrain_xla.prepare.encode import document_encoder
+from pretrain_xla.text.corpus import quickstart_documents
+from pretrain_xla.text.sources import join_sources, open_source, source_of
+from pretrain_xla.tokenizers.bitbpe import BitBPETokenizer
+from pretrain_xla.tokenizers.load import load_tokenizer
 
-SHARED = ROOT.parent / "shared" / "data"
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 ENGLISH = (SHARED / "text/en/openstax.jsonl.gz", SHARED / "text/en/novels.jsonl.gz")
 CHINESE = SHARED / "text/zh/wikipedia_hans.jsonl.gz"
 SHARD_SIZE = 10_000_000

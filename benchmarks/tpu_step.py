@@ -1,11 +1,13 @@
 """Our training step against JAX's, by the TPU compiler: `python benchmarks/tpu_step.py`, no TPU, six to eight minutes.
 
-For each config both steps are compiled for one chip (8 sequences of the config's length, no accumulation, weights and
-optimizer state donated): ours as the trainer runs it, through preflight; and `jax_step.py`, the same architecture, optimizer
-and numerics in plain JAX and optax. Each compilation has a process of its own. One table follows, its ratios ours / JAX, below
-1 where ours is ahead, with the rules by which kernels are counted alike; then whether ours is ahead, and whether both need the
-same. They keep different things for their kernels' backward passes: `--plain-attention` compiles both without kernels, so that
-memory and flops must agree. `--operations N` shows where either side's bytes go, by line of source.
+For each config, both steps are compiled for one chip (8 sequences of the config's length, no accumulation, weights and
+optimizer state donated), each in its own process: ours as the trainer runs it, through preflight; and `jax_step.py`, with the
+same architecture, optimizer and numerics in plain JAX and optax.
+
+It prints a table with the ratios ours / JAX (below 1, ours is ahead) and the rules by which kernels are counted alike; then
+whether ours is ahead, and whether both need the same memory and flops. The two save different things for the backward passes of
+their kernels: `--plain-attention` compiles both without kernels, so that memory and flops must agree. `--operations N` shows
+where either side's bytes go, by source line.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ SHORT = {"float32": "fp32", "bfloat16": "bf16"}
 
 
 def one_chip(name: str, layers: int | None, plain_attention: bool = False) -> RunConfig:
-    """A config of ours, cut to one chip's share of a step."""
+    """One of our configs, reduced to one chip's share of a step."""
     tree = load_yaml(str(ROOT / "configs" / f"{name}.yaml"))
     tree["train"] |= {"train_batch_size": SEQUENCES, "gradient_accum_step": 1}
     if layers is not None:
@@ -50,7 +52,7 @@ def one_chip(name: str, layers: int | None, plain_attention: bool = False) -> Ru
 
 
 def compile_ours(config: RunConfig, topology: str) -> Compiled:
-    """The trainer's step by preflight's own path, for one chip of the topology's kind."""
+    """Compile the trainer's step as preflight does, for one chip of the topology's kind."""
     chip = resolve_topology(f"{resolve_topology(topology).chip.name}-1")
     compiled = compile_request(Request(config, chip)).compiled
     if compiled is None:
@@ -59,7 +61,7 @@ def compile_ours(config: RunConfig, topology: str) -> Compiled:
 
 
 def compile_jax(config: RunConfig, topology: str, residual: str) -> Compiled:
-    """The JAX step in a process of its own, with what preflight's has in its environment."""
+    """Compile the JAX step in its own process, with the environment that preflight gives to its own."""
     kept = {key: value for key, value in os.environ.items() if key not in STALE}
     with tempfile.TemporaryDirectory(prefix="tpu-step-") as folder:
         request = {
@@ -77,7 +79,7 @@ def compile_jax(config: RunConfig, topology: str, residual: str) -> Compiled:
 
 
 def jax_worker(folder: Path) -> None:
-    """Compile the JAX step that `request.json` asks for, and leave the compiler's figures as `compiled.json`."""
+    """Compile the JAX step that `request.json` describes, and write the compiler's figures to `compiled.json`."""
     from benchmarks.jax_step import compile_for
     from pretrain_xla.preflight import compiler
 
@@ -95,7 +97,7 @@ def jax_worker(folder: Path) -> None:
 
 
 def compare(name: str, flags: argparse.Namespace) -> None:
-    """Compile both sides of one config, and print what they need."""
+    """Compile both sides of one config, and print their figures."""
     config = one_chip(name, flags.layers, flags.plain_attention)
     chip = resolve_topology(flags.topology).chip
     residuals = tuple(SHORT) if flags.both_residuals else (flags.residual,)
@@ -116,7 +118,7 @@ def compare(name: str, flags: argparse.Namespace) -> None:
         module = Module(compiled.hlo_text)
         figures[title] = read_figures(config, compiled, module, chip)
         if flags.operations:
-            lines += [f"{title}: the lines that move most bytes", *expensive_lines(module, chip, flags.operations)]
+            lines += [f"{title}: the lines that move the most bytes", *expensive_lines(module, chip, flags.operations)]
     print(f"\n{name}: {config.model.num_layers} layers, {SEQUENCES} x {config.model.seq_length:,} tokens, {chip.name}")
     print_table(config, figures)
     print_checks(config, figures)
@@ -125,17 +127,19 @@ def compare(name: str, flags: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", nargs="+", default=CONFIGS, metavar="NAME", help="files of configs/, no ending")
+    parser.add_argument("--config", nargs="+", default=CONFIGS, metavar="NAME", help="files of configs/, without .yaml")
     parser.add_argument("--layers", type=int, help="fewer layers, for a quick look")
-    parser.add_argument("--topology", default="v5e:2x2", help="a slice of the chip's kind; one of its chips is used")
+    parser.add_argument("--topology", default="v5e:2x2", help="a slice of chips of this kind; one of them is used")
     parser.add_argument(
-        "--residual", choices=tuple(SHORT), default="float32", help="JAX's residual stream; ours is float32"
+        "--residual", choices=tuple(SHORT), default="float32", help="type of JAX's residual stream; ours is float32"
     )
-    parser.add_argument("--both-residuals", action="store_true", help="compile JAX's step with each")
+    parser.add_argument("--both-residuals", action="store_true", help="compile JAX's step with each type")
     parser.add_argument(
-        "--plain-attention", action="store_true", help="no kernels on either side: both keep and count the same"
+        "--plain-attention", action="store_true", help="no kernels on either side, so that both save and count the same"
     )
-    parser.add_argument("--operations", type=int, default=0, metavar="N", help="show the N lines that move most bytes")
+    parser.add_argument(
+        "--operations", type=int, default=0, metavar="N", help="show the N lines that move the most bytes"
+    )
     parser.add_argument("--save-hlo", type=Path, metavar="DIR", help="keep the compiled modules")
     parser.add_argument("--jax-worker", type=Path, help=argparse.SUPPRESS)
     flags = parser.parse_args()

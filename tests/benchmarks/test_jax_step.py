@@ -1,4 +1,4 @@
-"""The JAX step that benchmarks compare with computes the same thing: same loss, same parameters after three updates."""
+"""The JAX step of the benchmarks computes the same as ours: same losses, same parameters after three updates."""
 
 import os
 
@@ -31,13 +31,13 @@ MODERN = {
 
 def tiny(architecture: dict[str, object]) -> RunConfig:
     sizes = {"vocab_size": 300, "seq_length": 32, "d_model": 48, "num_layers": 2, "d_ff": 80, "tie_weights": True}
-    # A clip that bites, a decay that shows, and three updates that see the warm-up, the top and the fall.
+    # Clipping and decay that matter, and three updates that cover the warm-up, the peak and the decay.
     optim = {
         "learning_rate": 1e-3,
         "min_lr": 1e-4,
         "betas": (0.9, 0.95),
-        # Without rotary positions a key's bias changes no weight of attention: its gradient is rounding noise, which Adam
-        # would blow up to whole updates with a smaller epsilon.
+        # Without rotary positions a key's bias does not change the attention weights: its gradient is rounding noise, which
+        # Adam with a smaller epsilon would amplify to full updates.
         "adam_eps": 1e-6,
         "weight_decay": 0.1,
         "max_grad_norm": 0.5,
@@ -48,7 +48,7 @@ def tiny(architecture: dict[str, object]) -> RunConfig:
 
 
 def draw_model(config: RunConfig) -> GPT:
-    """Weights in which every bias and every norm matters."""
+    """Weights with which every bias and every norm matters."""
     model = GPT(config.model)
     initialize(model, 0)
     torch.manual_seed(0)
@@ -64,7 +64,7 @@ def draw_tokens(config: RunConfig, steps: int) -> np.ndarray:
 
 
 def torch_steps(config: RunConfig, model: GPT, tokens_NBS: np.ndarray) -> tuple[list[float], list[float]]:
-    """Losses and gradient norms of our step, as `TrainStep` makes it."""
+    """Losses and gradient norms of our step, computed as `TrainStep` does."""
     optimizer = AdamW(
         model.named_parameters(), config.optim, lambda step: learning_rate(step, config.optim, config.model.d_model)
     )
@@ -90,7 +90,7 @@ def test_three_updates_equal_ours(architecture: dict[str, object]) -> None:
     assert jax.tree.map(np.shape, params) == jax.tree.map(np.shape, first_shapes.params)
 
     state = jax_step.State(params, jax_step.make_optimizer(config.optim).init(params))
-    # Compiling is most of this test: without LLVM's optimisation it takes half the time.
+    # Most of this test is compilation, which takes half the time without LLVM's optimization.
     step = jax.jit(trainer.step, donate_argnums=0, compiler_options={"xla_backend_optimization_level": 0})
     losses, norms = [], []
     for tokens_BS in tokens_NBS:
@@ -114,6 +114,6 @@ def test_three_updates_equal_ours(architecture: dict[str, object]) -> None:
     assert all("'key']['bias" in jax.tree_util.keystr(path) for path in still), still
 
 
-def test_what_it_lacks_is_refused() -> None:
+def test_unsupported_options_are_refused() -> None:
     with pytest.raises(ValueError, match="num_kv_heads, dropout"):
         jax_step.build(tiny({"num_heads": 4, "num_kv_heads": 2, "dropout": 0.1}))

@@ -1,4 +1,4 @@
-"""The comparison of steps: what a kernel's author declares, or where the compiler puts its arrays, favours no side."""
+"""The comparison of steps: neither the costs that a kernel declares nor the memory of its arrays favours a side."""
 
 import pytest
 
@@ -31,27 +31,27 @@ PRODUCT_FLOPS, PRODUCT_BYTES = 2.0 * 256 * 512 * 128, 2 * (256 * 512 + 512 * 128
 
 
 def figures(text: str, declared: tuple[float, float]) -> Figures:
-    """Of a module whose compiler counts for each of its two kernels what it declares."""
+    """Figures of a module where the compiler counts for each of the two kernels what it declares."""
     flops, moved = PRODUCT_FLOPS + 2 * declared[0], PRODUCT_BYTES + 2 * declared[1]
     compiled = Compiled(text, flops, moved, 10, 10, 10, 20, 0, 0.0)
     return read_figures(one_chip("gpt2_124m", None), compiled, Module(text), CHIPS["v5e"])
 
 
-def test_what_a_kernel_declares_makes_no_difference() -> None:
-    silent = figures(MODULE.replace("ESTIMATE", ""), (0.0, 0.0))
-    speaking = figures(MODULE.replace("ESTIMATE", ESTIMATE), DECLARED)
-    assert silent == speaking
-    assert silent.flops == silent.products == PRODUCT_FLOPS
-    assert silent.accessed == silent.hbm == PRODUCT_BYTES
-    assert (silent.forward, silent.backward) == (1, 1)
-    assert silent.cycle_ms == pytest.approx(1e-3)
+def test_declared_costs_make_no_difference() -> None:
+    without = figures(MODULE.replace("ESTIMATE", ""), (0.0, 0.0))
+    with_costs = figures(MODULE.replace("ESTIMATE", ESTIMATE), DECLARED)
+    assert without == with_costs
+    assert without.flops == without.products == PRODUCT_FLOPS
+    assert without.accessed == without.hbm == PRODUCT_BYTES
+    assert (without.forward, without.backward) == (1, 1)
+    assert without.cycle_ms == pytest.approx(1e-3)
     # 12 heads' causal blocks of 256, 128 lanes: 2 products forward, 5 backward.
-    assert silent.kernel_flops == 7 * 2 * 128 * 8 * 12 * 10 * 256**2
-    # The forward kernel's operand once, though passed twice; what lies on the chip not at all.
-    assert silent.hbm_with_kernels - silent.hbm == 2 * 256 * 128 * 2
+    assert without.kernel_flops == 7 * 2 * 128 * 8 * 12 * 10 * 256**2
+    # The forward kernel's operand once, although passed twice; on-chip memory not at all.
+    assert without.hbm_with_kernels - without.hbm == 2 * 256 * 128 * 2
 
 
 def test_a_loop_is_refused() -> None:
-    looping = MODULE.replace("ESTIMATE", "").replace("custom-call(%forward)", "while(%forward)")
+    loop = MODULE.replace("ESTIMATE", "").replace("custom-call(%forward)", "while(%forward)")
     with pytest.raises(UserError, match="loops"):
-        figures(looping, (0.0, 0.0))
+        figures(loop, (0.0, 0.0))
