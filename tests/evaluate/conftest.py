@@ -24,6 +24,7 @@ from pretrain_xla.runtime.torch_runtime import TorchRuntime
 from pretrain_xla.tokenizers.load import load_tokenizer
 from pretrain_xla.tokenizers.tokenizer import Tokenizer
 from pretrain_xla.tokenizers.train import train_tokenizer
+from tests.small_run import one_thread  # noqa: F401 (an automatic fixture)
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 LENGTH = 48
@@ -48,15 +49,6 @@ class Trio:
     def scorer(self, batch_size: int = 2, top_k: Iterable[int] = (1, 5)) -> Scorer:
         """A scorer of our model."""
         return Scorer(self.ours, self.runtime, batch_size, top_k)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tensors this small take longer to share out than to compute."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

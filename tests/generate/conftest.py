@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from pretrain_xla.config import RunConfig, build_config
 from pretrain_xla.model import GPT, initialize
 from pretrain_xla.run_folder.checkpoint import CheckpointInfo, CheckpointStore
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tensors this small take longer to share out than to compute."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+from tests.small_run import one_thread  # noqa: F401 (an automatic fixture)
 
 
 @pytest.fixture

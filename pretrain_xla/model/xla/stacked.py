@@ -62,7 +62,7 @@ def unstack_layers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def stack_layers(name: str, tensors: Mapping[str, Tensor]) -> Tensor | None:
-    """The tensor of that name, put together where it is one of all layers; none if it is not there."""
+    """The tensor of that name, stacked out of its layers where it is one of all layers. None means it is not there."""
     if ALL not in name:
         return tensors.get(name)
     before, after = name.split(ALL)
