@@ -1,4 +1,4 @@
-"""Score a model: `python evaluate.py --model runs/quickstart --tasks hellaswag lambada --data-dir eval`."""
+"""Evaluate a model: `python evaluate.py --model runs/quickstart --tasks hellaswag lambada --data-dir eval`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Continue text with a trained model: `python generate.py --model runs/quickstart`, then type at the `>>` prompt."""
+"""Generate text with a trained model: `python generate.py --model runs/quickstart`, then type at the `>>` prompt."""
 
 import sys
 

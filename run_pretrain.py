@@ -1,4 +1,4 @@
-"""Train with plain PyTorch on a GPU or CPU: `python run_pretrain.py --config configs/modern_124m.yaml --compile`."""
+"""Train with the torch runtime, on GPUs or a CPU: `python run_pretrain.py --config configs/modern_124m.yaml --compile`."""
 
 from pretrain_xla.cli import run_pretrain
 

@@ -1,4 +1,4 @@
-"""`python -m pretrain_xla`."""
+"""Entry point of `python -m pretrain_xla`."""
 
 from pretrain_xla.cli import main
 

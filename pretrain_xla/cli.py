@@ -1,7 +1,7 @@
-"""The command line → a config → one call.
+"""The command-line interface: `python -m pretrain_xla COMMAND`.
 
-`python -m pretrain_xla COMMAND`, and the entry points at the top of the repository: `run_pretrain_xla.py`, `run_pretrain.py`,
-`generate.py`, `evaluate.py`. What a user can fix ends here in one line and exit status 2.
+The scripts `run_pretrain_xla.py`, `run_pretrain.py`, `generate.py` and `evaluate.py` use it too. Errors that the user can fix
+end here, in one line and exit status 2.
 """
 
 from __future__ import annotations
@@ -16,29 +16,29 @@ from pretrain_xla import __version__
 from pretrain_xla.errors import UserError, guarded
 from pretrain_xla.redact import redacted
 
-if TYPE_CHECKING:  # what a command needs is imported where it begins, so that a missing package is a line
+if TYPE_CHECKING:  # a command imports what it needs, so that a missing package is an error of one line
     from pretrain_xla.config import RunConfig
 
 COMMANDS = """usage: python -m pretrain_xla COMMAND [--help]
 
-  train            train (or, with --do-test, evaluate) a model
-  preflight        compile the training step for a TPU that is not here: does it fit, how fast, what does it cost
-  trace            show a model as a tree: shapes, parameters, operations
-  prepare          text -> tokens -> shards in train/ and valid/
-  inspect          look into token shards: counts, histograms, first documents, checks
+  train            train a model
+  preflight        estimate memory, time and cost of a training step on a TPU, without one
+  trace            print the model as a tree: shapes, parameters, operations
+  prepare          tokenize text into token shards, in train/ and valid/
+  inspect          inspect token shards: counts, histograms, first documents, checks
   train-tokenizer  train a tokenizer on text: byte-level BPE or SentencePiece
-  export           write a trained model for Hugging Face transformers
-  import           make a model of Hugging Face's, or an old checkpoint, one of ours
-  generate         continue a prompt with a trained model
-  evaluate         loss, perplexity and zero-shot scores of a model
-  lm-eval          EleutherAI's lm-eval on a model of ours (pip install lm-eval)
-  quickstart       all of it on this machine: prepare, train, evaluate, generate
+  export           convert a trained model to Hugging Face transformers
+  import           convert a Hugging Face model or an old checkpoint to a run of this package
+  generate         generate text with a trained model
+  evaluate         evaluate a model: loss, perplexity, zero-shot tasks
+  lm-eval          run EleutherAI's lm-eval on a model of this package (pip install lm-eval)
+  quickstart       prepare text, train a small model, evaluate it and generate text, on this host
 """
 
 
 @guarded
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The package's own command line."""
+    """Entry point of `python -m pretrain_xla`."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     command, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
     if command in ("-h", "--help", "help"):
@@ -108,18 +108,18 @@ def run_pretrain(runtime: str) -> None:
 
 
 def pretrain(arguments: Sequence[str], *, program: str, fixed: dict[str, Any] | None = None) -> None:
-    """Parse the flags of a run and start it."""
+    """Parse the flags of a run, and start it."""
     from pretrain_xla.config_file import to_yaml
     from pretrain_xla.flags import parse_flags
     from pretrain_xla.runtime.launched import speaks_first
 
     description = "Pretrain a GPT-2-scale model."
-    parsed = parse_flags(arguments, program=program, description=description, fixed=fixed, build=_adopt)
+    parsed = parse_flags(arguments, program=program, description=description, fixed=fixed, build=_resolve)
     if parsed.print_config:
         print(to_yaml(parsed.config), end="")
         return
     config = parsed.config
-    notes = effectless(config, parsed.given) + schedule_notes(config) + parsed.notes
+    notes = unused_flags(config, parsed.given) + schedule_notes(config) + parsed.notes
     if speaks_first(config.parallel.runtime):
         for line in notes:
             print(f"note: {redacted(line)}", flush=True)
@@ -134,16 +134,16 @@ def pretrain(arguments: Sequence[str], *, program: str, fixed: dict[str, Any] | 
     start_run(config)
 
 
-def _adopt(tree: dict[str, Any], stated: frozenset[str], where: str) -> tuple[RunConfig, list[str]]:
-    """The config of a run, with what it takes from the model that it begins from, or from its data."""
+def _resolve(tree: dict[str, Any], stated: frozenset[str], where: str) -> tuple[RunConfig, list[str]]:
+    """The config of a run, with the architecture and tokenizer of its `from_checkpoint`, or the vocabulary size of its data."""
     from pretrain_xla.config import build_config
 
-    begins_anew = tree["train"]["from_checkpoint"] is None
-    if begins_anew and "vocab_size" in stated:
+    is_new = tree["train"]["from_checkpoint"] is None
+    if is_new and "vocab_size" in stated:
         return build_config(tree, where), []
     from pretrain_xla.interop.from_checkpoint import resolve_architecture, resolve_tokenizer, resolve_vocabulary
 
-    if begins_anew:
+    if is_new:
         return resolve_vocabulary(tree, stated, where)
 
     config, notes = resolve_architecture(tree, stated, where)
@@ -151,40 +151,41 @@ def _adopt(tree: dict[str, Any], stated: frozenset[str], where: str) -> tuple[Ru
     return config, notes + more
 
 
-def effectless(config: RunConfig, given: frozenset[str]) -> list[str]:
-    """One line for each given flag that changes nothing in this mode."""
-    xla = config.parallel.runtime == "xla"
+def unused_flags(config: RunConfig, given: frozenset[str]) -> list[str]:
+    """A note for each given flag that has no effect in this run."""
+    xla, schedule = config.parallel.runtime == "xla", config.optim.decay_method
+    decays = schedule not in ("noam", "constant")
     rules = {
         "compile": (not xla, "the xla runtime always compiles the whole step"),
         "device": (not xla, "the xla runtime takes its device from PJRT_DEVICE"),
-        "ddp_backend": (not xla, "it belongs to the torch runtime"),
-        "mp_start_method": (xla, "it belongs to the xla runtime; torchrun starts the processes here"),
-        "ddp": (xla, "torchrun decides on data parallelism here"),
-        "mesh_data": (xla, "torchrun decides on data parallelism here"),
+        "ddp_backend": (not xla, "only the torch runtime uses it"),
+        "mp_start_method": (xla, "only the xla runtime uses it; with the torch runtime, torchrun starts the processes"),
+        "ddp": (xla, "with the torch runtime, torchrun starts the processes"),
+        "mesh_data": (xla, "with the torch runtime, torchrun starts the processes"),
         "strict_graph": (
             xla or config.train.compile or config.parallel.device != "cpu",
             "nothing is compiled without --compile, and nothing waits for a CPU",
         ),
         "use_syncfree_optim": (False, "the optimizer never synchronises with the host"),
-        "cooldown_steps": (config.optim.decay_method == "wsd", "only --decay-method wsd cools down"),
-        "min_lr": (config.optim.decay_method not in ("noam", "constant"), "this --decay-method has no floor"),
-        "decay_steps": (config.optim.decay_method not in ("noam", "constant"), "this --decay-method has no end"),
+        "cooldown_steps": (schedule == "wsd", "only --decay-method wsd has a cooldown"),
+        "min_lr": (decays, f"--decay-method {schedule} does not use it"),
+        "decay_steps": (decays, f"--decay-method {schedule} does not use it"),
         "eval_tasks": (
             not config.train.do_test,
-            "--do-test prints the validation loss; evaluate.py scores tasks",
+            "--mode evaluate only prints the validation loss; use evaluate.py for tasks",
         ),
-        "eval_interval": (bool(config.evaluation.eval_tasks), "there are no --eval-tasks"),
+        "eval_interval": (bool(config.evaluation.eval_tasks), "--eval-tasks is not given"),
         "scan_layers": (xla, "only the xla runtime compiles a loop over the layers"),
-        "overlap_gradients": (xla, "it is an option of the TPU's compiler"),
-        "compile_cache": (xla, "it belongs to the xla runtime"),
-        "topology": (config.train.mode == "preflight", "only preflight compiles for a TPU that is not here"),
-        "sample_prompt": (config.logging.sample_interval is not None, "there is no --sample-interval"),
-        "end_of_text": (config.data.separate_documents, "only --separate-documents looks for it"),
+        "overlap_gradients": (xla, "it is an option of the TPU compiler"),
+        "compile_cache": (xla, "only the xla runtime uses it"),
+        "topology": (config.train.mode == "preflight", "only preflight uses it"),
+        "sample_prompt": (config.logging.sample_interval is not None, "--sample-interval is not given"),
+        "end_of_text": (config.data.separate_documents, "only --separate-documents uses it"),
         **{
-            leaf: (bool(config.evaluation.eval_tasks), "there are no --eval-tasks")
+            leaf: (bool(config.evaluation.eval_tasks), "--eval-tasks is not given")
             for leaf in ("eval_data", "eval_limit", "eval_stride", "eval_top_k")
         },
-        "rope_theta": (config.model.positions == "rotary", "only --positions rotary has a base"),
+        "rope_theta": (config.model.positions == "rotary", "only --positions rotary uses it"),
     }
     lines = [
         f"--{leaf.replace('_', '-')} has no effect: {why}"
@@ -200,14 +201,14 @@ def effectless(config: RunConfig, given: frozenset[str]) -> list[str]:
 
 
 def schedule_notes(config: RunConfig) -> list[str]:
-    """A line where the learning rate does not come to its end with the run, as it mostly should."""
+    """A note if the learning rate schedule and the run do not end at the same step, as they usually should."""
     optim, steps = config.optim, config.train.train_steps
     if config.train.do_test or optim.decay_method in ("noam", "constant") or optim.decay_steps == steps:
         return []
     if optim.decay_steps < steps:
         then = f"the last {steps - optim.decay_steps:,} steps run at min_lr"
     else:
-        then = "the learning rate does not come down to min_lr"
+        then = "the learning rate does not reach min_lr"
     return [
-        f"decay_steps={optim.decay_steps} and train_steps={steps}: {then}; --decay-steps {steps} ends both together"
+        f"decay_steps={optim.decay_steps} and train_steps={steps}: {then}; with --decay-steps {steps} both end together"
     ]

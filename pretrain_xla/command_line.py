@@ -1,8 +1,7 @@
-"""Command lines of every command, with one style of error: a line, and exit status 2.
+"""Parsing of the commands' flags, with errors of one line and exit status 2.
 
-Flags are dataclasses that tyro reads, or argparse parsers where a command has words without dashes. Both print a usage text
-or a box of many lines when something is wrong; what the user needs of it is one line: which flag, what is wrong, what it
-should be.
+Flags are dataclasses for tyro, or argparse parsers where a command has positional arguments. For an error both print a usage
+text or a box of many lines. Here the user gets one line instead: which flag, what is wrong, and what it should be.
 """
 
 from __future__ import annotations
@@ -20,52 +19,53 @@ from typing import Annotated, Any, NoReturn, TypeVar
 import tyro
 
 from pretrain_xla.errors import UserError
-from pretrain_xla.flag_names import called_here
+from pretrain_xla.flag_names import our_name
 
 Flags = TypeVar("Flags")
 
 
 def parse(kind: type[Flags], arguments: Sequence[str], *, program: str, command: str) -> Flags:
-    """A dataclass of flags, filled from a command line.
+    """Parse a command line into a dataclass of flags.
 
     Args:
         kind: the dataclass; its docstring is the description.
-        arguments: what follows the program's name.
-        program: its name, for `--help` and messages.
-        command: the one whose table of other names is looked up, see `flag_names`.
+        arguments: the command line after the program's name.
+        program: name of the program, for `--help` and messages.
+        command: key of the table of other programs' flags in `flag_names`.
 
     Raises:
-        UserError: an unknown flag, a missing one, or a value that is not of its type.
-        SystemExit: `--help`, with 0.
+        UserError: a flag is unknown or missing, or a value is of a wrong type.
+        SystemExit: with status 0, after `--help`.
     """
     known = [flag for leaf in typing.get_type_hints(kind) for flag in flags_of(leaf)]
     for argument in _flags_in(arguments):
         if argument not in (*known, "--help"):
             raise UserError(unknown_flag(argument, known, command))
     unnamed: Any = Annotated[kind, tyro.conf.arg(name="")]
-    with one_line(program):
+    with tyro_errors(program):
         found: Flags = tyro.cli(unnamed, prog=program, args=list(arguments))
     return found
 
 
 def flags_of(leaf: str) -> tuple[str, ...]:
-    """The spellings of a leaf as a flag: with dashes or underscores, and with `no` before it."""
+    """The spellings of a leaf as a flag: with dashes or underscores, with and without `no`."""
     dashed = leaf.replace("_", "-")
     return (f"--{dashed}", f"--no-{dashed}", f"--{leaf}", f"--no-{leaf}")
 
 
 def unknown_flag(flag: str, known: Sequence[str], command: str) -> str:
-    """The words for a flag that is not there: what it is called here, or the nearest spelling."""
-    if (ours := called_here(command, flag)) is not None:
-        return f"unknown argument {flag!r}: here it is {ours}"
+    """The error message for an unknown flag, with the name that it has in this package, or the nearest spelling."""
+    if (ours := our_name(command, flag)) is not None:
+        return f"unknown argument {flag!r}: use {ours}"
     plain = [one for one in known if "_" not in one and not one.startswith("--no-")]
     near = difflib.get_close_matches(flag.split("=")[0].replace("_", "-"), plain, n=1)
-    return f"unknown argument {flag!r}" + (f"; did you mean {near[0]}?" if near else "; --help lists all of them")
+    every = "--help-all" if command == "train" else "--help"
+    return f"unknown argument {flag!r}" + (f"; did you mean {near[0]}?" if near else f"; see {every}")
 
 
 @contextlib.contextmanager
-def one_line(program: str) -> typing.Iterator[None]:
-    """Turn what tyro prints about a fault into a `UserError` of one line.
+def tyro_errors(program: str) -> typing.Iterator[None]:
+    """Turn an error that tyro prints into a `UserError` of one line.
 
     Raises:
         UserError: tyro refused the command line.
@@ -77,14 +77,14 @@ def one_line(program: str) -> typing.Iterator[None]:
     except SystemExit as error:
         if error.code in (0, None):
             raise
-        raise UserError(f"{_first_fault(printed.getvalue())}; {program} --help lists all flags") from None
+        raise UserError(f"{_first_error(printed.getvalue())}; see {program} --help") from None
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's, whose errors are a `UserError`."""
+    """An argparse parser whose errors are a `UserError`."""
 
     def error(self, message: str) -> NoReturn:
-        """Refuse the command line.
+        """Reject the command line.
 
         Raises:
             UserError: always.
@@ -93,7 +93,7 @@ class Parser(argparse.ArgumentParser):
         if message.startswith("unrecognized arguments: "):
             known = [flag for action in self._actions for flag in action.option_strings]
             raise UserError(unknown_flag(message.removeprefix("unrecognized arguments: ").split()[0], known, self.prog))
-        raise UserError(f"{message}; {self.prog} --help lists all flags")
+        raise UserError(f"{message}; see {self.prog} --help")
 
 
 def _flags_in(arguments: Sequence[str]) -> list[str]:
@@ -104,20 +104,20 @@ def _flags_in(arguments: Sequence[str]) -> list[str]:
 _BOX = re.compile(r"\x1b\[[0-9;]*m|[│╭╮╰╯]")
 
 
-def _first_fault(printed: str) -> str:
-    """The first fault out of tyro's box, without its frame and help text."""
+def _first_error(printed: str) -> str:
+    """The first error in tyro's box, without its frame and help text."""
     lines = [_BOX.sub("", line).rstrip() for line in printed.splitlines()]
-    # A title, and between rules first the fault, and then help; without UTF-8 there is a rule below the title, too.
+    # After the title, rules separate the error from help. Without UTF-8 there is a rule below the title, too.
     _title, *inside = [line for line in lines if line.strip()] or [""]
     groups = itertools.groupby(inside, key=lambda line: not line.strip("─- "))
-    fault = next((list(group) for is_rule, group in groups if not is_rule), [])
-    if not fault:
-        return " ".join(printed.split()) or "this command line cannot be read"
-    if "Missing from" in fault[0]:
+    error = next((list(group) for is_rule, group in groups if not is_rule), [])
+    if not error:
+        return " ".join(printed.split()) or "invalid command line"
+    if "Missing from" in error[0]:
         # Each flag is indented less than its help text.
-        indents = [len(line) - len(line.lstrip()) for line in fault[1:]]
-        names = [line.strip() for line, indent in zip(fault[1:], indents, strict=True) if indent == min(indents)]
+        indents = [len(line) - len(line.lstrip()) for line in error[1:]]
+        names = [line.strip() for line, indent in zip(error[1:], indents, strict=True) if indent == min(indents)]
         return f"missing: {', '.join(names)}"
-    words = " ".join(line.strip() for line in fault).removeprefix("Error parsing ").rstrip(".")
-    words = re.sub(r"invalid literal for int\(\) with base 10: (.*)", r"\1 is no whole number", words)
-    return re.sub(r"could not convert string to float: (.*)", r"\1 is no number", words)
+    words = " ".join(line.strip() for line in error).removeprefix("Error parsing ").rstrip(".")
+    words = re.sub(r"invalid literal for int\(\) with base 10: (.*)", r"\1 is not an integer", words)
+    return re.sub(r"could not convert string to float: (.*)", r"\1 is not a number", words)

@@ -1,4 +1,4 @@
-"""The config tree as a YAML file: one mapping of keys for each section."""
+"""The config tree as a YAML file, with one mapping of keys per section."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from pretrain_xla.redact import redacted_tree
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1, but `3e-4` is a number (the standard wants a dot in it, and people do not), and a key comes once: PyYAML takes
-    the last of several in silence.
+    """YAML 1.1, with two changes: `3e-4` is a number (the standard requires a dot), and duplicate keys are an error (PyYAML
+    silently takes the last one).
     """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """A mapping whose keys differ.
+        """A mapping without duplicate keys.
 
         Raises:
-            ConstructorError: one comes twice.
+            ConstructorError: a key is duplicated.
         """
         seen: set[str] = set()
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
-                continue  # a list as a key: refused below
+                continue  # a list as a key: rejected below
             if key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} comes twice", key.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key.value!r}", key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes what `_Loader` reads back equal: a string that looks like such a number goes in quotes."""
+    """Quotes strings that `_Loader` would read as such a number."""
 
 
 for _kind in (_Loader, _Dumper):
@@ -57,9 +57,9 @@ def load_yaml(path: str) -> dict[str, Any]:
             tree = yaml.load(file, _Loader)
     except FileNotFoundError:
         stem = os.path.basename(path).removesuffix(".yaml").removesuffix(".yml")
-        ready = [name.removesuffix(".yaml") for name in (os.listdir("configs") if os.path.isdir("configs") else ())]
-        near = difflib.get_close_matches(stem, ready, n=1)
-        hint = f"did you mean configs/{near[0]}.yaml?" if near else "ready ones are in configs/"
+        known = [name.removesuffix(".yaml") for name in (os.listdir("configs") if os.path.isdir("configs") else ())]
+        near = difflib.get_close_matches(stem, known, n=1)
+        hint = f"did you mean configs/{near[0]}.yaml?" if near else "the configs of this package are in configs/"
         raise UserError(f"--config {path}: no such file; {hint}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--config {path}: cannot be read: {error}") from None
@@ -67,8 +67,8 @@ def load_yaml(path: str) -> dict[str, Any]:
         raise UserError(f"--config {path}: not valid YAML: {' '.join(str(error).split())}") from None
     except RecursionError:
         raise UserError(f"--config {path}: nested too deep to be read") from None
-    except ValueError as error:  # a date that no calendar has, a number of thousands of digits
-        raise UserError(f"--config {path}: a value in it is of no use: {str(error).partition(';')[0]}") from None
+    except ValueError as error:  # an impossible date, or a number with thousands of digits
+        raise UserError(f"--config {path}: invalid value: {str(error).partition(';')[0]}") from None
     if tree is None:
         return {}
     if not isinstance(tree, dict) or not all(isinstance(value, dict | None) for value in tree.values()):
@@ -81,5 +81,5 @@ def load_yaml(path: str) -> dict[str, Any]:
 
 
 def to_yaml(config: RunConfig) -> str:
-    """The whole resolved tree as YAML; reading it back gives an equal config, but for passwords and tokens of URLs."""
+    """The resolved tree as YAML. Reading it back gives an equal config, except for passwords and tokens in URLs."""
     return yaml.dump(redacted_tree(config.model_dump(mode="json")), Dumper=_Dumper, sort_keys=False)

@@ -1,7 +1,7 @@
-"""The one exception that users are meant to read.
+"""Errors that the user can fix.
 
-Every fault that a user can fix (a wrong key, a missing folder, a mesh that does not fit) is raised as `UserError`. The
-command line prints its text as one line and exits with status 2; anything else is a defect of ours and keeps its trace.
+Every such error (a wrong key, a missing folder, a mesh that does not fit) is raised as `UserError`. The command-line interface
+prints its message in one line and exits with status 2. Any other exception is a bug in this package and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 from pretrain_xla.redact import redacted
 from pretrain_xla.system_faults import memory_fault, raise_file_limit, system_fault
 
-# Packages that a command may need and an environment may lack → how to get them.
+# Package that may not be installed → how to install it.
 _PACKAGES = {
     **dict.fromkeys(("torch_xla", "libtpu", "jax", "jaxlib"), "pip install -r requirements-xla_tpu.txt"),
     **dict.fromkeys(("lm_eval", "wandb"), ""),
@@ -30,9 +30,9 @@ _PACKAGES = {
 
 
 class UserError(Exception):
-    """A fault in what was asked for: the text says what is wrong, where, and how to fix it, in one line.
+    """An error that the user can fix. The message says in one line what is wrong, where, and how to fix it.
 
-    Passwords and tokens of URLs in it are hidden: the line ends up in logs.
+    Passwords and tokens in its URLs are hidden, because the message ends up in logs.
     """
 
     def __init__(self, text: str) -> None:
@@ -40,7 +40,7 @@ class UserError(Exception):
 
 
 class Interrupted(Exception):
-    """The run was asked to stop by a signal and has saved its state; the command line exits with 128 + `signal`."""
+    """A signal stopped the run, and its state is saved. The command-line interface exits with 128 + `signal`."""
 
     def __init__(self, message: str, signal: int) -> None:
         super().__init__(message)
@@ -48,7 +48,7 @@ class Interrupted(Exception):
 
 
 def missing_package(error: ImportError) -> str | None:
-    """What to install, in a line. None means it is no package that we ask for."""
+    """What to install, in one line. None means that this is not a package that we require."""
     package = (error.name or "").split(".")[0]
     if package not in _PACKAGES:
         return None
@@ -58,10 +58,10 @@ def missing_package(error: ImportError) -> str | None:
 
 @contextlib.contextmanager
 def out_of_memory(fix: str) -> Iterator[None]:
-    """While it is open, memory that runs out, a device's or the host's, is one line with what would help.
+    """Turn an out-of-memory error of a device or the host into a `UserError` that says how to fix it.
 
     Raises:
-        UserError: it did.
+        UserError: memory ran out.
     """
     try:
         yield
@@ -72,10 +72,9 @@ def out_of_memory(fix: str) -> Iterator[None]:
 
 
 def guarded(function: Callable[..., None]) -> Callable[..., None]:
-    """Turn `UserError` into one line on stderr and exit status 2, and a stop by signal into 128 + signal.
+    """Turn `UserError` into one line on stderr and exit status 2, and `Interrupted` into exit status 128 + signal.
 
-    A package that is not installed is a line, too, and so is what the machine has run out of; and what reads our output may
-    stop before its end (`| head`).
+    So are packages that are not installed and resources that ran out. A closed stdout (`| head`) is not an error.
     """
 
     @functools.wraps(function)
@@ -92,7 +91,7 @@ def guarded(function: Callable[..., None]) -> Callable[..., None]:
             print(f"error: {line}", file=sys.stderr, flush=True)
             raise SystemExit(2) from None
         except BrokenPipeError:
-            # Python flushes stdout once more at its end, into the closed pipe: into nothing instead.
+            # Python flushes stdout again at exit, which would fail on the closed pipe.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise SystemExit(1) from None
         except Interrupted as error:

@@ -1,8 +1,8 @@
-"""What other programs call our flags.
+"""The names of our flags in other programs, for error messages.
 
-A word that is close by its letters is often far in meaning (`--lr` is no `--min-lr`, `--batch-size` no `--eval-batch-size`), so
-the names that people bring along are looked up here before the nearest spelling is. They are named in the error, and not taken:
-a batch is counted by the device in one program and over all devices in another, and an epoch is no step.
+A flag with a similar spelling often means something else (`--lr` is not `--min-lr`, and `--batch-size` is not
+`--eval-batch-size`), so an unknown flag is looked up here before the nearest spelling is suggested. The error names our flag.
+The other name is not accepted, because its unit may differ: some programs count a batch per device, and some count epochs.
 
 Sources: the command lines of nanoGPT, build-nanogpt, nanochat, Hugging Face's `run_clm.py` and `TrainingArguments`, litgpt,
 torchtitan and its TOML keys, and of the scripts whose flags this package follows.
@@ -10,7 +10,7 @@ torchtitan and its TOML keys, and of the scripts whose flags this package follow
 
 from __future__ import annotations
 
-_BATCH = "--train-batch-size (sequences over all devices; a step sees them --gradient-accum-step times)"
+_BATCH = "--train-batch-size (sequences over all devices; a step has --gradient-accum-step times as many)"
 _STEPS = "--train-steps (optimizer steps)"
 _BETAS = "--betas BETA1 BETA2"
 _PRECISION = "--mixed-precision bf16 (or fp16, on CUDA)"
@@ -35,10 +35,10 @@ _TRAIN: dict[str, str] = {
     "num-steps": _STEPS,
     "steps": _STEPS,
     "iters": _STEPS,
-    "max-tokens": "--train-steps (optimizer steps; tokens / (batch x --seq-length) of them)",
-    "epochs": "--train-steps (optimizer steps; data is gone through as often as they need)",
-    "num-epochs": "--train-steps (optimizer steps; data is gone through as often as they need)",
-    "num-train-epochs": "--train-steps (optimizer steps; data is gone through as often as they need)",
+    "max-tokens": "--train-steps (optimizer steps: tokens / (batch x --seq-length))",
+    "epochs": "--train-steps (optimizer steps; the data repeats as often as needed)",
+    "num-epochs": "--train-steps (optimizer steps; the data repeats as often as needed)",
+    "num-train-epochs": "--train-steps (optimizer steps; the data repeats as often as needed)",
     # the model
     "block-size": "--seq-length",
     "max-seq-len": "--seq-length",
@@ -67,7 +67,7 @@ _TRAIN: dict[str, str] = {
     "tie-embeddings": "--tie-weights",
     "tie-word-embeddings": "--tie-weights",
     "attn-implementation": "--attention",
-    "flash-attention": "--attention sdpa (the machine's fused kernel, the default)",
+    "flash-attention": "--attention sdpa (the fused kernel, which is the default)",
     "model-name": "--config configs/NAME.yaml, or --from-checkpoint MODEL",
     "model-type": "--config configs/NAME.yaml",
     "flavor": "--config configs/NAME.yaml",
@@ -86,7 +86,7 @@ _TRAIN: dict[str, str] = {
     "warmup-iters": "--warmup-steps",
     "lr-warmup-steps": "--warmup-steps",
     "num-warmup-steps": "--warmup-steps",
-    "warmup-ratio": "--warmup-steps (of steps, not a share of them)",
+    "warmup-ratio": "--warmup-steps (a number of steps, not a fraction)",
     "optimizer": "--optim-type",
     "optim": "--optim-type",
     "beta1": _BETAS,
@@ -99,7 +99,7 @@ _TRAIN: dict[str, str] = {
     "gradient-clip-val": "--max-grad-norm",
     "max-norm": "--max-grad-norm",
     "clip-grad": "--max-grad-norm",
-    # the machine
+    # devices and precision
     "dtype": _PRECISION,
     "precision": _PRECISION,
     "fp16": "--mixed-precision fp16 (on CUDA)",
@@ -128,8 +128,8 @@ _TRAIN: dict[str, str] = {
     "data-dir": _FOLDERS,
     "data-path": _FOLDERS,
     "data": _FOLDERS,
-    "input-bin": "--train-dir (a pattern of .bin files will do)",
-    "input-val-bin": "--valid-dir (a pattern of .bin files will do)",
+    "input-bin": "--train-dir (which accepts a pattern of .bin files)",
+    "input-val-bin": "--valid-dir (which accepts a pattern of .bin files)",
     "train-data": "--train-dir",
     "train-file": "--train-dir",
     "train-files": "--train-dir",
@@ -141,7 +141,7 @@ _TRAIN: dict[str, str] = {
     "tokenizer-name": "--tokenizer",
     "tokenizer-dir": "--tokenizer",
     "tokenizer-path": "--tokenizer",
-    # what is kept and shown
+    # output
     "out-dir": "--run-dir",
     "output-dir": "--run-dir",
     "output-path": "--run-dir",
@@ -150,21 +150,21 @@ _TRAIN: dict[str, str] = {
     "logging-dir": "--run-dir",
     "checkpoint-dir": "--checkpoints-dir",
     "ckpt-dir": "--checkpoints-dir",
-    "init-from": "--from-checkpoint (the run itself continues from --checkpoints-dir by default)",
+    "init-from": "--from-checkpoint (a run resumes from its own --checkpoints-dir by default)",
     "model-name-or-path": "--from-checkpoint",
     "pretrained-model": "--from-checkpoint",
     "checkpoint": "--from-checkpoint",
-    "resume-from-checkpoint": "--from-checkpoint (the run itself continues from --checkpoints-dir by default)",
-    "resume-from": "--from-checkpoint (the run itself continues from --checkpoints-dir by default)",
+    "resume-from-checkpoint": "--from-checkpoint (a run resumes from its own --checkpoints-dir by default)",
+    "resume-from": "--from-checkpoint (a run resumes from its own --checkpoints-dir by default)",
     "save-steps": "--save-interval",
     "save-every": "--save-interval",
     "checkpoint-interval": "--save-interval",
     "save-total-limit": "--saved-checkpoint-limit",
     "keep-latest-k": "--saved-checkpoint-limit",
-    "eval-steps": "--valid-interval (steps between validations; --valid-steps is how many batches)",
-    "eval-every": "--valid-interval (--valid-steps is how many batches)",
-    "val-every": "--valid-interval (--valid-steps is how many batches)",
-    "val-loss-every": "--valid-interval (--valid-steps is how many batches)",
+    "eval-steps": "--valid-interval (steps between validations; --valid-steps is the number of batches)",
+    "eval-every": "--valid-interval (--valid-steps is the number of batches)",
+    "val-every": "--valid-interval (--valid-steps is the number of batches)",
+    "val-loss-every": "--valid-interval (--valid-steps is the number of batches)",
     "val-interval": "--valid-interval",
     "eval-iters": "--valid-steps",
     "val-steps": "--valid-steps",
@@ -226,7 +226,7 @@ _EVALUATE: dict[str, str] = {
     "pretrained": "--model",
     "model-args": "--model (python -m pretrain_xla lm-eval takes lm-eval's own flags)",
     "task": "--tasks",
-    "num-fewshot": "--tasks (they are zero-shot; python -m pretrain_xla lm-eval has few-shot ones)",
+    "num-fewshot": "--tasks (zero-shot; python -m pretrain_xla lm-eval can run few-shot tasks)",
     "output-path": "--output",
     "max-examples": "--limit",
     "num-samples": "--limit",
@@ -237,16 +237,16 @@ _EVALUATE: dict[str, str] = {
 }
 
 _TEXT: dict[str, str] = {
-    "input": "SOURCE, the first word",
-    "input-path": "SOURCE, the first word",
-    "input-dir": "SOURCE, the first word",
-    "input-file": "SOURCE, the first word",
-    "source": "SOURCE, the first word",
-    "dataset": "SOURCE, the first word: hf:OWNER/NAME",
-    "dataset-name": "SOURCE, the first word: hf:OWNER/NAME",
-    "output-dir": "OUTPUT-DIR, the last word",
-    "output-path": "OUTPUT-DIR, the last word",
-    "out-dir": "OUTPUT-DIR, the last word",
+    "input": "SOURCE, the first argument",
+    "input-path": "SOURCE, the first argument",
+    "input-dir": "SOURCE, the first argument",
+    "input-file": "SOURCE, the first argument",
+    "source": "SOURCE, the first argument",
+    "dataset": "SOURCE, the first argument: hf:OWNER/NAME",
+    "dataset-name": "SOURCE, the first argument: hf:OWNER/NAME",
+    "output-dir": "OUTPUT-DIR, the last argument",
+    "output-path": "OUTPUT-DIR, the last argument",
+    "out-dir": "OUTPUT-DIR, the last argument",
     "tokenizer-name": "--tokenizer",
     "tokenizer-path": "--tokenizer",
     "json-keys": "--text-column",
@@ -257,8 +257,8 @@ _TEXT: dict[str, str] = {
     "num-proc": "--num-workers",
     "nproc": "--num-workers",
     "val-fraction": "--valid-fraction",
-    "val-size": "--valid-fraction (a share of the documents)",
-    "test-size": "--valid-fraction (a share of the documents)",
+    "val-size": "--valid-fraction (a fraction of the documents)",
+    "test-size": "--valid-fraction (a fraction of the documents)",
     "vocab-size": "--train-vocab-size (trains a tokenizer first)",
 }
 
@@ -290,13 +290,13 @@ OTHER_NAMES: dict[str, dict[str, str]] = {
     "prepare": _TEXT,
     "train-tokenizer": _TOKENIZER,
 }
-"""Command → name elsewhere (no leading dashes, dashes for underscores) → what it is here."""
+"""Command → flag of another program (without leading dashes, with dashes for underscores) → our flag."""
 
 
-def called_here(command: str, flag: str) -> str | None:
-    """What another program's flag is called by a command of ours. None means no program that we know of has it.
+def our_name(command: str, flag: str) -> str | None:
+    """The flag of our command that corresponds to another program's. None means that the flag is not in the tables.
 
-    torchtitan's, litgpt's and this package's own sections before a dot (`--training.seq_len`) are left out.
+    A section before a dot, as in torchtitan, litgpt and this package's YAML (`--training.seq_len`), is ignored.
     """
     name = flag.split("=", 1)[0].lstrip("-").lower().replace("_", "-")
     names = OTHER_NAMES.get(command, {})

@@ -1,8 +1,7 @@
 """The config tree as flat command-line flags.
 
-tyro builds the flags from plain dataclasses that mirror the tree, with the YAML file's values as their defaults; what comes
-back is validated once, by `config.build_config`. So an impossible combination is reported once, after flags and file have met,
-and in one line.
+tyro builds the flags from plain dataclasses that mirror the tree, with the values of the YAML file as defaults. The result is
+validated once, by `config.build_config`, after flags and file have been merged.
 """
 
 from __future__ import annotations
@@ -17,14 +16,14 @@ from typing import Annotated, Any
 import tyro
 from pydantic import BaseModel
 
-from pretrain_xla.command_line import flags_of, one_line, unknown_flag
+from pretrain_xla.command_line import flags_of, tyro_errors, unknown_flag
 from pretrain_xla.config import LEAVES, RunConfig, build_config
 from pretrain_xla.config.old_settings import SWITCHES, apply, without_old_flags, without_old_settings
 from pretrain_xla.config_file import load_yaml
 from pretrain_xla.errors import UserError
 from pretrain_xla.redact import is_redacted
 
-# Leaves of the config that `--help` shows, in this order; `--help-all` shows every one.
+# Leaves of the config that `--help` shows, in this order; `--help-all` shows all of them.
 USUAL = tuple(
     """
     train_dir valid_dir
@@ -40,15 +39,15 @@ USUAL = tuple(
     """.split()
 )
 SECTIONS = ("data", "train", "optim", "logging", "checkpoint", "parallel", "model", "evaluation", "wandb")
-"""In the order in which `--help` shows them: first what most people set."""
+"""In the order in which `--help` shows them: the most used first."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Parsed:
-    """What a command line asks for.
+    """A parsed command line.
 
-    given: leaves that were named as flags. stated: those, and the leaves of the file. print_config: only show the resolved
-    YAML. notes: lines on what else the config was made of.
+    given: leaves that were set by flags. stated: those, and the leaves of the file. print_config: only print the resolved
+    config. notes: notes for the user on settings that came from elsewhere.
     """
 
     config: RunConfig
@@ -59,11 +58,11 @@ class Parsed:
 
 
 Build = Callable[[dict[str, Any], frozenset[str], str], tuple[RunConfig, list[str]]]
-"""(section → leaf → value, the stated leaves, where the values came from) → the config, and notes on it."""
+"""(section → leaf → value, the stated leaves, origin of the values) → the config, and notes on it."""
 
 
 def as_stated(tree: dict[str, Any], stated: frozenset[str], where: str) -> tuple[RunConfig, list[str]]:
-    """The config of a tree alone."""
+    """The config of a tree, with nothing from elsewhere."""
     return build_config(tree, where), []
 
 
@@ -77,11 +76,11 @@ def parse_flags(
 ) -> Parsed:
     """Default < YAML (`--config`) < flag < `fixed` (leaf name → value that the entry point fixes, unless a flag sets it).
 
-    `build` validates the whole, and may take what nobody stated from elsewhere.
+    `build` validates the tree, and may take leaves that were not stated from elsewhere.
 
     Raises:
         UserError: unknown flag, unreadable file, unknown key, bad value or impossible combination.
-        SystemExit: `--help` or `--help-all`, with 0.
+        SystemExit: with status 0, after `--help` or `--help-all`.
     """
     every = "--help-all" in arguments
     arguments = ["--help" if argument == "--help-all" else argument for argument in arguments]
@@ -96,8 +95,8 @@ def parse_flags(
             tree.setdefault(LEAVES[leaf], {})[leaf] = value
     _check_leaves(tree, where)
     if not every:
-        description += " These are the usual flags; --help-all shows all of them."
-    with one_line(program):
+        description += " These are the most used flags; --help-all lists all of them."
+    with tyro_errors(program):
         parsed, unknown = tyro.cli(
             _mirror(tree, every=every or "--help" not in arguments),
             prog=program,
@@ -127,20 +126,20 @@ def _is_named(leaf: str, arguments: Sequence[str]) -> bool:
 
 
 def _value_of(flag: str, arguments: Sequence[str]) -> str | None:
-    """The last value given to a flag, as argparse and tyro would take it."""
+    """The last value given to a flag, as argparse and tyro would parse it."""
     value: str | None = None
     for index, argument in enumerate(arguments):
         if argument.startswith(flag + "="):
             value = argument.split("=", 1)[1]
         elif argument == flag:
             if index + 1 == len(arguments):
-                raise UserError(f"{flag} needs the name of a file")
+                raise UserError(f"{flag} needs the path of a file")
             value = arguments[index + 1]
     return value
 
 
 def _check_leaves(tree: dict[str, Any], where: str) -> None:
-    """Refuse unknown keys and values of a wrong type in a file, but not yet combinations that flags may fix."""
+    """Reject unknown keys and values of a wrong type in a file, but not yet combinations, which flags may fix."""
     for section, values in tree.items():
         for key, value in values.items():
             try:
@@ -154,14 +153,14 @@ def _check_leaves(tree: dict[str, Any], where: str) -> None:
 
 
 def _check_not_redacted(sections: dict[str, dict[str, Any]], where: str) -> None:
-    """Refuse a URL whose secrets were left out when a config was saved: the server would only say that it is forbidden."""
+    """Reject a URL whose secrets were removed when the config was saved: the server would only answer 403."""
     for values in sections.values():
         for leaf, value in values.items():
             for text in value if isinstance(value, tuple) else (value,):
                 if isinstance(text, str) and is_redacted(text):
                     raise UserError(
-                        f"{where}: {leaf}={text}: its password or token was left out when this was saved: give it again with "
-                        f"--{leaf.replace('_', '-')}, or take the credentials out of it and put them where its library looks"
+                        f"{where}: {leaf}={text}: its password or token was removed when this config was saved: give it "
+                        f"again with --{leaf.replace('_', '-')}, or configure the credentials outside the URL"
                     )
 
 
@@ -173,7 +172,7 @@ def _fields(section: str) -> dict[str, Any]:
 
 
 def _plain(annotation: Any) -> Any:
-    """A type without pydantic's bounds: tyro shows `INT`, and `build_config` checks the bound."""
+    """A type without pydantic's bounds, for tyro; `build_config` checks the bounds."""
     origin = typing.get_origin(annotation)
     if origin is Annotated:
         return _plain(typing.get_args(annotation)[0])
@@ -191,7 +190,7 @@ def _plain(annotation: Any) -> Any:
 def _mirror(tree: dict[str, Any], *, every: bool) -> type[Any]:
     """A dataclass of dataclasses with the tree's leaves, its help texts, and the file's values as defaults.
 
-    every: show each leaf in the help text; otherwise the usual ones.
+    every: show all leaves in the help text, instead of those in `USUAL`.
     """
     sections: list[Any] = []
     for name in SECTIONS:
@@ -214,8 +213,12 @@ def _mirror(tree: dict[str, Any], *, every: bool) -> type[Any]:
         section.__doc__ = (field.annotation.__doc__ or "").splitlines()[0] if field.annotation else ""
         sections.append((name, section, dataclasses.field(default_factory=_calls(section))))
     own = [
-        ("config", Annotated[str | None, tyro.conf.arg(help="YAML file of settings; a flag overrides it.")], None),
-        ("print_config", Annotated[bool, tyro.conf.arg(help="Print the resolved YAML and end.")], False),
+        (
+            "config",
+            Annotated[str | None, tyro.conf.arg(help="YAML file, such as those in configs/. Flags override it.")],
+            None,
+        ),
+        ("print_config", Annotated[bool, tyro.conf.arg(help="Print the resolved settings as YAML, and exit.")], False),
     ]
     return dataclasses.make_dataclass("Run", [*own, *sections], frozen=True)
 

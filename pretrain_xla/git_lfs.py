@@ -1,7 +1,7 @@
-"""Files that Git LFS left out: three lines that name a file, where the file itself should be.
+"""Detection of Git LFS pointers: three lines of text in place of a large file.
 
-A repository of the Hub that was cloned without git-lfs has such a pointer in the place of each large file. It is text, so that
-what reads text would take it for a document.
+A repository of the Hub that was cloned without git-lfs has a pointer in place of each large file. A pointer is text, so that it
+would be read as a document.
 """
 
 from __future__ import annotations
@@ -10,31 +10,31 @@ from pretrain_xla.errors import UserError
 
 POINTER = b"version https://git-lfs.github.com/spec/"
 LONGEST = 1024
-"""Bytes that a pointer has at most, by its specification."""
+"""Maximum size of a pointer in bytes, from its specification."""
 
 
 def refuse_pointer(head: bytes, where: str) -> None:
-    """Refuse a file that begins as a pointer does.
+    """Reject a file that is a pointer.
 
     Args:
-        head: its first bytes.
+        head: first bytes of the file.
         where: the file, for messages.
 
     Raises:
-        UserError: it is one.
+        UserError: the file is a pointer.
     """
     if head.startswith(POINTER):
         raise UserError(
-            f"{where}: is only Git LFS's pointer to the file: run `git lfs install` and `git lfs pull` in its folder, or "
-            "fetch it anew"
+            f"{where}: is only a Git LFS pointer to the file: run `git lfs install` and `git lfs pull` in its folder, or "
+            "download it again"
         )
 
 
 def refuse_pointer_at(path: str) -> None:
-    """The same of a local file; one that cannot be read is left to its reader.
+    """Reject a local file that is a pointer. A file that cannot be opened is not checked.
 
     Raises:
-        UserError: it is one.
+        UserError: the file is a pointer.
     """
     try:
         with open(path, "rb") as file:

@@ -1,7 +1,7 @@
-"""`make train`: everything once, on this machine, through the real XLA compiler, in a few minutes.
+"""`make train`: the whole pipeline on this host, through the XLA compiler, in a few minutes.
 
-Prepares text (by default the documentation that ships inside Python, so that nothing is downloaded), trains
-`configs/quickstart.yaml`, validates, saves, and writes a sample.
+It prepares text (by default Python's built-in documentation, so that nothing is downloaded), trains `configs/quickstart.yaml`,
+validates, saves a checkpoint and generates a sample.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ PROMPT = "The with statement"
 
 @dataclass(frozen=True)
 class QuickstartFlags:
-    """Prepare text, train a small model through XLA, validate it and let it write."""
+    """Prepare text, train a small model through XLA, evaluate it and generate text."""
 
     corpus: str | None = None
-    """Your own text: a file, .jsonl or folder. None means the documentation inside Python."""
+    """Your own text: a file, .jsonl or folder. None means Python's built-in documentation."""
     text_column: str = "text"
-    """Key or column of the corpus that holds the text, in .jsonl, .parquet and .arrow."""
+    """Key or column with the text, in .jsonl, .parquet and .arrow files."""
     valid_fraction: float = 0.05
     """Share of the documents held out for validation."""
     prompt: str = PROMPT
-    """What the sample continues."""
+    """Prompt of the sample."""
     train_steps: int | None = None
-    """Fewer (or more) steps than the config's."""
+    """Number of training steps. None means that of configs/quickstart.yaml."""
 
 
 def quickstart_command(arguments: Sequence[str]) -> None:
-    """Do all of it, and end with what to do next.
+    """Run the whole pipeline, and print what to do next.
 
     Raises:
         UserError: the corpus cannot be read or is too small, or a folder cannot be written.
@@ -68,7 +68,7 @@ def quickstart_command(arguments: Sequence[str]) -> None:
     console.rule("3. a sample")
     sample = _write_sample(config, flags.prompt)
     console.print(sample, markup=False, soft_wrap=True)
-    console.rule("what next")
+    console.rule("next steps")
     for line in (
         f"look      {config.run_dir}/loss.png, {config.run_dir}/summary.json; tensorboard --logdir {config.run_dir}",
         f"write     python generate.py --model {config.run_dir}",
@@ -80,14 +80,14 @@ def quickstart_command(arguments: Sequence[str]) -> None:
 
 
 def _name_of(corpus: str) -> str:
-    """Folder name of a corpus of one's own."""
+    """Folder name for the user's corpus."""
     stem = re.sub(r"[^A-Za-z0-9_-]+", "-", os.path.basename(corpus.rstrip("/")).split(".")[0]).strip("-")
     return f"own-{stem or 'corpus'}"
 
 
 def _config(name: str, train_steps: int | None) -> RunConfig:
     if not CONFIG.exists():
-        raise UserError(f"{CONFIG.name} is not there: run from a checkout of the repository")
+        raise UserError(f"{CONFIG} does not exist: run from a checkout of the repository")
     tree = load_yaml(str(CONFIG))
     tree["data"] |= {"train_dir": f"data/{name}/train", "valid_dir": f"data/{name}/valid"}
     tree["logging"] |= {"run_dir": f"runs/{name}"}
@@ -98,7 +98,7 @@ def _config(name: str, train_steps: int | None) -> RunConfig:
 
 
 def _write_sample(config: RunConfig, prompt: str) -> str:
-    # Imported late: it brings the devices with it.
+    # Imported late, because it imports the runtimes.
     from pretrain_xla.generate import Generator, Request, Sampling
 
     generator = Generator.load(config.run_dir, tokenizer=None, runtime="xla", device="auto")

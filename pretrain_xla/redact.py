@@ -1,7 +1,7 @@
-"""User names, passwords and tokens of URLs, taken out of whatever is printed, written or pushed.
+"""Hide user names, passwords and tokens of URLs in all output.
 
-A run uses its URLs as they are typed (`s3://KEY:SECRET@bucket/data`, `https://host/file?token=…`); its messages,
-`config.yaml`, `checkpoint.json`, `dataset.json` and model card show `HIDDEN` in the place of what would let a reader in.
+A run uses its URLs as they are typed (`s3://KEY:SECRET@bucket/data`, `https://host/file?token=…`). Its messages, `config.yaml`,
+`checkpoint.json`, `dataset.json` and model card show `HIDDEN` in place of the credentials.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 HIDDEN = "***"
 
-# A secret key of AWS may hold slashes; digits up to a slash after the colon are a port and no password.
+# An AWS secret key may contain slashes. Digits between the colon and a slash are a port, not a password.
 _PASSWORD = re.compile(
     r"(?<![A-Za-z])(?!github:)([A-Za-z][\w+.-]*://)[^/\s:@'\"\[]*:(?!:)(?!\d+(?:[/?#]|$))(?:[^\s/'\"]*@|[^\s@'\"]*@)"
 )
@@ -19,11 +19,11 @@ _USER_OF_WEB = re.compile(r"(https?://)[^/\s:@'\"]+@")
 _QUERY = re.compile(r"([A-Za-z][\w+.-]*://[^\s?#'\"]*)([?#][^\s'\"]*)")
 _PARAMETER = re.compile(r"([?&#;])([^=&#;]+)=([^&#;]*)")
 _SECRET_KEY = re.compile(r"token|sig|key|secret|pass|pwd|auth|cred|policy|session|sas|code|hmac|jwt", re.IGNORECASE)
-_LONGEST_PLAIN_VALUE = 15  # characters: a longer one may be a signature, whatever its key is called
+_LONGEST_PLAIN_VALUE = 15  # characters; a longer value may be a signature, whatever its key
 
 
 def redacted(text: str) -> str:
-    """The text with `HIDDEN` for the user and password of each URL in it, and for secrets in its query."""
+    """The text with `HIDDEN` for the user, the password and secrets in the query of each URL."""
     if "://" not in text:
         return text
     text = _PASSWORD.sub(rf"\g<1>{HIDDEN}@", text)
@@ -32,7 +32,7 @@ def redacted(text: str) -> str:
 
 
 def redacted_tree(tree: Any) -> Any:
-    """The same of every string in mappings and lists."""
+    """The same for every string in mappings and lists."""
     if isinstance(tree, dict):
         return {key: redacted_tree(value) for key, value in tree.items()}
     if isinstance(tree, list | tuple):
@@ -41,7 +41,7 @@ def redacted_tree(tree: Any) -> Any:
 
 
 def is_redacted(text: str) -> bool:
-    """Whether something was taken out of this URL."""
+    """Whether something is hidden in this URL."""
     return f"://{HIDDEN}@" in text or f"={HIDDEN}" in text
 
 

@@ -1,4 +1,4 @@
-"""What a machine runs out of (memory, room on a disk, open files), found in whatever error a library makes of it."""
+"""Recognise the errors of any library that mean: out of memory, disk full, or too many open files."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import resource
 from collections.abc import Iterator
 
 MOST_OPEN_FILES = 1 << 20
-"""A soft limit above this costs programs that close every possible descriptor their time, and nobody needs it."""
+"""A higher soft limit would slow down programs that close every possible descriptor."""
 
 _HOST = re.compile(r"can't allocate memory|Cannot allocate memory|std::bad_alloc")
-# CUDA and XLA say `out of memory` in many sentences; XLA's status is RESOURCE_EXHAUSTED where it is shown.
+# CUDA and XLA say `out of memory` in many ways. XLA's status, if shown, is RESOURCE_EXHAUSTED.
 _DEVICE = re.compile(r"out of memory|RESOURCE_EXHAUSTED|_STATUS_ALLOC_FAILED", re.IGNORECASE)
 _FULL = {
     errno.ENOSPC: "free some space, or name another folder",
     errno.EDQUOT: "free some of your quota, or name another folder",
-    errno.EFBIG: "raise the limit on the size of files (ulimit -f), or name another folder",
+    errno.EFBIG: "raise the limit on file size (ulimit -f), or name another folder",
 }
 _OPEN_FILES = {
     errno.EMFILE: "raise the limit for this shell (ulimit -n 65536)",
@@ -27,7 +27,7 @@ _OPEN_FILES = {
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:
-    """An error and those that led to it, also within what `torch.distributed.checkpoint` wraps around one."""
+    """An error and its causes, including those that `torch.distributed.checkpoint` wraps."""
     waiting, seen = [error], set()
     while waiting:
         one = waiting.pop(0)
@@ -41,22 +41,22 @@ def causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def memory_fault(error: BaseException) -> str | None:
-    """Whose memory ran out, with the message of the library that asked for it. None means it is another error."""
+    """Whether the device or the host is out of memory, with the library's message. None means another error."""
     for one in causes(error):
         text = str(one)
         words = f" ({_first_line(text)})" if text.strip() else ""
-        if isinstance(one, RuntimeError | ValueError):  # torch.OutOfMemoryError is one, and so is all that XLA says
+        if isinstance(one, RuntimeError | ValueError):  # torch.OutOfMemoryError and XLA's errors are RuntimeErrors
             if _DEVICE.search(text) or type(one).__name__ == "OutOfMemoryError":
                 return f"the device is out of memory{words}"
             if _HOST.search(text):
-                return f"this machine is out of memory{words}"
+                return f"the host is out of memory{words}"
         if isinstance(one, MemoryError) or (isinstance(one, OSError) and one.errno == errno.ENOMEM):
-            return f"this machine is out of memory{words}"
+            return f"the host is out of memory{words}"
     return None
 
 
 def disk_fault(error: BaseException) -> str | None:
-    """What is full, and how to fix it, in a clause. None means it is another error."""
+    """What is full, and how to fix it. None means another error."""
     for one in causes(error):
         if isinstance(one, OSError) and one.errno in _FULL:
             return f"{os.strerror(one.errno)}: {_FULL[one.errno]}"
@@ -64,9 +64,9 @@ def disk_fault(error: BaseException) -> str | None:
 
 
 def system_fault(error: BaseException) -> str | None:
-    """One line on what the machine ran out of, whatever the command. None means it is another error."""
+    """What ran out, and how to fix it, for any command. None means another error."""
     if (memory := memory_fault(error)) is not None:
-        return f"{memory}: ask for less at a time, or use a machine with more"
+        return f"{memory}: process less at a time, or use a host or device with more memory"
     for one in causes(error):
         if isinstance(one, OSError) and one.errno in (_FULL | _OPEN_FILES):
             where = f"{one.filename}: " if isinstance(one.filename, str) else ""
@@ -75,7 +75,7 @@ def system_fault(error: BaseException) -> str | None:
 
 
 def reason(error: BaseException) -> str:
-    """An error's cause in a few words, for the middle of a line: the system's own where it has one."""
+    """The cause of an error in a few words: those of the operating system, if there are any."""
     for one in causes(error):
         if isinstance(one, OSError) and one.strerror:
             return one.strerror
@@ -83,11 +83,11 @@ def reason(error: BaseException) -> str:
 
 
 def raise_file_limit() -> None:
-    """Let this process open as many files as the system allows it; each shard that is read is one."""
+    """Let this process open as many files as the system allows: each shard being read is an open file."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = MOST_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_OPEN_FILES)
     if soft != resource.RLIM_INFINITY and soft < wanted:
-        with contextlib.suppress(ValueError, OSError):  # a container may forbid it: then the limit stays as it is
+        with contextlib.suppress(ValueError, OSError):  # a container may forbid it
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 

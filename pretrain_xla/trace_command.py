@@ -1,4 +1,4 @@
-"""`python -m pretrain_xla trace`: the architecture of a config as a tree, before anything is trained."""
+"""`python -m pretrain_xla trace`: the architecture of a config as a tree."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from pretrain_xla.interop.from_checkpoint import resolve_architecture
 from pretrain_xla.model.trace import Node, Shape, folded, trace_model
 
 PROGRAM = "python -m pretrain_xla trace"
-DESCRIPTION = """Show the model as a tree: every module with the shapes that pass through it, its parameters, and the operations
-of the forward pass for one token. Takes every flag of `train`, and --json."""
+DESCRIPTION = """Print the model as a tree: each module with its input and output shapes, parameters, and flops per token in the
+forward pass. Accepts all flags of `train`, and --json to print JSON."""
 
 WIDTH = 160
-"""Columns that a deep tree needs."""
+"""Columns of a deep tree."""
 
 
 def trace_command(arguments: Sequence[str]) -> None:
-    """Parse, trace, print.
+    """Trace the model and print the tree.
 
     Raises:
-        UserError: a bad setting.
+        UserError: a setting is invalid.
     """
     own = [argument for argument in arguments if argument == "--json"]
     rest = [argument for argument in arguments if argument != "--json"]
@@ -34,24 +34,26 @@ def trace_command(arguments: Sequence[str]) -> None:
     if own:
         print(json.dumps({"seq_length": config.seq_length, "model": dataclasses.asdict(tree)}, indent=2))
         return
-    # A figure cut short is worth nothing: a narrow screen wraps the lines, a file takes them whole.
+    # Lines are never truncated: a narrow terminal wraps them.
     console = rich.console.Console(width=max(rich.console.Console().width, WIDTH), highlight=False)
     console.print(render(tree))
     console.print(
-        f"{tree.parameters:,} parameters; {tree.flops / 1e6:,.1f} Mflop forward for one token of a sequence of "
+        f"{tree.parameters:,} parameters; {tree.flops / 1e6:,.1f} Mflop per token forward in a sequence of "
         f"{config.seq_length:,}, {3 * tree.flops / 1e6:,.1f} with backward"
     )
     if config.padded_vocab_size != config.vocab_size:
-        console.print(f"The machine pads {config.vocab_size:,} ids to {config.padded_vocab_size:,}; not counted here.")
+        console.print(
+            f"Training pads the vocabulary of {config.vocab_size:,} to {config.padded_vocab_size:,}, which is not counted here."
+        )
 
 
 def render(tree: Node) -> Table:
-    """The tree as a table, indented by depth; shares are of the whole model."""
+    """The tree as a table, indented by depth. Shares are of the whole model."""
     table = Table(box=None, pad_edge=False)
     table.add_column("module", no_wrap=True)
     table.add_column("kind", no_wrap=True, style="cyan")
     table.add_column("in → out", no_wrap=True)
-    for name in ("parameters", "share", "flop a token", "share"):
+    for name in ("parameters", "share", "flop per token", "share"):
         table.add_column(name, justify="right", no_wrap=True)
 
     def add(node: Node, prefix: str, below: str, times: int) -> None:

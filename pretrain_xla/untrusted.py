@@ -1,6 +1,6 @@
-"""What is read of other people's files: JSON of any depth, and the names of files that it holds.
+"""Reading JSON from untrusted files, and the file names in it.
 
-Nothing here runs code, follows a name out of its folder, or ends in a trace: each fault is a `UserError` of one line.
+Nothing here runs code or follows a file name out of its folder, and every error is a `UserError` of one line.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from pretrain_xla.git_lfs import refuse_pointer
 
 
 def parse_json(raw: str | bytes, where: str) -> Any:
-    """The tree that a JSON text holds.
+    """Parse JSON.
 
     Args:
-        raw: the text; bytes are UTF-8, with or without a mark at their beginning.
+        raw: the text; bytes are UTF-8, with or without a byte order mark.
         where: the file, for messages.
 
     Raises:
-        UserError: no JSON, nested thousands deep, or a number of thousands of digits.
+        UserError: not JSON, nested thousands deep, or a number with thousands of digits.
     """
     try:
         return json.loads(raw.decode("utf-8-sig") if isinstance(raw, bytes) else raw)
@@ -40,21 +40,21 @@ def parse_json(raw: str | bytes, where: str) -> Any:
 
 
 def parse_object(raw: str | bytes, where: str) -> dict[str, Any]:
-    """The same, of a text that must hold an object.
+    """Parse JSON that must be an object.
 
     Raises:
-        UserError: also where it holds something else.
+        UserError: as `parse_json`, or the JSON is not an object.
     """
     tree = parse_json(raw, where)
     if not isinstance(tree, dict):
-        raise UserError(f"{where}: holds no mapping of settings, but {type(tree).__name__}")
+        raise UserError(f"{where}: expected a JSON object, found {type(tree).__name__}")
     return tree
 
 
 def is_inside(name: str) -> bool:
-    """Whether a name that a file gives for another one stays in the folder of the first: relative, without `..` or a protocol.
+    """Whether a file name found in a file stays in that file's folder: relative, without `..` or a protocol.
 
-    A symbolic link of that name may lead elsewhere, as those of the Hub's cache do: whoever made the folder made the link.
+    A symbolic link with that name may lead out of the folder, as in the Hub's cache, because the folder's owner made it.
     """
     plain = name.replace("\\", "/")
     parts = plain.split("/")

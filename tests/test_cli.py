@@ -123,7 +123,7 @@ def test_each_door_stands_for_its_runtime(
 
 def notes(*arguments: str) -> list[str]:
     parsed = parse_flags(arguments, program="door.py", description="A door.")
-    return cli.effectless(parsed.config, parsed.given)
+    return cli.unused_flags(parsed.config, parsed.given)
 
 
 # (flags without effect, the flag and the reason in its line, flags with which it has one)
@@ -141,15 +141,20 @@ EFFECTLESS: list[tuple[str, str, str, str]] = [
     ),
     ("--use-syncfree-optim", "--use-syncfree-optim", "never synchronises", "--seed 1"),
     ("--cooldown-steps 5", "--cooldown-steps", "wsd", "--cooldown-steps 5 --decay-method wsd"),
-    ("--min-lr 0 --decay-method noam", "--min-lr", "floor", "--min-lr 0"),
-    ("--min-lr 0 --decay-method constant", "--min-lr", "floor", "--min-lr 0 --decay-method linear"),
-    ("--decay-steps 9 --decay-method noam", "--decay-steps", "end", "--decay-steps 9000"),
-    ("--decay-steps 9 --decay-method constant", "--decay-steps", "end", "--decay-steps 9000 --decay-method wsd"),
-    ("--eval-interval 5", "--eval-interval", "no --eval-tasks", "--eval-interval 5 --eval-tasks piqa"),
+    ("--min-lr 0 --decay-method noam", "--min-lr", "does not use it", "--min-lr 0"),
+    ("--min-lr 0 --decay-method constant", "--min-lr", "does not use it", "--min-lr 0 --decay-method linear"),
+    ("--decay-steps 9 --decay-method noam", "--decay-steps", "does not use it", "--decay-steps 9000"),
+    (
+        "--decay-steps 9 --decay-method constant",
+        "--decay-steps",
+        "does not use it",
+        "--decay-steps 9000 --decay-method wsd",
+    ),
+    ("--eval-interval 5", "--eval-interval", "--eval-tasks is not given", "--eval-interval 5 --eval-tasks piqa"),
     ("--eval-tasks piqa --do-test", "--eval-tasks", "evaluate.py", "--eval-tasks piqa"),
-    ("--eval-limit 5", "--eval-limit", "no --eval-tasks", "--eval-limit 5 --eval-tasks piqa"),
+    ("--eval-limit 5", "--eval-limit", "--eval-tasks is not given", "--eval-limit 5 --eval-tasks piqa"),
     ("--scan-layers --runtime torch", "--scan-layers", "only the xla runtime", "--scan-layers"),
-    ("--overlap-gradients --runtime torch", "--overlap-gradients", "TPU's compiler", "--overlap-gradients"),
+    ("--overlap-gradients --runtime torch", "--overlap-gradients", "TPU compiler", "--overlap-gradients"),
     ("--compile-cache x --runtime torch", "--compile-cache", "xla runtime", "--compile-cache x"),
     ("--topology v5e-8", "--topology", "preflight", "--topology v5e-8 --preflight-only"),
     ("--sample-prompt x", "--sample-prompt", "--sample-interval", "--sample-prompt x --sample-interval 5"),
@@ -171,9 +176,9 @@ def test_a_flag_without_effect_is_said_to_be_one(useless: str, flag: str, reason
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ("--train-steps 5000", "does not come down to min_lr; --decay-steps 5000 ends both"),
-        ("--train-steps 30000", "the last 10,000 steps run at min_lr; --decay-steps 30000 ends both"),
-        ("--train-steps 5000 --decay-method wsd", "does not come down"),
+        ("--train-steps 5000", "does not reach min_lr; with --decay-steps 5000 both end"),
+        ("--train-steps 30000", "the last 10,000 steps run at min_lr; with --decay-steps 30000 both end"),
+        ("--train-steps 5000 --decay-method wsd", "does not reach min_lr"),
         ("--train-steps 5000 --decay-steps 5000", None),
         ("--train-steps 5000 --decay-method constant", None),
         ("--train-steps 5000 --do-test", None),

@@ -16,7 +16,7 @@ from pretrain_xla.command_line import flags_of
 from pretrain_xla.config import LEAVES
 from pretrain_xla.errors import UserError, guarded
 from pretrain_xla.evaluate.command import EvaluateFlags, evaluate_command
-from pretrain_xla.flag_names import OTHER_NAMES, called_here
+from pretrain_xla.flag_names import OTHER_NAMES, our_name
 from pretrain_xla.flags import parse_flags
 from pretrain_xla.generate.command import GenerateFlags, generate_command
 from pretrain_xla.interop.command import export_command, import_command
@@ -75,23 +75,23 @@ def test_the_name_of_another_program_is_answered_with_ours(
     with pytest.raises(UserError) as caught:
         command([theirs, "3"])
     assert str(caught.value).startswith(f"unknown argument {theirs!r}")
-    assert f"here it is {ours}" in str(caught.value)
+    assert f": use {ours}" in str(caught.value)
     assert "did you mean" not in str(caught.value)
 
 
 def test_a_name_that_nobody_knows_is_not_in_the_table() -> None:
-    assert called_here("train", "--d-modle") is None
-    assert called_here("quickstart", "--lr") is None
+    assert our_name("train", "--d-modle") is None
+    assert our_name("quickstart", "--lr") is None
 
 
 @pytest.mark.parametrize(
     ("command", "arguments", "expected"),
     [
-        (generate_command, ["--model", "x", "--top-k", "a"], "--top-k: 'a' is no whole number"),
-        (generate_command, ["--model", "x", "--temperature", "hot"], "--temperature: 'hot' is no number"),
+        (generate_command, ["--model", "x", "--top-k", "a"], "--top-k: 'a' is not an integer"),
+        (generate_command, ["--model", "x", "--temperature", "hot"], "--temperature: 'hot' is not a number"),
         (generate_command, ["--modle", "x"], "did you mean --model?"),
         (evaluate_command, ["--model", "x"], "missing: --tasks"),
-        (prepare_command, ["x", "y", "--shard-size", "many"], "--shard-size: 'many' is no whole number"),
+        (prepare_command, ["x", "y", "--shard-size", "many"], "--shard-size: 'many' is not an integer"),
         (train_tokenizer_command, [], "missing: --source [STR [STR ...]], --output-dir STR"),
         (convert_command, ["--input_path", "x"], "missing: --output-path STR"),
         (inspect_command, [], "missing: PATH"),

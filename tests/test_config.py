@@ -315,8 +315,8 @@ def test_an_empty_file_or_section_means_the_defaults(tmp_path: Path) -> None:
         (b"model: [d_model]\n", "expected sections"),
         (b"\xff\xfe\x00", "cannot be read"),
         (b"model: \x00", "not valid YAML"),
-        (b"model:\n  d_model: 64\n  seq_length: 8\n  d_model: 96\n", "key 'd_model' comes twice"),
-        (b"model:\n  d_model: 64\nmodel:\n  seq_length: 8\n", "key 'model' comes twice"),
+        (b"model:\n  d_model: 64\n  seq_length: 8\n  d_model: 96\n", "duplicate key 'd_model'"),
+        (b"model:\n  d_model: 64\nmodel:\n  seq_length: 8\n", "duplicate key 'model'"),
     ],
 )
 def test_a_file_that_is_no_config(content: bytes, expected: str, tmp_path: Path) -> None:
@@ -330,7 +330,7 @@ def test_a_file_that_is_no_config(content: bytes, expected: str, tmp_path: Path)
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no such file; ready ones are in configs/"):
+    with pytest.raises(UserError, match=r"no such file; the configs of this package are in configs/"):
         load_yaml(str(tmp_path / "c.yaml"))
     with pytest.raises(UserError, match="cannot be read"):
         load_yaml(str(tmp_path))

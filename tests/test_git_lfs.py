@@ -29,7 +29,7 @@ POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'4d7a' * 16}
 )
 def test_a_pointer_is_not_read_as_the_file(name: str, read: Callable[[str], object], tmp_path: Path) -> None:
     (tmp_path / name).write_text(POINTER)
-    with pytest.raises(UserError, match="is only Git LFS's pointer to the file: run `git lfs install`") as refused:
+    with pytest.raises(UserError, match="is only a Git LFS pointer to the file: run `git lfs install`") as refused:
         read(str(tmp_path / name))
     assert str(tmp_path / name) in str(refused.value)
 
@@ -37,7 +37,7 @@ def test_a_pointer_is_not_read_as_the_file(name: str, read: Callable[[str], obje
 def test_one_pointer_among_documents_is_found(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a text")
     (tmp_path / "b.txt").write_text(POINTER)
-    with pytest.raises(UserError, match=r"b\.txt: is only Git LFS's pointer"):
+    with pytest.raises(UserError, match=r"b\.txt: is only a Git LFS pointer"):
         open_text(str(tmp_path))
 
 

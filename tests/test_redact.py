@@ -75,7 +75,7 @@ def test_messages_and_saved_configs_hide_them(tmp_path: Path, capsys: pytest.Cap
     Path(path).write_text(to_yaml(config))
     assert "SECRET" not in Path(path).read_text()
     with pytest.raises(
-        UserError, match=r"train_dir=s3://\*\*\*@b/x: its password or token was left out .* with --train-dir"
+        UserError, match=r"train_dir=s3://\*\*\*@b/x: its password or token was removed .* with --train-dir"
     ):
         parse_flags(["--config", path], program="x", description="x")
     again = ["--train-dir", "s3://KEY:SECRET@b/x", "--eval-tasks", "text=https://u:SECRET@h"]

@@ -44,10 +44,10 @@ def raises(error: Exception) -> Callable[[], None]:
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (allocate_with_torch, "this machine is out of memory"),
-        (allocate_with_numpy, "this machine is out of memory (Unable to allocate"),
-        (raises(MemoryError()), "this machine is out of memory"),
-        (raises(OSError(errno.ENOMEM, "Cannot allocate memory")), "this machine is out of memory"),
+        (allocate_with_torch, "the host is out of memory"),
+        (allocate_with_numpy, "the host is out of memory (Unable to allocate"),
+        (raises(MemoryError()), "the host is out of memory"),
+        (raises(OSError(errno.ENOMEM, "Cannot allocate memory")), "the host is out of memory"),
         (raises(RuntimeError(AT_COMPILE_TIME)), "the device is out of memory (RESOURCE_EXHAUSTED: XLA:TPU compile"),
         (raises(RuntimeError(AT_RUN_TIME)), "the device is out of memory (Bad StatusOr access"),
         (raises(ValueError(AT_RUN_TIME.removeprefix("Bad StatusOr access: "))), "the device is out of memory"),
@@ -97,7 +97,7 @@ def test_each_command_names_what_helps(
 ) -> None:
     monkeypatch.setattr(target, lambda *_, **__: allocate_with_torch())
     arguments = ["--model", "x"] + (["--tasks", "lambada"] if command is evaluate_command else ["--prompt", "a"])
-    with pytest.raises(UserError, match="this machine is out of memory") as caught:
+    with pytest.raises(UserError, match="the host is out of memory") as caught:
         command(arguments)
     assert all(flag in str(caught.value) for flag in (*flags, "preflight"))
 

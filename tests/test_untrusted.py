@@ -142,8 +142,8 @@ def test_depth_and_digits_are_one_line_wherever_json_is_read(tmp_path: Path) -> 
     ("text", "said"),
     [
         (f"model: {'[' * 5000}", "nested too deep|not valid YAML"),
-        ("model: {d_model: 2001-99-99}", "a value in it is of no use"),
-        (f"model: {{d_model: {DIGITS}}}", "a value in it is of no use"),
+        ("model: {d_model: 2001-99-99}", "invalid value: "),
+        (f"model: {{d_model: {DIGITS}}}", "invalid value: "),
         ("model: {[1, 2]: 3}", "not valid YAML"),
         ("model: !!python/object/apply:os.system [touch made]", "not valid YAML"),
         (f"model: {{d_model: 0x{'f' * 9999}}}", "model.d_model="),
@@ -171,7 +171,7 @@ def test_a_list_of_billions_by_aliases_is_shown_cut(tmp_path: Path) -> None:
     ("sizes", "said"),
     [
         ({"num_layers": 10**7}, "model.num_layers=10000000"),
-        ({"num_layers": 1000, "d_model": 2**20, "num_heads": 8}, "which no machine holds"),
+        ({"num_layers": 1000, "d_model": 2**20, "num_heads": 8}, "more than any device can hold"),
         ({"vocab_size": 10**12}, "model.vocab_size"),
         ({"d_model": 10**30, "num_heads": 1}, "model.d_model"),
     ],

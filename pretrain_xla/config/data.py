@@ -1,4 +1,4 @@
-"""Data, and what is scored while a run trains."""
+"""Training data, and evaluation during training."""
 
 from __future__ import annotations
 
@@ -8,44 +8,48 @@ from pretrain_xla.config.section import NonNegative, Positive, PositiveFloat, Se
 
 
 class DataConfig(Section):
-    """Where tokens come from, and in which order."""
+    """Token shards and their order."""
 
     train_dir: str = "fineweb_edu/train"
-    """Folder of token shards to train on, or a file, or a pattern with *; local, or a URL (gs://, s3://, hf://, https://)."""
+    """Training data: a folder of token shards, a file, or a pattern with *. A local path or a URL (gs://, s3://, hf://,
+    https://)."""
     valid_dir: str = "fineweb_edu/valid"
-    """The same to validate on; may be train_dir where file names say train and val."""
+    """Validation data, likewise. It may equal train_dir if the file names contain train and val."""
     cache_dir: str | None = None
-    """Local folder where shards from elsewhere stay, shared by all processes. None means ~/.cache/pretrain_xla/shards."""
+    """Local folder that caches remote shards, shared by all processes. None means ~/.cache/pretrain_xla/shards."""
     cache_gb: PositiveFloat = 20.0
-    """Most that cache_dir may hold, in GB; what was not used for longest goes first."""
+    """Maximum size of cache_dir in GB. The least recently used shards are removed first."""
     remote_reads: Literal["auto", "whole", "ranged"] = "auto"
-    """Shards from elsewhere: fetched whole, or only the stretches that this process needs; auto: by how much that is."""
+    """Remote shards. whole: fetch whole shards. ranged: fetch only the ranges that this process needs. auto: choose by how much
+    it needs."""
     drop_last: bool = False
-    """Leave out, each epoch, the sequences that do not fill a whole batch (otherwise a batch runs on into the next epoch)."""
+    """Drop the last, incomplete batch of each epoch. Otherwise it is filled from the next epoch."""
     shuffle_window: Positive = 8
-    """Shards whose sequences are shuffled together; the order of shards is shuffled too. A run that resumes keeps its order."""
+    """Number of shards whose sequences are shuffled together. The order of the shards is shuffled too. A resumed run keeps the
+    order that it started with."""
     prefetch_batches: Positive = 2
-    """Batches read and copied to the device ahead of the step."""
+    """Number of batches to read and copy to the device ahead of the step."""
     tokenizer: str | None = None
-    """Tokenizer for text. None means the one recorded in the dataset.json of the shards, or gpt2."""
+    """Tokenizer of the data. None means the one in the shards' dataset.json, or gpt2."""
     separate_documents: bool = False
-    """Attend only within a document: attention and learned positions begin anew after each end-of-text."""
+    """Attend only within a document. Learned positions start again at 0 in each document."""
     end_of_text: NonNegative | None = None
-    """Token id that ends a document (gpt2: 50256). None means the one in the dataset.json of the shards."""
+    """Id of the token that ends a document (gpt2: 50256). None means the one in the shards' dataset.json."""
 
 
 class EvaluationConfig(Section):
-    """Scores in the training loop, besides the validation loss (docs/evaluation.md says what each one is)."""
+    """Evaluation tasks during training, in addition to the validation loss (see docs/evaluation.md)."""
 
     eval_tasks: tuple[str, ...] = ()
-    """shards, wikitext, text, hellaswag, hellaswag_llmc, lambada, piqa, arc_easy, winogrande; each NAME or NAME=SOURCE."""
+    """Any of shards, wikitext, text, hellaswag, hellaswag_llmc, lambada, piqa, arc_easy, winogrande, each as NAME or
+    NAME=SOURCE."""
     eval_interval: Positive | None = None
     """Steps between evaluations of eval_tasks. None means only after the last step."""
     eval_data: str | None = None
-    """Folder with the tasks' files, found by how their names begin. None means the Hugging Face Hub."""
+    """Folder with the tasks' files, found by the start of their names. None means the Hugging Face Hub."""
     eval_limit: Positive | None = None
-    """Items of each task. None means all."""
+    """Number of items of each task (questions, passages, windows, sequences). None means all."""
     eval_stride: Positive | None = None
-    """wikitext, text: tokens between the beginnings of windows. None means half of seq_length."""
+    """wikitext, text: tokens between the starts of windows. None means half of seq_length."""
     eval_top_k: tuple[Positive, ...] = (1, 5)
-    """shards, wikitext, text: each k of the top-k accuracies."""
+    """shards, wikitext, text: the values of k for top-k accuracy."""

@@ -12,15 +12,15 @@ MOST_WEIGHTS = 10**13
 
 
 class ModelConfig(Section):
-    """The transformer. The defaults are GPT-2 124M; `configs/` has the modern ones."""
+    """The architecture. The defaults are GPT-2 124M's; configs/ has modern architectures."""
 
     vocab_size: Size = 50257
-    """Number of token ids; left out: that of the dataset.json of the shards. The embedding is padded to `vocab_multiple`;
-    padding never changes the loss."""
+    """Number of token ids. If it is not set, that of the shards' dataset.json. The embedding is padded to a multiple of
+    vocab_multiple, which never changes the loss."""
     vocab_multiple: Size = 128
-    """Pad the embedding's rows to a multiple of this (128: the width of the TPU's matrix unit)."""
+    """Pad the rows of the embedding to a multiple of this (128 is the width of the TPU's matrix unit)."""
     seq_length: Size = 512
-    """Tokens in a training sequence, and the number of learned positions."""
+    """Tokens in a training sequence, and number of learned positions."""
     d_model: Size = 768
     """Width of the residual stream."""
     num_layers: Layers = 12
@@ -28,47 +28,48 @@ class ModelConfig(Section):
     num_heads: Size = 12
     """Number of query heads."""
     num_kv_heads: Size | None = None
-    """Number of key/value heads (grouped-query attention). None means as many as query heads."""
+    """Number of key/value heads (grouped-query attention). None means num_heads."""
     head_dim: Size | None = None
     """Width of a head. None means d_model / num_heads."""
     d_ff: Size = 3072
-    """Width of the feed-forward layer (of each of its two branches when gated)."""
+    """Width of the feed-forward layer (of each of its two branches if gated)."""
     activation: Literal["gelu", "gelu_exact", "relu", "relu2", "silu"] = "gelu"
-    """Feed-forward nonlinearity; gelu is the tanh form, as in GPT-2, and gelu_exact the one with erf, as in nanoGPT."""
+    """Activation function of the feed-forward layer. gelu is the tanh approximation, as in GPT-2; gelu_exact uses erf, as in
+    nanoGPT; relu2 is the squared ReLU."""
     gated: bool = False
-    """Gate the feed-forward layer: silu gives SwiGLU, gelu gives GeGLU."""
+    """Gate the feed-forward layer: with silu this is SwiGLU, with gelu GeGLU."""
     norm: Literal["layernorm", "rmsnorm", "rmsnorm_zero_centered"] = "layernorm"
-    """Normalisation; zero_centered multiplies by (1 + weight), as in Gemma."""
+    """Normalisation. rmsnorm_zero_centered multiplies by (1 + weight), as in Gemma."""
     norm_eps: PositiveFloat = 1e-5
     """Added to the variance in every normalisation."""
     post_norm: bool = False
-    """Normalise also the output of attention and feed-forward, before it joins the residual stream."""
+    """Also normalise the output of attention and of the feed-forward layer, before it is added to the residual stream."""
     positions: Literal["learned", "rotary", "none"] = "learned"
-    """How tokens know their place."""
+    """Position encoding: learned embeddings, rotary (RoPE), or none."""
     rope_theta: PositiveFloat = 10_000.0
-    """Base of the rotary wavelengths."""
+    """Base of the rotary wavelengths (theta)."""
     bias: bool = True
     """Biases in linear layers and in LayerNorm."""
     qk_norm: bool = False
-    """RMS-normalise each query and key head before rotary positions."""
+    """RMSNorm on each query and key head, before the rotary encoding."""
     query_scale: PositiveFloat | None = None
-    """Factor on query-key products. None means head_dim ** -0.5."""
+    """Scale of the attention scores. None means head_dim ** -0.5."""
     attention_softcap: PositiveFloat | None = None
-    """Squash attention scores: cap * tanh(score / cap)."""
+    """Soft cap on attention scores: cap * tanh(score / cap). None means no cap."""
     logit_softcap: PositiveFloat | None = None
-    """Squash the final logits: cap * tanh(logit / cap)."""
+    """Soft cap on the output logits: cap * tanh(logit / cap). None means no cap."""
     scale_embeddings: bool = False
     """Multiply token embeddings by sqrt(d_model)."""
     tie_weights: bool = False
-    """Use the token embedding as the output head too."""
+    """Share the weights of the token embedding and the output layer."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Probability of dropping, on embeddings, attention weights and both residual branches."""
+    """Dropout probability on embeddings, attention weights and both residual branches."""
     init: Literal["gpt2", "normal", "fan_in"] = "gpt2"
-    """gpt2: normal(0.02), residual projections divided by sqrt(2 layers); normal: normal(0.02) throughout; fan_in: std
+    """gpt2: std 0.02, residual projections divided by sqrt(2 * num_layers). normal: std 0.02 everywhere. fan_in: std
     1/sqrt(fan-in), residual projections zero."""
     attention: Literal["sdpa", "reference"] = "sdpa"
-    """sdpa: the machine's fused kernel, where it has one for these heads (TPU: ours; elsewhere PyTorch's); reference: plain
-    matrix products around an fp32 softmax."""
+    """sdpa: a fused kernel if there is one for these heads (on TPUs our flash attention, elsewhere PyTorch's), else as
+    reference. reference: plain matrix products and an fp32 softmax."""
 
     @property
     def heads_dim(self) -> int:
@@ -98,17 +99,17 @@ class ModelConfig(Section):
                 "each key/value head serves a whole number of query heads"
             )
         if self.positions == "rotary" and self.heads_dim % 2:
-            raise ValueError(f"head_dim={self.heads_dim} is odd, and rotary positions rotate pairs: make it even")
+            raise ValueError(f"head_dim={self.heads_dim} is odd, but rotary positions rotate pairs: make it even")
         if self._weights > MOST_WEIGHTS:
             raise ValueError(
                 f"num_layers={self.num_layers}, d_model={self.d_model}, d_ff={self.d_ff} and vocab_size={self.vocab_size} make "
-                f"about {self._weights:.0e} parameters, which no machine holds: look for a slip of the keys in one of them"
+                f"about {self._weights:.0e} parameters, more than any device can hold: check them for typing errors"
             )
         return self
 
     @property
     def _weights(self) -> int:
-        """Parameters in matrices and tables."""
+        """Number of parameters in matrices and embeddings."""
         heads = 2 * self.heads_dim * (self.num_heads + self.kv_heads)
         rows = self.padded_vocab_size + (self.seq_length if self.positions == "learned" else 0)
         return self.d_model * (rows + self.num_layers * (heads + (3 if self.gated else 2) * self.d_ff))

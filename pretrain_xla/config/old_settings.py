@@ -1,4 +1,4 @@
-"""Settings of older command lines and older saved configs: still accepted, and translated to the current ones.
+"""Settings of older command lines and saved configs, which are still accepted and translated to the current ones.
 
 They are not leaves of the tree. `SWITCHES` and `MOVED` are the whole list.
 """
@@ -23,7 +23,7 @@ class Switch:
         section: section of the switch, and of the leaf that replaces it.
         leaf: the leaf that replaces it. None means that the switch has no effect.
         value: what the switch sets the leaf to.
-        otherwise: what the leaf returns to if a flag turns the switch off.
+        otherwise: what a flag that turns the switch off sets the leaf to.
         only_if_unset: the switch sets the leaf only if it is None, and does not reset it.
     """
 
@@ -40,10 +40,10 @@ SWITCHES = {
     "ddp": Switch("parallel", "mp_start_method", "spawn", only_if_unset=True),
     "use_syncfree_optim": Switch("train"),
 }
-"""Old name → what it means. If two set the same leaf, the last one in this table wins."""
+"""Old name → its meaning. If two set the same leaf, the last one in this table wins."""
 
 MOVED = {"logging": ("wandb_", "wandb")}
-"""Section → (prefix of the leaves that were once in it, their section now)."""
+"""Section → (prefix of the leaves that moved out of it, their current section)."""
 
 Tree = dict[str, Any]
 
@@ -60,7 +60,7 @@ def translate(tree: Tree, where: str) -> Tree:
 
 
 def without_old_settings(tree: Tree, where: str) -> tuple[Tree, dict[str, bool]]:
-    """A copy of a config with moved leaves in their current section, and the old switches that are on, taken out of it.
+    """A copy of a config with moved leaves in their current section and without old switches; and the switches that are on.
 
     A leaf that is in both its old and its current section keeps the value of the current one.
 
@@ -88,7 +88,7 @@ def without_old_settings(tree: Tree, where: str) -> tuple[Tree, dict[str, bool]]
 
 
 def without_old_flags(arguments: Sequence[str]) -> tuple[list[str], dict[str, bool]]:
-    """A command line without the flags of old switches, and these switches: on, or off where `no` precedes the name."""
+    """A command line without the flags of old switches; and these switches, which `no` before the name turns off."""
     spelled = {
         f"--{no}{name}".replace("_", "-"): (name, not no) for name in SWITCHES for no in ("", "no-")
     }  # dashes and underscores mean the same
@@ -104,7 +104,7 @@ def without_old_flags(arguments: Sequence[str]) -> tuple[list[str], dict[str, bo
 
 
 def apply(switches: dict[str, bool], tree: Tree, named: frozenset[str] = frozenset()) -> None:
-    """Set, in place, the leaves that old switches set; `named` leaves were given as flags of their own, which win."""
+    """Set the leaves of old switches, in place. `named` leaves have flags of their own, which win."""
     for name, switch in SWITCHES.items():
         if switch.leaf is None or name not in switches:
             continue

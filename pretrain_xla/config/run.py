@@ -1,4 +1,4 @@
-"""The tree of all settings, and how it is made out of a nested dict."""
+"""The tree of all settings, and its construction from a nested dict."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from typing import Any
 from pydantic import BaseModel, ValidationError, model_validator
 
 from pretrain_xla.config.data import DataConfig, EvaluationConfig
-from pretrain_xla.config.machine import CheckpointConfig, LoggingConfig, ParallelConfig, WandbConfig
 from pretrain_xla.config.model import ModelConfig
 from pretrain_xla.config.old_settings import SWITCHES, translate
+from pretrain_xla.config.output import CheckpointConfig, LoggingConfig, WandbConfig
+from pretrain_xla.config.parallel import ParallelConfig
 from pretrain_xla.config.section import Section
 from pretrain_xla.config.training import OptimConfig, TrainConfig
 from pretrain_xla.errors import UserError
@@ -33,12 +34,12 @@ class RunConfig(Section):
 
     @property
     def sequences_per_step(self) -> int:
-        """Sequences that one optimizer step sees, over all devices."""
+        """Sequences in one optimizer step, over all devices."""
         return self.train.train_batch_size * self.train.gradient_accum_step
 
     @property
     def tokens_per_step(self) -> int:
-        """Tokens that one optimizer step sees, over all devices."""
+        """Tokens in one optimizer step, over all devices."""
         return self.sequences_per_step * self.model.seq_length
 
     @property
@@ -48,7 +49,7 @@ class RunConfig(Section):
 
     @property
     def checkpoints_dir(self) -> str:
-        """Folder of checkpoints, with `run_dir` in front where that is set (an absolute path or URL stays)."""
+        """Folder of checkpoints, inside `run_dir` if that is set and the path is relative."""
         if self.logging.run_dir is None or "://" in self.checkpoint.checkpoints_dir:
             return self.checkpoint.checkpoints_dir
         return os.path.join(self.logging.run_dir, self.checkpoint.checkpoints_dir)
@@ -59,34 +60,34 @@ class RunConfig(Section):
         named = [("loss_ignore_tokens", token) for token in self.train.loss_ignore_tokens]
         for key, token in named if end_of_text is None else [*named, ("end_of_text", end_of_text)]:
             if token >= vocab_size:
-                raise ValueError(f"{key}={token} is no token of vocab_size={vocab_size}: give an id below that")
+                raise ValueError(f"{key}={token} is not below vocab_size={vocab_size}: give a valid token id")
         if self.train.weights_only and self.train.from_checkpoint is None:
-            raise ValueError("weights_only=True takes the weights of from_checkpoint, and there is none: name it")
+            raise ValueError("weights_only=True needs from_checkpoint, which is not set: set it")
         if self.train.mixed_precision == "fp16" and self.parallel.runtime == "xla":
             raise ValueError("mixed_precision=fp16 needs CUDA (runtime=torch): XLA devices compute in bf16")
-        again = self.train.rematerialization != "none" or self.train.scan_layers
-        if self.model.dropout and again and self.parallel.runtime == "xla":
+        recomputes = self.train.rematerialization != "none" or self.train.scan_layers
+        if self.model.dropout and recomputes and self.parallel.runtime == "xla":
             key = "scan_layers" if self.train.scan_layers else "rematerialization"
             raise ValueError(
-                f"dropout={self.model.dropout} with {key}={getattr(self.train, key)}: a block that is computed again would "
-                "drop others than the first time, and its gradients be wrong: use dropout=0, or leave the other out"
+                f"dropout={self.model.dropout} with {key}={getattr(self.train, key)}: a recomputed block would draw "
+                f"another dropout mask, and the gradients would be wrong: set dropout=0, or leave out {key}"
             )
         if self.checkpoint.hub_repo and "://" in self.checkpoints_dir:
             raise ValueError(
-                f"hub_repo={self.checkpoint.hub_repo} is filled from a local folder, and checkpoints_dir="
-                f"{self.checkpoints_dir} is a URL: use one of them"
+                f"hub_repo={self.checkpoint.hub_repo} needs a local checkpoints_dir, but checkpoints_dir="
+                f"{self.checkpoints_dir} is a URL: set a local folder, or leave out hub_repo"
             )
         if "://" in self.run_dir and not self.train.do_test:
             key = "run_dir" if self.logging.run_dir else "checkpoints_dir"
             raise ValueError(
-                f"{key}={self.run_dir} is a URL, and metrics are appended to on a local disk: name a local --run-dir "
-                "(checkpoints_dir may stay a URL)"
+                f"{key}={self.run_dir} is a URL, but metrics can only be written to a local disk: set a local --run-dir "
+                "(checkpoints_dir may be a URL)"
             )
         return self
 
 
 def _leaves(section: type[BaseModel]) -> dict[str, str]:
-    """Leaf name → its section's name, for every leaf of the tree."""
+    """Leaf name → section name, for every leaf of the tree."""
     return {
         leaf: name
         for name, field in section.model_fields.items()
@@ -99,7 +100,7 @@ LEAVES = _leaves(RunConfig)
 """Leaf name → section name."""
 
 SECTION_OF_KEY = LEAVES | {name: switch.section for name, switch in SWITCHES.items()}
-"""The same, with the old keys that a file may have."""
+"""The same, with the old keys that a file may contain."""
 
 
 def _nearest(word: str, known: list[str]) -> str:
@@ -108,44 +109,43 @@ def _nearest(word: str, known: list[str]) -> str:
 
 
 def _one_line(error: ValidationError, where: str) -> str:
-    """The first fault of a pydantic error, as one line."""
-    fault = error.errors()[0]
-    key = ".".join(str(part) for part in fault["loc"])
-    if fault["type"] == "extra_forbidden":
-        parents = fault["loc"][:-1]
+    """The first error that pydantic found, as one line."""
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        parents = first["loc"][:-1]
         fields: Any = RunConfig.model_fields if not parents else RunConfig.model_fields[str(parents[0])].annotation
         known = list(fields if not parents else fields.model_fields)
-        last = str(fault["loc"][-1])
+        last = str(first["loc"][-1])
         if last in SECTION_OF_KEY:
             return f"{where}: key {key!r} is in the wrong place: it belongs under {SECTION_OF_KEY[last]!r}"
         return f"{where}: unknown key {key!r}{_nearest(last, known)}"
-    message = fault["msg"].removeprefix("Value error, ")
-    if fault["type"] == "value_error":
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error":
         return f"{where}: {message}"
-    return f"{where}: {key}={_shown(fault['input'])}: {message}"
+    return f"{where}: {key}={_shown(first['input'])}: {message}"
 
 
 def _shown(value: Any) -> str:
-    """A value as the user wrote it, cut where it is long: a YAML file of ten lines can hold a list of a billion."""
+    """A value as the user wrote it, shortened: a YAML file of ten lines can hold a list of a billion."""
     shortener = reprlib.Repr()
     shortener.maxstring = shortener.maxother = 200
     shortener.maxlevel = 2
     try:
         return shortener.repr(value)
     except ValueError:
-        return "(a number of thousands of digits)"
+        return "(a number with thousands of digits)"
 
 
 def build_config(tree: dict[str, Any], where: str) -> RunConfig:
     """Validate a nested dict into a `RunConfig`.
 
     Args:
-        tree: section name → leaf name → value; sections and leaves that are left out take their defaults, and old ones are
-            translated.
-        where: where the values came from, for the error message.
+        tree: section name → leaf name → value. Missing sections and leaves take their defaults, and old ones are translated.
+        where: origin of the values, for the error message.
 
     Raises:
-        UserError: unknown key, bad value or impossible combination, in one line.
+        UserError: unknown key, bad value or impossible combination.
     """
     try:
         return RunConfig.model_validate(translate(tree, where))

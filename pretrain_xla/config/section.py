@@ -1,4 +1,4 @@
-"""A section of settings, and the types of its leaves."""
+"""The base class of the sections, and the types of their leaves."""
 
 from __future__ import annotations
 
@@ -15,6 +15,6 @@ NonNegativeFloat = Annotated[float, Field(ge=0)]
 
 
 class Section(BaseModel):
-    """A frozen group of settings; an unknown key is an error, and every leaf's docstring is its `--help` text."""
+    """A frozen group of settings. An unknown key is an error. The docstring of a leaf is its `--help` text."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)

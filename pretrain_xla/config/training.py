@@ -10,30 +10,30 @@ from pretrain_xla.config.section import NonNegative, NonNegativeFloat, Positive,
 
 
 class OptimConfig(Section):
-    """The optimizer, and the learning rate over time."""
+    """The optimizer and the learning rate schedule."""
 
     optim_type: Literal["adam", "adamw"] = "adamw"
-    """adamw decays weights directly; adam adds the decay to the gradient. Only matrices are decayed."""
+    """adamw: decoupled weight decay. adam: the decay is added to the gradient (L2 regularisation)."""
     learning_rate: PositiveFloat = 6e-4
-    """Highest learning rate, reached at the end of the warm-up (noam: a factor on its curve)."""
+    """Peak learning rate, reached at the end of warm-up. noam: factor on the schedule."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
-    """Decay of the first and second moment."""
+    """Decay rates of the first and second moments."""
     adam_eps: PositiveFloat = 1e-8
-    """Added to the root of the second moment."""
+    """Added to the square root of the second moment."""
     weight_decay: NonNegativeFloat = 0.0
-    """Decay of matrices and embeddings."""
+    """Weight decay of matrices and embeddings; biases and norms are not decayed."""
     max_grad_norm: NonNegativeFloat = 0.0
-    """Clip the global gradient norm to this; 0: no clipping."""
+    """Clip the global gradient norm to this. 0 means no clipping."""
     decay_method: Literal["cosine", "linear", "noam", "constant", "wsd"] = "cosine"
-    """Shape of the learning rate after warm-up; wsd: constant, then linear over the last cooldown_steps."""
+    """Learning rate schedule after warm-up. wsd: constant, then linear decay over the last cooldown_steps."""
     warmup_steps: NonNegative = 1000
-    """Steps of linear rise from 0."""
+    """Steps of linear warm-up from 0."""
     min_lr: NonNegativeFloat = 6e-5
-    """Learning rate at decay_steps and after."""
+    """Learning rate at decay_steps and after. Not used by noam and constant."""
     decay_steps: Positive = 20000
-    """Step at which the learning rate reaches min_lr."""
+    """Step at which the learning rate reaches min_lr. Not used by noam and constant."""
     cooldown_steps: Positive = 2000
-    """wsd only: length of the final linear fall, ending at decay_steps."""
+    """wsd: steps of the final linear decay, which ends at decay_steps."""
 
     @model_validator(mode="after")
     def _check(self) -> OptimConfig:
@@ -41,8 +41,8 @@ class OptimConfig(Section):
             fall_starts = self.decay_steps - self.cooldown_steps if self.decay_method == "wsd" else self.decay_steps
             if self.warmup_steps > fall_starts:
                 raise ValueError(
-                    f"warmup_steps={self.warmup_steps} goes past step {fall_starts}, where {self.decay_method} has "
-                    "to be at its top: shorten warmup_steps or cooldown_steps, or raise decay_steps"
+                    f"warmup_steps={self.warmup_steps} goes past step {fall_starts}, where the decay of {self.decay_method} "
+                    "starts: lower warmup_steps or cooldown_steps, or raise decay_steps"
                 )
             if self.min_lr > self.learning_rate:
                 raise ValueError(f"min_lr={self.min_lr} is above learning_rate={self.learning_rate}: lower min_lr")
@@ -52,50 +52,53 @@ class OptimConfig(Section):
 
 
 class TrainConfig(Section):
-    """The loop."""
+    """The training loop."""
 
     seed: NonNegative = 1061109567
-    """Seed of weights, data order and dropout. A run that resumes keeps the order that its data were begun in."""
+    """Seed of the initial weights, the data order and dropout. A resumed run keeps the data order that it started with."""
     train_batch_size: Positive = 32
-    """Sequences in a micro-batch, over all devices; a step sees this times gradient_accum_step."""
+    """Sequences in a micro-batch, over all devices. A step trains on gradient_accum_step times as many."""
     eval_batch_size: Positive = 32
-    """Sequences in a validation batch, over all devices; the last one is padded, which changes no number."""
+    """Sequences in a validation batch, over all devices. The last batch is padded, which does not change the loss."""
     gradient_accum_step: Positive = 1
-    """Micro-batches accumulated in one step."""
+    """Micro-batches in a step, whose gradients are accumulated."""
     mixed_precision: Literal["bf16", "fp16"] | None = None
-    """Compute in this type over fp32 weights; fp16 (with loss scaling) on CUDA only."""
+    """Compute in this type, with fp32 weights. fp16 uses loss scaling and needs CUDA. None means fp32."""
     train_steps: Positive = 20000
-    """Optimizer steps."""
+    """Number of optimizer steps."""
     valid_steps: Positive = 100
-    """Validation batches: the first valid_steps x eval_batch_size sequences of valid_dir, or all where there are fewer, each
-    counted once; the same ones every time."""
+    """Number of validation batches. Each validation uses the same sequences: the first valid_steps x eval_batch_size of
+    valid_dir, or all of them if there are fewer."""
     valid_interval: Positive = 1000
-    """Steps between validations; there is always one before the first step and one after the last."""
+    """Steps between validations. The run also validates before the first step and after the last one."""
     compile: bool = False
-    """torch runtime: torch.compile. The xla runtime always compiles."""
+    """torch: use torch.compile. The xla runtime always compiles."""
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
     """Precision of fp32 matrix products."""
     mode: Literal["train", "evaluate", "preflight"] = "train"
-    """evaluate: only print loss and perplexity on valid_dir, and end. preflight: only compile the training step for `topology`
-    with the TPU's compiler, print what it needs and takes, and end."""
+    """train: train. evaluate: only print the loss and perplexity on valid_dir. preflight: only compile the training step for
+    `topology` with the TPU compiler, and print its memory, time and cost."""
     from_checkpoint: str | None = None
-    """Start from gpt2[-medium|-large|-xl], from any model of the Hub (owner/name), a Hugging Face folder or a .pt file, or from
-    where another run stands: its folder, or one of its checkpoints. The architecture comes from there."""
+    """Start from this model, with its architecture: gpt2[-medium|-large|-xl], a model on the Hugging Face Hub (owner/name), a
+    Hugging Face folder or a .pt file. Or continue from another run: its folder, or one of its checkpoints. None means new
+    weights."""
     weights_only: bool = False
-    """With from_checkpoint: take only a run's weights and begin at step 0, with new optimizer, schedule and order of data."""
+    """With from_checkpoint: take only the weights of another run, and start at step 0 with a new optimizer, schedule and data
+    order."""
     rematerialization: Literal["none", "selective", "full"] = "none"
-    """What the backward pass computes again instead of keeping: none; selective: all but attention and matrix products;
-    full: each block from its input."""
+    """What the backward pass recomputes, to save memory. none: nothing. selective: all but attention and matrix products. full:
+    each block, from its input."""
     scan_layers: bool = False
-    """xla: one compiled loop over the blocks instead of a copy of the program for each, so that 48 layers compile like 12. Each
-    block is computed again from its input, as with rematerialization=full, and the step takes 2 to 4% longer than with that
-    alone by the TPU compiler's estimate, in less memory. For deep models; selective is slower here (docs/LOG.md)."""
+    """xla: compile one loop over the blocks (scan) instead of every block, so that 48 layers compile as fast as 12. Blocks are
+    recomputed, as with rematerialization=full; selective is slower here. A step takes 2 to 4% longer than with full alone, and
+    needs less memory, by the TPU compiler's estimate (docs/LOG.md)."""
     loss_chunk: Positive | None = None
-    """Tokens of a device whose logits exist at one time. None means all of a micro-batch. Saves memory, costs little time."""
+    """Compute the logits of only this many tokens per device at a time. Saves memory and costs little time. None means all
+    tokens of a micro-batch."""
     loss_ignore_tokens: tuple[NonNegative, ...] = ()
-    """Token ids that do not count in the loss where they are what should follow, in training and in validation."""
+    """Targets with these token ids do not count in the training and validation loss."""
     strict_graph: bool = False
-    """Stop the run when a step recompiles, falls back to the host or waits for the device after warm-up."""
+    """Stop the run if, after the first step, a step recompiles, falls back to the host or waits for the device."""
 
     @property
     def do_test(self) -> bool:

@@ -145,7 +145,7 @@ compute()
 
 def test_out_of_memory(tmp_path: Path, flags: Callable[..., list[str]]) -> None:
     done = run("run_pretrain.py", *flags(tmp_path / "run", d_model=2**20, d_ff=2**20, num_layers=1))
-    assert_refused(done, "this machine is out of memory", "--train-batch-size", "--rematerialization", "preflight")
+    assert_refused(done, "the host is out of memory", "--train-batch-size", "--rematerialization", "preflight")
     assert not (tmp_path / "run").exists()
     done = run("-c", OUT_OF_MEMORY, **XLA)
     assert_refused(

@@ -179,7 +179,7 @@ def test_it_is_one_or_the_other() -> None:
         "checkpoint": {"hub_repo": "alice/run", "checkpoints_dir": "gs://bucket/run"},
         "logging": {"run_dir": "run"},
     }
-    with pytest.raises(UserError, match="hub_repo=alice/run is filled from a local folder"):
+    with pytest.raises(UserError, match="hub_repo=alice/run needs a local checkpoints_dir"):
         build_config(tree, "test")
 
 

@@ -155,7 +155,7 @@ def test_flags_are_validated_with_the_checkpoint(tmp_path: Path, capsys: pytest.
     assert printed["model"] == load_model(str(tmp_path)).config.model_dump(mode="json") | {"dropout": 0.1}
     with pytest.raises(SystemExit, match="2"):
         cli.main(["train", *words, "--loss-ignore-tokens", "9999"])
-    assert "loss_ignore_tokens=9999 is no token of vocab_size=61" in capsys.readouterr().err
+    assert "loss_ignore_tokens=9999 is not below vocab_size=61" in capsys.readouterr().err
 
 
 def test_trace_shows_the_checkpoints_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

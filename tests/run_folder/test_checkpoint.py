@@ -473,7 +473,7 @@ def test_memory_that_runs_out_is_no_damage(tmp_path: Path, monkeypatch: pytest.M
         torch.zeros(1).resize_(2**58)
 
     monkeypatch.setattr(store, "_read", empty)
-    with pytest.raises(UserError, match="cannot be read: this machine is out of memory") as caught:
+    with pytest.raises(UserError, match="cannot be read: the host is out of memory") as caught:
         store.load(1)
     assert "damaged" not in str(caught.value)
 

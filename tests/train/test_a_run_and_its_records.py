@@ -178,5 +178,5 @@ def test_only_the_weights_of_a_finished_run(make: Make, folder: Path, capsys: py
     assert rows_of(folder / "second")[0]["valid_loss"] == pytest.approx(last)
     assert any((first[name] != second[name]).any() for name in first if name.startswith("model."))
     assert int(begin("third", train_steps=5)["optimizer.step"]) == 5, "all of its state, as ever"
-    with pytest.raises(UserError, match="weights_only=True takes the weights of from_checkpoint"):
+    with pytest.raises(UserError, match="weights_only=True needs from_checkpoint"):
         make(train_steps=4, weights_only=True)
