@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # a command imports what it needs, so that a missing package 
 
 COMMANDS = """usage: python -m pretrain_xla COMMAND [--help]
 
-  train            train a model
+  train            train a model, or only evaluate it (--mode evaluate)
   preflight        estimate memory, time and cost of a training step on a TPU, without one
   trace            print the model as a tree: shapes, parameters, operations
   prepare          tokenize text into token shards, in train/ and valid/
@@ -171,7 +171,7 @@ def unused_flags(config: RunConfig, given: frozenset[str]) -> list[str]:
         "min_lr": (decays, f"--decay-method {schedule} does not use it"),
         "decay_steps": (decays, f"--decay-method {schedule} does not use it"),
         "eval_tasks": (
-            not config.train.do_test,
+            config.train.mode != "evaluate",
             "--mode evaluate only prints the validation loss; use evaluate.py for tasks",
         ),
         "eval_interval": (bool(config.evaluation.eval_tasks), "--eval-tasks is not given"),
@@ -203,7 +203,7 @@ def unused_flags(config: RunConfig, given: frozenset[str]) -> list[str]:
 def schedule_notes(config: RunConfig) -> list[str]:
     """A note if the learning rate schedule and the run do not end at the same step, as they usually should."""
     optim, steps = config.optim, config.train.train_steps
-    if config.train.do_test or optim.decay_method in ("noam", "constant") or optim.decay_steps == steps:
+    if config.train.mode == "evaluate" or optim.decay_method in ("noam", "constant") or optim.decay_steps == steps:
         return []
     if optim.decay_steps < steps:
         then = f"the last {steps - optim.decay_steps:,} steps run at min_lr"

@@ -77,7 +77,7 @@ class RunConfig(Section):
                 f"hub_repo={self.checkpoint.hub_repo} needs a local checkpoints_dir, but checkpoints_dir="
                 f"{self.checkpoints_dir} is a URL: set a local folder, or leave out hub_repo"
             )
-        if "://" in self.run_dir and not self.train.do_test:
+        if "://" in self.run_dir and self.train.mode != "evaluate":
             key = "run_dir" if self.logging.run_dir else "checkpoints_dir"
             raise ValueError(
                 f"{key}={self.run_dir} is a URL, but metrics can only be written to a local disk: set a local --run-dir "

@@ -99,8 +99,3 @@ class TrainConfig(Section):
     """Targets with these token ids do not count in the training and validation loss."""
     strict_graph: bool = False
     """Stop the run if, after the first step, a step recompiles, falls back to the host or waits for the device."""
-
-    @property
-    def do_test(self) -> bool:
-        """Whether the run only evaluates."""
-        return self.mode == "evaluate"

@@ -22,7 +22,7 @@ def tokenizer_of_run(config: RunConfig) -> TokenizerId:
         UserError: `tokenizer`, `train_dir` and `valid_dir` do not have the same tokenizer.
     """
     data = config.data
-    folders = [data.valid_dir] if config.train.do_test else [data.train_dir, data.valid_dir]
+    folders = [data.valid_dir] if config.train.mode == "evaluate" else [data.train_dir, data.valid_dir]
     known = [(folder, dataset_tokenizer(info)) for folder in folders if (info := dataset_info(folder)) is not None]
     if data.tokenizer is not None:
         known.append((f"tokenizer={data.tokenizer}", TokenizerId(name=data.tokenizer)))
@@ -68,7 +68,7 @@ def check_same_tokenizer(had: TokenizerId, where: str, has: TokenizerId, config:
         UserError: the tokenizers differ.
     """
     if had.differs(has):
-        data = config.data.valid_dir if config.train.do_test else config.data.train_dir
+        data = config.data.valid_dir if config.train.mode == "evaluate" else config.data.train_dir
         raise UserError(
             f"{where} was trained with another tokenizer than {data} was made with: the same ids mean other text there; "
             f"{_fix(had.name)}, or start a new run in another folder"

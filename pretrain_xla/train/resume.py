@@ -28,8 +28,8 @@ class Start:
     """The state that a run starts from.
 
     store: the run's checkpoints. step: number of updates so far. tensors: name → host tensor, empty for a new run. where: what
-    was loaded. own: it is this run's own checkpoint. tests: only the weights are used (mode `evaluate`). info: the checkpoint's
-    marker, if it is one of ours.
+    was loaded. own: it is this run's own checkpoint. evaluates: only the weights are used (mode `evaluate`). info: the
+    checkpoint's marker, if it is one of ours.
     """
 
     store: CheckpointStore
@@ -37,7 +37,7 @@ class Start:
     tensors: dict[str, Tensor] = field(default_factory=dict)
     where: str = ""
     own: bool = False
-    tests: bool = False
+    evaluates: bool = False
     info: CheckpointInfo | None = None
 
     def load_model(self, model: nn.Module) -> None:
@@ -52,14 +52,14 @@ class Start:
 
     def optimizer_tensor(self, name: str, parameter: Tensor) -> Tensor:
         """The saved optimizer tensor with that name, or zeros of the parameter's shape (0-d for `step`) for a new run, for
-        imported weights and for a test.
+        imported weights and for an evaluation.
 
         Raises:
             UserError: it is missing although there are others or updates were made, or it is of another shape.
         """
         saved = stack_layers(f"optimizer.{name}", self.tensors)
         shape = () if name == "step" else tuple(parameter.shape)
-        if self.tests or (
+        if self.evaluates or (
             saved is None and self.step == 0 and not any(n.startswith("optimizer.") for n in self.tensors)
         ):
             return torch.zeros(shape, dtype=torch.int32 if name == "step" else torch.float32)
@@ -102,18 +102,18 @@ def find_start(config: RunConfig, data_fingerprint: str, say: Callable[[str], No
         if newest is None:
             raise UserError(f"{line}, and there is no other: remove that folder to start over")
         say(line)
-    if newest is not None and not config.checkpoint.resume and not config.train.do_test:
+    if newest is not None and not config.checkpoint.resume and config.train.mode != "evaluate":
         raise UserError(
             f"--no-resume, but {root} holds checkpoints up to step {newest}: "
             "name another --checkpoints-dir, or remove the step_ folders in it (the run's records are moved aside, and stay)"
         )
     source, step = store, newest
-    if not config.train.do_test and (pushed := _pushed(config, root, newest)) is not None:
+    if config.train.mode != "evaluate" and (pushed := _pushed(config, root, newest)) is not None:
         source, step = open_checkpoint(pushed)
-    elif config.train.from_checkpoint is not None and (newest is None or config.train.do_test):
+    elif config.train.from_checkpoint is not None and (newest is None or config.train.mode == "evaluate"):
         return _from_model(config, store, data_fingerprint, say)
     if step is None:
-        if config.train.do_test:
+        if config.train.mode == "evaluate":
             say("there is no checkpoint: evaluating freshly initialised weights")
         return Start(store)
     info = source.info(step)
@@ -122,7 +122,9 @@ def find_start(config: RunConfig, data_fingerprint: str, say: Callable[[str], No
     say(f"continuing from {source.folder(step)}")
     tensors = source.load(step)
     check_finite(tensors, source.folder(step))
-    return Start(store, step, tensors, source.folder(step), own=True, tests=config.train.do_test, info=info)
+    return Start(
+        store, step, tensors, source.folder(step), own=True, evaluates=config.train.mode == "evaluate", info=info
+    )
 
 
 def _pushed(config: RunConfig, root: str, newest: int | None) -> str | None:
@@ -154,13 +156,13 @@ def _from_model(config: RunConfig, store: CheckpointStore, data_fingerprint: str
     assert config.train.from_checkpoint is not None
     found = find_model(config.train.from_checkpoint, stated=config.model.model_dump())
     check_fits(found, config.model)
-    only = config.train.weights_only and not config.train.do_test
+    only = config.train.weights_only and config.train.mode != "evaluate"
     say(f"beginning with the weights of {found.where}" if only else f"continuing from {found.where}")
     if found.checkpoint is None:
         _check_tokenizer_beside(found, config)
         return _from_weights(found, config, store)
     source, step = found.checkpoint
-    if step >= config.train.train_steps and not config.train.do_test and not only:
+    if step >= config.train.train_steps and config.train.mode != "evaluate" and not only:
         raise UserError(
             f"{source.folder(step)} has made {step} steps, and --train-steps is {config.train.train_steps}: raise "
             "--train-steps to continue from there, or add --weights-only to start at step 0 with its weights"
@@ -172,7 +174,7 @@ def _from_model(config: RunConfig, store: CheckpointStore, data_fingerprint: str
     tensors = source.load(step)
     check_finite(tensors, found.where)
     tensors = fit_tensors(tensors, config.model)
-    return Start(store, step, tensors, found.where, tests=config.train.do_test, info=info)
+    return Start(store, step, tensors, found.where, evaluates=config.train.mode == "evaluate", info=info)
 
 
 def _from_weights(found: ModelSource, config: RunConfig, store: CheckpointStore) -> Start:
@@ -196,7 +198,7 @@ def _check_data(
     folder = source.folder(step)
     had = tokenizer_of_checkpoint(source.root, info, config)
     check_same_tokenizer(had, folder, tokenizer_of_run(config), config)
-    if has_other_data(info, data_fingerprint) and not config.train.do_test:
+    if has_other_data(info, data_fingerprint) and config.train.mode != "evaluate":
         where = f"those in {config.data.train_dir}, from their beginning"
         say(f"{folder} was trained on other shards; this run continues on {where}")
 

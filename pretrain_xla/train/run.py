@@ -39,14 +39,14 @@ def _run_replica(config: RunConfig, _index: int = 0) -> None:
 
 
 def run(config: RunConfig) -> None:
-    """Train, or only evaluate (`do_test`), on the devices that the config names.
+    """Train, or only evaluate (`--mode evaluate`), on the devices that the config names.
 
     Raises:
         UserError: anything about the request that cannot be met, before training starts where that can be known; or the
             machine ran out of something on the way.
     """
     with out_of_memory(MEMORY), contextlib.ExitStack() as stack:
-        if not config.train.do_test and speaks_first(config.parallel.runtime):
+        if config.train.mode != "evaluate" and speaks_first(config.parallel.runtime):
             stack.enter_context(writable_folders(config))
             if config.parallel.runtime == "torch":
                 stack.enter_context(alone_in(local_folders(config)))
@@ -54,7 +54,7 @@ def run(config: RunConfig) -> None:
                 hub.check_writable(config.checkpoint.hub_repo)
         runtime = start(config)
         stack.callback(runtime.close)
-        if runtime.is_main and not config.train.do_test and config.parallel.runtime == "xla":
+        if runtime.is_main and config.train.mode != "evaluate" and config.parallel.runtime == "xla":
             # Which of several processes is main is not known before; they do not lock each other out.
             stack.enter_context(alone_in(local_folders(config)))
         _run_on(config, runtime)
@@ -64,7 +64,7 @@ def _run_on(config: RunConfig, runtime: Runtime) -> None:
     from pretrain_xla.train.trainer import Trainer
 
     trainer = Trainer(config, runtime)
-    if config.train.do_test:
+    if config.train.mode == "evaluate":
         trainer.evaluate()
         return
     if runtime.is_main:

@@ -56,7 +56,7 @@ class Trainer:
 
         valid_data = _open(config, config.data.valid_dir, "valid")
         # Evaluation needs no training data, and a run is often tested where there is none.
-        train_data = valid_data if train.do_test else _open(config, config.data.train_dir, "train")
+        train_data = valid_data if train.mode == "evaluate" else _open(config, config.data.train_dir, "train")
         self.data_fingerprint = train_data.fingerprint
         made_with = tokenizer_of_run(config)
         self.start: Start = find_start(config, self.data_fingerprint, self.console.note)
@@ -80,11 +80,11 @@ class Trainer:
         self._train_step = runtime.compile(self.step, "train", state=self.step.state)
         share = self._share(train.eval_batch_size)
         self.validation = build_validation(config, self.step, runtime, valid_data, share)
-        self.evaluation = None if train.do_test else build_evaluation(config, self.model, runtime)
-        writes = config.logging.sample_interval is not None and not train.do_test
+        self.evaluation = None if train.mode == "evaluate" else build_evaluation(config, self.model, runtime)
+        writes = config.logging.sample_interval is not None and train.mode != "evaluate"
         self.samples = Samples(config, self.model, runtime) if writes else None
         self.guard = GraphGuard(runtime, strict=train.strict_graph, say=self.console.warn)
-        logs = config.wandb.wandb_logging and runtime.is_main and not train.do_test
+        logs = config.wandb.wandb_logging and runtime.is_main and train.mode != "evaluate"
         self.wandb = WandB(config, self.console.warn) if logs and self.start.step < train.train_steps else None
         self.start.release()
 
@@ -94,7 +94,11 @@ class Trainer:
         length = config.model.seq_length
         sequences = int(sequences_of(dataset, length).sum())
         self.data_position = resume_position(info, config, self.data_fingerprint, sequences)
-        if info is not None and not train.do_test and (line := describe_changes(info, config, self.data_position)):
+        if (
+            info is not None
+            and train.mode != "evaluate"
+            and (line := describe_changes(info, config, self.data_position))
+        ):
             self.console.note(line)
         return Batches(
             dataset,
@@ -103,7 +107,7 @@ class Trainer:
             seed=self.data_position.seed,
             shuffle=True,
             shuffle_window=self.data_position.shuffle_window,
-            drop_last=config.data.drop_last and not train.do_test,
+            drop_last=config.data.drop_last and train.mode != "evaluate",
             start=self.data_position.position,
             steps=max(train.train_steps - self.start.step, 0),
             share=self._share(train.train_batch_size),

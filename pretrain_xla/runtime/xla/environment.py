@@ -81,7 +81,7 @@ def clear_environment(*, multiprocess: bool) -> list[str]:
     if "torch_xla" in sys.modules:
         return notes  # which has set the others itself
     if multiprocess and os.environ.pop("XLA_USE_SPMD", "").lower() not in OFF:
-        notes.append("XLA_USE_SPMD is set, and not followed: --mp-start-method and --ddp run one process a device")
+        notes.append("XLA_USE_SPMD is set, and not followed: --mp-start-method runs one process a device")
     for name in COMPILERS:
         if words := [word for word in os.environ.get(name, "").split() if word not in TORCH_XLA_SETS]:
             notes.append(f"{name}={' '.join(words)} changes how this run is compiled; config.yaml does not keep it")

@@ -44,8 +44,8 @@ def launch(config: RunConfig, main: Callable[[int], None]) -> None:
     count = int(os.environ.get("CPU_NUM_DEVICES", "1"))
     if os.environ["PJRT_DEVICE"] == "CPU" and count > 1:
         raise UserError(
-            f"multiprocessing with {count} CPU devices deadlocks in XLA: leave out --mp-start-method and --ddp to use "
-            "SPMD, which runs on virtual CPU devices, or set CPU_NUM_DEVICES=1"
+            f"multiprocessing with {count} CPU devices deadlocks in XLA: leave out --mp-start-method to use SPMD, "
+            "which runs on virtual CPU devices, or set CPU_NUM_DEVICES=1"
         )
     if os.environ["PJRT_DEVICE"] == "CPU":
         main(0)  # one replica: the same code path without a process around it

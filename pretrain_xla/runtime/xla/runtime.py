@@ -86,7 +86,7 @@ class XlaRuntime:
             if parallel.mesh_fsdp > 1 or parallel.mesh_tensor > 1:
                 raise UserError(
                     f"mesh_fsdp={parallel.mesh_fsdp} and mesh_tensor={parallel.mesh_tensor} need SPMD: "
-                    "leave out --mp-start-method and --ddp"
+                    "leave out --mp-start-method"
                 )
             self.process_index, self.process_count = xr.global_ordinal(), xr.world_size()
             self.device_count = self.process_count
