@@ -18,7 +18,7 @@ from pretrain_xla.config import ModelConfig
 from pretrain_xla.model.attention import Heads, attention_scale
 
 FAR_BELOW = -1e30
-"""A score that softmax iterations into 0; finite, so that no row of scores can become NaN."""
+"""A score that softmax turns into 0; finite, so that no row of scores can become NaN."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 This file, `attention.py`, `layers.py` and `loss.py` are the whole model in plain PyTorch: what runs on GPUs and CPUs, and the
 reference that the TPU's version (`xla/`) is tested against. Weights are fp32; matrix products run in `compute_dtype`, by
-explicit casts; the residual stream, norms, softmax, logits and the loss are fp32. Nothing depends on a value, only on shapes.
+explicit casts, also the one that gives the logits, which are then cast to fp32. The residual stream, norms, softmax and the
+loss are computed in fp32. Nothing depends on a value, only on shapes.
 """
 
 import math

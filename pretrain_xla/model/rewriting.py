@@ -12,7 +12,7 @@ Version = TypeVar("Version", bound=nn.Module)
 def rewritten(module: nn.Module, version: type[Version], **attributes: Any) -> Version:
     """`module` as a subclass of its class, with the same parameters, buffers and hooks, and with `attributes` set besides.
 
-    The two share their parameters; the module is used up where the new one's are taken away (`StackedBlocks`).
+    The two share their parameters; do not use the module where the new one's are taken away (`StackedBlocks`).
     """
     assert issubclass(version, type(module)), (version, type(module))
     new = version.__new__(version)

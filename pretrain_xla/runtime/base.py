@@ -104,7 +104,7 @@ class Runtime(Protocol):
         """
 
     def prepare_model(self, model: GPT, execution: Execution) -> GPT:
-        """The version of a model that runs here, on the devices, sharded by the table; `model` is used up.
+        """The version of a model that runs here, on the devices, sharded by the table; do not use `model` afterwards.
 
         Args:
             model: built, with its values.

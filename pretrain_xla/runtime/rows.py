@@ -1,11 +1,12 @@
-"""Which rows of a global batch a process reads.
+"""Which rows of a global batch a process reads, where each device (or replica) holds whole rows.
 
-A batch is cut into one part for each device (or replica), in the order of their numbers: that is where the mesh puts them. A
-host feeds its own devices alone, and those need not have consecutive numbers: of a v5e slice of 4 x 4 chips the first host has
-0, 1, 4 and 5. So its rows are those of its devices, wherever in the batch they are.
+A batch is cut into one part for each device, in the order of their numbers: that is where the mesh puts them. A host feeds its
+own devices alone, and those need not have consecutive numbers: of a v5e slice of 4 x 4 chips the first host has 0, 1, 4 and 5.
+So its rows are those of its devices, wherever in the batch they are. With a tensor axis, devices share rows, and each process
+reads all of them: `XlaRuntime.rows` decides.
 
-The other way would be a mesh in the order of hosts. XLA's partitioner takes a list of devices that does not ascend badly: on
-three axes it moves weights from chip to chip before it gathers them.
+The alternative is a mesh in the order of hosts. XLA's partitioner copes badly with a device list that is not in ascending
+order: on three axes it moves weights from chip to chip before it gathers them.
 """
 
 from __future__ import annotations

@@ -39,6 +39,7 @@ PARAMETERS: dict[str, tuple[Axis, ...]] = {
     "*norm.weight": (None,),
     "*norm.bias": (None,),
 }
+"""Parameter → mesh axis of each dimension: of a weight (output, input), as in `nn.Linear.weight`, of an embedding (rows, D)."""
 
 ACTIVATIONS: dict[str, tuple[Axis, ...]] = {
     "embedding": (BATCH, None, None),
@@ -48,7 +49,7 @@ ACTIVATIONS: dict[str, tuple[Axis, ...]] = {
 
 
 def lookup(table: dict[str, tuple[Axis, ...]], name: str) -> tuple[Axis, ...] | None:
-    """The axes of the first pattern that matches `name`; a `*` does not cross a dot at a name's end."""
+    """The axes of the first pattern that matches `name`; a `*` stands for no dot, unless the pattern begins with it."""
     for pattern, axes in table.items():
         if fnmatchcase(name, pattern) and (name.count(".") == pattern.count(".") or pattern.startswith("*")):
             return axes

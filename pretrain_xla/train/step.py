@@ -80,7 +80,7 @@ class TrainStep:
         assert not missing, f"no gradient reached {missing}"
         loss, counted = self.runtime.mean(total), self.examples.counted(tokens_BAS)
         if counted is not None:
-            # Of the whole step: its micro-batches and replicas may each have another share. 0 over the least is 0.
+            # Micro-batches and replicas may each count a different share of their targets. If none counts, 0 / 1e-12 is 0.
             counted = self.runtime.mean(counted).clamp(min=1e-12)
             loss = loss / counted
         norm, rate = self._update(gradients, counted)

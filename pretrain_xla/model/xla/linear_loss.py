@@ -88,7 +88,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _share(targets_N: Tensor) -> Tensor:
-    """What each target that is not left out has of the mean."""
+    """Weight of one counted target in the mean."""
     return 1.0 / (targets_N != IGNORED).sum().clamp(min=1).float()
 
 

@@ -1,15 +1,16 @@
 """`optimize_for_xla`: a built model, module for module, as the version that is fast on a TPU.
 
-| of the model                      | becomes             | which                                                      |
-|-----------------------------------|---------------------|------------------------------------------------------------|
-| `GPT`                             | `XlaGPT`            | computes loss and gradients together, by chunks if asked   |
-| `Blocks`                          | `ScannedBlocks`     | is one compiled loop (`scan_layers`)                       |
-|                                   | `RecomputedBlocks`  | saves little for the backward pass (`rematerialization`)   |
-| `Block`                           | `XlaBlock`          | computes its first norm in factors                         |
-| its first norm                    | `FactoredRMSNorm`, `CopyLayerNorm` |                                             |
-| `Attention`                       | `XlaAttention`      | uses a kernel, and saves products for the backward pass    |
-| its `query`, `key`, `value`       | `ProductBiasLinear` | sums the bias's gradient in the matrix unit                |
-| `FeedForward`                     | `XlaFeedForward`    | saves products for the backward pass                       |
+| of the model      | becomes             | in               | which                                                          |
+|-------------------|---------------------|------------------|----------------------------------------------------------------|
+| `GPT`             | `XlaGPT`            | `linear_loss.py` | computes loss and gradients together, by chunks if asked       |
+| `Blocks`          | `ScannedBlocks`     | `layer_scan.py`  | is one compiled loop (`scan_layers`)                           |
+|                   | `RecomputedBlocks`  | `layer_scan.py`  | saves little for the backward pass (`rematerialization`)       |
+| `Block`           | `XlaBlock`          | `block.py`       | leaves RMSNorm's division until after query/key/value products |
+| its first norm    | `FactoredRMSNorm`   | `norms.py`       | can leave its division to the block                            |
+|                   | `CopyLayerNorm`     | `norms.py`       | can read mean and variance from what its input is a copy of    |
+| `Attention`       | `XlaAttention`      | `attention.py`   | uses a kernel, and saves products for the backward pass        |
+| query, key, value | `ProductBiasLinear` | `linear.py`      | sums the bias's gradient in the matrix unit                    |
+| `FeedForward`     | `XlaFeedForward`    | `attention.py`   | saves products for the backward pass                           |
 
 Each computes what it replaces computes, forward and backward, up to rounding: `tests/model/test_xla_modules.py`.
 """
@@ -44,7 +45,8 @@ def optimize_for_xla(model: GPT, execution: Execution, context: XlaContext) -> X
     """The TPU's version of a model.
 
     Args:
-        model: with its values or without, on any device. It is used up: with `scan_layers` its blocks lose their parameters.
+        model: with its values or without, on any device. Do not use it afterwards: with `scan_layers` its blocks lose their
+            parameters.
         execution: what is computed again, and what in one loop.
         context: where the new model is traced.
     """

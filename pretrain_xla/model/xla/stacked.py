@@ -27,7 +27,7 @@ class StackedBlocks(nn.Module):
     """
 
     def __init__(self, blocks: Iterable[nn.Module]) -> None:
-        """Take the parameters over; the blocks are used up."""
+        """Take the parameters out of the blocks, which then have none."""
         super().__init__()
         blocks = list(blocks)
         self.count = len(blocks)
