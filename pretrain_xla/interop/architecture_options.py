@@ -28,6 +28,7 @@ PLAIN: dict[str, tuple[Any, ...] | Callable[[Any], bool]] = {
     "scale_embeddings": (False,),
     "num_kv_heads": (None,),
     "head_dim": (None,),
+    "heads_dim": ANY,
     "num_heads": (None,),
 }
 

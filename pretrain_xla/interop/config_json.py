@@ -10,6 +10,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from pydantic import ValidationError
+
 from pretrain_xla.config import ModelConfig, build_config
 from pretrain_xla.errors import UserError
 from pretrain_xla.interop.architecture_options import PLAIN, allowed, architecture_options
@@ -27,16 +29,17 @@ def choose_family(config: ModelConfig) -> Family:
     Raises:
         UserError: there is none; names the options in the way, and the architecture that would fit without them.
     """
-    have = architecture_options(config)
-    rows = [(_obstacles(family, have), family) for family in FAMILIES if family.exported]
-    fitting = next((family for obstacles, family in rows if not obstacles), None)
+    exported = [family for family in FAMILIES if family.exported]
+    fitting = next((family for family in exported if not _obstacles(family, config)), None)
     if fitting is not None:
         return fitting
-    obstacles, nearest = min(rows, key=lambda row: sum(FUNDAMENTAL.get(name, 1) for name in row[0]))
-    in_the_way = " and ".join(f"{name}={getattr(config, name)}" for name in obstacles)
-    fixes = " and ".join(f"{name} {_wanted(nearest, name)}" for name in obstacles)
+    possible = [fix for family in exported if (fix := _fix(family, config)) is not None]
+    changes, changed = min(possible, key=lambda fix: sum(FUNDAMENTAL.get(name, 1) for name in fix[0]))
+    nearest = choose_family(changed)
+    in_the_way = " and ".join(f"{name}={getattr(config, name)}" for name in changes)
+    fixes = " and ".join(f"{name} {_in_words(name, value)}" for name, value in changes.items())
     raise UserError(
-        f"no architecture of transformers computes this model: {in_the_way} {'stand' if len(obstacles) > 1 else 'stands'} in "
+        f"no architecture of transformers computes this model: {in_the_way} {'stand' if len(changes) > 1 else 'stands'} in "
         f"the way; with {fixes} it would be {nearest.model_type} ({nearest.architecture})"
     )
 
@@ -78,18 +81,57 @@ def read_config(raw: Mapping[str, Any], where: str) -> tuple[Family, ModelConfig
     return family, _embedded_config(family, raw, config, where) or config
 
 
-def _obstacles(family: Family, have: Mapping[str, Any]) -> list[str]:
+def _obstacles(family: Family, config: ModelConfig) -> list[str]:
+    """The options whose values the architecture does not have."""
+    have = architecture_options(config)
     return [name for name, value in have.items() if not allowed(family.options.get(name, PLAIN[name]), value)]
 
 
-def _wanted(family: Family, name: str) -> str:
+def _fix(family: Family, config: ModelConfig) -> tuple[dict[str, Any], ModelConfig] | None:
+    """Options to change, with their new values, and the config after it, which the architecture computes.
+
+    None means that such a config would not be valid.
+    """
+    divisors = [count for count in range(1, 2 * config.num_heads) if config.d_model % count == 0]
+    for num_heads in sorted(divisors, key=lambda count: abs(count - config.num_heads)):
+        changes: dict[str, Any] = {}
+        changed: ModelConfig | None = config
+        # One change can be the reason for another: the default of query_scale depends on head_dim.
+        while changed is not None and (obstacles := _obstacles(family, changed)):
+            before = dict(changes)
+            changes.update(_change(family, config, name, num_heads) for name in obstacles)
+            changed = _changed(config, changes) if changes != before else None
+        if changed is not None:
+            return changes, changed
+    return None
+
+
+def _change(family: Family, config: ModelConfig, name: str, num_heads: int) -> tuple[str, Any]:
+    """An option, and its value closest to the config's that the architecture has. num_heads: the value for that option."""
     accepted = family.options.get(name, PLAIN[name])
     if name == "num_heads":
-        return "that divides d_model"
-    if callable(accepted):
+        return name, num_heads
+    if name == "heads_dim":
+        return "head_dim", config.heads_dim + 1
+    if callable(accepted):  # of query_scale: the only other predicate that refuses a value
+        return name, max(1, round((config.query_scale or 1.0) ** -2)) ** -0.5
+    return name, accepted[0]
+
+
+def _changed(config: ModelConfig, changes: Mapping[str, Any]) -> ModelConfig | None:
+    """The config with changes. None means that they are impossible together."""
+    try:
+        return ModelConfig.model_validate({**config.model_dump(), **changes})
+    except ValidationError:
+        return None
+
+
+def _in_words(name: str, value: Any) -> str:
+    if name == "query_scale" and value is not None:
         return "1 / sqrt of a whole number"
-    words = {None: "left at its default", True: "on", False: "off"}
-    return words.get(accepted[0], str(accepted[0]))
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return "left at its default" if value is None else str(value)
 
 
 def _value(config: ModelConfig, option: str) -> Any:
@@ -208,7 +250,7 @@ def _embedded_config(family: Family, raw: Mapping[str, Any], config: ModelConfig
     if not isinstance(embedded, dict):
         return None
     own = build_config({"model": embedded}, f"{where}: {OWN_CONFIG_KEY}").model
-    written = write_config(family, own) if not _obstacles(family, architecture_options(own)) else {}
+    written = write_config(family, own) if not _obstacles(family, own) else {}
     same = all(written.get(key) == raw.get(key) for key in family.keys)
     turned = own.positions != "rotary" or math.isclose(own.rope_theta, config.rope_theta)
     return own if same and turned else None

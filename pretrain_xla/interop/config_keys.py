@@ -98,9 +98,12 @@ GPT2_KEYS = TIED | {
     "layer_norm_epsilon": Key("norm_eps", 1e-5),
 }
 GEMMA_KEYS = SHAPE | RMS | HEAD_DIM | TIED
-GEMMA2_KEYS = GEMMA_KEYS | {
+GEMMA3_KEYS = GEMMA_KEYS | {
     "hidden_activation": GELU,
     "query_pre_attn_scalar": SCALAR,
+    "final_logit_softcapping": Key("logit_softcap"),
+}
+GEMMA2_KEYS = GEMMA3_KEYS | {
     "attn_logit_softcapping": Key("attention_softcap", 50.0),
     "final_logit_softcapping": Key("logit_softcap", 30.0),
 }

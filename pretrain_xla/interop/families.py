@@ -16,6 +16,7 @@ from pretrain_xla.interop.architecture_options import ANY
 from pretrain_xla.interop.config_keys import (
     GELU,
     GEMMA2_KEYS,
+    GEMMA3_KEYS,
     GEMMA_GELU,
     GEMMA_KEYS,
     GPT2_KEYS,
@@ -108,7 +109,9 @@ GPT2_OPTIONS: Options = {"norm": ("layernorm",), "positions": ("learned", "none"
 NO_BIAS: Options = {"bias": (False,)}
 UNEVEN_HEADS: Options = {"num_heads": ANY}
 GEMMA_OPTIONS: Options = LLAMA_OPTIONS | NO_BIAS | {"norm": ("rmsnorm_zero_centered",), "scale_embeddings": (True,)}
-SOFTCAPS: Options = {"query_scale": is_inverse_root, "attention_softcap": ANY, "logit_softcap": ANY}
+GEMMA2_SCORES: Options = {"query_scale": is_inverse_root, "attention_softcap": ANY, "logit_softcap": ANY}
+# transformers applies rotary positions to none of SmolLM3's layers, and yet refuses to open it if a head could not have them.
+EVEN_HEAD_DIM: Options = {"heads_dim": lambda width: width % 2 == 0}
 MULTIPLIERS = {"residual_multiplier": 1.0, "logits_scaling": 1.0}
 DROPOUT = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
 WINDOW = {"sliding_window": 4096}
@@ -156,7 +159,7 @@ FAMILIES = (
     Family(
         "gemma2",
         "Gemma2ForCausalLM",
-        GEMMA_OPTIONS | SOFTCAPS | {"post_norm": (True,)},
+        GEMMA_OPTIONS | GEMMA2_SCORES | {"post_norm": (True,)},
         GEMMA2_KEYS,
         Layout("model.layers", OUTER, ATTENTION | FEED_FORWARD | GEMMA_NORMS),
         required={"attention_bias": False},
@@ -226,7 +229,7 @@ FAMILIES = (
     Family(
         "smollm3",
         "SmolLM3ForCausalLM",
-        LLAMA_OPTIONS | UNEVEN_HEADS | {"positions": ("none",)},
+        LLAMA_OPTIONS | UNEVEN_HEADS | EVEN_HEAD_DIM | {"positions": ("none",)},
         LLAMA_KEYS | HEAD_DIM | TIED | {"no_rope_layers": Key("positions_by_layer")},
         LLAMA_LAYOUT,
         required={"use_sliding_window": False},
@@ -259,7 +262,7 @@ FAMILIES = (
     Family(
         "vaultgemma",
         "VaultGemmaForCausalLM",
-        GEMMA_OPTIONS | SOFTCAPS,
+        GEMMA_OPTIONS | GEMMA2_SCORES,
         GEMMA2_KEYS,
         Layout(
             "model.layers",
@@ -275,11 +278,12 @@ FAMILIES = (
     Family(
         "gemma3_text",
         "Gemma3ForCausalLM",
-        GEMMA_OPTIONS | SOFTCAPS | {"post_norm": (True,), "qk_norm": (True,)},
-        GEMMA2_KEYS
-        | {"attn_logit_softcapping": Key("attention_softcap"), "final_logit_softcapping": Key("logit_softcap")},
+        GEMMA_OPTIONS
+        | {"query_scale": is_inverse_root, "logit_softcap": ANY, "post_norm": (True,), "qk_norm": (True,)},
+        GEMMA3_KEYS,
         Layout("model.layers", OUTER, ATTENTION | HEAD_NORMS | FEED_FORWARD | GEMMA_NORMS),
-        required={"attention_bias": False, "use_bidirectional_attention": False},
+        # Its config has a key for a cap on attention scores, which its code in transformers ignores.
+        required={"attention_bias": False, "use_bidirectional_attention": False, "attn_logit_softcapping": None},
         extra=_rope_by_layer_type,
         omitted=WINDOW | {"rope_theta": 1_000_000.0, "rope_local_base_freq": 10_000.0, "sliding_window_pattern": 6},
     ),

@@ -11,14 +11,17 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from pretrain_xla.config import ModelConfig, build_config
 from pretrain_xla.config_file import load_yaml
 from pretrain_xla.errors import UserError
-from pretrain_xla.interop.config_json import choose_family
+from pretrain_xla.interop.architecture_options import PLAIN, allowed, architecture_options
+from pretrain_xla.interop.config_json import choose_family, write_config
 from pretrain_xla.interop.export import export_model
-from pretrain_xla.interop.families import FAMILIES
+from pretrain_xla.interop.families import FAMILIES, Family
 from pretrain_xla.interop.load import LoadedModel, load_model
+from pretrain_xla.interop.tensors import to_hugging_face
 from pretrain_xla.model import GPT
 
 from .conftest import (
@@ -131,14 +134,46 @@ CHOICES: dict[str, tuple[Any, ...]] = {
 }
 
 
-def draw(chance: random.Random) -> ModelConfig:
+def draw(chance: random.Random, choices: dict[str, tuple[Any, ...]] = CHOICES) -> ModelConfig:
     """A model that has an architecture, with some of its options changed at random, or all of them at random."""
     corner = chance.choice([{}, *EXAMPLES.values()])
-    options = {key: chance.choice(values) for key, values in CHOICES.items() if not corner or chance.random() < 0.15}
+    options = {key: chance.choice(values) for key, values in choices.items() if not corner or chance.random() < 0.15}
     options = TINY | corner | options
     if options["d_model"] % options["num_heads"]:
         options["head_dim"] = 10
     return ModelConfig.model_validate(options)
+
+
+def in_transformers(model: GPT, family: Family) -> Any:
+    """The model as its export describes it, without files."""
+    tree = write_config(family, model.config) | dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(**tree))
+    tensors = to_hugging_face(dict(model.named_parameters()), model.config, family.layout)
+    report = theirs.load_state_dict(tensors, strict=False)
+    assert not report.unexpected_keys
+    assert set(report.missing_keys) <= {"lm_head.weight"} if model.config.tie_weights else not report.missing_keys
+    theirs.tie_weights()
+    return theirs.eval()
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family.exported], ids=lambda row: row.model_type)
+def test_no_option_of_a_row_is_ignored_by_transformers(family: Family) -> None:
+    """Each value that a row accepts of each option gives the same logits, also where an earlier row would be chosen."""
+    example = TINY | EXAMPLES[family.model_type]
+    changes = [{}, *({name: value} for name in CHOICES for value in CHOICES[name] if name != "vocab_size")]
+    changes += [{"d_model": 30, "head_dim": 10}, {"d_model": 30, "num_heads": 2, "head_dim": None}]
+    compared = 0
+    for change in changes:
+        try:
+            config = ModelConfig.model_validate(example | change)
+        except ValueError:
+            continue  # such as an odd head_dim with rotary positions
+        have = architecture_options(config)
+        if all(allowed(family.options.get(name, PLAIN[name]), value) for name, value in have.items()):
+            model = build(config)
+            assert_same_logits(model, in_transformers(model, family))
+            compared += 1
+    assert compared > 10
 
 
 def test_random_options(tmp_path: Path) -> None:
@@ -171,6 +206,42 @@ def test_random_options(tmp_path: Path) -> None:
             {"attention_softcap": None, "num_kv_heads": None},
             "gpt2",
         ),
+        (
+            GEMMA | {"post_norm": True, "qk_norm": True, "attention_softcap": 0.7},
+            "qk_norm=True stands in the way; with qk_norm off it",
+            {"qk_norm": False},
+            "gemma2",
+        ),
+        (  # 6 heads divide d_model, and would be 5 wide
+            {"positions": "rotary", "d_model": 30, "num_heads": 7, "head_dim": 4},
+            "with head_dim left at its default and num_heads 5 it",
+            {"head_dim": None, "num_heads": 5},
+            "starcoder2",
+        ),
+        (  # 3 heads divide d_model, and cannot share 2 key/value heads
+            LLAMA | {"d_model": 30, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8},
+            "num_heads=4 stands in the way; with num_heads 2 it",
+            {"num_heads": 2},
+            "llama",
+        ),
+        (
+            LLAMA | {"positions": "none", "d_model": 30, "num_heads": 2},
+            "head_dim=None stands in the way; with head_dim 16 it",
+            {"head_dim": 16},
+            "smollm3",
+        ),
+        (
+            {"positions": "rotary", "head_dim": 10, "query_scale": 10**-0.5},
+            "with head_dim left at its default and query_scale left at its default it",
+            {"head_dim": None, "query_scale": None},
+            "starcoder2",
+        ),
+        (
+            {"num_kv_heads": 1, "tie_weights": True, "post_norm": True},
+            "post_norm off it",
+            {"post_norm": False},
+            "gpt_bigcode",
+        ),
     ],
 )
 def test_a_config_without_an_architecture_names_one_and_the_fix(
@@ -186,18 +257,16 @@ def test_a_config_without_an_architecture_names_one_and_the_fix(
 
 
 def test_the_smallest_fix_named_is_enough(tmp_path: Path) -> None:
-    """Options as the error words them, tried: what it promises holds."""
+    """Options as the error words them, tried: what it promises holds, also where widths do not divide evenly."""
     chance = random.Random(5)
-    words = {
-        "left at its default": None,
-        "on": True,
-        "off": False,
-        "1 / sqrt of a whole number": 0.25,
-        "that divides d_model": 2,
-    }
+    words = {"left at its default": None, "on": True, "off": False, "1 / sqrt of a whole number": 0.25}
+    uneven = {"num_heads": (4, 6, 7), "d_model": (24, 30), "head_dim": (None, 5, 10), "query_scale": (None, 10**-0.5)}
     tried = 0
-    while tried < 40:
-        config = draw(chance)
+    while tried < 200:
+        try:
+            config = draw(chance, CHOICES | uneven)
+        except ValueError:
+            continue
         try:
             choose_family(config)
         except UserError as error:
@@ -205,7 +274,7 @@ def test_the_smallest_fix_named_is_enough(tmp_path: Path) -> None:
             changes = {}
             for fix in fixes.split(" and "):
                 option, wanted = fix.split(" ", 1)
-                changes[option] = words.get(wanted, wanted)
+                changes[option] = int(wanted) if wanted.isdigit() else words.get(wanted, wanted)
             assert (
                 choose_family(ModelConfig.model_validate(config.model_dump() | changes)).model_type == family.split()[0]
             )

@@ -99,3 +99,12 @@ def test_gemma_three_as_released_has_two_bases(tmp_path: Path) -> None:
         ours = load(tmp_path)
         assert ours.config.rope_theta == theta
         assert_same_logits(ours, open_in_transformers(tmp_path))
+
+
+def test_gemma_three_with_a_cap_on_attention_scores_is_refused(tmp_path: Path) -> None:
+    """transformers ignores that key, so nobody can tell whether the weights were trained with the cap."""
+    tree = save("gemma3_text", tmp_path) | {"attn_logit_softcapping": 0.7}
+    with pytest.raises(
+        UserError, match=r"attn_logit_softcapping=0.7, and our model computes gemma3_text only with None"
+    ):
+        read_config(tree, "test")
