@@ -63,16 +63,39 @@ def _modules(root: Path) -> dict[str, Path]:
 def _module_document(name: str, file: Path) -> str:
     """What a module says of itself and of all that it defines, in the order of the source; "" where it says nothing."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # invalid escapes in old sources
-            tree = ast.parse(file.read_bytes())
+        tree = _parse(file.read_bytes())
     except (SyntaxError, ValueError):
         return ""
+    except SystemError as error:
+        raise UserError(
+            f"{file}: Python {platform.python_version()} cannot parse it ({error}): use a newer one"
+        ) from None
     parts = list(_described(tree, ""))
     about = (ast.get_docstring(tree) or "").strip()
     if not about and not parts:
         return ""
     return "\n\n".join([f"module {name}", *([about] if about else []), *parts])
+
+
+def _parse(source: bytes, attempts: int = 10) -> ast.Module:
+    """The syntax tree.
+
+    Before 3.11.8 and 3.12.2, `ast.parse` raises SystemError when garbage collection lets another `ast.parse` of the process run
+    in the middle of it (CPython issue 106905). Such a collision is rare, so another attempt succeeds. A lock would not do: it
+    keeps out neither other libraries' calls nor those of finalizers in the same thread.
+
+    Raises:
+        SyntaxError, ValueError: it is not Python.
+        SystemError: no attempt succeeded.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # invalid escapes in old sources
+            return ast.parse(source)
+    except SystemError:
+        if attempts == 1:
+            raise
+        return _parse(source, attempts - 1)
 
 
 def _described(scope: ast.Module | ast.ClassDef, prefix: str) -> Iterator[str]:
