@@ -1,9 +1,9 @@
-"""Documents of .tar and .zip archives: those of their members, each read as a file of its own would be.
+"""Documents of .tar and .zip archives. Each member is read like a file on disk.
 
-Nothing is unpacked to a disk, so that a member's name, whatever it is, names a place in a message and nothing else. A tar is
-read from first to last, as a stream; the directory of a zip is at its end, so that it needs a file in which one can
-seek. Members that are no text, and files about the data, are left out; an archive within an archive is read, as
-OpenWebText is packed, but no zip and no Parquet, which cannot be streamed.
+Nothing is unpacked to disk, so a member's name appears in messages and is never used as a path. A tar is read as a stream,
+from start to end. The directory of a zip is at its end, so a zip needs a seekable file. Members that are not text and files
+about the data are left out. An archive within an archive is read (OpenWebText is packed like that), except for zip and
+Parquet, which cannot be streamed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pretrain_xla.text.selection import is_about
 from pretrain_xla.text.streams import READERS, read_stream
 
 logger = logging.getLogger(__name__)
-_DEEPEST = 3  # archives within archives; more is no corpus
+_DEEPEST = 3  # archives within archives; no corpus nests deeper
 _TAR_BLOCK = 512
 _NAMES = (
     tarfile.GNUTYPE_LONGNAME,
@@ -35,22 +35,24 @@ _NAMES = (
     tarfile.XGLTYPE,
     tarfile.SOLARIS_XHDTYPE,
 )
-_LONGEST_NAME = 2**20  # bytes, with all that a header of PAX says
+_LONGEST_NAME = 2**20  # bytes, including the other fields of a PAX header
 
 
 def read_zip(raw: Any, where: str, reading: Reading) -> Iterator[tuple[str | Bad, float]]:
-    """(text, share of the file that has been read) of each document of a zip.
+    """(text, fraction of the file read so far) of each document of a zip.
 
     Args:
         raw: the open file.
-        where: what to call it in an error.
-        reading: what the user asks for.
+        where: its name in error messages.
+        reading: the user's options.
 
     Raises:
-        UserError: damaged, encrypted, or a file in which one cannot seek.
+        UserError: damaged, encrypted, or not seekable.
     """
     if not raw.seekable():
-        raise UserError(f"{where}: a .zip begins at its end, and its server sends no parts: copy it to a disk first")
+        raise UserError(
+            f"{where}: the index of a .zip is at its end, and its server does not send ranges: copy it to a disk first"
+        )
     notes = _LeftOut(where)
     try:
         with zipfile.ZipFile(raw) as archive:
@@ -64,25 +66,25 @@ def read_zip(raw: Any, where: str, reading: Reading) -> Iterator[tuple[str | Bad
                         yield text, done / total
     except (zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{where}: damaged ({_brief(error)}): fetch it again") from None
-    except (RuntimeError, NotImplementedError) as error:  # encrypted, or packed in a way that Python does not know
+    except (RuntimeError, NotImplementedError) as error:  # encrypted, or an unknown compression
         raise UserError(f"{where}: cannot be read ({_brief(error)}): pack it again") from None
-    notes.tell()
+    notes.log()
 
 
 def read_tar(stream: Any, where: str, reading: Reading) -> Iterator[str | Bad]:
     """The documents of a tar.
 
     Args:
-        stream: its bytes, unpacked.
-        where: what to call it in an error.
-        reading: what the user asks for.
+        stream: its bytes, decompressed.
+        where: its name in error messages.
+        reading: the user's options.
 
     Raises:
-        UserError: damaged, or ended too early.
+        UserError: damaged or truncated.
     """
     notes = _LeftOut(where)
     yield from _tar(stream, where, reading, notes, 1)
-    notes.tell()
+    notes.log()
 
 
 def _tar(stream: Any, where: str, reading: Reading, notes: _LeftOut, depth: int) -> Iterator[str | Bad]:
@@ -94,10 +96,10 @@ def _tar(stream: Any, where: str, reading: Reading, notes: _LeftOut, depth: int)
                     yield from _member(inside, member.name, where, reading, notes, depth)
     except tarfile.TarError as error:
         raise UserError(f"{where}: damaged ({_brief(error)}): fetch it again") from None
-    while watched.read(2**20):  # what packs it has a checksum at its end
+    while watched.read(2**20):  # to the end, where the compression has a checksum
         pass
     if watched.last.strip(b"\0"):
-        raise UserError(f"{where}: truncated: it does not end as a tar does: fetch it again")
+        raise UserError(f"{where}: truncated: the end of a tar is missing: fetch it again")
 
 
 def _member(stream: Any, name: str, where: str, reading: Reading, notes: _LeftOut, depth: int) -> Iterator[str | Bad]:
@@ -121,7 +123,7 @@ def _member(stream: Any, name: str, where: str, reading: Reading, notes: _LeftOu
         elif kind in READERS:
             yield from read_stream(kind, whole, place, reading)
         else:
-            notes.add(name, "no text, or nothing that can be read within an archive")
+            notes.add(name, "not text, or not readable within an archive")
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
         raise UserError(f"{place}: not UTF-8 text (byte 0x{byte:02x}); convert it, or take it out") from None
@@ -130,7 +132,7 @@ def _member(stream: Any, name: str, where: str, reading: Reading, notes: _LeftOu
 
 
 class _Member(tarfile.TarInfo):
-    """A member whose names are as long as names are: `tarfile` holds in memory whatever a header says is one."""
+    """A member with a limit on the length of its name, which `tarfile` would read into memory whatever its length."""
 
     def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
         if self.type in _NAMES and self.size > _LONGEST_NAME:
@@ -139,7 +141,7 @@ class _Member(tarfile.TarInfo):
 
 
 class _LeftOut:
-    """Counts the members that are left out, and says it once."""
+    """Counts the members that are left out, and logs them once."""
 
     def __init__(self, where: str) -> None:
         self._where, self._first = where, ""
@@ -149,14 +151,14 @@ class _LeftOut:
         self._first = self._first or " ".join(name.split())
         self._counts[why] += 1
 
-    def tell(self) -> None:
+    def log(self) -> None:
         if self._counts:
             counts = ", ".join(f"{count} ({why})" for why, count in self._counts.items())
             logger.warning("%s: members left out: %s; the first: %s", self._where, counts, self._first)
 
 
 class _Rejoined(io.RawIOBase):
-    """A stream with what was read of it put before it again."""
+    """A stream, preceded by the bytes that were already read from it."""
 
     def __init__(self, head: bytes, stream: Any) -> None:
         self._head, self._stream = memoryview(head), stream
@@ -172,7 +174,7 @@ class _Rejoined(io.RawIOBase):
 
 
 class _Watched:
-    """A stream that keeps the last block it gave."""
+    """A stream that keeps the last block that was read."""
 
     def __init__(self, stream: Any) -> None:
         self._stream, self.last = stream, b""

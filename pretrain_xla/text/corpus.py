@@ -1,8 +1,8 @@
-"""The quick start's corpus: real English and Python in a few MB that every Python already has, with no download.
+"""The quick start's corpus: a few MB of real English and Python that come with every Python, so nothing is downloaded.
 
-It is the language reference (the topics of `help()`) and the docstrings of the standard library with the signatures
-they belong to. The sources are parsed, never imported, so that nothing runs and nothing is missing for want of a C
-library. Its content depends on the version of Python, and on nothing else.
+It is the language reference (the topics of `help()`) and the docstrings of the standard library with their signatures. The
+sources are parsed and never imported: no code runs, and no module is left out because a C library is missing. The content
+depends on the version of Python alone.
 """
 
 from __future__ import annotations
@@ -27,31 +27,35 @@ _SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__p
 def quickstart_documents() -> tuple[str, ...]:
     """One document for each topic of the language reference, then one for each module of the standard library.
 
-    The order is that of their names. Takes seconds, once: about 700 modules are parsed.
+    Both are in order of name. The first call takes seconds: about 700 modules are parsed.
 
     Raises:
-        UserError: this Python came without its own documentation or sources.
+        UserError: this Python has no documentation or no sources.
     """
     try:
         from pydoc_data.topics import topics
     except ImportError:
-        raise UserError("this Python came without `pydoc_data`: use one from python.org, or prepare own text") from None
+        raise UserError(
+            "this Python has no `pydoc_data`: use one from python.org, or prepare text of your own"
+        ) from None
     root = Path(sysconfig.get_paths()["stdlib"])
     files = _modules(root)
     if not files:
-        raise UserError(f"{root}: no sources of the standard library there: use another Python, or prepare own text")
+        raise UserError(
+            f"{root}: has no sources of the standard library: use another Python, or prepare text of your own"
+        )
     reference = dict.fromkeys(topics[name].strip("\n") for name in sorted(topics))  # some have two names
     modules = (_module_document(name, files[name]) for name in sorted(files))
     return (*reference, *filter(None, modules))
 
 
 def quickstart_version() -> str:
-    """What the corpus depends on: the version of Python, and this file."""
+    """What the corpus depends on: the version of Python and this file."""
     return f"python-{platform.python_version()}-{hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]}"
 
 
 def _modules(root: Path) -> dict[str, Path]:
-    """Dotted name → source file of every module below `root`, without tests and installed packages."""
+    """Dotted name → source file of every module below `root`, except for tests and installed packages."""
     found = {}
     for file in root.rglob("*.py"):
         parts = file.relative_to(root).with_suffix("").parts
@@ -61,7 +65,7 @@ def _modules(root: Path) -> dict[str, Path]:
 
 
 def _module_document(name: str, file: Path) -> str:
-    """What a module says of itself and of all that it defines, in the order of the source; "" where it says nothing."""
+    """The docstrings of a module and of its definitions, in source order; "" if it has none."""
     try:
         tree = _parse(file.read_bytes())
     except (SyntaxError, ValueError):
@@ -86,7 +90,7 @@ def _parse(source: bytes, attempts: int = 10) -> ast.Module:
 
     Raises:
         SyntaxError, ValueError: it is not Python.
-        SystemError: no attempt succeeded.
+        SystemError: every attempt failed.
     """
     try:
         with warnings.catch_warnings():
@@ -99,7 +103,7 @@ def _parse(source: bytes, attempts: int = 10) -> ast.Module:
 
 
 def _described(scope: ast.Module | ast.ClassDef, prefix: str) -> Iterator[str]:
-    """Signature and docstring of each class and function in the scope that has one, methods after their class."""
+    """Signature and docstring of each documented class and function in the scope, methods after their class."""
     for node in _definitions(scope):
         about = (ast.get_docstring(node) or "").strip()
         if about:
@@ -109,7 +113,7 @@ def _described(scope: ast.Module | ast.ClassDef, prefix: str) -> Iterator[str]:
 
 
 def _definitions(scope: ast.AST) -> Iterator[ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]:
-    """Classes and functions of a scope, those under its `if` and `try` too, but not those inside one another."""
+    """Classes and functions of a scope, also those under `if` and `try`, but not nested ones."""
     for node in ast.iter_child_nodes(scope):
         if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             yield node
@@ -121,5 +125,5 @@ def _signature(node: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef, pref
     if isinstance(node, ast.ClassDef):
         bases = ", ".join(map(ast.unparse, node.bases))
         return f"class {prefix}{node.name}({bases}):" if bases else f"class {prefix}{node.name}:"
-    word = "async def" if isinstance(node, ast.AsyncFunctionDef) else "def"
-    return f"{word} {prefix}{node.name}({ast.unparse(node.args)}):"
+    keyword = "async def" if isinstance(node, ast.AsyncFunctionDef) else "def"
+    return f"{keyword} {prefix}{node.name}({ast.unparse(node.args)}):"

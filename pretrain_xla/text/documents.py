@@ -1,8 +1,9 @@
 """Documents read from files: text, records, archives, folders or patterns of them, on a disk or at any fsspec URL.
 
-A file's format is told by its name and its content (`recognise`), and files of a folder that are no data are left out
-(`selection`); which files are read as what, and which are not, is said once, in the log, before the first is read. Blank
-lines at either end of a document are dropped, and so is a document that is nothing else. Files of text may be packed.
+A file's format is recognised by its name and content (`recognise`). Files of a folder that are not data are left out
+(`selection`). The log says once, before the first file is read, which files are left out, and which are read as another
+format than their names say. Blank lines at either end of a document are dropped, and so are blank documents. Text files may
+be compressed.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from pretrain_xla.text.selection import TextFile, select
 from pretrain_xla.text.streams import read_stream
 
 logger = logging.getLogger(__name__)
-_NAMED = 3  # files of a sort that are named in the log
+_NAMED = 3  # files that the log names for each reason
 
 
 class Document(NamedTuple):
@@ -38,16 +39,16 @@ class Document(NamedTuple):
 
     text: str
     place: Any
-    """Where reading goes on after it: made of lists and numbers, so that JSON can hold it."""
+    """Where to resume after it: lists and numbers, which JSON can hold."""
     share: float | None = None
-    """How much of the source has been read with it, 0 to 1; none where that is not known."""
+    """Fraction of the source that has been read with it, 0 to 1. None means that it is not known."""
     skipped: int = 0
     """Bad documents that were skipped before it; `prepare` counts them here."""
 
 
 @dataclass(eq=False)
 class TextFiles:
-    """The files of a path, sorted into data and what is left out."""
+    """The files of a path: data, and those that are left out."""
 
     fs: Any
     root: str
@@ -56,17 +57,17 @@ class TextFiles:
     files: tuple[TextFile, ...]
     reading: Reading
     version: str
-    """A checksum over names, sizes and times of change (or ETags) of all files, and over what they are read as where that
-    is not what their names say: an edited, added or removed file gives another version."""
+    """A checksum of the names, sizes and modification times (or ETags) of all files, and of the formats that their names do
+    not say. It changes if a file is edited, added or removed."""
     _said: bool = field(default=False, init=False)
 
     @functools.cached_property
     def bad(self) -> BadDocuments:
-        """What has become of documents that could not be read."""
+        """Documents that could not be read."""
         return BadDocuments(self.reading.skips_bad)
 
     def read(self, place: Sequence[int] | None = None) -> Iterator[Document]:
-        """The documents after a place (None means from the first one), in the order of the files' names.
+        """The documents after a place (None means from the first one), in order of the files' names.
 
         Memory: the largest document, or some MB of a Parquet file.
 
@@ -91,10 +92,10 @@ class TextFiles:
             before += file.size
         if empty:
             skipped = f": all of its {self.bad.count:,} documents were skipped" if self.bad.count else ""
-            raise UserError(f"{self.asked}: there is no text in it{skipped}")
+            raise UserError(f"{self.asked}: contains no text{skipped}")
 
     def _texts(self, file: TextFile, kind: Kind) -> Iterator[tuple[str | Bad, float]]:
-        """(text, share of the file that has been read) of each document of a file."""
+        """(text, fraction of the file read so far) of each document of a file."""
         where = url(self.fs, file.path)
         try:
             with open_file(self.fs, file.path) as raw:
@@ -103,19 +104,19 @@ class TextFiles:
                 elif kind == "zip":
                     yield from read_zip(raw, where, self.reading)
                 else:
-                    # By its first bytes also where its name says what it holds: a .jsonl may be packed all the same.
+                    # Its first bytes are checked even if its name gives the format: a .jsonl may be compressed.
                     stream = unpacked(raw, file.packing or packing(file.path, raw.peek(16)))
                     read = read_tar(stream, where, self.reading) if kind == "tar" else None
                     for text in read or read_stream(kind, stream, where, self.reading):
                         yield text, min(1.0, raw.tell() / (file.size or 1))
         except UnicodeDecodeError as error:
             byte = error.object[error.start]
-            raise UserError(f"{where}: not UTF-8 text (byte 0x{byte:02x}); convert it, or take it out") from None
+            raise UserError(f"{where}: not UTF-8 text (byte 0x{byte:02x}); convert it or remove it") from None
         except (OSError, *UNPACK_ERRORS) as error:
             raise UserError(f"{where}: cannot be read: {describe(error)}") from None
 
     def _say_once(self) -> None:
-        """Tell the log what is read in another way than its name says, and what is left out."""
+        """Log which files are read as another format than their names say, and which are left out."""
         if self._said:
             return
         self._said = True
@@ -138,15 +139,15 @@ class TextFiles:
 def open_text(path: str, reading: Reading | None = None) -> TextFiles:
     """The text of a file, of files that fit a pattern, or of every file of text below a folder.
 
-    Looks at the first bytes of each file whose name does not say what it is. Of a folder, names that begin with a dot are
-    left out, and what `selection` finds to be no data.
+    Looks at the first bytes of each file whose name does not give its format. In a folder, names that begin with a dot are
+    left out, and files that are not data (`selection`).
 
     Args:
         path: file, folder, or pattern with `*`; a local path or an fsspec URL.
-        reading: how documents are told out of files.
+        reading: how documents are read from files.
 
     Raises:
-        UserError: nothing there, or nothing that can be read.
+        UserError: there are no files, or none that can be read.
     """
     reading = reading or Reading()
     fs, root = filesystem(path)
@@ -155,7 +156,7 @@ def open_text(path: str, reading: Reading | None = None) -> TextFiles:
     found = concurrently(lambda file: _found(fs, file, reading.column), paths, threads)
     files = [file for file, _ in found]
     if len(files) == 1 and files[0].kind is None:
-        raise UserError(f"{path}: {_mend(files[0])}")
+        raise UserError(f"{path}: {_fix(files[0])}")
     if path_type(fs, root) == "directory":
         files = select(files, root)
     checksum = hashlib.sha256()
@@ -173,7 +174,7 @@ def read_documents(path: str, text_column: str = "text", place: Sequence[int] | 
     """The documents of a path; see `open_text` and `TextFiles.read`.
 
     Raises:
-        UserError: nothing there (at once), and what reading them raises.
+        UserError: there are no files (raised at once), or what reading them raises.
     """
     return open_text(path, Reading(text_column)).read(place)
 
@@ -182,13 +183,13 @@ def files_version(path: str) -> str:
     """See `TextFiles.version`.
 
     Raises:
-        UserError: nothing there.
+        UserError: there are no files.
     """
     return open_text(path).version
 
 
 def well_formed(text: str) -> str:
-    """The text with lone surrogates, which no UTF-8 can hold but JSON's escapes can, replaced by U+FFFD."""
+    """The text with lone surrogates replaced by U+FFFD. JSON's escapes can spell them; UTF-8 cannot encode them."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -205,13 +206,13 @@ def utf8(text: str) -> bytes:
 
 
 def cleaned(text: str) -> str:
-    """The text as a document: well-formed, without blank lines at its ends; "" where nothing is left."""
+    """The text as a document: well-formed, without blank lines at either end; "" if nothing is left."""
     text = well_formed(text.strip("\r\n"))
     return "" if text.isspace() else text
 
 
 def _found(fs: Any, path: str, column: str) -> tuple[TextFile, Any]:
-    """A file as its name or its beginning shows it, and what tells of a change of it."""
+    """A file by its name or first bytes, and its modification time or ETag."""
     info = call(fs, "info", path)
     changed = next((info[key] for key in VERSION_KEYS if info.get(key)), "")
     size = info.get("size") or 0
@@ -231,14 +232,14 @@ def _found(fs: Any, path: str, column: str) -> tuple[TextFile, Any]:
     except (OSError, *UNPACK_ERRORS) as error:
         raise UserError(f"{where}: cannot be read: {describe(error)}") from None
     if packed and seen.kind in ("parquet", "arrow", "zip"):
-        seen = seen._replace(kind=None)  # one cannot seek in it
+        seen = seen._replace(kind=None)  # not seekable
     why = "" if seen.kind else "not text"
     usual = _usual(path, seen.kind) if packing(path, b"") == packed else None
     return TextFile(path, size, seen.kind, packed, usual, why, seen.lacks_text, seen.is_card), changed
 
 
 def _usual(path: str, kind: Kind | None) -> Kind | None:
-    """What a file is read as by those suffixes alone that have always had their meaning, in these very letters."""
+    """The format that the suffix implied before others were recognised; case matters. It keeps `version` stable."""
     name = bare_name(path)
     if path.endswith((".parquet", ".arrow")) or ".jsonl" in name or name.endswith(".ndjson"):
         return kind_by_name(path)
@@ -247,14 +248,14 @@ def _usual(path: str, kind: Kind | None) -> Kind | None:
     return "text" if kind in ("text", "lines", "json", "table") else None
 
 
-def _mend(file: TextFile) -> str:
+def _fix(file: TextFile) -> str:
     if bare_name(file.path).endswith(".json"):
-        return "JSON, but neither a list nor objects: make .jsonl of it, an object with the text a line"
+        return "JSON, but neither a list nor objects: convert it to .jsonl, one object with the text a line"
     return "not UTF-8 text; give text, .jsonl, .json, .csv, .parquet, .arrow, .tar or .zip, or a folder of them"
 
 
 def _listed(names: Mapping[str, Sequence[str]]) -> str:
-    """Each reason with the first of its names."""
+    """Each reason with its first names."""
     return "; ".join(
         f"{reason}: {', '.join(some[:_NAMED])}{f' and {len(some) - _NAMED:,} more' if len(some) > _NAMED else ''}"
         for reason, some in names.items()

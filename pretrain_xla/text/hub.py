@@ -1,7 +1,7 @@
-"""Datasets of the Hugging Face Hub, or folders laid out like them, through `datasets`: streamed, or downloaded first.
+"""Datasets of the Hugging Face Hub, or folders with the same layout, through `datasets`: streamed, or downloaded first.
 
-Streaming starts at once and needs no disk; downloading reads faster the second time. Both give the same documents in the
-same order, so that one can take over from the other.
+Streaming starts at once and needs no disk; a download is read faster the second time. Both give the same documents in the
+same order, so a preparation may be resumed with the other.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def hub_source(name: str, *, text_column: str, streaming: bool, cache_dir: str |
     Args:
         name: such as `hf:HuggingFaceFW/fineweb-edu:sample-10BT`, `hf:allenai/c4:ja`, `hf:./folder/of/parquet`.
         text_column: the column that holds the text.
-        streaming: read over the network as it goes, instead of downloading first.
+        streaming: read over the network instead of downloading first.
         cache_dir: where downloads are kept. None means where `datasets` keeps them.
 
     Raises:
@@ -37,13 +37,13 @@ def hub_source(name: str, *, text_column: str, streaming: bool, cache_dir: str |
     if not path or name.count(":") > 3:
         raise UserError(f"source {name!r}: write hf:DATASET, hf:DATASET:CONFIG or hf:DATASET:CONFIG:SPLIT")
     if os.path.isfile(os.path.join(path, "state.json")) and os.path.isfile(os.path.join(path, "dataset_info.json")):
-        raise UserError(f"source {name!r}: a folder that `save_to_disk` left: give it without hf:, as {path}")
+        raise UserError(f"source {name!r}: a folder written by `save_to_disk`: give it without hf:, as {path}")
     place = {"path": path, "name": config or None, "cache_dir": cache_dir}
     split = split or "train"
     builder = _call(name, "load_dataset_builder", place)
     rows = builder.info.splits[split].num_examples if split in (builder.info.splits or {}) else None
     version = _version(builder)
-    if os.path.isdir(path):  # `datasets` would take what it kept of a folder's earlier files for those of today
+    if os.path.isdir(path):  # `datasets` would use its cache of the folder's earlier files
         place["cache_dir"] = os.path.join(cache_dir or _cache(), version)
     place["split"] = split
     read = _stream if streaming else _rows
@@ -51,7 +51,7 @@ def hub_source(name: str, *, text_column: str, streaming: bool, cache_dir: str |
 
 
 def _version(builder: Any) -> str:
-    """A checksum over the names of the files and what tells of a change: a commit of the Hub, an ETag, a time."""
+    """A checksum of the names of the files and of their commits, ETags or modification times."""
     files = builder.config.data_files or {}
     listed = [(split, list(paths), paths.origin_metadata) for split, paths in sorted(files.items())]
     return hashlib.sha256(repr((builder.config_id, builder.hash, listed)).encode()).hexdigest()[:16]
@@ -68,14 +68,14 @@ def _call(name: str, function: str, arguments: dict[str, Any]) -> Any:
 
     try:
         return getattr(datasets, function)(**arguments)
-    except Exception as error:  # it, and each library that it reads through, has errors of its own
-        # "An error occurred while generating the dataset" has what it was behind it.
+    except Exception as error:  # it and each library that it reads through have their own errors
+        # "An error occurred while generating the dataset" has the actual error as its cause.
         cause = f" ({describe(error.__cause__)})" if error.__cause__ is not None else ""
         raise UserError(f"source {name!r}: {' '.join(str(error).split())[:300]}{cause}") from None
 
 
 def _rows(name: str, place: dict[str, Any], column: str, rows: int | None, begin: Any) -> Iterator[Document]:
-    """Of a downloaded dataset; a place is the number of rows read. One of `_stream` says that as well."""
+    """Documents of a downloaded dataset. A place is the number of rows read; a place of `_stream` holds that, too."""
     table = _call(name, "load_dataset", place)
     path = check_column(table.features.arrow_schema, name, column)
     table = table.select_columns([path[0]]).with_format("arrow")
@@ -88,9 +88,9 @@ def _rows(name: str, place: dict[str, Any], column: str, rows: int | None, begin
 
 
 def _stream(name: str, place: dict[str, Any], column: str, rows: int | None, begin: Any) -> Iterator[Document]:
-    """Of a streamed dataset; a place is the dataset's own state before a batch, rows read of that batch, and rows in all.
+    """Documents of a streamed dataset. A place is the dataset's state before a batch, the rows read of it, and all rows read.
 
-    After a place of `_rows`, which knows no such state, what came before is read once more.
+    A place of `_rows` has no such state, so the rows before it are read again.
     """
     stream = _call(name, "load_dataset", {**place, "streaming": True})
     path = check_column(stream.features.arrow_schema, name, column) if stream.features else column.split(".")
@@ -121,7 +121,7 @@ def _texts(name: str, table: Any, path: list[str]) -> list[str | None]:
 def _batches(name: str, stream: Any) -> Iterator[Any]:
     try:
         yield from stream.iter(ROWS)
-    except Exception as error:  # the same
+    except Exception as error:  # as in `_call`
         raise UserError(
-            f"source {name!r}: reading broke off ({describe(error)}): give the same command again to go on"
+            f"source {name!r}: reading was interrupted ({describe(error)}): run the same command again to go on"
         ) from None

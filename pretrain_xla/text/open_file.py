@@ -1,8 +1,8 @@
-"""A file to be read from first to last, wherever it lies and however it is packed.
+"""A file opened for sequential reading, on any file system and with any supported compression.
 
-From a bucket or a web server it comes in blocks, each asked for with the patience of `remote`, so that a connection that
-breaks costs a block and not the whole preparation. A server that sends files only whole cannot be asked again for the
-rest: there a break is an error that says how to go on.
+A file in a bucket or on a web server is read in blocks, each requested with the retries of `remote`, so a broken connection
+costs one block. A server without range requests cannot send the rest of a file: there a broken connection is an error that
+says how to go on.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from pretrain_xla.errors import UserError
 from pretrain_xla.storage.files import is_local, url
 from pretrain_xla.storage.remote import call, describe, patiently, read_range
 
-BLOCK_BYTES = 2**22  # of a remote file, asked for at a time
+BLOCK_BYTES = 2**22  # of a remote file in one request
 LONGEST_LINE = 2**28
-"""Characters of a line, and so of a record in JSON lines: 131 KB of a packed file can hold ten billion."""
+"""Characters of a line, and so of a record in JSON lines: 131 KB of a compressed file can hold ten billion."""
 LONGEST_DOCUMENT = 2**30
 """Characters of a document in a text file, which is held in memory as one string; the largest one-file corpora have 10**9."""
 _PACKED_AT_A_TIME = 2**12  # bytes of a .zst file with a long window: 128 MB of text at most
-_USUAL_WINDOW = 2**27  # bytes of text that a .zst file may look back on; more is asked for with `zstd --long`
-UNPACK_ERRORS = (EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError)  # and OSError: of a damaged packed file
+_USUAL_WINDOW = 2**27  # bytes of text in the window of a .zst file without `zstd --long`
+UNPACK_ERRORS = (EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError)  # and OSError: of a damaged compressed file
 _UNPACKERS: dict[str, Callable[[Any], Any]] = {
     ".gz": lambda raw: gzip.GzipFile(fileobj=raw),
     ".bz2": bz2.BZ2File,
@@ -52,20 +52,20 @@ def open_file(fs: Any, path: str) -> Any:
 
     Raises:
         OSError: a local file that cannot be read.
-        UserError: a remote one; also when it is read.
+        UserError: a remote file that cannot be opened; reading it raises the same.
     """
     if is_local(fs):
         return fs.open(path, "rb")
     size = call(fs, "info", path).get("size")
-    # A bucket always has ranges; a web server shows it when it is asked for one.
+    # A bucket always supports range requests; a web server is tested with one.
     has_ranges = size is not None and (not isinstance(fs, HTTPFileSystem) or _gives_ranges(fs, path, size))
     return io.BufferedReader(_Ranges(fs, path, size) if has_ranges else _Stream(fs, path, size or 0), BLOCK_BYTES)
 
 
 def unpacked(raw: Any, name: str) -> Any:
-    """What an open file holds, unpacked where its name says that it is packed, in capitals or not.
+    """The content of an open file, decompressed if its name has the suffix of a compressed file, in upper or lower case.
 
-    Reading it raises one of `UNPACK_ERRORS` or an OSError where the file is damaged, or ends too early.
+    Reading it raises one of `UNPACK_ERRORS` or an OSError if the file is damaged or truncated.
     """
     return next((unpack(raw) for suffix, unpack in _UNPACKERS.items() if name.lower().endswith(suffix)), raw)
 
@@ -78,41 +78,39 @@ def lines_of(stream: IO[str], where: str) -> Iterator[str]:
     """
     while line := stream.readline(LONGEST_LINE):
         if len(line) >= LONGEST_LINE:
-            raise UserError(
-                f"{where}: a line of more than {LONGEST_LINE:,} characters: divide it, or take the file out"
-            )
+            raise UserError(f"{where}: a line of more than {LONGEST_LINE:,} characters: split it, or remove the file")
         yield line
 
 
 def packing(name: str, head: bytes) -> str:
-    """The suffix by which to unpack a file, from its name, or else from its first bytes; "" where it is not packed."""
+    """The suffix of a file's compression, by its name or else by its first bytes; "" if it is not compressed."""
     lower = name.lower()
     by_name = next((suffix for suffix in _UNPACKERS if lower.endswith(suffix)), "")
     return by_name or next((suffix for suffix, magic in _MAGICS.items() if magic.match(head)), "")
 
 
 def bare_name(path: str) -> str:
-    """A file's name without its folder, and without the suffix that says how it is packed."""
+    """A file's name without its folder and without the suffix of its compression."""
     name = path.rpartition("/")[2]
     return next((name[: -len(suffix)] for suffix in _UNPACKERS if name.lower().endswith(suffix)), name)
 
 
 def _zstd(raw: Any) -> Any:
-    """Unlike the readers of `zstandard`, Arrow's refuses a file that ends within a frame; but it knows no long window."""
+    """Arrow's reader refuses a file that ends within a frame, which those of `zstandard` do not, but it has no long windows."""
     head = raw.peek(18)[:18] if hasattr(raw, "peek") else raw.read(18)
     if not hasattr(raw, "peek"):
         raw.seek(0)
     try:
         window = zstandard.get_frame_parameters(head).window_size
     except zstandard.ZstdError:
-        window = 0  # it is no frame, which Arrow will say
+        window = 0  # not a frame: Arrow raises the error
     if window <= _USUAL_WINDOW:
         return pa.CompressedInputStream(raw, "zstd")
     return io.BufferedReader(_LongWindow(raw), BLOCK_BYTES)
 
 
 class _LongWindow(io.RawIOBase):
-    """A .zst file that was packed with `zstd --long`, as the dumps of Reddit are; takes up to 2 GB of memory."""
+    """A .zst file that was compressed with `zstd --long`, like the dumps of Reddit; takes up to 2 GB of memory."""
 
     def __init__(self, raw: Any) -> None:
         self._raw, self._frame, self._waiting = raw, self._next_frame(), memoryview(b"")
@@ -149,7 +147,7 @@ def _gives_ranges(fs: HTTPFileSystem, path: str, size: int) -> bool:
 
 
 class _Ranges(io.RawIOBase):
-    """A remote file of which any range can be asked for."""
+    """A remote file that is read by range requests."""
 
     def __init__(self, fs: Any, path: str, size: int) -> None:
         self._fs, self._path, self._size, self._position = fs, path, size, 0
@@ -178,7 +176,7 @@ class _Ranges(io.RawIOBase):
 
 
 class _Stream(io.RawIOBase):
-    """A remote file that cannot be read in ranges."""
+    """A remote file whose server has no range requests."""
 
     def __init__(self, fs: Any, path: str, size: int) -> None:
         self._where, self._size, self._position = url(fs, path), size, 0
@@ -207,11 +205,11 @@ class _Stream(io.RawIOBase):
     def _tried(self, action: Callable[[], Any]) -> Any:
         try:
             return action()
-        except Exception as error:  # each library below has errors of its own
+        except Exception as error:  # each library below has its own errors
             raise self._broken(describe(error)) from None
 
     def _broken(self, reason: str) -> UserError:
         return UserError(
-            f"{self._where}: reading broke off ({reason}), and the server has no ranges: give the same command again, "
-            "or copy the file to a disk first"
+            f"{self._where}: reading was interrupted ({reason}), and the server has no range requests: run the same "
+            "command again, or copy the file to a disk first"
         )

@@ -1,4 +1,4 @@
-"""How documents are told out of files, and what becomes of one that cannot be read."""
+"""How documents are read from files, and what happens to one that cannot be read."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _SHOWN = 3
 
 @dataclass(frozen=True)
 class Reading:
-    """What the user says of their files."""
+    """The user's options for reading files."""
 
     column: str = "text"
-    """Key or column that holds the text, in files of records; `a.b`: the key `b` of what is under `a`."""
+    """Key or column that holds the text, in files of records; `a.b` is the key `b` of the value of `a`."""
     one_per_line: bool = False
     """Whether each line of a text file is a document."""
     skips_bad: bool = False
@@ -25,29 +25,29 @@ class Reading:
 
     @property
     def decoding(self) -> str:
-        """How bytes that are not UTF-8 are met: they end the reading, or become surrogates (see `is_utf8`)."""
+        """The error handler for bytes that are not UTF-8: raise, or turn them into surrogates (see `is_utf8`)."""
         return "surrogateescape" if self.skips_bad else "strict"
 
 
 class Bad(NamedTuple):
-    """Stands where a document cannot be read."""
+    """Takes the place of a document that cannot be read."""
 
     reason: str
-    """Where, and why not."""
+    """Where it is, and why it cannot be read."""
 
 
 class BadDocuments:
-    """Ends the reading at the first document that cannot be read, or counts those that were skipped."""
+    """Raises at the first document that cannot be read, or counts those that are skipped."""
 
     def __init__(self, skips: bool) -> None:
         self._skips = skips
         self.count = 0
 
     def meet(self, bad: Bad) -> None:
-        """Take note of one.
+        """Handle one.
 
         Raises:
-            UserError: they are not to be skipped.
+            UserError: bad documents are not skipped.
         """
         if not self._skips:
             raise UserError(bad.reason)

@@ -1,4 +1,4 @@
-"""The format of a file of documents: by its content, where its name does not say it.
+"""The format of a file of documents, by its name or else by its content.
 
 | kind      | told by                                                              | documents                       |
 |-----------|----------------------------------------------------------------------|---------------------------------|
@@ -11,7 +11,7 @@
 | `zip`     | `.zip`, or no suffix, and begins with `PK`                           | those of its members            |
 | `text`    | UTF-8 without a NUL                                                  | see `readers/plain_text.py`     |
 
-All but the first two and `zip` may be packed. That too is told by the name, or else by the first bytes.
+All but the first two and `zip` may be compressed, which is also recognised by the name or else by the first bytes.
 """
 
 from __future__ import annotations
@@ -40,25 +40,25 @@ WORDS: dict[Kind, str] = {
 RECORDS = ("parquet", "arrow", "lines", "json", "table")
 
 _HEAD = 8192
-_LONGEST_FIRST_LINE = 2**24  # bytes that are looked at to see whether a line is JSON
-_LINES = 3  # that must be objects, where a file has so many and its name is not that of JSON
-_SMALL = 2**20  # bytes: a larger .json is not taken for a word about the data
+_LONGEST_FIRST_LINE = 2**24  # bytes that are read to see whether a line is JSON
+_LINES = 3  # that must be objects, if there are so many and the name is not that of JSON
+_SMALL = 2**20  # bytes: a larger .json is not taken for metadata
 
 
 class Look(NamedTuple):
-    """What the beginning of a file shows."""
+    """What the first bytes of a file show."""
 
     kind: Kind | None
     head: bytes
     """What was read."""
     lacks_text: bool = False
-    """Whether it is nothing but one JSON object without the key that holds the text, or a table without that column."""
+    """Whether it is a single JSON object without the key that holds the text, or a table without that column."""
     is_card: bool = False
-    """Whether it begins as the card of a dataset on the Hub does."""
+    """Whether it begins like a dataset card of the Hub."""
 
 
 def kind_by_name(path: str) -> Kind | None:
-    """The kind that a name alone promises."""
+    """The kind, if the name alone determines it."""
     name = path.lower()
     kinds: tuple[Kind, ...] = ("parquet", "arrow")
     for kind in kinds:
@@ -69,11 +69,11 @@ def kind_by_name(path: str) -> Kind | None:
 
 
 def look(stream: Any, path: str, column: str) -> Look:
-    """What a file is whose name does not say it, by its beginning.
+    """What a file is whose name does not determine its kind, by its first bytes.
 
     Args:
-        stream: its bytes, unpacked.
-        path: its name: `.json`, `.csv`, `.tsv` and `.zip` are looked at.
+        stream: its bytes, decompressed.
+        path: its name; the suffixes `.json`, `.csv`, `.tsv` and `.zip` matter.
         column: the key or column that holds the text.
     """
     head, name = _read(stream, _HEAD), bare_name(path.lower())
@@ -132,7 +132,7 @@ def _has(record: dict[str, Any], column: str) -> bool:
 
 
 def _is_text(head: bytes) -> bool:
-    """Whether bytes are UTF-8 without a NUL; a cut character at the end is forgiven."""
+    """Whether bytes are UTF-8 without a NUL; a character may be cut off at the end."""
     try:
         codecs.getincrementaldecoder("utf-8")().decode(head)
     except UnicodeDecodeError:
@@ -141,7 +141,7 @@ def _is_text(head: bytes) -> bool:
 
 
 def _read(stream: Any, count: int) -> bytes:
-    """So many bytes, or all that there are."""
+    """`count` bytes, or all that are left."""
     parts = io.BytesIO()
     while parts.tell() < count and (part := stream.read(count - parts.tell())):
         parts.write(part)

@@ -1,8 +1,8 @@
-"""What of a folder is data, and what is only about it, or is held out.
+"""Which files of a folder are data, which describe the data, and which are held out.
 
-A snapshot of a dataset from the Hub has a README, a LICENSE and JSON that describe it, next to its data files,
-and test splits that must not be trained on. Text alone is taken as it is, since a README can be as good a text as any:
-nothing is left out of a folder but what is no text, unless it holds records or begins with the card of a dataset.
+A snapshot of a dataset from the Hub has, next to its data files, a README, a LICENSE and JSON that describe it, and test
+splits that must not be trained on. In a folder of text alone a README is text like any other. So files that describe the data
+are left out only of folders that hold records or a dataset card.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _ABOUT = re.compile(
     r"|(sha\d+|md5)sums?([._-].*)?|.*\.(sha\d+|md5)|checksums?([._-].*)?",
     re.IGNORECASE,
 )
-_CACHED = re.compile(r"cache-[0-9a-f]+(_\d+_of_\d+)?\.arrow")  # what `map` of `datasets` leaves next to the data
+_CACHED = re.compile(r"cache-[0-9a-f]+(_\d+_of_\d+)?\.arrow")  # written by `map` of `datasets` next to the data
 _BROKEN_OFF = re.compile(r".*(\.(incomplete|part|partial|crdownload|aria2|tmp)|~)", re.IGNORECASE)
 _TEXT_SUFFIXES = ("", "txt", "text", "raw", "tokens")  # of plain text that comes in splits
 
@@ -34,9 +34,9 @@ class TextFile:
     kind: Kind | None
     """None means it is left out."""
     packing: str = ""
-    """The suffix by which it is unpacked, where its name does not have it."""
+    """The suffix of its compression, if its name does not have it."""
     usual: Kind | None = None
-    """What one would read it as by a name like `.jsonl`, and as text else."""
+    """The kind that its name implies; text for other names. `TextFiles` logs files whose `kind` differs."""
     why: str = ""
     """Why it is left out."""
     lacks_text: bool = False
@@ -46,10 +46,10 @@ class TextFile:
 
 
 def select(files: Sequence[TextFile], root: str) -> list[TextFile]:
-    """The same files; those that are not data are left out, and say why.
+    """The same files, those that are not data marked as left out, with the reason.
 
     Args:
-        files: what was found in a folder.
+        files: the files of a folder.
         root: the folder.
     """
     files = [
@@ -64,12 +64,12 @@ def select(files: Sequence[TextFile], root: str) -> list[TextFile]:
 
 
 def is_about(path: str) -> bool:
-    """Whether a file is about the data next to it, by its name."""
+    """Whether a file describes the data next to it, by its name."""
     return _ABOUT.fullmatch(path.rpartition("/")[2]) is not None
 
 
 def is_broken_off(path: str) -> bool:
-    """Whether a name is that of an incomplete download, or of a file that a program keeps next to another."""
+    """Whether a name is that of an incomplete download or of a program's backup copy."""
     return _BROKEN_OFF.fullmatch(path.rpartition("/")[2]) is not None
 
 
@@ -78,7 +78,7 @@ def _left_out(file: TextFile, why: str) -> TextFile:
 
 
 def _about_the_data(files: Sequence[TextFile]) -> dict[str, str]:
-    """Path → why it is no data."""
+    """Path → why it is not data."""
     records = any(file.kind in RECORDS and not file.lacks_text for file in files)
     card = any(file.is_card for file in files)
     caches = {file.path for file in files if _CACHED.fullmatch(file.path.rpartition("/")[2])}
@@ -87,14 +87,14 @@ def _about_the_data(files: Sequence[TextFile]) -> dict[str, str]:
         if file.kind == "text" and (records or card) and is_about(file.path):
             found[file.path] = "about the data"
         elif file.kind == "text" and records and card:
-            found[file.path] = "no records, in a dataset of the Hub"
+            found[file.path] = "not records, in a dataset of the Hub"
     return found
 
 
 def _held_out(files: Sequence[TextFile], root: str) -> set[str]:
     """The paths of validation and test splits that are next to training splits.
 
-    Of text only what is named alike: `train.py` and `test.py` are no splits, `wiki.train.raw` and `wiki.test.raw` are.
+    Text files must be named alike: `train.py` and `test.py` are not splits, `wiki.train.raw` and `wiki.test.raw` are.
     """
     inside = {file.path: file.path.removeprefix(root) for file in files if file.kind is not None}
     train = [file for file in files if file.path in inside and _side(inside[file.path]) == "train"]
@@ -120,7 +120,7 @@ def _side(path: str) -> str:
 
 
 def _shape(path: str) -> str:
-    """A path without what tells splits and parts of one dataset apart."""
+    """A path without the names of splits and the numbers of parts."""
     words = "|".join(sorted(HELD_OUT | TRAIN, key=len, reverse=True))
     return re.sub(r"\d+", "#", re.sub(rf"(?<![a-z])({words})(?![a-z])", "*", path.lower()))
 

@@ -1,4 +1,4 @@
-"""A source of documents: a name, a version, and a way to read them from any place on."""
+"""A source of documents: a name, a version, and a way to read them from any place."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ class Source:
     """Documents that can be read more than once."""
 
     name: str
-    """The name by which the user asks for it."""
+    """The name that the user gave."""
     version: str
-    """Another string whenever the documents may be others; how `prepare` knows that a dataset is up to date."""
+    """Changes whenever the documents may have changed; `prepare` sees by it whether a dataset is up to date."""
     read: Callable[[Any], Iterator[Document]]
     """The documents after a place (None means from the first one), in the same order every time."""
     skipped: Callable[[], int] = lambda: 0
-    """How many bad documents have been skipped in all that was read of it so far."""
+    """How many bad documents have been skipped so far."""
 
     def documents(self) -> Iterator[str]:
         """The text of every document."""

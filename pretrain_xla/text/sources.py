@@ -1,4 +1,4 @@
-"""Where documents come from, as `prepare` sees it: a name, a version, and a way to read them from any place on."""
+"""Opens a source of documents by its name, and joins several sources to one."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from pretrain_xla.text.source import Source
 
 
 def source_of(name: str, version: str, texts: Callable[[], Iterable[str]]) -> Source:
-    """A source out of documents of one's own; to go on after a place, those before it are read again.
+    """A source made of a function; resuming after a place reads the documents before it again.
 
     Args:
-        name: the name by which the user asks for it.
+        name: the name that the user gives.
         version: see `Source.version`.
-        texts: gives the documents, from the first one, in the same order every time.
+        texts: returns the documents, from the first one, in the same order every time.
     """
 
     def read(place: int | None) -> Iterator[Document]:
@@ -40,22 +40,22 @@ def open_source(
     document_per_line: bool = False,
     skip_bad_documents: bool = False,
 ) -> Source:
-    """The source of a name.
+    """The source that a name stands for.
 
     Args:
         name: `quickstart`; the path, pattern or URL of text (see `open_text`); or `hf:DATASET[:CONFIG[:SPLIT]]`.
         text_column: key or column that holds the text, in files of records and datasets; `a.b` for `b` within `a`.
-        streaming: of `hf:`, read over the network as it goes, instead of downloading first.
-        cache_dir: of `hf:`, where downloads are kept.
-        document_per_line: of text files, whether each line is a document.
-        skip_bad_documents: of files, whether to go on after a document that cannot be read.
+        streaming: for `hf:`, read over the network instead of downloading first.
+        cache_dir: for `hf:`, where downloads are kept.
+        document_per_line: for text files, whether each line is a document.
+        skip_bad_documents: for files, whether to go on after a document that cannot be read.
 
     Raises:
-        UserError: nothing there.
+        UserError: there is nothing of that name.
     """
     if name == QUICKSTART:
         return source_of(name, quickstart_version(), quickstart_documents)
-    if name.startswith("hf:") and not name.startswith("hf://"):  # that is a file on the Hub
+    if name.startswith("hf:") and not name.startswith("hf://"):  # hf:// is a file on the Hub
         return hub_source(name, text_column=text_column, streaming=streaming, cache_dir=cache_dir)
     text = open_text(name, Reading(text_column, document_per_line, skip_bad_documents))
     version = text.version + ("" if text_column == "text" else f":{text_column}")
@@ -63,19 +63,18 @@ def open_source(
 
 
 def join_sources(sources: Sequence[Source], weights: Sequence[float] = (), max_documents: int | None = None) -> Source:
-    """One source out of several.
+    """One source made of several.
 
-    Without weights, one after the other. With weights, each next document comes from the source that is furthest behind
-    its share of the characters so far, until the first source ends, so that the shares hold to the end. Training
-    shuffles anyway; what matters is how much there is of each.
+    Without weights, one source after the other. With weights, the next document comes from the source that is furthest below
+    its share of the characters so far, until the first source ends. So the shares hold for the whole result.
 
     Args:
         sources: at least one.
         weights: one for each source, in any unit. None means all of each.
-        max_documents: end after so many.
+        max_documents: stop after this many.
 
     Raises:
-        UserError: weights that do not fit, or max_documents < 1.
+        UserError: weights that do not match the sources, or max_documents < 1.
     """
     if weights and (len(weights) != len(sources) or min(weights) <= 0):
         raise UserError(f"weights={list(weights)}: give one over 0 for each of the {len(sources)} sources")
@@ -106,7 +105,7 @@ def _chain(sources: Sequence[Source], place: Sequence[Any] | None) -> Iterator[D
 
 
 def _mix(sources: Sequence[Source], weights: Sequence[float], place: Sequence[Any] | None) -> Iterator[Document]:
-    """A place is each source's place, and the characters taken of each."""
+    """A place holds the place of each source and the characters taken from each."""
     places, taken = (list(part) for part in place) if place else ([None] * len(sources), [0] * len(sources))
     readers = [source.read(inner) for source, inner in zip(sources, places, strict=True)]
     shares: list[float | None] = [None] * len(sources)

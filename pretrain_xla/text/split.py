@@ -1,7 +1,6 @@
-"""Which split a piece of text belongs to: decided by its own words, so that it never moves.
+"""Which split a piece of text belongs to: decided by a hash of the text alone.
 
-Neither the order of documents nor what else there is has a say: add text to a corpus, and what was held out stays
-held out.
+The order of documents and the other documents do not matter: if text is added to a corpus, what was held out stays held out.
 """
 
 from __future__ import annotations
@@ -10,23 +9,20 @@ import hashlib
 import itertools
 from collections.abc import Iterator
 
-LONG_DOCUMENT = (
-    100_000  # characters: about the longest web page, so that only books and whole corpora in one file are cut
-)
+LONG_DOCUMENT = 100_000  # characters: about the longest web page, so only books and whole corpora in one file are cut
 PIECE = 10_000
 
 
 def split_document(document: str, valid_fraction: float, seed: int = 0) -> Iterator[tuple[str, str]]:
     """(split, text) of a document: all of it in `train` or in `valid`.
 
-    A long document (over `LONG_DOCUMENT` characters) is cut into pieces of about `PIECE`, at blank lines, each with a
-    split of its own; neighbours in the same split stay one text. So a corpus that is one big file can be held out
-    from too.
+    A document of more than `LONG_DOCUMENT` characters is cut at blank lines into pieces of about `PIECE`, and each gets its
+    own split; neighbours in the same split stay one text. So a corpus that is one big file has a validation split, too.
 
     Args:
         document: the text.
-        valid_fraction: share of the documents that goes to `valid`.
-        seed: another one holds out other documents.
+        valid_fraction: fraction of the documents that goes to `valid`.
+        seed: another seed holds out other documents.
     """
     pieces = _pieces(document) if len(document) > LONG_DOCUMENT else [document]
     for split, texts in itertools.groupby(pieces, key=lambda piece: _split_of(piece, valid_fraction, seed)):

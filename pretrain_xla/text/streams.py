@@ -1,4 +1,4 @@
-"""The table of readers that need no more than a file's bytes, one after the other, unpacked."""
+"""The table of readers that need only a stream of a file's decompressed bytes."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ READERS: dict[Kind, Callable[[IO[str], str, Reading], Iterator[str | Bad]]] = {
 
 
 def read_stream(kind: Kind, stream: Any, where: str, reading: Reading) -> Iterator[str | Bad]:
-    """The documents of a file of a kind that is in `READERS`.
+    """The documents of a file whose kind is in `READERS`.
 
     Args:
-        kind: of the file.
+        kind: kind of the file.
         stream: its bytes.
-        where: what to call it in an error.
-        reading: what the user asks for.
+        where: its name in error messages.
+        reading: the user's options.
 
     Raises:
-        UserError: it is not what it looked like.
-        UnicodeDecodeError: it is not UTF-8, and bad documents are not to be skipped.
+        UserError: the content does not have that format.
+        UnicodeDecodeError: not UTF-8, and bad documents are not skipped.
     """
     newline = "" if kind == "table" else None  # cells of a table keep their line ends
     with io.TextIOWrapper(stream, encoding="utf-8-sig", errors=reading.decoding, newline=newline) as text:

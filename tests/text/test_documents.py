@@ -38,13 +38,13 @@ def test_separator_lines_divide_and_inline_ones_do_not(tmp_path):
     assert list(read_documents(str(tmp_path / "a.txt"))) == ["one", "two <|endoftext|> still"]
 
 
-def test_gpt2_simple_s_marks_within_a_line_deserve_a_word_once(tmp_path, caplog):
+def test_markers_of_gpt2_simple_within_a_line_are_warned_about_once(tmp_path, caplog):
     path = tmp_path / "text.txt"
     path.write_text("a\n<|startoftext|>one<|endoftext|>\n<|startoftext|>two<|endoftext|>\n")
     assert len(list(read_documents(str(path)))) == 1
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == 1
-    assert f"{path}:2: <|startoftext|> on one line with text is text like any other" in said[0]
+    assert f"{path}:2: <|startoftext|> on the same line as text is ordinary text" in said[0]
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.ndjson", "a.json", "c4-train.00000-of-01024.json.gz"])
@@ -103,8 +103,8 @@ def test_character_cut_by_the_text_check_is_forgiven(tmp_path):
         ("a.jsonl", '{"content": "x"}\n', "a.jsonl:1: no key 'text': its keys are 'content'"),
         ("a.jsonl", '["x"]\n', "a.jsonl:1: no key 'text'"),
         ("a.jsonl", '{"text": 5}\n', "a.jsonl:1: 'text' is int"),
-        ("a.txt", "\n \n", "no text in it"),
-        ("a.jsonl", "", "no text in it"),
+        ("a.txt", "\n \n", "contains no text"),
+        ("a.jsonl", "", "contains no text"),
         ("a.txt", b"\xff\xfe\0", "not UTF-8 text"),
         ("a.txt", b"x" * 9000 + b"\xff", "a.txt: not UTF-8 text (byte 0xff)"),
         ("a.jsonl.gz", gzip.compress(jsonl("x" * 999).encode(), mtime=0)[:-9], "a.jsonl.gz: cannot be read"),
@@ -120,15 +120,15 @@ def test_character_cut_by_the_text_check_is_forgiven(tmp_path):
         ("a.docx", b"PK\3\4\0\0", "not UTF-8 text"),
         ("a.jsonl", jsonl("x") + '{"text":' + "[" * 100_000 + "\n", "a.jsonl:2: cannot be read"),
         ("a.jsonl", '{"text":' + "9" * 5000 + "}\n", "a.jsonl:1: cannot be read"),
-        ("a.json", '"x"', "a.json: JSON, but neither a list nor objects: make .jsonl of it"),
+        ("a.json", '"x"', "a.json: JSON, but neither a list nor objects: convert it to .jsonl"),
         ("a.json", '[\n{"text": "x"},\n', "a.json: truncated: its list has no end"),
         ("a.json", '[\n{"text": "x"}, {"text": "y', "a.json: ends within a value"),
         ("a.json", '[{"text": "x"}, oops' + " " * 2000 + "]", "a.json: ends within a value, or is not JSON"),
         ("a.json.gz", gzip.compress(b'{\n"body": "x"}\n', mtime=0), "a.json.gz: value 1: no key 'text'"),
         ("a.csv", "id,body\n1,x\n", "a.csv: no column 'text' among id, body: name one with --text-column"),
         ("a.csv", "id,text\n1,x\n2,y,z\n", "a.csv:3: 3 cells where there are 2 columns"),
-        ("a.tsv", 'id\ttext\n1\t"x" y\n', "a.tsv:2: not a row"),
-        ("a.csv", 'id,text\n1,"x\n', "a.csv:2: not a row: unexpected end of data"),
+        ("a.tsv", 'id\ttext\n1\t"x" y\n', "a.tsv:2: not a valid row"),
+        ("a.csv", 'id,text\n1,"x\n', "a.csv:2: not a valid row: unexpected end of data"),
     ],
     ids=lambda value: value[:20] if isinstance(value, str) else "raw",
 )

@@ -60,8 +60,8 @@ def test_server_without_ranges_that_breaks_off_is_one_line(folder, name, kind):
         proxy.fault = lambda path, span: kind if next(count) >= 1 else None  # first it is asked for a range
         with pytest.raises(UserError) as error:
             list(source.documents())
-    assert f"{name}: reading broke off (" in str(error.value)
-    assert "give the same command again" in str(error.value)
+    assert f"{name}: reading was interrupted (" in str(error.value)
+    assert "run the same command again" in str(error.value)
     assert "\n" not in str(error.value)
 
 
@@ -74,7 +74,9 @@ def test_zip_on_a_server_without_ranges_is_one_line(folder):
             if ranges:
                 assert list(source.documents()) == TEXTS
                 continue
-            with pytest.raises(UserError, match=r"e\.zip: a \.zip begins at its end, .*: copy it to a disk first"):
+            with pytest.raises(
+                UserError, match=r"e\.zip: the index of a \.zip is at its end, .*: copy it to a disk first"
+            ):
                 list(source.documents())
 
 

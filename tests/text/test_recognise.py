@@ -1,4 +1,4 @@
-"""What is in a folder is told by its content: each file is read as what it is, and what is no data is left out, and said."""
+"""Files of a folder are recognised by their content; those that are not data are left out, and the log says so."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ def test_snapshot_of_a_dataset_is_its_training_data(tmp_path, caplog):
     assert "about the data: LICENSE, README.md" in caplog.text
     assert "held out, by its name: data/test-00000-of-00001.parquet, data/validation-00000" in caplog.text
     assert "no such key or column in it: dataset_infos.json" in caplog.text
-    assert "no records, in a dataset of the Hub: loader.py" in caplog.text
+    assert "not records, in a dataset of the Hub: loader.py" in caplog.text
     assert texts(tmp_path / "data" / "test*") == ["held out"]  # by its name it can be had
 
 
@@ -192,7 +192,7 @@ def test_folder_that_save_to_disk_left(tmp_path):
     write(tmp_path / "saved", **{"train__cache-0123456789abcdef.arrow": b"a cache"})
     assert texts(tmp_path / "saved") == ["train"]
     assert texts(tmp_path / "saved" / "test") == ["test"]
-    with pytest.raises(UserError, match="a folder that `save_to_disk` left: give it without hf:"):
+    with pytest.raises(UserError, match="a folder written by `save_to_disk`: give it without hf:"):
         open_source(f"hf:{tmp_path}/saved/test")
 
 
@@ -250,7 +250,7 @@ def test_members_of_archives_are_read_where_they_are(tmp_path, name, content, ca
     found = list(source.read(None))
     assert [document.text for document in found] == ["one", "two", "three", "four", "five"]
     assert sorted(tmp_path.rglob("*")) == before
-    assert "members left out: 1 (about the data, or hidden), 1 (no text," in caplog.text
+    assert "members left out: 1 (about the data, or hidden), 1 (not text," in caplog.text
     assert [document.text for document in source.read(found[1].place)] == ["three", "four", "five"]
     end = -(-len(content.rstrip(b"\0")) // 512) * 512 if name == "a.tar" else len(content) - 5
     for kept in (len(content) // 2, end):  # of the tar, exactly its last member's end
@@ -276,7 +276,7 @@ def test_faults_of_members_say_which(tmp_path):
     for _ in range(3):
         nested = tar_of({"in.tar": nested})
     write(tmp_path, **{"c.tar": nested})
-    with pytest.raises(UserError, match="no text in it"):
+    with pytest.raises(UserError, match="contains no text"):
         texts(tmp_path / "c.tar")
 
 
@@ -329,7 +329,7 @@ def test_bad_documents_are_skipped_and_counted(tmp_path, caplog):
     with pytest.raises(UserError, match=r"a\.jsonl:1: not JSON: .* --skip-bad-documents"):
         list(read_documents(str(tmp_path)))
     write(tmp_path / "z", **{"z.jsonl": "{\n{\n"})
-    with pytest.raises(UserError, match="no text in it: all of its 2 documents were skipped"):
+    with pytest.raises(UserError, match="contains no text: all of its 2 documents were skipped"):
         list(open_text(str(tmp_path / "z"), reading).read())
 
 

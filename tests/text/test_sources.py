@@ -194,7 +194,9 @@ def test_stream_that_breaks_with_an_error_of_whatever_library_is_one_line():
 
     batches = hub_batches("hf:a", Broken())
     assert next(batches) == [1]
-    with pytest.raises(UserError, match=r"source 'hf:a': reading broke off \(cut off\): give the same command again"):
+    with pytest.raises(
+        UserError, match=r"source 'hf:a': reading was interrupted \(cut off\): run the same command again"
+    ):
         next(batches)
 
 
@@ -226,7 +228,7 @@ def test_truncated_file_is_one_line(tmp_path, name):
 @pytest.mark.parametrize("write", [write_stream, write_arrow_file])
 def test_arrow_without_rows_is_one_line(tmp_path, write):
     write(tmp_path / "a.arrow", pa.array([], pa.string()))
-    with pytest.raises(UserError, match="there is no text in it"):
+    with pytest.raises(UserError, match="contains no text"):
         list(open_source(str(tmp_path / "a.arrow")).documents())
 
 
@@ -289,7 +291,7 @@ def test_bad_weights(weights, message):
 def test_broken_stream_says_that_it_can_go_on(tmp_path):
     def read(place):
         yield Document("one", 1)
-        raise UserError("reading broke off: give the same command again to go on")
+        raise UserError("reading was interrupted: run the same command again to go on")
 
     with pytest.raises(UserError, match="to go on"):
         prepare(Source("test", "1", read), str(tmp_path / "out"), "bytes")

@@ -1,1 +1,1 @@
-"""Readers of documents, one for each kind of file that `recognise` tells apart."""
+"""Readers of documents, one for each kind of file that `recognise` knows."""

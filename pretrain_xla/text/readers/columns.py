@@ -1,6 +1,6 @@
-"""One column of text out of a Parquet or Arrow file, a batch of rows at a time.
+"""A column of text from a Parquet or Arrow file, a batch of rows at a time.
 
-The column may be a field of another: `a.b`, unless there is a column of that very name.
+`a.b` is the field `b` of the column `a`, unless a column has that very name.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pretrain_xla.errors import UserError
 from pretrain_xla.text.reading import Bad
 
 ROWS = 1024  # at a time: some MB of web pages
-# Bytes are text that its writer did not declare, as Impala, Hive and old versions of Spark write it.
+# Bytes are text whose writer did not declare it as such: Impala, Hive, old versions of Spark.
 _TEXT = (
     pa.types.is_string,
     pa.types.is_large_string,
@@ -30,16 +30,16 @@ _TEXT = (
 def read_column(
     raw: Any, kind: Literal["parquet", "arrow"], where: str, column: str
 ) -> Iterator[tuple[str | Bad, float]]:
-    """(text, share of the file that has been read) of each row; rows without a value are "".
+    """(text, fraction of the file read so far) of each row; rows without a value are "".
 
     Args:
         raw: the open file.
-        kind: of the file.
-        where: what to call it in an error.
+        kind: kind of the file.
+        where: its name in error messages.
         column: name of the column.
 
     Raises:
-        UserError: damaged, no such column, or one that is not text.
+        UserError: the file is damaged, or has no such column of text.
     """
     try:
         if kind == "parquet":
@@ -55,10 +55,10 @@ def read_column(
 
 
 def check_column(schema: pa.Schema, where: str, column: str) -> list[str]:
-    """Where a column of text lies: its name, or the names of a column and of the fields within it.
+    """The path of a column of text: its name, or the names of a column and of the fields within it.
 
     Raises:
-        UserError: it is not there, or is not text; the message names those that there are.
+        UserError: there is no such column, or it is not text; the message names those that there are.
     """
     path = [column] if column in schema.names else column.split(".")
     if path[0] not in schema.names:
@@ -71,7 +71,7 @@ def check_column(schema: pa.Schema, where: str, column: str) -> list[str]:
             among = f" among {' '.join(', '.join(inside).split())}" if inside else ""
             raise UserError(f"{where}: no field {name!r} of {column!r}{among}: name one with --text-column")
         kind = kind.field(name).type
-    if pa.types.is_dictionary(kind):  # each text is held once, and rows have its number
+    if pa.types.is_dictionary(kind):  # each text is stored once, and rows hold its index
         kind = kind.value_type
     if not any(is_kind(kind) for is_kind in _TEXT):
         raise UserError(
@@ -84,7 +84,7 @@ def texts_of(table: Any, path: list[str]) -> list[str | None]:
     """The texts of a batch or table.
 
     Args:
-        table: what has the columns.
+        table: the batch or table.
         path: from `check_column`.
 
     Raises:
@@ -100,7 +100,7 @@ def _column(table: Any, path: list[str]) -> Any:
 
 
 def _arrow(raw: Any) -> Any:
-    """A reader of either of Arrow's two layouts: the one with an index at its end, or a stream (as `datasets` writes)."""
+    """A reader for either of Arrow's two layouts: with an index at the end, or a stream (as `datasets` writes)."""
     try:
         return pa.ipc.open_file(raw)
     except pa.ArrowInvalid:
@@ -132,4 +132,4 @@ def _decoded(value: bytes | None, place: str) -> str | Bad:
     try:
         return (value or b"").decode()
     except UnicodeDecodeError as error:
-        return Bad(f"{place}: not UTF-8 text (byte 0x{error.object[error.start]:02x}); convert it, or take it out")
+        return Bad(f"{place}: not UTF-8 text (byte 0x{error.object[error.start]:02x}); convert it or remove it")

@@ -1,7 +1,7 @@
-"""Documents of CSV and TSV: a row each, under the name that the first row gives a column.
+"""Documents of CSV and TSV: one a row, from the column of that name in the first row.
 
-Cells may be quoted, and then hold line ends, as every writer of text in CSV needs. A row of another length than the first,
-or a quote that does not end where a cell does, is a bad document: read on without a word, it would swallow its neighbours.
+Quoted cells may contain line ends. A row with another number of cells than the first, or with a quote that does not end at
+the end of a cell, is a bad document: silently accepted, it would take in the rows that follow.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ _SKIP = "fix it, or leave such documents out with --skip-bad-documents"
 
 
 def read_table(stream: IO[str], where: str, reading: Reading) -> Iterator[str | Bad]:
-    """The document of each row; a row without a value there has none.
+    """The document of each row; a row without a value has none.
 
     Args:
-        stream: the text, with its line ends as they are.
-        where: what to call it in an error.
-        reading: what the user asks for.
+        stream: the text, with its line ends unchanged.
+        where: its name in error messages.
+        reading: the user's options.
 
     Raises:
         UserError: no such column.
@@ -48,7 +48,7 @@ def read_table(stream: IO[str], where: str, reading: Reading) -> Iterator[str | 
         except StopIteration:
             return
         except csv.Error as error:
-            yield Bad(f"{where}:{rows.line_num + 1}: not a row: {error}: {_SKIP}")
+            yield Bad(f"{where}:{rows.line_num + 1}: not a valid row: {error}: {_SKIP}")
             continue
         if row and len(row) != len(names):
             yield Bad(f"{where}:{rows.line_num + 1}: {len(row)} cells where there are {len(names)} columns: {_SKIP}")
@@ -64,7 +64,7 @@ def has_column(first_line: str, column: str) -> bool:
 
 
 def delimiter_of(first_line: str, column: str) -> str:
-    """What divides cells: the sign by which the first line names the column, or else that which is most often in it."""
+    """The delimiter with which the first line has a cell of the column's name, or else the most frequent one in it."""
     named = (sign for sign in _DELIMITERS if column in _cells(first_line, sign))
     return next(named, max(_DELIMITERS, key=first_line.count))
 

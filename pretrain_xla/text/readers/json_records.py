@@ -1,6 +1,6 @@
-"""Documents of JSON: an object a line (`read_lines`), or a list of objects, or objects over several lines (`read_values`).
+"""Documents of JSON: one object a line (`read_lines`), a list of objects, or objects over several lines (`read_values`).
 
-What is `null` is no document, as in Parquet; what lacks the key, or has something else than a string there, is a bad one.
+`null` is not a document, as in Parquet. An object without the key, or with a value that is not a string, is a bad document.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pretrain_xla.text.open_file import LONGEST_LINE, lines_of
 from pretrain_xla.text.reading import Bad, Reading, is_utf8
 
 _BLOCK = 2**20  # characters that are read at a time
-_LONGEST_TOKEN = 1000  # characters: a fault so near to the end may be that more is to be read
+_LONGEST_TOKEN = 1000  # characters: an error this close to the end may only mean that more has to be read
 _SKIP = "fix it, or leave such documents out with --skip-bad-documents"
 _missing = object()
 
@@ -24,8 +24,8 @@ def read_lines(stream: IO[str], where: str, reading: Reading) -> Iterator[str | 
 
     Args:
         stream: the text.
-        where: what to call it in an error.
-        reading: what the user asks for.
+        where: its name in error messages.
+        reading: the user's options.
     """
     for number, line in enumerate(lines_of(stream, where), start=1):
         if line.isspace():
@@ -38,31 +38,31 @@ def read_lines(stream: IO[str], where: str, reading: Reading) -> Iterator[str | 
             record = json.loads(line)
         except json.JSONDecodeError as error:
             yield Bad(f"{place}: not JSON: {error.msg} (column {error.colno}): {_SKIP}")
-        except (ValueError, RecursionError) as error:  # a number of thousands of digits, or nesting as deep
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits, or such deep nesting
             yield Bad(f"{place}: cannot be read: {str(error).partition(';')[0]}: {_SKIP}")
         else:
             yield _text_of(record, place, reading.column)
 
 
 def read_values(stream: IO[str], where: str, reading: Reading) -> Iterator[str | Bad]:
-    """The document of each object of a list, or of each of several in a row.
+    """The document of each object of a list, or of objects one after the other.
 
-    Never more in memory than a value and `_BLOCK`.
+    No more than a value and `_BLOCK` are in memory.
 
     Args:
         stream: the text.
-        where: what to call it in an error.
-        reading: what the user asks for.
+        where: its name in error messages.
+        reading: the user's options.
 
     Raises:
-        UserError: what is not JSON, since one cannot tell where the next value begins.
+        UserError: not JSON, since it is unknown where the next value begins.
     """
     for number, value in enumerate(_values(stream, where), start=1):
         yield _text_of(value, f"{where}: value {number}", reading.column)
 
 
 def field(record: Any, key: str) -> Any:
-    """What a record has under a key; `a.b` is the key `b` of what is under `a`, unless there is a key of that very name.
+    """The value of a key; `a.b` is the key `b` of the value of `a`, unless a key has that very name.
 
     Raises:
         KeyError: it has no such key.
@@ -72,7 +72,7 @@ def field(record: Any, key: str) -> Any:
     value = record
     for part in key.split("."):
         if value is None and value is not record:
-            return None  # nothing under `a`, so nothing under `a.b`
+            return None  # `a` is null, so `a.b` is, too
         if not isinstance(value, dict) or part not in value:
             raise KeyError(key)
         value = value[part]
@@ -83,7 +83,7 @@ def _text_of(record: Any, place: str, key: str) -> str | Bad:
     try:
         value = field(record, key)
     except KeyError:
-        found = f"its keys are {', '.join(map(repr, record))}" if isinstance(record, dict) else "it is no object"
+        found = f"its keys are {', '.join(map(repr, record))}" if isinstance(record, dict) else "it is not an object"
         return Bad(f"{place}: no key {key!r}: {found}; name the right one with --text-column")
     if value is None:
         return ""
@@ -110,7 +110,7 @@ def _values(stream: IO[str], where: str) -> Iterator[Any]:
                 cut = error.msg.startswith("Unterminated") or error.pos > len(text.held) - _LONGEST_TOKEN
                 if not (cut and text.more()):
                     fault = f"ends within a value, or is not JSON ({error.msg})"
-                    raise UserError(f"{where}: {fault}: fetch it again or make .jsonl of it") from None
+                    raise UserError(f"{where}: {fault}: fetch it again or convert it to .jsonl") from None
             except (ValueError, RecursionError) as error:
                 raise UserError(f"{where}: cannot be read: {str(error).partition(';')[0]}") from None
         text.at = end
@@ -120,18 +120,18 @@ def _values(stream: IO[str], where: str) -> Iterator[Any]:
 
 
 class _Window:
-    """The part of a stream that is looked at; twice as much each time that it is not enough."""
+    """The part of a stream that is in memory; it doubles each time that it is not enough."""
 
     def __init__(self, stream: IO[str]) -> None:
         self._stream, self.held, self.at = stream, "", 0
 
     @property
     def ended(self) -> bool:
-        """Whether nothing is left."""
+        """Whether the stream is at its end."""
         return self.at >= len(self.held) and not self.more()
 
     def more(self) -> bool:
-        """Read on; false at the end of the stream, or where too much is held."""
+        """Read more; False at the end of the stream or if too much is held."""
         self.held, self.at = self.held[self.at :], 0
         if len(self.held) > LONGEST_LINE:
             return False
@@ -140,7 +140,7 @@ class _Window:
         return bool(read)
 
     def skip(self, signs: str, most: int | None = None) -> bool:
-        """Pass over signs; whether there were any."""
+        """Skip characters; returns whether there were any."""
         passed = 0
         while passed != most and not self.ended and self.held[self.at] in signs:
             self.at += 1

@@ -1,4 +1,4 @@
-"""Documents of text files: one, or several where lines that say `<|endoftext|>` divide it, or one a line."""
+"""Documents of text files: one a file, several divided by lines of `<|endoftext|>`, or one a line."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 SEPARATOR = "<|endoftext|>"
 START = "<|startoftext|>"
-"""What gpt-2-simple writes before each text, and `SEPARATOR` after it, on one line with it."""
+"""gpt-2-simple writes this before each text and `SEPARATOR` after it, on the same line as the text."""
 
 
 def read_text(stream: IO[str], where: str, reading: Reading) -> Iterator[str | Bad]:
@@ -24,11 +24,11 @@ def read_text(stream: IO[str], where: str, reading: Reading) -> Iterator[str | B
 
     Args:
         stream: the text.
-        where: what to call it in an error.
-        reading: what the user asks for.
+        where: its name in error messages.
+        reading: the user's options.
 
     Raises:
-        UserError: a line or document that is too long for memory.
+        UserError: a line or document is too long for memory.
     """
     lines = lines_of(stream, where)
     for line, text in enumerate(lines, start=1) if reading.one_per_line else _divided(lines, where):
@@ -39,32 +39,32 @@ def read_text(stream: IO[str], where: str, reading: Reading) -> Iterator[str | B
 
 
 def _divided(lines: Iterator[str], where: str) -> Iterator[tuple[int, str]]:
-    """(first line, text) of each document."""
-    text, length, first, said = io.StringIO(), 0, 1, False
+    """(number of its first line, text) of each document."""
+    text, length, first, warned = io.StringIO(), 0, 1, False
     for number, line in enumerate(lines, start=1):
         if line.strip() == SEPARATOR:
             yield first, text.getvalue()
             text, length, first = io.StringIO(), 0, number + 1
             continue
-        if not said and (mark := _gpt_2_simple_s(line)):
-            said = True
+        if not warned and (marker := _gpt_2_simple_marker(line)):
+            warned = True
             logger.warning(
-                "%s:%d: %s on one line with text is text like any other, and divides nothing: write <|endoftext|> on a line of "
-                "its own, and take <|startoftext|> out",
+                "%s:%d: %s on the same line as text is ordinary text and divides nothing: write <|endoftext|> on a line of "
+                "its own, and remove <|startoftext|>",
                 redacted(where),
                 number,
-                mark,
+                marker,
             )
         length += text.write(line)
         if length > LONGEST_DOCUMENT:
             raise UserError(
-                f"{where}: a document of more than {LONGEST_DOCUMENT:,} characters: divide it by lines that say {SEPARATOR}"
+                f"{where}: a document of more than {LONGEST_DOCUMENT:,} characters: divide it by lines of {SEPARATOR}"
             )
     yield first, text.getvalue()
 
 
-def _gpt_2_simple_s(line: str) -> str | None:
-    """The mark of gpt-2-simple that a line of text begins or ends with."""
+def _gpt_2_simple_marker(line: str) -> str | None:
+    """The marker of gpt-2-simple that a line of text begins or ends with."""
     if line.startswith(START):
         return START
     return SEPARATOR if line.rstrip().endswith(SEPARATOR) else None
