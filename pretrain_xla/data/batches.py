@@ -1,10 +1,10 @@
-"""Which sequences make up a batch: a pure function of (dataset, seed, position, batch size).
+"""Which sequences make up a batch: a pure function of (dataset, seed, shuffle window, position, batch size).
 
-A position counts the sequences that lie behind, over all epochs; it is all that a run has to save. A run that resumes
-begins at the position where it ended, with batches of whatever size, and a pod of another size asks for other rows of the
-same batches. A shard of n tokens is cut into (n - 1) // T sequences whose inputs do not overlap: sequence j is its tokens
-j*T to j*T + T, the T inputs and, shifted by one, the T targets. The last target of one is the first input of the next. In
-each epoch every sequence comes up exactly once.
+A position counts the sequences that lie behind, over all epochs. With the seed and the window of its order, it is all that a
+run has to save. A run that resumes begins at the position where it ended, with batches of whatever size, and a pod of another
+size asks for other rows of the same batches. A shard of n tokens is cut into (n - 1) // T sequences whose inputs do not
+overlap: sequence j is its tokens j*T to j*T + T, the T inputs and, shifted by one, the T targets. The last target of one is
+the first input of the next. In each epoch every sequence comes up exactly once.
 
 The order of an epoch: shards are shuffled, then taken `shuffle_window` at a time, and within such a window all
 sequences are shuffled together by a permutation that needs no memory. So at any time the reads fall in a few files
