@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import doctest
+import itertools
 import re
 import shlex
 import tomllib
@@ -93,6 +94,23 @@ def test_every_training_command_of_the_docs_is_understood(monkeypatch: pytest.Mo
             parse_flags(arguments, program=f"{page}: {script}", description="")
             seen += 1
     assert seen >= 10
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "docs/use.md", "docs/learn.md"])
+def test_every_training_command_reads_data_that_its_page_prepares(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    page = ROOT / name
+    prepared = {"data/quickstart"} if "make train" in page.read_text(encoding="utf-8") else set()
+    read = set()
+    for _, words in commands([page]):
+        if (arguments := after(words, "prepare")) is not None:
+            prepared.add([*itertools.takewhile(lambda word: not word.startswith("--"), arguments)][-1])
+        for script in ("run_pretrain.py", "run_pretrain_xla.py"):
+            if (arguments := after(words, script)) is not None:
+                data = parse_flags(arguments, program=script, description="").config.data
+                read |= {data.train_dir.removesuffix("/train"), data.valid_dir.removesuffix("/valid")}
+    assert read
+    assert read <= prepared
 
 
 @pytest.mark.parametrize(("script", "command"), [("generate.py", generate_command), ("evaluate.py", evaluate_command)])
