@@ -13,7 +13,7 @@ from pretrain_xla.data import shard_loader as loader
 from pretrain_xla.data.batches import Batches
 from pretrain_xla.data.dataset import open_dataset
 from pretrain_xla.errors import UserError
-from tests.peers import WRITERS
+from tests.shard_writers import WRITERS
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from pretrain_xla.data.dataset import open_dataset, open_shards
 from pretrain_xla.data.shards import ShardWriter, open_shard
 from pretrain_xla.errors import UserError
 from pretrain_xla.storage.files import filesystem
-from tests.peers import WRITERS, blocks, build_nano_gpt, litdata, llm_c, nano_gpt
+from tests.shard_writers import WRITERS, blocks, build_nano_gpt, litdata, llm_c, nano_gpt
 
 LOCAL = filesystem(".")[0]
 
@@ -48,9 +48,9 @@ def refused(path, message, cache=None):
 @pytest.mark.parametrize("name", WRITERS)
 @given(ids=st.lists(st.integers(0, 2**16 - 1), min_size=70, max_size=200))
 @settings(max_examples=12)
-def test_what_peers_write_is_read(name, ids, tmp_path_factory):
+def test_shards_of_other_projects_are_read(name, ids, tmp_path_factory):
     ids = [50256, 7, *ids]  # nothing that looks like another format by chance
-    folder = tmp_path_factory.mktemp("peers")
+    folder = tmp_path_factory.mktemp("shards")
     WRITERS[name](folder / name, ids)
     assert whole(folder / name, DataConfig(cache_dir=str(folder / "cache"))).tolist() == ids
 
@@ -75,7 +75,7 @@ def test_what_we_write_is_read(format, dtype, data, tmp_path_factory):
     ]
 
 
-def test_our_bin_is_what_peers_write(tmp_path):
+def test_our_bin_is_that_of_other_projects(tmp_path):
     """Byte for byte, and any reader of Parquet reads ours."""
     ids = np.arange(5000, dtype=np.uint16)
     for format in ("bin", "parquet"):

@@ -1,4 +1,4 @@
-"""Driving the doors as a user does: a subprocess, its exit status, what it printed and what it left."""
+"""Runs the entry points as a user does: a subprocess, its exit status, what it printed and the files it left."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from .. import forks
 ROOT = Path(__file__).resolve().parents[2]
 VOCAB_SIZE = 200
 SEQ_LENGTH = 32
-# XLA's own passes stay; LLVM's take a third of a small run.
+# XLA's own passes stay on. LLVM's expensive passes would take a third of a small run.
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a command did."""
+    """Exit status and output of a command."""
 
     status: int
     output: str
@@ -38,7 +38,7 @@ class Result:
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """The environment of a command: no device chosen by the machine, and machine code from XLA's graphs without polish."""
+    """The environment of a command: without variables that choose a device or a rank, and with LLVM's optimizations off."""
     dropped = ("PJRT_DEVICE", "CPU_NUM_DEVICES", "RANK", "WORLD_SIZE", "LOCAL_RANK")
     kept = {key: value for key, value in os.environ.items() if key not in dropped}
     return kept | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "XLA_FLAGS": QUICK} | extra
@@ -47,10 +47,10 @@ def environment(**extra: str) -> dict[str, str]:
 def run(
     *command: str, cwd: Path = ROOT, timeout: float = 300, stdin: str = "", fresh: bool = False, **extra: str
 ) -> Result:
-    """Run a command of ours to its end; extra keywords are environment variables.
+    """Run a command of the package to its end; extra keywords are environment variables.
 
-    It runs in a fork that spares loading PyTorch. `fresh`: just as a user does, in an interpreter of its own, with the
-    compiler as it is.
+    It runs in a fork of a process that has loaded PyTorch. `fresh` runs it as a user does: in a new interpreter, with the
+    compiler's default flags.
     """
     if fresh:
         extra = {"XLA_FLAGS": ""} | extra
@@ -69,7 +69,7 @@ def run(
 
 
 def torchrun(processes: int, *command: str, timeout: float = 300) -> Result:
-    """The same under torchrun."""
+    """Run a command under torchrun with this many processes."""
     launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}")
     return run(*launcher, *command, timeout=timeout, OMP_NUM_THREADS="1")
 
@@ -94,18 +94,18 @@ def summary(run_dir: Path) -> dict[str, Any]:
 def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dataset that can be learnt: random walks over 200 ids, three shards to train on and one to validate on."""
     root = tmp_path_factory.mktemp("tokens")
-    draws = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     for split, count in (("train", 3), ("valid", 1)):
         (root / split).mkdir()
         for index in range(count):
-            walk = np.cumsum(draws.integers(0, 3, 20_000)) % VOCAB_SIZE
+            walk = np.cumsum(rng.integers(0, 3, 20_000)) % VOCAB_SIZE
             np.save(root / split / f"{index:03d}.npy", walk.astype(np.uint16))
     return root
 
 
 @pytest.fixture(scope="session")
 def flags(tokens: Path) -> Callable[..., list[str]]:
-    """Flags of a small run into a folder; keywords replace or add some (`True` is a bare flag, `None` leaves one out)."""
+    """Builds the flags of a small run; keywords replace or add flags (`True` gives a bare flag, `None` omits one)."""
 
     def build(run_dir: Path, **changes: Any) -> list[str]:
         values: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""What cannot be done ends in one clear line, exit status 2, no stack trace, and nothing lost."""
+"""Impossible requests end in one clear line and exit status 2, without a stack trace, and nothing is lost."""
 
 import json
 from collections.abc import Callable
@@ -29,18 +29,18 @@ def test_unknown_key(tmp_path: Path) -> None:
     assert_refused(run("run_pretrain.py", "--d-modle", "64"), "unknown argument '--d-modle'", "--d-model")
 
 
-def test_heads_that_do_not_divide() -> None:
+def test_num_heads_that_does_not_divide_d_model() -> None:
     done = run("run_pretrain_xla.py", "--d-model", "100", "--num-heads", "7")
     assert_refused(done, "d_model=100 is not divisible by num_heads=7")
 
 
-@pytest.mark.parametrize("make", [False, True])
-def test_missing_or_empty_data_folder(make: bool, tmp_path: Path, flags: Callable[..., list[str]]) -> None:
+@pytest.mark.parametrize("exists", [False, True])
+def test_missing_or_empty_data_folder(exists: bool, tmp_path: Path, flags: Callable[..., list[str]]) -> None:
     folder = tmp_path / "nothing"
-    if make:
+    if exists:
         folder.mkdir()
     done = run("run_pretrain.py", *flags(tmp_path / "run", train_dir=folder))
-    assert_refused(done, str(folder), "no token shards" if make else "no such folder")
+    assert_refused(done, str(folder), "no token shards" if exists else "no such folder")
 
 
 def one_shard(tmp_path: Path, tokens: Any) -> Path:
@@ -101,7 +101,7 @@ def test_unwritable_output(tmp_path: Path, flags: Callable[..., list[str]]) -> N
     assert_refused(done, "run_dir=", "cannot be written")
 
 
-def test_devices_that_are_not_there(tmp_path: Path, flags: Callable[..., list[str]]) -> None:
+def test_missing_devices(tmp_path: Path, flags: Callable[..., list[str]]) -> None:
     assert_refused(run("run_pretrain_xla.py", *flags(tmp_path), PJRT_DEVICE="TPU"), "no TPU", "PJRT_DEVICE=CPU")
     assert_refused(run("run_pretrain_xla.py", *flags(tmp_path), PJRT_DEVICE="NPU"), "unknown device")
     assert_refused(run("run_pretrain_xla.py", *flags(tmp_path), PJRT_DEVICE="CUDA"), "PJRT plugin")
@@ -119,7 +119,7 @@ def test_under_torchrun(tmp_path: Path, flags: Callable[..., list[str]]) -> None
     assert 'Traceback (most recent call last):\n  File "pretrain' not in done.errors
 
 
-def test_a_loss_that_explodes_stops_the_run(tmp_path: Path, flags: Callable[..., list[str]]) -> None:
+def test_a_diverging_loss_stops_the_run(tmp_path: Path, flags: Callable[..., list[str]]) -> None:
     changes = {"learning_rate": 1e30, "max_grad_norm": 0.0, "log_interval": 1, "save_interval": 1, "warmup_steps": 1}
     done = run("run_pretrain.py", *flags(tmp_path, **changes))
     assert_refused(done, "the loss is", "--learning-rate")
@@ -153,7 +153,7 @@ def test_out_of_memory(tmp_path: Path, flags: Callable[..., list[str]]) -> None:
     )
 
 
-def test_what_torchrun_leaves_behind(tmp_path: Path, flags: Callable[..., list[str]]) -> None:
+def test_variables_left_over_from_torchrun(tmp_path: Path, flags: Callable[..., list[str]]) -> None:
     done = run("run_pretrain.py", *flags(tmp_path / "run"), RANK="1")
     assert_refused(done, "RANK=1 is in the environment, and WORLD_SIZE, MASTER_ADDR, MASTER_PORT not: unset RANK")
     assert not (tmp_path / "run").exists()

@@ -1,4 +1,4 @@
-"""Documents kept apart, and tokens left out of the loss: the same run on each kind of machine, by the doors."""
+"""Separate documents and tokens that the loss ignores: the same losses from each runtime, mesh and accumulation."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import pytest
 
 from .conftest import losses, metrics, run, summary, torchrun
 
-# Learned positions, so that they are reset; ids that come in stretches, so that micro-batches differ in what counts.
+# Learned positions, which restart with each document. Similar ids follow each other, so micro-batches differ in the
+# number of tokens that the loss ignores.
 DOCUMENTS = {
     "separate_documents": True,
     "end_of_text": 7,
@@ -21,8 +22,8 @@ DOCUMENTS = {
     "valid_interval": 8,
 }
 FOUR = {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": "4"}
-XLA_WAYS: dict[str, dict[str, Any]] = {
-    "data 4, loops in loops": {
+XLA_SETUPS: dict[str, dict[str, Any]] = {
+    "data 4, nested loops": {
         "mesh_data": 4,
         "train_batch_size": 4,
         "gradient_accum_step": 2,
@@ -41,7 +42,7 @@ XLA_WAYS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory, flags: Callable[..., list[str]]) -> Path:
-    """Torch, eager, one process, one micro-batch."""
+    """A run on torch: eager, one process, one micro-batch."""
     run_dir = tmp_path_factory.mktemp("documents")
     done = run("run_pretrain.py", *flags(run_dir, **DOCUMENTS))
     assert done.status == 0, done.errors
@@ -56,9 +57,9 @@ def assert_same(run_dir: Path, reference: Path) -> None:
         assert values[0] == pytest.approx(values[1], rel=tolerance)
 
 
-@pytest.mark.parametrize("way", XLA_WAYS)
-def test_on_xla(way: str, tmp_path: Path, reference: Path, flags: Callable[..., list[str]]) -> None:
-    changes = DOCUMENTS | XLA_WAYS[way]
+@pytest.mark.parametrize("setup", XLA_SETUPS)
+def test_on_xla(setup: str, tmp_path: Path, reference: Path, flags: Callable[..., list[str]]) -> None:
+    changes = DOCUMENTS | XLA_SETUPS[setup]
     done = run("run_pretrain_xla.py", *flags(tmp_path, **changes), "--strict-graph", **FOUR)
     assert done.status == 0, done.errors
     assert_same(tmp_path, reference)

@@ -1,4 +1,4 @@
-"""The command lines that users know, verbatim, with model sizes reduced by flag."""
+"""The original's command lines, verbatim, followed by flags that reduce the model's size."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import pytest
 
 from .conftest import VOCAB_SIZE, losses, run, summary, torchrun
 
-# The training command of the original's README, with every flag; the sizes that differ follow in SMALL and win.
+# The training command of the original's README with all of its flags; SMALL follows and overrides the sizes.
 ORIGINAL = """
     --seed 1061109567
     --vocab-size 50304 --seq-length 1024 --d-model 768 --num-layers 12 --num-heads 12 --d-ff 3072
@@ -22,7 +22,7 @@ SMALL = f"""
     --vocab-size {VOCAB_SIZE} --seq-length 32 --d-model 32 --num-layers 2 --num-heads 4 --d-ff 64
     --train-batch-size 8 --eval-batch-size 8 --train-steps 6 --valid-steps 2 --valid-interval 3 --save-interval 3
 """.split()
-DOORS = {
+ENTRY_POINTS = {
     "run_pretrain.py": ([], {}),
     "run_pretrain_xla.py": (["--mp-start-method", "spawn", "--use-syncfree-optim"], {"PJRT_DEVICE": "CPU"}),
 }
@@ -33,10 +33,10 @@ def original(tokens: Path, checkpoints: Path) -> list[str]:
     return [part for key, value in folders.items() for part in (f"--{key}", str(value))] + ORIGINAL + SMALL
 
 
-@pytest.mark.parametrize("door", DOORS)
-def test_the_readme_command_of_the_original(door: str, tokens: Path, tmp_path: Path) -> None:
-    more, extra = DOORS[door]
-    done = run(door, *original(tokens, tmp_path), *more, fresh=True, **extra)
+@pytest.mark.parametrize("entry_point", ENTRY_POINTS)
+def test_the_readme_command_of_the_original(entry_point: str, tokens: Path, tmp_path: Path) -> None:
+    more, extra = ENTRY_POINTS[entry_point]
+    done = run(entry_point, *original(tokens, tmp_path), *more, fresh=True, **extra)
     assert done.status == 0, done.errors
     assert "note: --wandb-logging-interval, --wandb-name, --wandb-project have no effect" in done.output
     if more:
@@ -55,12 +55,12 @@ def test_original_under_torchrun(tokens: Path, tmp_path: Path) -> None:
     assert summary(tmp_path)["mesh"] == {"data": 2}
 
 
-@pytest.mark.parametrize("door", DOORS)
-def test_do_test_prints_loss_and_perplexity(door: str, tokens: Path, tmp_path: Path) -> None:
-    _, extra = DOORS[door]
-    assert run(door, *original(tokens, tmp_path), **extra).status == 0
+@pytest.mark.parametrize("entry_point", ENTRY_POINTS)
+def test_do_test_prints_loss_and_perplexity(entry_point: str, tokens: Path, tmp_path: Path) -> None:
+    _, extra = ENTRY_POINTS[entry_point]
+    assert run(entry_point, *original(tokens, tmp_path), **extra).status == 0
     trained = summary(tmp_path)["last_valid_loss"]
-    done = run(door, *original(tokens, tmp_path), "--do-test", **extra)
+    done = run(entry_point, *original(tokens, tmp_path), "--do-test", **extra)
     assert done.status == 0, done.errors
     lines = [line.split(": ") for line in done.output.splitlines() if line.startswith(("Loss: ", "Perplexity: "))]
     printed = {name: float(value) for name, value in lines}
@@ -68,7 +68,7 @@ def test_do_test_prints_loss_and_perplexity(door: str, tokens: Path, tmp_path: P
     assert printed["Perplexity"] == pytest.approx(2.718281828**trained, rel=1e-4)
 
 
-def test_wandb_offline_or_a_clear_word(tokens: Path, tmp_path: Path) -> None:
+def test_wandb_offline_or_a_clear_error(tokens: Path, tmp_path: Path) -> None:
     done = run("run_pretrain.py", *original(tokens, tmp_path), "--wandb-logging", WANDB_MODE="offline")
     try:
         import wandb  # noqa: F401
@@ -90,18 +90,18 @@ def test_generate_greedy_is_the_same_on_both_runtimes(tokens: Path, tmp_path: Pa
         run(*greedy, "--runtime", "xla", PJRT_DEVICE="CPU", CPU_NUM_DEVICES="2").output,
     ]
     assert texts[0].startswith("ab")
-    assert len(texts[0].encode()) > 10  # and past the window of 32 tokens, so the oldest are forgotten
+    assert len(texts[0].encode()) > 10  # longer than the context of 32 tokens, so the oldest are dropped
     assert texts[1:] == [texts[0]] * 2
-    drawn = [*command, "--top-k", "9", "--top-p", "0.9", "--temperature", "0.7", "--prompt", "ab", "--seed"]
-    first, other = (run(*drawn, seed).output for seed in ("1", "2"))
+    sampled = [*command, "--top-k", "9", "--top-p", "0.9", "--temperature", "0.7", "--prompt", "ab", "--seed"]
+    first, other = (run(*sampled, seed).output for seed in ("1", "2"))
     assert first != other
-    asked = run(*command, "--temperature", "0", stdin="ab\n\ncd\n")
-    assert asked.status == 0
-    assert asked.output.startswith(texts[0])
-    assert "\ncd" in asked.output
+    prompted = run(*command, "--temperature", "0", stdin="ab\n\ncd\n")
+    assert prompted.status == 0
+    assert prompted.output.startswith(texts[0])
+    assert "\ncd" in prompted.output
 
 
-def test_bad_generate_requests_are_one_line(tmp_path: Path) -> None:
+def test_bad_generate_requests_give_one_line(tmp_path: Path) -> None:
     for arguments, expected in (
         (["--model", str(tmp_path)], "no complete checkpoint there"),
         (["--model", str(tmp_path), "--temperature", "-1"], "--temperature -1.0 is negative"),

@@ -1,4 +1,4 @@
-"""Faults put into the model or the loop on purpose: strict runs stop and name the line; others say so once and go on."""
+"""Faults injected into the model or the loop: strict runs stop and name the line; others report it once and continue."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -26,13 +26,13 @@ def step(self, done, tokens):
 Trainer._one_step = step
 """
 FAULTS = {
-    # A Python float that becomes 1.0, which XLA bakes into the graph.
+    # A Python float that becomes 1.0, which XLA takes as a constant of the graph.
     "changing float": """
 def faulty(self, x, *save):
     return plain_forward(self, x, *save) * (0.5 if calls["steps"] < 5 else 1.0)  # FAULT
 XlaFeedForward.forward = faulty
 """,
-    # A shape that changes: one more row for one step.
+    # A shape with one more row in one step.
     "changing shape": """
 def faulty(self, x, *save):
     rows = 2 if calls["steps"] == 6 else 1
@@ -85,7 +85,7 @@ def test_strict_stops_at_the_line(fault: str, tmp_path: Path, flags: Callable[..
     assert f"faulty.py:{line}" in done.last_error
 
 
-def test_without_strict_it_is_said_once_and_counted(tmp_path: Path, flags: Callable[..., list[str]]) -> None:
+def test_without_strict_it_is_reported_once_and_counted(tmp_path: Path, flags: Callable[..., list[str]]) -> None:
     script = tmp_path / "faulty.py"
     fault = FAULTS["item in the step"].replace("== 5", ">= 5")
     script.write_text(PREAMBLE + fault + '\nrun_pretrain("xla")\n')

@@ -1,4 +1,4 @@
-"""`make train` in small: on the documentation inside Python, and on one's own text."""
+"""`make train` with few steps: on Python's own documentation, and on the user's text."""
 
 import json
 import re
@@ -13,15 +13,15 @@ from pretrain_xla.quickstart import QuickstartFlags, quickstart_command
 
 from .conftest import run, summary
 
-LEFT = {"config.yaml", "metrics.jsonl", "summary.json", "loss.png", "sample.txt", "checkpoints", "tokenizer"}
+OUTPUTS = {"config.yaml", "metrics.jsonl", "summary.json", "loss.png", "sample.txt", "checkpoints", "tokenizer"}
 
 
-def test_quickstart_leaves_everything(tmp_path: Path) -> None:
+def test_quickstart_writes_all_outputs(tmp_path: Path) -> None:
     done = run("-m", "pretrain_xla", "quickstart", "--train-steps", "6", "--prompt", "The", cwd=tmp_path, fresh=True)
     assert done.status == 0, done.errors
     run_dir = tmp_path / "runs" / "quickstart"
     names = {path.name for path in run_dir.iterdir()}
-    assert names >= LEFT
+    assert names >= OUTPUTS
     assert any(name.startswith("events.out.tfevents") for name in names)
     counts = summary(run_dir)
     assert counts["graphs"] == {"train": 1, "validation": 1, "other": 0}
@@ -42,16 +42,16 @@ def test_own_text(tmp_path: Path) -> None:
     assert (tmp_path / "runs" / "own-my-text" / "sample.txt").exists()
 
 
-def test_what_a_refusal_names_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_name_existing_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.jsonl").write_text('{"body": "a b c"}\n' * 9)
-    for words, expected in [
+    for arguments, expected in [
         (["--corpus", "nowhere"], "nowhere: no such file"),
         (["--corpus", "text.jsonl"], "--text-column"),
         (["--corpus", "text.jsonl", "--text-column", "body", "--valid-fraction", "1e-9"], "valid_fraction"),
     ]:
         with pytest.raises(UserError) as caught:
-            quickstart_command(words)
+            quickstart_command(arguments)
         assert expected in str(caught.value)
         named = set(re.findall(r"--[a-z-]+", str(caught.value)))
         assert named <= {flag for leaf in typing.get_type_hints(QuickstartFlags) for flag in flags_of(leaf)}

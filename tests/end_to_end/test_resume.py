@@ -1,4 +1,4 @@
-"""Killed at any step and started again with the same command, a run's numbers are bit for bit those of one never killed."""
+"""A run that is killed and restarted with the same command has bit for bit the metrics of an uninterrupted run."""
 
 import os
 import signal
@@ -13,7 +13,7 @@ import pytest
 
 from .conftest import ROOT, environment, metrics, run, summary
 
-DOORS = {"torch": ("run_pretrain.py", {}), "xla": ("run_pretrain_xla.py", {"PJRT_DEVICE": "CPU"})}
+ENTRY_POINTS = {"torch": ("run_pretrain.py", {}), "xla": ("run_pretrain_xla.py", {"PJRT_DEVICE": "CPU"})}
 # Dropout, accumulation and several epochs: everything that the next step depends on.
 CHANGES: dict[str, Any] = {
     "dropout": 0.1,
@@ -24,7 +24,7 @@ CHANGES: dict[str, Any] = {
 }
 
 
-def numbers(run_dir: Path) -> list[tuple[Any, ...]]:
+def metric_values(run_dir: Path) -> list[tuple[Any, ...]]:
     keys = ("step", "loss", "grad_norm", "learning_rate", "valid_loss")
     return [tuple(row.get(key) for key in keys) for row in metrics(run_dir)]
 
@@ -53,29 +53,29 @@ def safe_metrics(run_dir: Path) -> list[dict[str, Any]]:
         return []  # a line is being written
 
 
-@pytest.mark.parametrize("kind", DOORS)
-def test_killed_and_resumed_is_bit_exact(kind: str, tmp_path: Path, flags: Callable[..., list[str]]) -> None:
-    door, extra = DOORS[kind]
-    # Long enough that a kill lands inside the run, whatever the machine is doing.
+@pytest.mark.parametrize("runtime", ENTRY_POINTS)
+def test_killed_and_resumed_is_bit_exact(runtime: str, tmp_path: Path, flags: Callable[..., list[str]]) -> None:
+    entry_point, extra = ENTRY_POINTS[runtime]
+    # Long enough that a kill lands inside the run, however busy the host is.
     changes = CHANGES | {"train_steps": 120, "decay_steps": 120, "save_interval": 7, "valid_interval": 40}
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert run(door, *flags(whole, **changes), **extra).status == 0
-    command = [door, *flags(killed, **changes)]
+    uninterrupted, killed = tmp_path / "uninterrupted", tmp_path / "killed"
+    assert run(entry_point, *flags(uninterrupted, **changes), **extra).status == 0
+    command = [entry_point, *flags(killed, **changes)]
     statuses = [start_and_signal(command, killed, step, signal.SIGKILL, extra) for step in (3, 60)]
     assert -signal.SIGKILL in statuses
     done = run(*command, **extra)
     assert done.status == 0, done.errors
     assert "continuing from" in done.output
-    assert numbers(killed) == numbers(whole)
-    if kind == "xla":
+    assert metric_values(killed) == metric_values(uninterrupted)
+    if runtime == "xla":
         assert summary(killed)["graphs"] == {"train": 1, "validation": 1, "other": 0}
 
 
-@pytest.mark.parametrize("kind", DOORS)
-def test_sigterm_saves_and_says_how_to_go_on(kind: str, tmp_path: Path, flags: Callable[..., list[str]]) -> None:
-    door, extra = DOORS[kind]
+@pytest.mark.parametrize("runtime", ENTRY_POINTS)
+def test_sigterm_saves_a_checkpoint(runtime: str, tmp_path: Path, flags: Callable[..., list[str]]) -> None:
+    entry_point, extra = ENTRY_POINTS[runtime]
     changes = CHANGES | {"train_steps": 1000, "decay_steps": 1000, "save_interval": 1000, "valid_interval": 1000}
-    command = [door, *flags(tmp_path, **changes)]
+    command = [entry_point, *flags(tmp_path, **changes)]
     assert start_and_signal(command, tmp_path, 3, signal.SIGTERM, extra) == 128 + signal.SIGTERM
     saved = list((tmp_path / "checkpoints").glob("step_*/checkpoint.json"))
     assert len(saved) == 1
@@ -84,17 +84,17 @@ def test_sigterm_saves_and_says_how_to_go_on(kind: str, tmp_path: Path, flags: C
 
 
 def test_checkpoints_move_between_runtimes(tmp_path: Path, flags: Callable[..., list[str]]) -> None:
-    """Begun by torch, on through XLA on four devices with layers held as stacks, and back: the curve of one that stayed."""
+    """A run that moves from torch to XLA (a mesh, stacked layers) and back has the loss curve of one that stays on torch."""
     stayed, moved = tmp_path / "stayed", tmp_path / "moved"
     assert run("run_pretrain.py", *flags(stayed)).status == 0
     four = {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": "4"}
-    meshed = {"mesh_fsdp": 2, "mesh_tensor": 2, "scan_layers": True, "strict_graph": True}
-    for steps, door, changes, extra in (
+    sharded = {"mesh_fsdp": 2, "mesh_tensor": 2, "scan_layers": True, "strict_graph": True}
+    for steps, entry_point, changes, extra in (
         (10, "run_pretrain.py", {}, {}),
-        (15, "run_pretrain_xla.py", meshed, four),
+        (15, "run_pretrain_xla.py", sharded, four),
         (20, "run_pretrain.py", {}, {}),
     ):
-        done = run(door, *flags(moved, train_steps=steps, decay_steps=20, **changes), **extra)
+        done = run(entry_point, *flags(moved, train_steps=steps, decay_steps=20, **changes), **extra)
         assert done.status == 0, done.errors
     after = [[row["loss"] for row in metrics(d) if "loss" in row and row["step"] > 10] for d in (stayed, moved)]
     assert len(after[0]) == 10

@@ -1,7 +1,7 @@
-"""Every path computes the same thing: the same 20 steps (weights, batches, fp32) on each runtime, mesh and accumulation.
+"""Every runtime, mesh and accumulation computes the same 20 steps, from the same weights and batches, in fp32.
 
-The reference is torch, eager, one process. Each other way of running must give its loss curve, step for step, to 1e-4; and
-its validation loss, whatever the size of a validation batch.
+The reference is torch, eager, one process. Every other setup must give its loss at each step to 1e-4, and its validation
+loss whatever the size of a validation batch.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ import pytest
 
 from .conftest import SEQ_LENGTH, VOCAB_SIZE, losses, metrics, run, summary, torchrun
 
-# A modern model: rotary positions, grouped queries, query/key norm, gating, norms before and after, and a padded vocabulary.
+# A modern model: rotary positions, grouped-query attention, query/key norm, gating, pre- and post-norm, a padded vocabulary.
 MODERN = {
     "num_kv_heads": 4,
     "num_heads": 8,
@@ -29,7 +29,7 @@ MODERN = {
 }
 XLA = {"PJRT_DEVICE": "CPU"}
 FOUR = XLA | {"CPU_NUM_DEVICES": "4"}
-XLA_WAYS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
+XLA_SETUPS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "xla one device": ({}, XLA),
     "xla multiprocess, one replica": ({"mp_start_method": "spawn", "eval_batch_size": 27}, XLA),
     "xla accumulation 2": ({"train_batch_size": 4, "gradient_accum_step": 2}, XLA),
@@ -38,7 +38,7 @@ XLA_WAYS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
         {"mesh_data": 4, "train_batch_size": 4, "gradient_accum_step": 2},
         FOUR,
     ),
-    "spmd data 4, loops in loops": (
+    "spmd data 4, nested loops": (
         {
             "mesh_data": 4,
             "train_batch_size": 4,
@@ -64,7 +64,7 @@ XLA_WAYS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
 
 @pytest.fixture(scope="module")
 def flags(flags: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[str]]:
-    """Flags of a run that validates on all of 27 sequences: of the last batch some devices and processes have no row."""
+    """Flags of a run that validates on 27 sequences, so some devices and processes have no row of the last batch."""
     folder = tmp_path_factory.mktemp("short")
     walk = np.cumsum(np.random.default_rng(5).integers(0, 3, 27 * SEQ_LENGTH + 1)) % VOCAB_SIZE
     np.save(folder / "0.npy", walk.astype(np.uint16))
@@ -73,13 +73,13 @@ def flags(flags: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory, flags: Callable[..., list[str]]) -> Path:
-    """Torch, eager, one process."""
+    """A run on torch: eager, one process."""
     run_dir = tmp_path_factory.mktemp("eager")
     done = run("run_pretrain.py", *flags(run_dir, **MODERN))
     assert done.status == 0, done.errors
     curve = losses(run_dir)
     assert len(curve) == 20
-    assert curve[-1] < 0.95 * curve[0]  # it learns, so equal curves mean something
+    assert curve[-1] < 0.95 * curve[0]  # it learns, so that equal curves mean something
     return run_dir
 
 
@@ -92,9 +92,9 @@ def assert_same(run_dir: Path, reference: Path) -> None:
     assert valid[0] == pytest.approx(valid[1], rel=1e-4)
 
 
-@pytest.mark.parametrize("way", XLA_WAYS)
-def test_xla(way: str, tmp_path: Path, reference: Path, flags: Callable[..., list[str]]) -> None:
-    changes, extra = XLA_WAYS[way]
+@pytest.mark.parametrize("setup", XLA_SETUPS)
+def test_xla(setup: str, tmp_path: Path, reference: Path, flags: Callable[..., list[str]]) -> None:
+    changes, extra = XLA_SETUPS[setup]
     done = run("run_pretrain_xla.py", *flags(tmp_path, **MODERN, **changes), "--strict-graph", **extra)
     assert done.status == 0, done.errors
     assert_same(tmp_path, reference)
@@ -104,16 +104,16 @@ def test_xla(way: str, tmp_path: Path, reference: Path, flags: Callable[..., lis
 
 
 def test_classic_scan(tmp_path: Path, flags: Callable[..., list[str]]) -> None:
-    """GPT-2 as it was: LayerNorm, biases, learned positions."""
-    one, loop = tmp_path / "eager", tmp_path / "loop"
-    done = run("run_pretrain.py", *flags(one))
+    """The original GPT-2: LayerNorm, biases, learned positions."""
+    eager, scanned = tmp_path / "eager", tmp_path / "scanned"
+    done = run("run_pretrain.py", *flags(eager))
     assert done.status == 0, done.errors
-    done = run("run_pretrain_xla.py", *flags(loop, mesh_data=4, scan_layers=True), "--strict-graph", **FOUR)
+    done = run("run_pretrain_xla.py", *flags(scanned, mesh_data=4, scan_layers=True), "--strict-graph", **FOUR)
     assert done.status == 0, done.errors
-    assert_same(loop, one)
+    assert_same(scanned, eager)
     done = run("run_pretrain_xla.py", *flags(tmp_path / "bf16", mixed_precision="bf16", scan_layers=True), **XLA)
     assert done.status == 0, done.errors
-    assert losses(tmp_path / "bf16") == pytest.approx(losses(one), rel=0.05)
+    assert losses(tmp_path / "bf16") == pytest.approx(losses(eager), rel=0.05)
 
 
 @pytest.mark.parametrize("accumulation", [2, 4])
@@ -142,9 +142,9 @@ def test_torch_ddp(accumulation: int, tmp_path: Path, reference: Path, flags: Ca
 
 
 def test_bf16_stays_near_fp32(tmp_path: Path, reference: Path, flags: Callable[..., list[str]]) -> None:
-    for door, extra in (("run_pretrain.py", {}), ("run_pretrain_xla.py", XLA)):
-        run_dir = tmp_path / door
-        done = run(door, *flags(run_dir, **MODERN, mixed_precision="bf16"), **extra)
+    for entry_point, extra in (("run_pretrain.py", {}), ("run_pretrain_xla.py", XLA)):
+        run_dir = tmp_path / entry_point
+        done = run(entry_point, *flags(run_dir, **MODERN, mixed_precision="bf16"), **extra)
         assert done.status == 0, done.errors
         assert losses(run_dir) == pytest.approx(losses(reference), rel=0.05)
         assert losses(run_dir) != losses(reference)

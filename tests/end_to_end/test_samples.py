@@ -1,4 +1,4 @@
-"""Samples while training: they come when they should, and change neither the step nor its graph."""
+"""Samples during training: they are taken at the right steps and change neither losses nor graphs."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def test_on_a_mesh(tmp_path: Path, flags: Callable[..., list[str]]) -> None:
 
 
 def test_on_torch_alone_and_with_ddp(tmp_path: Path, flags: Callable[..., list[str]]) -> None:
-    for name, how in (("plain", PLAIN), ("sampled", SAMPLED)):
-        done = run("run_pretrain.py", *flags(tmp_path / name, **how))
+    for name, changes in (("plain", PLAIN), ("sampled", SAMPLED)):
+        done = run("run_pretrain.py", *flags(tmp_path / name, **changes))
         assert done.status == 0, done.errors
     assert_sampled(tmp_path / "sampled")
     assert losses(tmp_path / "sampled") == losses(tmp_path / "plain"), "bit for bit"
@@ -51,7 +51,7 @@ def test_on_torch_alone_and_with_ddp(tmp_path: Path, flags: Callable[..., list[s
     assert_sampled(tmp_path / "ddp")
 
 
-def test_a_tokenizer_that_is_not_the_datas(tmp_path: Path, flags: Callable[..., list[str]]) -> None:
+def test_a_tokenizer_that_does_not_match_the_data(tmp_path: Path, flags: Callable[..., list[str]]) -> None:
     done = run("run_pretrain.py", *flags(tmp_path, **SAMPLED | {"vocab_size": 200}))
     assert done.status == 2
     assert "sample_interval=8: tokenizer 'bytes' has 257 tokens and the model 200: set --tokenizer" in done.last_error

@@ -1,4 +1,4 @@
-"""The package and its torch runtime work where torch_xla is not installed: a subprocess refuses to import it."""
+"""The package and its torch runtime work where torch_xla is not installed: a subprocess in which importing it fails."""
 
 from collections.abc import Callable
 from pathlib import Path

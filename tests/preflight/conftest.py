@@ -1,4 +1,4 @@
-"""Small HLO of the TPU compiler's kind, and reports made of it."""
+"""A small HLO module as the TPU compiler prints it, and compile results that contain it."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ backend_config={"window_config":{"estimated_cycles":"15000"}}
 }
 """
 
-REFUSAL = """\
+OUT_OF_MEMORY = """\
 RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 17.52G of 15.75G hbm. \
 Exceeded hbm capacity by 1.77G.
 
@@ -130,7 +130,7 @@ def config() -> RunConfig:
 
 
 def make_config(**sections: Any) -> RunConfig:
-    """The small model with some leaves changed."""
+    """The small model with some settings changed."""
     tree: dict[str, Any] = {
         "model": {"d_model": 128, "num_layers": 2, "num_heads": 1, "d_ff": 256, "vocab_size": 512, "seq_length": 128},
         "train": {"train_batch_size": 64, "mixed_precision": "bf16", "train_steps": 1000},
@@ -142,7 +142,7 @@ def make_config(**sections: Any) -> RunConfig:
 
 @pytest.fixture
 def make_result() -> Callable[..., CompileResult]:
-    """Outcomes around `MODULE`, or around a shortage."""
+    """Builds compile results that contain `MODULE`, or a shortage of memory."""
 
     def make(shortage: Shortage | None = None, mesh: dict[str, int] | None = None, **changes: Any) -> CompileResult:
         mib = 2**20

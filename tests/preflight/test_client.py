@@ -1,4 +1,4 @@
-"""What becomes of a compilation that fails, and of a machine without the compiler."""
+"""A compilation that fails, and a host without the compiler."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.preflight.conftest import make_config
 REQUEST = Request(make_config(), resolve_topology("v5e-1"))
 
 
-def test_the_compiler_gets_the_runs_options_and_those_that_were_asked_for() -> None:
+def test_the_compiler_gets_the_options_of_the_run_and_of_the_user() -> None:
     assert REQUEST.all_options == {}
     config = make_config(parallel={"overlap_gradients": True})
     changed = next(iter(OVERLAP))
@@ -26,7 +26,7 @@ def test_the_compiler_gets_the_runs_options_and_those_that_were_asked_for() -> N
     assert request.all_options == OVERLAP | {changed: "1", "other": "2"}
 
 
-def test_a_process_that_dies_is_one_error_with_its_last_words(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_process_that_dies_is_one_error_with_its_last_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     interpreter = tmp_path / "python"
     interpreter.write_text("#!/bin/sh\necho 'F0000 check failed: it went wrong' >&2\nkill -6 $$\n")
     interpreter.chmod(0o755)
@@ -35,7 +35,7 @@ def test_a_process_that_dies_is_one_error_with_its_last_words(monkeypatch: pytes
         compile_request(REQUEST)
 
 
-def test_without_jax_it_says_what_to_install(tmp_path: Path) -> None:
+def test_without_libtpu_the_error_says_what_to_install(tmp_path: Path) -> None:
     program = (
         "import importlib.metadata as m, sys\n"
         "original = m.version\n"

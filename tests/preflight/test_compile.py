@@ -1,4 +1,4 @@
-"""The real compiler: a small step, through the real door, for TPUs that are not here."""
+"""The real TPU compiler: the preflight command compiles a small step for TPUs that this host does not have."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ LONG = (
 
 
 def preflight(*arguments: str) -> Result:
-    """The command, in a process of its own."""
+    """Run `pretrain_xla preflight` in its own process."""
     return run("-m", "pretrain_xla", "preflight", *arguments)
 
 
 def report(*arguments: str) -> dict[str, Any]:
-    """Its JSON."""
+    """Run preflight and read its report as JSON."""
     result = preflight(*arguments, "--json")
     assert result.status in (0, 1), result.errors
     tree: dict[str, Any] = json.loads(result.output)
@@ -47,7 +47,7 @@ def test_a_small_step_compiles_for(topology: str, tmp_path: Path) -> None:
     assert memory["parameters"] == pytest.approx(state, rel=0.02)
     assert memory["optimizer"] == 2 * memory["parameters"] + 4
     assert not memory["not_donated"], "every parameter and moment is updated in place"
-    # PaLM's convention leaves nothing out but what a kernel computes twice; kernels and padding add to it.
+    # `model_flops` follows PaLM's convention, without what a kernel recomputes; kernels and padding add to it.
     assert 0.95 < estimate["flops"] / estimate["model_flops"] < 2.5
     assert 0 < estimate["optimistic"]["seconds"] <= estimate["conservative"]["seconds"] < 0.01
     assert estimate["hbm_bytes"] >= 2 * (memory["parameters"] + memory["optimizer"]) * 0.9
@@ -65,12 +65,12 @@ def test_data_parallel_over_eight_chips() -> None:
     # Every gradient once, in bf16 or fp32.
     assert 0.45 * tree["memory"]["parameters"] < reduction["bytes"] < 1.1 * tree["memory"]["parameters"]
     assert tree["estimate"]["communication_seconds"] > 0
-    # Each chip computes its own eighth: `model_flops` is one device's share.
+    # Each chip computes an eighth of the batch, and `model_flops` counts one device.
     assert tree["estimate"]["flops"] < 2.5 * tree["estimate"]["model_flops"]
     assert tree["memory"]["batch"] == 2 * 129 * 4
 
 
-def test_the_verdict_flips_with_the_batch() -> None:
+def test_the_batch_size_decides_whether_it_fits() -> None:
     few = report("--topology", "v2-1", *LONG, "--train-batch-size", "64")
     many = preflight("--topology", "v2-1", *LONG, "--train-batch-size", "1536", "--no-suggestions")
     assert few["fits"]
@@ -80,12 +80,12 @@ def test_the_verdict_flips_with_the_batch() -> None:
     assert "Traceback" not in many.output + many.errors
 
 
-def test_the_trainers_door_reports_for_a_person() -> None:
+def test_the_training_script_prints_a_report() -> None:
     documents = ("--separate-documents", "--loss-ignore-tokens", "0", "7")
-    # The options of overlapping too: the compiler refuses what it does not know.
+    # --overlap-gradients too: the compiler refuses options that it does not know.
     flags = (*SMALL, "--num-layers", "1", *documents, "--overlap-gradients")
-    door = run("run_pretrain_xla.py", "--preflight-only", "--topology", "v5e-1", *flags)
-    assert door.status == 0, door.errors
+    result = run("run_pretrain_xla.py", "--preflight-only", "--topology", "v5e-1", *flags)
+    assert result.status == 0, result.errors
     for part in (
         "FITS:",
         "parameters",
@@ -95,8 +95,8 @@ def test_the_trainers_door_reports_for_a_person() -> None:
         "most expensive lines",
         "libtpu 0.",
     ):
-        assert part in door.output
-    assert "\x1b" not in door.output
+        assert part in result.output
+    assert "\x1b" not in result.output
 
 
 def test_search_writes_a_config_that_loads(tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ def test_search_writes_a_config_that_loads(tmp_path: Path) -> None:
     assert yaml.safe_load(shown.output) == tree
 
 
-def test_a_configuration_that_cannot_be_built_is_one_line() -> None:
+def test_an_impossible_configuration_gives_one_line() -> None:
     result = preflight("--topology", "v5e-8", *SMALL, "--train-batch-size", "12")
     assert result.status == 2
     assert result.last_error.startswith("error: a batch of 12 sequences does not divide")
@@ -128,7 +128,7 @@ def test_a_configuration_that_cannot_be_built_is_one_line() -> None:
         ((), "name the TPU to compile for"),
     ],
 )
-def test_wrong_requests_are_one_line(arguments: tuple[str, ...], expected: str) -> None:
+def test_wrong_requests_give_one_line(arguments: tuple[str, ...], expected: str) -> None:
     result = preflight(*arguments)
     assert result.status == 2
     assert len(result.errors.splitlines()) == 1

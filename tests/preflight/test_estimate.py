@@ -1,4 +1,4 @@
-"""From a compiled module to figures: time, memory, communication, health; and how a person sees them."""
+"""Figures from a compiled module (time, memory, communication, warnings) and how they are printed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pretrain_xla.preflight.render import duration, render, size
 from pretrain_xla.preflight.report import Report, make_report
 from pretrain_xla.preflight.topology import resolve_topology
 from pretrain_xla.runtime.chips import CHIPS, GIB
-from tests.preflight.conftest import MODULE, ONE_BUFFER, REFUSAL, make_config
+from tests.preflight.conftest import MODULE, ONE_BUFFER, OUT_OF_MEMORY, make_config
 
 V5E_8 = resolve_topology("v5e-8")
 MakeResult = Callable[..., CompileResult]
@@ -49,7 +49,7 @@ def test_both_estimates(config: RunConfig) -> None:
     assert estimate.cycle_seconds == pytest.approx(27_800 / 1.5e9)
     assert (estimate.kernels, estimate.kernels_without_cost) == (1, 0)
     assert estimate.kernel_seconds == pytest.approx(1.97e9 / (197e12 * 0.88))
-    # Twelve turns of the loop, two products after it, and the kernel's own.
+    # Twelve iterations of the loop, two products after it, and the kernel's own FLOPs.
     assert estimate.flops == 14 * 2 * 1024 * 256 * 512 + 1.97e9
     by_hand = estimate.cycle_seconds + estimate.kernel_seconds + estimate.exposed_seconds
     assert estimate.conservative.seconds == pytest.approx(max(by_hand, estimate.bytes_seconds))
@@ -62,7 +62,7 @@ def test_both_estimates(config: RunConfig) -> None:
     assert estimate.conservative.mfu == pytest.approx(rate * flops_per_token(config.model) / (8 * 197e12))
 
 
-def test_operations_are_named_by_our_lines_and_sorted(config: RunConfig) -> None:
+def test_operations_are_named_by_source_line_and_sorted(config: RunConfig) -> None:
     operations = estimate_step(config, Module(MODULE), (), V5E_8).operations
     rows = {row.where: row for row in operations}
     query = rows["blocks.*.attention.query~ model/layers.py:26"]
@@ -94,7 +94,7 @@ HloModule train_step, is_scheduled=true
   ROOT %all-reduce.1 = f32[512,512]{1,0:T(8,128)} all-reduce(%a), channel_id=7, replica_groups=[1,8]<=[8], to_apply=%add
 }
 
-%beside (b: f32[512,512]) -> f32[512,512] {
+%overlapped (b: f32[512,512]) -> f32[512,512] {
   %b = f32[512,512]{1,0:T(8,128)} parameter(0)
   ROOT %all-reduce.2 = f32[512,512]{1,0:T(8,128)} all-reduce(%b), channel_id=7, replica_groups=[1,8]<=[8], to_apply=%add
 }
@@ -107,7 +107,7 @@ HloModule train_step, is_scheduled=true
 ENTRY %main (x: f32[512,512]) -> f32[512,512] {
   %x = f32[512,512]{1,0:T(8,128)} parameter(0)
   %async-collective-start = f32[512,512]{1,0:T(8,128)} fusion(%x), kind=kCustom, calls=%start
-  %fusion.1 = f32[512,512]{1,0:T(8,128)} fusion(%async-collective-start), kind=kOutput, calls=%beside, \
+  %fusion.1 = f32[512,512]{1,0:T(8,128)} fusion(%async-collective-start), kind=kOutput, calls=%overlapped, \
 backend_config={"window_config":{"estimated_cycles":"CYCLES"}}
   %async-collective-done = f32[512,512]{1,0:T(8,128)} fusion(%fusion.1), kind=kCustom, calls=%done
   ROOT %all-reduce.4 = f32[512,512]{1,0:T(8,128)} all-reduce(%x), channel_id=8, replica_groups=[1,8]<=[8], to_apply=%add
@@ -121,7 +121,7 @@ def test_a_collective_in_a_chain_of_fusions_is_one(cycles: int, hidden: float) -
     each = transfer_seconds("all-reduce", 8, 2**20, V5E_8)
     assert (row.count, row.bytes) == (2, 2 * 2**20)
     assert row.seconds == pytest.approx(2 * each)
-    # The first is hidden by what runs beside it, as far as that goes; the second is not.
+    # The fusion that overlaps the first collective hides up to its own time; nothing hides the second.
     assert row.exposed == pytest.approx(2 * each - min(each, hidden))
 
 
@@ -143,9 +143,9 @@ def test_group_sizes(text: str, expected: int) -> None:
     assert group_size(text, 8) == expected
 
 
-def test_the_compilers_refusal_is_read() -> None:
-    assert is_out_of_memory(REFUSAL)
-    shortage = read_shortage(REFUSAL, 1)
+def test_the_compilers_out_of_memory_error_is_parsed() -> None:
+    assert is_out_of_memory(OUT_OF_MEMORY)
+    shortage = read_shortage(OUT_OF_MEMORY, 1)
     assert shortage.needed == pytest.approx(17.52 * GIB)
     assert shortage.limit == pytest.approx(15.75 * GIB)
     first, second = shortage.largest
@@ -154,14 +154,14 @@ def test_the_compilers_refusal_is_read() -> None:
     assert (second.bytes, second.where) == (GIB // 2, "")
 
 
-def test_a_single_buffer_too_large_is_read() -> None:
+def test_the_error_about_a_single_buffer_is_parsed() -> None:
     assert is_out_of_memory(ONE_BUFFER)
     shortage = read_shortage(ONE_BUFFER, 15 * GIB)
     assert (shortage.needed, shortage.limit) == (64 * GIB, 15 * GIB)
     assert shortage.largest[0].shape.startswith("bf16[1048576,32768]")
 
 
-def test_other_words_keep_the_verdict() -> None:
+def test_an_unknown_wording_still_means_out_of_memory() -> None:
     message = "RESOURCE_EXHAUSTED: hbm is full, in words not seen before"
     assert is_out_of_memory(message)
     assert read_shortage(message, 5).largest == ()
@@ -192,7 +192,7 @@ def test_report_of_what_fits(config: RunConfig, make_result: MakeResult) -> None
 
 
 def test_report_of_what_does_not_fit(config: RunConfig, make_result: MakeResult) -> None:
-    report = make_report(config, V5E_8, make_result(read_shortage(REFUSAL, 1)), None)
+    report = make_report(config, V5E_8, make_result(read_shortage(OUT_OF_MEMORY, 1)), None)
     assert not report.fits
     assert report.estimate is None
     text = printed(report)
@@ -205,8 +205,8 @@ def test_report_of_what_does_not_fit(config: RunConfig, make_result: MakeResult)
     assert json.loads(json.dumps(report.to_tree()))["fits"] is False
 
 
-def test_results_travel_as_json(make_result: MakeResult) -> None:
-    for result in (make_result(), make_result(read_shortage(REFUSAL, 1))):
+def test_results_survive_json(make_result: MakeResult) -> None:
+    for result in (make_result(), make_result(read_shortage(OUT_OF_MEMORY, 1))):
         assert CompileResult.from_tree(json.loads(json.dumps(result.to_tree()))) == result
 
 
@@ -220,7 +220,7 @@ def test_state_that_is_not_donated_is_a_warning(config: RunConfig, make_result: 
     assert not any("held twice" in f.text for f in make_report(config, V5E_8, good, None).findings)
 
 
-def test_state_that_the_mesh_does_not_split_is_a_warning(config: RunConfig, make_result: MakeResult) -> None:
+def test_state_that_the_mesh_does_not_shard_is_a_warning(config: RunConfig, make_result: MakeResult) -> None:
     mesh = {"data": 1, "fsdp": 8, "tensor": 1}
     findings = make_report(config, V5E_8, make_result(mesh=mesh), None).findings
     assert any("whole on every device" in finding.text for finding in findings)
@@ -239,7 +239,7 @@ def test_host_transfers_and_fp32_products_are_warnings(config: RunConfig, make_r
     assert any("matrix arithmetic is in fp32" in finding and "model/layers.py:26" in finding for finding in findings)
 
 
-def test_a_step_at_the_edge_is_a_warning(config: RunConfig, make_result: MakeResult) -> None:
+def test_a_step_that_barely_fits_is_a_warning(config: RunConfig, make_result: MakeResult) -> None:
     result = make_result()
     assert result.compiled is not None
     full = dataclasses.replace(result.compiled, temp_bytes=int(15.6 * GIB))
@@ -257,7 +257,7 @@ def test_a_step_at_the_edge_is_a_warning(config: RunConfig, make_result: MakeRes
         ({"train": {"mixed_precision": None}}, "computing in fp32"),
     ],
 )
-def test_waste_by_shape(sections: dict[str, dict[str, object]], expected: str) -> None:
+def test_wasteful_shapes(sections: dict[str, dict[str, object]], expected: str) -> None:
     assert any(expected in finding.text for finding in config_findings(make_config(**sections), "v5e"))
     assert not any(expected in finding.text for finding in config_findings(make_config(), "v5e"))
 
@@ -267,7 +267,9 @@ def test_units() -> None:
     assert [duration(2e-5), duration(0.0685), duration(3.0), duration(600)] == ["20 µs", "68.5 ms", "3.00 s", "10 min"]
 
 
-def test_a_detour_of_the_partitioner_is_a_warning(config: RunConfig, make_result: Callable[..., CompileResult]) -> None:
-    said = "the compiler finds no direct way"
-    result = CompileResult.from_tree(make_result(detours=said).to_tree())
-    assert Finding("warning", said) in make_report(config, V5E_8, result, None).findings
+def test_an_involuntary_rematerialization_is_a_warning(
+    config: RunConfig, make_result: Callable[..., CompileResult]
+) -> None:
+    warning = "the compiler finds no direct way"
+    result = CompileResult.from_tree(make_result(detours=warning).to_tree())
+    assert Finding("warning", warning) in make_report(config, V5E_8, result, None).findings

@@ -1,4 +1,4 @@
-"""Reading the compiler's text: counts, bytes, products, names."""
+"""Parsing the compiler's HLO text: counts, bytes, products, labels."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def scheduled(module: Module) -> dict[str, Instruction]:
     return {instruction.name: instruction for instruction in module.scheduled()}
 
 
-def test_arrays_and_where_they_live() -> None:
+def test_arrays_and_their_memory_spaces() -> None:
     on_chip, in_hbm, scalar = arrays("(bf16[8,128]{1,0:T(8,128)(2,1)S(1)}, f32[3]{0:T(128)}, pred[])")
     assert on_chip == Array("bf16", (8, 128), True, "1,0:T(8,128)(2,1)S(1)")
     assert (on_chip.bytes, on_chip.hbm_bytes) == (2048, 0)
@@ -27,13 +27,13 @@ def test_arrays_and_where_they_live() -> None:
     assert (scalar.bytes, str(in_hbm)) == (1, "f32[3]")
 
 
-def test_a_loop_counts_as_often_as_it_runs(scheduled: dict[str, Instruction]) -> None:
+def test_a_loop_counts_once_per_iteration(scheduled: dict[str, Instruction]) -> None:
     assert scheduled["fusion.1"].times == 12
     assert scheduled["slice.1"].times == 1
     assert sum(i.cycles * i.times for i in scheduled.values()) == 12 * 1000 + 500 + 300 + 15000
 
 
-def test_a_loop_counts_by_its_condition_where_the_compiler_says_nothing() -> None:
+def test_without_a_trip_count_the_condition_gives_it() -> None:
     text = MODULE.replace("known_trip_count", "other").replace(
         "ROOT %constant.1 = pred[]{:T(128)} constant(true)",
         '%limit = s32[]{:T(128)} constant(7), metadata={op_name="xla__loop"}\n'
@@ -49,7 +49,7 @@ def test_a_loop_counts_by_its_condition_where_the_compiler_says_nothing() -> Non
     assert {i.name: i.times for i in Module(unrolled).scheduled()}["fusion.1"] == 4
 
 
-def test_a_loop_of_unknown_length_is_said_to_be_one() -> None:
+def test_loops_of_unknown_length_are_reported() -> None:
     assert not Module(MODULE).unknown_loops()
     unknown = Module(MODULE.replace("known_trip_count", "other")).unknown_loops()
     assert [loop.name for loop in unknown] == ["while"]
@@ -65,10 +65,10 @@ def test_a_loop_of_unknown_length_is_said_to_be_one() -> None:
         ("slice-done", 0),
         ("while", 0),
         ("fusion.1", (1024 * 256 + 1024 * 512) * 2),  # the weight is on the chip
-        ("slice.1", 2 * 8 * 128 * 4 + 4),  # what it takes, not what it takes it from
-        ("slice.2", 2 * 8 * 128 * 4 + 4),  # the same within a fusion within a fusion
-        ("update.1", 2 * 8 * 128 * 4 + 4),  # the update alone: the rest stays where it is
-        ("kernel.1", 819000),  # its own statement
+        ("slice.1", 2 * 8 * 128 * 4 + 4),  # the slice, not the array that it is taken from
+        ("slice.2", 2 * 8 * 128 * 4 + 4),  # the same in a nested fusion
+        ("update.1", 2 * 8 * 128 * 4 + 4),  # the update alone: it is in place
+        ("kernel.1", 819000),  # its own cost estimate
         ("all-reduce-done", 0),
     ],
 )
@@ -104,10 +104,10 @@ window={size=16 stride=15 lhs_dilate=16}, dim_labels=0bf_0io->0bf
 @pytest.mark.parametrize("stride", [1, 2, 3, 7])
 @pytest.mark.parametrize("pad", [-2, 0, 3])
 @pytest.mark.parametrize("dilation", [1, 2, 8])
-def test_window_positions_are_those_of_counting(left: int, right: int, stride: int, pad: int, dilation: int) -> None:
+def test_window_positions_match_a_count(left: int, right: int, stride: int, pad: int, dilation: int) -> None:
     result, right_dilation = 6, 2
-    places = [o * stride + w * right_dilation - pad for o in range(result) for w in range(right)]
-    counted = sum(0 <= place <= (left - 1) * dilation and place % dilation == 0 for place in places)
+    positions = [o * stride + w * right_dilation - pad for o in range(result) for w in range(right)]
+    counted = sum(0 <= position <= (left - 1) * dilation and position % dilation == 0 for position in positions)
     assert _positions(left, right, result, stride, pad, dilation, right_dilation) == counted
 
 
@@ -134,7 +134,7 @@ lhs_contracting_dims={2}, rhs_contracting_dims={1}
         ("blocks.3.attention~ in model/attention.py_41.44/x", "blocks.3.attention~ model/attention.py:41"),
         (" in optim/adamw.py_114.606/aten__add.1/aten__add", "optim/adamw.py:114"),
         ("~ in model/gpt.py_126.1/blocks.0.norm~ in model/norms.py_9.2/aten__mul", "blocks.0.norm~ model/norms.py:9"),
-        (" in model/stack.py_6.1/blocks.0.norm~~ in model/remember.py_60.2/x", "blocks.0.norm~ model/remember.py:60"),
+        (" in model/gpt.py_6.1/blocks.0.norm~~ in model/xla/saved.py_60.2/x", "blocks.0.norm~ model/xla/saved.py:60"),
         ("aten__add.31/aten__add", ""),
         ("", ""),
     ],
@@ -143,12 +143,12 @@ def test_labels(op_name: str, expected: str) -> None:
     assert str(read_label(op_name)) == expected
 
 
-def test_a_label_without_the_blocks_number() -> None:
+def test_a_label_for_all_layers() -> None:
     label = read_label("blocks.11.attention.query in model/layers.py_26.13/aten__mm").of_layer()
     assert str(label) == "blocks.*.attention.query model/layers.py:26"
 
 
-def test_kernels_state_their_cost(scheduled: dict[str, Instruction]) -> None:
+def test_costs_that_kernels_declare(scheduled: dict[str, Instruction]) -> None:
     assert scheduled["kernel.1"].is_kernel
     assert scheduled["kernel.1"].kernel_cost == (1.97e9, 819e3)
     assert scheduled["fusion.1"].kernel_cost is None

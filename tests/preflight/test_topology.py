@@ -1,4 +1,4 @@
-"""Names of TPU slices, as people and as libtpu write them; libtpu itself accepts what we make of them."""
+"""Names of TPU slices as users and as libtpu write them; libtpu itself accepts the resolved names."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_unknown_names_say_what_is_known(name: str, expected: str) -> None:
         resolve_topology(name)
 
 
-def test_without_a_name_it_is_this_machines_slice(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_name_it_is_this_hosts_slice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TPU_ACCELERATOR_TYPE", "v5litepod-8")
     assert chosen_topology(None).libtpu_name == "v5e:2x4"
     assert chosen_topology("v3-8").libtpu_name == "v3:2x2"
@@ -122,7 +122,7 @@ print(json.dumps(found))
 
 @pytest.fixture(scope="module")
 def slices() -> dict[str, list[tuple[int, int]]]:
-    """What libtpu says of every slice that is not too large: its devices in its order, the number and the host of each."""
+    """The devices of every slice of up to 256 devices, in libtpu's order: the id and the host of each."""
     names = [
         f"{chip.name}:{'x'.join(map(str, shape))}"
         for chip in CHIPS.values()
@@ -137,7 +137,7 @@ def slices() -> dict[str, list[tuple[int, int]]]:
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stderr == "", "libtpu is silent about the TPU that is not there"
+    assert done.stderr == "", "libtpu prints nothing about the missing TPU"
     found: dict[str, list[tuple[int, int]]] = json.loads(done.stdout)
     assert list(found) == names
     return found
@@ -146,7 +146,7 @@ def slices() -> dict[str, list[tuple[int, int]]]:
 def test_libtpu_accepts_every_slice(slices: dict[str, list[tuple[int, int]]]) -> None:
     for name, devices in slices.items():
         assert len(devices) == resolve_topology(name).devices
-        # So a device's place in the mesh, of which PyTorch/XLA makes its id, is its id, and a run is what preflight compiles.
+        # PyTorch/XLA takes a device's place in the mesh for its id. They are equal, so preflight compiles the run's own mesh.
         assert sorted(number for number, _ in devices) == list(range(len(devices)))
 
 
@@ -154,17 +154,17 @@ def test_libtpu_accepts_every_slice(slices: dict[str, list[tuple[int, int]]]) ->
 def test_the_row_that_a_host_feeds_is_the_row_that_it_reads_back(
     name: str, slices: dict[str, list[tuple[int, int]]]
 ) -> None:
-    devices, share = slices[resolve_topology(name).libtpu_name], 3
-    count, parts = len(devices), {}
+    devices, rows_per_device = slices[resolve_topology(name).libtpu_name], 3
+    count, shards = len(devices), {}
     for host in {host for _, host in devices}:
         numbers = [number for number, its_host in devices if its_host == host]
         assert len(numbers) < count
-        rows = rows_of(numbers, count, count * share)
+        rows = rows_of(numbers, count, count * rows_per_device)
         # torch_xla gives the rows that a host feeds to its own devices, in their order …
-        parts |= dict(zip(numbers, rows.reshape(-1, share).tolist(), strict=True))
-    # … and what the mesh takes for the batch are the parts in the order of the devices' numbers.
-    assert [row for number in range(count) for row in parts[number]] == list(range(count * share))
+        shards |= dict(zip(numbers, rows.reshape(-1, rows_per_device).tolist(), strict=True))
+    # … and the mesh takes the batch as these shards in the order of the device ids.
+    assert [row for number in range(count) for row in shards[number]] == list(range(count * rows_per_device))
 
 
-def test_hosts_of_some_slices_have_scattered_devices(slices: dict[str, list[tuple[int, int]]]) -> None:
+def test_device_ids_of_a_host_may_be_non_consecutive(slices: dict[str, list[tuple[int, int]]]) -> None:
     assert [number for number, host in slices["v5e:4x4"] if host == 0] == [0, 1, 4, 5]

@@ -12,7 +12,7 @@ from pretrain_xla.prepare.dataset import prepare
 from pretrain_xla.prepare.inspect import inspect
 from pretrain_xla.prepare.inspect_command import inspect_command, length_histogram
 from pretrain_xla.tokenizers.load import load_tokenizer
-from tests.peers import llm_c
+from tests.shard_writers import llm_c
 
 TEXTS = [f"Document {number}. " + "word " * number for number in range(300)]
 

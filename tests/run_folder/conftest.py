@@ -1,4 +1,4 @@
-"""What these tests share: small configs, small models on a CPU, and shards of random tokens."""
+"""Shared fixtures: small configs, a runtime on the CPU, and shards of random tokens."""
 
 from tests.small_run import make_config, one_thread, runtime, tokens
 

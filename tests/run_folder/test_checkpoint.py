@@ -27,7 +27,7 @@ CONFIG = {"model": {"d_model": 8}}
 
 
 def state(seed: int = 0) -> dict[str, Tensor]:
-    """Tensors of every kind that a run saves, and some more."""
+    """Tensors of every dtype that a run saves, and some more."""
     generator = torch.Generator().manual_seed(seed)
     return {
         "model.embedding.weight": torch.randn(7, 5, generator=generator),
@@ -53,7 +53,7 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 @pytest.fixture(params=["disk", "url"])
 def root(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    """A folder that is not there yet, on the disk and at a URL."""
+    """A folder that does not exist yet, on disk and at a URL."""
     if request.param == "disk":
         yield str(tmp_path / "run" / "checkpoints")
         return
@@ -66,7 +66,7 @@ def root(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
 
 @pytest.fixture
 def store(root: str) -> Iterator[CheckpointStore]:
-    """An empty store there that keeps two."""
+    """An empty store there that keeps two checkpoints."""
     store = CheckpointStore(root, limit=2)
     yield store
     store.close()
@@ -78,7 +78,7 @@ def save(store: CheckpointStore, *losses: float | None, first: int = 1) -> None:
     store.wait()
 
 
-def test_what_is_loaded_is_what_was_saved_bit_for_bit(store: CheckpointStore) -> None:
+def test_a_loaded_checkpoint_is_bit_for_bit_the_saved_one(store: CheckpointStore) -> None:
     saved = state()
     store.save(saved, info(12, 3.25))
     store.wait()
@@ -94,7 +94,7 @@ def test_a_new_store_is_empty(store: CheckpointStore) -> None:
     store.wait()
 
 
-def test_another_process_finds_them_in_order(store: CheckpointStore, root: str) -> None:
+def test_another_store_finds_them_in_order(store: CheckpointStore, root: str) -> None:
     save(store, 3.0, 2.0)
     other = CheckpointStore(f"{root}/", limit=9)
     assert other.steps() == [1, 2]
@@ -102,7 +102,7 @@ def test_another_process_finds_them_in_order(store: CheckpointStore, root: str) 
     assert same(other.load(1), state(1))
 
 
-def test_a_folder_without_its_marker_is_no_checkpoint(store: CheckpointStore, root: str) -> None:
+def test_a_folder_without_its_marker_is_not_a_checkpoint(store: CheckpointStore, root: str) -> None:
     save(store, 3.0, 2.0)
     files, path = fsspec.core.url_to_fs(root)
     files.rm(f"{path}/step_00000002/{MARKER}")
@@ -113,7 +113,7 @@ def test_a_folder_without_its_marker_is_no_checkpoint(store: CheckpointStore, ro
     assert open_checkpoint(root)[1] == 1
     with pytest.raises(UserError, match="no complete checkpoint"):
         open_checkpoint(f"{root}/step_00000002")
-    save(store, 1.0, first=2)  # over what the interrupted write left behind
+    save(store, 1.0, first=2)  # over the files of the interrupted write
     assert store.newest() == 2
     assert same(store.load(2), state(2))
 
@@ -124,10 +124,10 @@ def test_the_newest_and_the_best_are_kept(store: CheckpointStore, root: str) -> 
     assert (store.newest(), store.best()) == (5, 2)
     files, path = fsspec.core.url_to_fs(root)
     names = sorted(entry.rstrip("/").rsplit("/", 1)[-1] for entry in files.ls(path, detail=False))
-    assert names == ["step_00000002", "step_00000004", "step_00000005"], "nothing of the others is left"
+    assert names == ["step_00000002", "step_00000004", "step_00000005"], "the others are removed completely"
     save(store, 0.5, 0.5, first=6)
     assert store.steps() == [6, 7]
-    assert store.best() == 6, "of equals the first: the other is no better"
+    assert store.best() == 6, "the first of two equal ones"
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -142,7 +142,7 @@ def test_pruning_keeps_the_newest_and_the_best_of_all(losses: list[float | None]
     assert set(store.steps()) == set(range(1, len(losses) + 1)[-limit:]) | best
 
 
-def test_a_loss_that_is_no_number_is_never_the_best(store: CheckpointStore) -> None:
+def test_a_nan_loss_is_never_the_best(store: CheckpointStore) -> None:
     save(store, 3.0, 2.0, float("nan"))
     assert store.best() == 2
 
@@ -176,7 +176,7 @@ def test_a_step_folder_by_its_bare_name(tmp_path: Path, monkeypatch: pytest.Monk
     assert same(opened.load(step), state(1))
 
 
-def test_where_there_is_none(tmp_path: Path, root: str) -> None:
+def test_paths_without_a_checkpoint(tmp_path: Path, root: str) -> None:
     (tmp_path / "file").write_text("x")
     for path in (root, f"{root}/step_00000001", str(tmp_path), str(tmp_path / "file")):
         with pytest.raises(UserError) as caught:
@@ -184,13 +184,13 @@ def test_where_there_is_none(tmp_path: Path, root: str) -> None:
         assert str(caught.value).startswith(f"{path}: no complete checkpoint there")
 
 
-def test_a_url_of_no_known_kind() -> None:
+def test_a_url_with_an_unknown_protocol() -> None:
     with pytest.raises(UserError, match="checkpoints_dir=qq://bucket/c: Protocol not known: qq"):
         CheckpointStore("qq://bucket/c", limit=1)
 
 
-def test_a_loss_from_another_step_is_no_measure(tmp_path: Path) -> None:
-    """Version 1 carried the last loss along: it counts where a validation was due at that step, by the run's own settings."""
+def test_a_loss_from_another_step_does_not_count(tmp_path: Path) -> None:
+    """Version 1 repeated the last loss: it counts only at a step at which the run's settings make a validation."""
     config = CONFIG | {"train": {"valid_interval": 4, "train_steps": 7}}
     store = CheckpointStore(str(tmp_path), limit=9)
     for step, loss in {4: 3.0, 5: 3.0, 6: 1.0, 7: 2.0}.items():
@@ -200,7 +200,7 @@ def test_a_loss_from_another_step_is_no_measure(tmp_path: Path) -> None:
     assert open_checkpoint(str(tmp_path), "best")[1] == 7
 
 
-def test_what_was_measured_is_not_pruned_for_what_was_not(store: CheckpointStore) -> None:
+def test_a_measured_loss_is_not_pruned_for_unmeasured_ones(store: CheckpointStore) -> None:
     save(store, 3.0, None, None, None)
     assert (store.best(), store.steps()) == (1, [1, 3, 4])
 
@@ -214,7 +214,7 @@ def data_file(folder: Path) -> Path:
 
 
 def flip_a_bit(folder: Path) -> None:
-    """In the values of the embedding, where neither the archive's format nor its size shows it."""
+    """Flip a bit of the embedding's values, which changes neither the archive's format nor its size."""
     content = bytearray(data_file(folder).read_bytes())
     content[content.index(state(2)["model.embedding.weight"].numpy().tobytes()) + 17] ^= 4
     data_file(folder).write_bytes(content)
@@ -232,7 +232,7 @@ DAMAGE: dict[str, Callable[[Path], Any]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_damage_is_one_line_that_names_the_folder_and_the_way_out(damage: str, tmp_path: Path) -> None:
+def test_damage_is_one_line_that_names_the_folder_and_the_fix(damage: str, tmp_path: Path) -> None:
     store = CheckpointStore(str(tmp_path), limit=2)
     save(store, 2.0, 1.0)
     DAMAGE[damage](tmp_path / "step_00000002")
@@ -242,7 +242,7 @@ def test_damage_is_one_line_that_names_the_folder_and_the_way_out(damage: str, t
     assert line.startswith(f"{tmp_path}/step_00000002 is damaged")
     assert "remove that folder" in line
     assert "\n" not in line
-    assert same(store.load(1), state(1)), "the older one is whole"
+    assert same(store.load(1), state(1)), "the older one is intact"
 
 
 def test_a_checkpoint_from_before_checksums_loads(tmp_path: Path) -> None:
@@ -267,7 +267,7 @@ def test_a_damaged_marker(content: bytes, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[" * 100_000, b'{"step": 2}', b'{"step": 1, "data": 2}'])
-def test_a_damaged_marker_harms_no_other(content: bytes, root: str) -> None:
+def test_a_damaged_marker_does_not_affect_other_checkpoints(content: bytes, root: str) -> None:
     save(CheckpointStore(root, limit=9), 3.0, 2.0, 1.0)
     files, path = fsspec.core.url_to_fs(root)
     for step in (1, 3):
@@ -281,17 +281,17 @@ def test_a_damaged_marker_harms_no_other(content: bytes, root: str) -> None:
     with pytest.raises(UserError, match=f"step_00000003/{MARKER} cannot be read"):
         open_checkpoint(f"{root}/step_00000003")
     store = CheckpointStore(root, limit=1)
-    save(store, 2.5, 2.25, first=3)  # over the newer of them, and past the older
+    save(store, 2.5, 2.25, first=3)  # overwrites the newer one and leaves the older one
     store.close()
     assert store.steps() == [2, 4]
-    assert files.exists(f"{path}/step_00000001/.metadata"), "what is in it may be whole, and a person may want it"
+    assert files.exists(f"{path}/step_00000001/.metadata"), "its data may be intact, and the user may want it"
     for step in (2, 4):
         files.pipe_file(f"{path}/step_{step:08d}/{MARKER}", content)
     with pytest.raises(UserError, match="and there is no other"):
         open_checkpoint(root)
 
 
-def test_a_later_versions_checkpoint_is_not_passed_over(tmp_path: Path) -> None:
+def test_a_later_versions_checkpoint_is_not_skipped(tmp_path: Path) -> None:
     store = CheckpointStore(str(tmp_path), limit=9)
     save(store, 3.0, 2.0)
     marker = tmp_path / "step_00000002" / MARKER
@@ -301,11 +301,11 @@ def test_a_later_versions_checkpoint_is_not_passed_over(tmp_path: Path) -> None:
 
 
 class Killed(BaseException):
-    """Stands for a kill: nothing after it is done."""
+    """Stands for a kill: nothing after it runs."""
 
 
-def test_a_marker_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Killed before each thing that is made last: the marker, and its content on the disk before it has its name."""
+def test_a_marker_is_complete_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The marker comes last; its content is on disk before it has its name, and a kill before that leaves no checkpoint."""
     done: list[str] = []
     fsync, replaced = os.fsync, shutil.move
 
@@ -334,35 +334,37 @@ def test_a_marker_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.Monk
     assert (store.steps(), open_checkpoint(str(tmp_path))[1]) == ([1], 1)
     monkeypatch.undo()
     save(store, None, first=3)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000001", "step_00000003"], "and cleaned up"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000001", "step_00000003"], (
+        "and leftovers are removed"
+    )
 
 
-def test_what_is_not_ours_stays(tmp_path: Path) -> None:
-    """Half a checkpoint goes; with a stranger's file in it, it stays; of a link, only the link goes."""
+def test_the_users_files_are_kept(tmp_path: Path) -> None:
+    """An incomplete checkpoint is removed unless the user's files are in it; of a link, only the link is removed."""
     root, elsewhere = tmp_path / "checkpoints", tmp_path / "elsewhere"
     store = CheckpointStore(str(elsewhere), limit=9)
     save(store, None, None)
     for step in (1, 2, 5):
         (root / f"step_{step:08d}").parent.mkdir(exist_ok=True)
-        (root / f"step_{step:08d}").symlink_to(elsewhere / f"step_{step:08d}")  # the last one to nowhere
+        (root / f"step_{step:08d}").symlink_to(elsewhere / f"step_{step:08d}")  # the last one is dangling
     for step, name in ((3, "__0_0.distcp"), (4, "notes.txt")):
         (root / f"step_{step:08d}").mkdir()
         (root / f"step_{step:08d}" / name).write_text("x")
-    mine = CheckpointStore(str(root), limit=1)
-    assert mine.newest() == 2
-    save(mine, None, first=5)
+    linked = CheckpointStore(str(root), limit=1)
+    assert linked.newest() == 2
+    save(linked, None, first=5)
     assert sorted(path.name for path in root.iterdir()) == ["step_00000004", "step_00000005"]
     assert not (root / "step_00000005").is_symlink()
     assert store.steps() == [1, 2]
-    assert same(store.load(1), state(1)), "what the link pointed to is whole"
+    assert same(store.load(1), state(1)), "the link's target is intact"
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
-def test_what_is_no_number_is_not_saved(value: float, kind: torch.dtype, store: CheckpointStore) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nan_and_infinity_are_not_saved(value: float, dtype: torch.dtype, store: CheckpointStore) -> None:
     save(store, 2.0)
-    ruined = state(2) | {"optimizer.second_moment.x": torch.tensor([[1.0, value]], dtype=kind)}
-    store.save(ruined, info(2, 1.0))
+    with_nan = state(2) | {"optimizer.second_moment.x": torch.tensor([[1.0, value]], dtype=dtype)}
+    store.save(with_nan, info(2, 1.0))
     with pytest.raises(UserError) as caught:
         store.wait()
     assert str(caught.value).startswith(
@@ -379,13 +381,13 @@ def assert_write_failed(error: UserError, root: Path) -> None:
     assert "\n" not in str(error)
 
 
-@pytest.mark.parametrize("asked", ["wait", "save", "close"])
-def test_a_write_that_fails_is_heard_of_at_the_next_call(asked: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("call", ["wait", "save", "close"])
+def test_a_failed_write_is_reported_at_the_next_call(call: str, tmp_path: Path) -> None:
     root = tmp_path / "checkpoints"
     store = CheckpointStore(str(root), limit=5)
     save(store, 2.0)
     moved = root.rename(tmp_path / "moved")
-    root.write_text("in the way")  # tests may run as root, whom no permission stops
+    root.write_text("in the way")  # tests may run as root, who may write everywhere
     store.save(state(2), info(2))
     calls: dict[str, Callable[[], None]] = {
         "wait": store.wait,
@@ -393,20 +395,20 @@ def test_a_write_that_fails_is_heard_of_at_the_next_call(asked: str, tmp_path: P
         "close": store.close,
     }
     with pytest.raises(UserError) as caught:
-        calls[asked]()
+        calls[call]()
     assert_write_failed(caught.value, root)
     root.unlink()
     moved.rename(root)
     assert store.steps() == [1]
     assert same(store.load(1), state(1))
-    if asked != "close":
-        save(store, 1.0, first=2)  # said once; with the cause gone it goes on
+    if call != "close":
+        save(store, 1.0, first=2)  # reported once; without the cause it continues
         assert store.steps() == [1, 2]
 
 
 @contextlib.contextmanager
 def full_disk() -> Iterator[None]:
-    """A file of more than 100 kB fails, much as it does on a full disk."""
+    """Writing a file of more than 100 kB fails, much as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:
@@ -418,8 +420,8 @@ def full_disk() -> Iterator[None]:
 WIDE = {"model.wide": torch.zeros(100_000)}
 
 
-def test_a_step_that_is_saved_twice_is_never_lost(tmp_path: Path) -> None:
-    # A run that is told to stop just after it has saved saves once more; that must not put the first at risk.
+def test_a_step_that_is_saved_twice_is_not_lost(tmp_path: Path) -> None:
+    # A run that is stopped just after saving saves the same step again; that must not put the first save at risk.
     store = CheckpointStore(str(tmp_path), limit=1)
     save(store, 2.0)
     with full_disk(), contextlib.suppress(UserError):
@@ -438,34 +440,34 @@ def test_a_full_disk_costs_no_earlier_checkpoint(tmp_path: Path) -> None:
             store.wait()
     assert_write_failed(caught.value, tmp_path)
     assert "could not be written (File too large: raise the limit" in str(caught.value), (
-        "not: unexpected pos 704 vs 598"
+        "not PyTorch's own: unexpected pos 704 vs 598"
     )
-    assert [folder.name for folder in tmp_path.iterdir()] == ["step_00000001"], "a part of it would take the room"
+    assert [folder.name for folder in tmp_path.iterdir()] == ["step_00000001"], "an incomplete one would take up space"
     assert store.steps() == [1]
     assert same(store.load(1), state(1))
     save(store, 1.0, first=2)
     assert store.steps() == [2]
 
 
-def test_a_run_may_go_on_after_a_write_that_failed(tmp_path: Path) -> None:
-    store, heard = CheckpointStore(str(tmp_path), limit=5), list[str]()
-    store.unwritten = heard.append
+def test_a_run_may_continue_after_a_failed_write(tmp_path: Path) -> None:
+    store, warnings = CheckpointStore(str(tmp_path), limit=5), list[str]()
+    store.unwritten = warnings.append
     with full_disk():
         store.save(WIDE, info(1))
-        store._writer.submit(int).result()  # written, or not, by now
-        assert len(heard) == 1, "at once"
-        assert "the checkpoint of step 1 could not be written (File too large" in heard[0]
-        assert heard[0].endswith("the next one is tried when it is due")
+        store._writer.submit(int).result()  # wait for the writer
+        assert len(warnings) == 1, "reported at once"
+        assert "the checkpoint of step 1 could not be written (File too large" in warnings[0]
+        assert warnings[0].endswith("the next one is tried when it is due")
     store.save(state(2), info(2))
     store.wait()
     assert store.steps() == [2]
     with full_disk():
         store.save(WIDE, info(3))
         with pytest.raises(UserError, match="step 3 could not be written"):
-            store.close()  # the last one must not fail in silence
+            store.close()  # the last one must not fail silently
 
 
-def test_memory_that_runs_out_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_running_out_of_memory_is_not_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = CheckpointStore(str(tmp_path), limit=1)
     save(store, 2.0)
 

@@ -25,7 +25,7 @@ from ..payload import Payload
 
 @pytest.fixture
 def store(tmp_path: Path) -> CheckpointStore:
-    """A checkpoint of step 1, without checksums, as a stranger may leave them out."""
+    """A checkpoint of step 1 without checksums, which an attacker can leave out."""
     store = CheckpointStore(str(tmp_path / "run"), limit=1)
     store.save({"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor(7)}, CheckpointInfo(1, None, "", {}))
     store.close()
@@ -42,15 +42,15 @@ def change(store: CheckpointStore, edit: Callable[[Any], object]) -> None:
     path.write_bytes(pickle.dumps(metadata))
 
 
-def in_place(metadata: Metadata, name: str, **changes: Any) -> None:
-    """Other fields in what is said of where a tensor is stored."""
-    for index, place in metadata.storage_data.items():
+def change_location(metadata: Metadata, name: str, **changes: Any) -> None:
+    """Change fields of the record that says where a tensor is stored."""
+    for index, location in metadata.storage_data.items():
         if index.fqn == name:
-            metadata.storage_data[index] = replace(place, **changes)
+            metadata.storage_data[index] = replace(location, **changes)
 
 
 def in_a_tensor_file(store: CheckpointStore, payload: Payload) -> None:
-    """As the pickle inside the file of tensor b, at the end of the data file."""
+    """Put it into the pickle of tensor b's file, at the end of the data file."""
     buffer = io.BytesIO()
     torch.save(torch.tensor(7), buffer)
     rebuilt = io.BytesIO()
@@ -64,17 +64,17 @@ def append(store: CheckpointStore, name: str, content: bytes) -> None:
     data = Path(store.folder(1)) / "__0_0.distcp"
     start = data.stat().st_size
     data.write_bytes(data.read_bytes() + content)
-    change(store, lambda metadata: in_place(metadata, name, offset=start, length=len(content)))
+    change(store, lambda metadata: change_location(metadata, name, offset=start, length=len(content)))
 
 
 def as_a_bytes_item(store: CheckpointStore, payload: Payload) -> None:
-    """DCP reads such items with a pickle that runs."""
+    """Put it into a bytes item, which DCP reads with an unrestricted unpickler."""
     append(store, "b", pickle.dumps(payload))
     change(store, lambda metadata: metadata.state_dict_metadata.update(b=BytesStorageMetadata()))
 
 
 PAYLOADS: dict[str, Callable[[CheckpointStore, Payload], object]] = {
-    "in place of all": lambda s, p: (Path(s.folder(1)) / ".metadata").write_bytes(pickle.dumps(p)),
+    "instead of the metadata": lambda s, p: (Path(s.folder(1)) / ".metadata").write_bytes(pickle.dumps(p)),
     "for the planner": lambda s, p: change(s, lambda m: setattr(m, "planner_data", p)),
     "as a path": lambda s, p: change(s, lambda m: setattr(m.storage_meta, "checkpoint_id", p)),
     "as a size": lambda s, p: change(s, lambda m: setattr(m.state_dict_metadata["a"], "size", p)),
@@ -83,11 +83,11 @@ PAYLOADS: dict[str, Callable[[CheckpointStore, Payload], object]] = {
 }
 
 
-@pytest.mark.parametrize("place", PAYLOADS)
-def test_nothing_in_a_checkpoint_is_run(place: str, store: CheckpointStore, tmp_path: Path) -> None:
-    PAYLOADS[place](store, Payload(tmp_path / "ran"))
-    if place == "as a bytes item":
-        assert list(store.load(1)) == ["a"], "it is no tensor, and left alone"
+@pytest.mark.parametrize("location", PAYLOADS)
+def test_a_checkpoint_runs_no_code(location: str, store: CheckpointStore, tmp_path: Path) -> None:
+    PAYLOADS[location](store, Payload(tmp_path / "ran"))
+    if location == "as a bytes item":
+        assert list(store.load(1)) == ["a"], "it is not a tensor, and is not read"
     else:
         with pytest.raises(UserError, match=r"step_00000001 is (not loaded|damaged)") as caught:
             store.load(1)
@@ -112,7 +112,7 @@ def test_nothing_in_a_checkpoint_is_run(place: str, store: CheckpointStore, tmp_
         "pathlib os",
     ],
 )
-def test_no_other_name_is_known(name: str) -> None:
+def test_other_names_are_forbidden(name: str) -> None:
     module, attribute = name.split()
     pickled = (
         pickle.PROTO
@@ -123,15 +123,15 @@ def test_no_other_name_is_known(name: str) -> None:
         read_metadata(io.BytesIO(pickled + pickle.STACK_GLOBAL + pickle.STOP), {})
 
 
-def test_torchs_own_classes_are_not_touched() -> None:
-    """A pickle may set attributes of what it names: those are ours, and made for it alone."""
+def test_torchs_own_classes_are_not_changed() -> None:
+    """A pickle may set attributes of the classes that it names: they are stand-ins made for this one pickle."""
     pickled = b"ctorch.distributed.checkpoint.metadata\nMetadata\n(N}Vversion\nVchanged\nst\x86b."
     with pytest.raises((ValueError, pickle.UnpicklingError, TypeError)):
         read_metadata(io.BytesIO(pickled), {})
     assert dcp_metadata.Metadata.version is None
 
 
-LIES: dict[str, tuple[Callable[[Any], object], str]] = {
+FALSE_METADATA: dict[str, tuple[Callable[[Any], object], str]] = {
     "10^15 elements": (
         lambda m: setattr(m.state_dict_metadata["a"], "size", torch.Size([10**9, 10**6])),
         "a is said to have 1,000,000,000,000,000 elements, and 6 are stored",
@@ -143,17 +143,23 @@ LIES: dict[str, tuple[Callable[[Any], object], str]] = {
         ),
         "a is said to have 1,000,000,000,000,000 elements, and [0-9,]+ bytes are stored",
     ),
-    "more than the file": (lambda m: in_place(m, "a", length=10**16), "__0_0.distcp is cut off or not there"),
-    "before the file": (lambda m: in_place(m, "a", offset=-4), "__0_0.distcp is cut off or not there"),
+    "more than the file": (lambda m: change_location(m, "a", length=10**16), "__0_0.distcp is cut off or not there"),
+    "before the file": (lambda m: change_location(m, "a", offset=-4), "__0_0.distcp is cut off or not there"),
     "no chunk": (lambda m: m.state_dict_metadata["a"].chunks.clear(), "a is said to have 6 elements, and 0 are stored"),
     "a chunk elsewhere": (
         lambda m: setattr(m.state_dict_metadata["a"].chunks[0], "offsets", torch.Size([0, 1])),
         "a is not stored in whole",
     ),
     "not stored": (lambda m: m.storage_data.pop(MetadataIndex("a", (0, 0))), "a is not stored in whole"),
-    "a file above": (lambda m: in_place(m, "a", relative_path="../secret"), "names a file elsewhere: '../secret'"),
-    "a file anywhere": (lambda m: in_place(m, "a", relative_path="/etc/passwd"), "names a file elsewhere"),
-    "compressed": (lambda m: in_place(m, "a", transform_descriptors=["stream.zstd"]), "its files are compressed"),
+    "a file above": (
+        lambda m: change_location(m, "a", relative_path="../secret"),
+        "names a file elsewhere: '../secret'",
+    ),
+    "a file anywhere": (lambda m: change_location(m, "a", relative_path="/etc/passwd"), "names a file elsewhere"),
+    "compressed": (
+        lambda m: change_location(m, "a", transform_descriptors=["stream.zstd"]),
+        "its files are compressed",
+    ),
     "no record": (lambda m: m.state_dict_metadata.update(a=3), "no TensorStorageMetadata"),
     "no type": (lambda m: setattr(m.state_dict_metadata["a"].properties, "dtype", 3), "a tensor without a type"),
     "no size": (lambda m: setattr(m.state_dict_metadata["a"], "size", (-2, 3)), "a size that is none"),
@@ -162,9 +168,9 @@ LIES: dict[str, tuple[Callable[[Any], object], str]] = {
 }
 
 
-@pytest.mark.parametrize("lie", LIES)
-def test_what_is_not_stored_is_not_believed(lie: str, store: CheckpointStore) -> None:
-    edit, words = LIES[lie]
+@pytest.mark.parametrize("case", FALSE_METADATA)
+def test_false_metadata_is_refused(case: str, store: CheckpointStore) -> None:
+    edit, words = FALSE_METADATA[case]
     change(store, edit)
     tracemalloc.start()
     with pytest.raises(UserError, match=words) as caught:
@@ -181,8 +187,8 @@ def test_what_is_not_stored_is_not_believed(lie: str, store: CheckpointStore) ->
         ("byteorder", b"big", "a tensor is not stored as it is written here"),
     ],
 )
-def test_a_tensor_does_not_reach_into_memory(name: str, content: bytes, words: str, store: CheckpointStore) -> None:
-    """Its file is long enough, and holds half of it: torch would read, or turn round, what lies behind."""
+def test_a_tensor_does_not_read_other_memory(name: str, content: bytes, words: str, store: CheckpointStore) -> None:
+    """Its file is long enough but holds half of it: torch would read, or byte-swap, the memory after it."""
     buffer, rebuilt = io.BytesIO(), io.BytesIO()
     torch.save(torch.tensor(7), buffer)
     with zipfile.ZipFile(buffer) as old, zipfile.ZipFile(rebuilt, "w") as new:
@@ -194,20 +200,20 @@ def test_a_tensor_does_not_reach_into_memory(name: str, content: bytes, words: s
 
 
 def test_many_tensors_in_the_same_bytes(store: CheckpointStore) -> None:
-    """Each is stored, all together are not."""
+    """Each alone is stored; all together are more than the file holds."""
 
     def repeat(metadata: Any) -> None:
-        place = next(place for index, place in metadata.storage_data.items() if index.fqn == "a")
+        location = next(location for index, location in metadata.storage_data.items() if index.fqn == "a")
         for number in range(1000):
             metadata.state_dict_metadata[f"a{number}"] = metadata.state_dict_metadata["a"]
-            metadata.storage_data[MetadataIndex(f"a{number}", (0, 0))] = place
+            metadata.storage_data[MetadataIndex(f"a{number}", (0, 0))] = location
 
     change(store, repeat)
     with pytest.raises(UserError, match=r"its tensors are said to have 24,\d+ bytes, and"):
         store.load(1)
 
 
-def test_what_was_written_is_read(store: CheckpointStore) -> None:
+def test_a_written_checkpoint_is_read(store: CheckpointStore) -> None:
     change(store, lambda metadata: None)
     loaded = store.load(1)
     assert torch.equal(loaded["a"], torch.arange(6.0).reshape(2, 3))

@@ -1,4 +1,4 @@
-"""Terminal output of a run: of the main process, none of the others."""
+"""Terminal output of a run: only the main process prints."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SUMMARY: dict[str, Any] = {
 }
 
 
-def say_everything(console: Console, config: RunConfig, runtime: TorchRuntime) -> None:
+def print_everything(console: Console, config: RunConfig, runtime: TorchRuntime) -> None:
     console.print("a line")
     console.note("a [bold]note[/bold]")
     console.warn("a warning " + "that is long " * 20)
@@ -46,15 +46,15 @@ def say_everything(console: Console, config: RunConfig, runtime: TorchRuntime) -
     console.summary(SUMMARY, "runs/x")
 
 
-def test_lines_stay_whole_in_a_log(
+def test_lines_are_not_wrapped_in_a_log(
     make_config: Make,
     runtime: TorchRuntime,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "100")  # wide enough for the closing table; lines do not care
+    monkeypatch.setenv("COLUMNS", "100")  # wide enough for the summary's table; lines are not wrapped at any width
     config = make_config(model={"vocab_size": 5000})
-    say_everything(Console(enabled=True), config, runtime)
+    print_everything(Console(enabled=True), config, runtime)
     printed = capsys.readouterr()
     lines = printed.out.splitlines()
     assert "\x1b" not in printed.out, "no colour codes where there is no terminal"
@@ -89,11 +89,11 @@ def test_a_run_without_validation_or_rate_has_a_summary(capsys: pytest.CaptureFi
     assert "none; 7 s" in text
 
 
-def test_processes_that_are_not_main_say_nothing(
+def test_processes_that_are_not_main_print_nothing(
     make_config: Make, runtime: TorchRuntime, capsys: pytest.CaptureFixture[str]
 ) -> None:
     console = Console(enabled=False)
-    say_everything(console, make_config(), runtime)
+    print_everything(console, make_config(), runtime)
     assert not console.is_terminal
     printed = capsys.readouterr()
     assert (printed.out, printed.err) == ("", "")

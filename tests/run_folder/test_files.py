@@ -29,11 +29,13 @@ def test_the_config_is_kept_and_is_enough_to_repeat_the_run(make_config: Make, t
     write_run_files(config)
     path = str(tmp_path / "run" / "config.yaml")
     assert build_config(load_yaml(path), path) == config
-    assert [entry.name for entry in (tmp_path / "run").iterdir()] == ["config.yaml"], "a name needs no copy"
+    assert [entry.name for entry in (tmp_path / "run").iterdir()] == ["config.yaml"], (
+        "a tokenizer known by name is not copied"
+    )
     assert find_tokenizer(config.checkpoints_dir) is None
 
 
-def test_folders_are_made_and_nothing_is_left_in_them(make_config: Make, tmp_path: Path) -> None:
+def test_folders_are_created_and_stay_empty(make_config: Make, tmp_path: Path) -> None:
     with writable_folders(make_config()):
         pass
     assert [entry.relative_to(tmp_path) for entry in (tmp_path / "run").rglob("*")] == [Path("run/checkpoints")]
@@ -50,7 +52,7 @@ def test_a_folder_that_cannot_be_written_is_named(key: str, make_config: Make, t
 
 
 @pytest.mark.usefixtures("tokens", "runtime")
-def test_checkpoints_may_live_elsewhere_than_the_run(make_config: Make, tmp_path: Path) -> None:
+def test_checkpoints_may_be_outside_the_run_folder(make_config: Make, tmp_path: Path) -> None:
     url = f"memory://{uuid.uuid4().hex}"
     run(make_config(checkpoint={"checkpoints_dir": url}))
     assert CheckpointStore(url, 1).steps() == [2]
@@ -60,7 +62,7 @@ def test_checkpoints_may_live_elsewhere_than_the_run(make_config: Make, tmp_path
 
 
 @pytest.mark.parametrize("named_by", ["tokenizer.json", "its folder"])
-def test_a_tokenizer_of_ones_own_is_kept_with_the_run(named_by: str, make_config: Make, tmp_path: Path) -> None:
+def test_the_users_own_tokenizer_is_copied_to_the_run(named_by: str, make_config: Make, tmp_path: Path) -> None:
     folder = str(tmp_path / "vocabulary")
     trained = train_tokenizer(["some text, and some more text"] * 3, 300, folder)
     config = make_config(data={"tokenizer": f"{folder}/tokenizer.json" if named_by == "tokenizer.json" else folder})
@@ -83,7 +85,7 @@ def test_many_processes_may_try_the_same_folder_at_once(make_config: Make) -> No
     with ThreadPoolExecutor(8) as pool:
         for attempt in [pool.submit(try_folders) for _ in range(800)]:
             attempt.result()
-    assert os.listdir(config.run_dir or "") == ["checkpoints"], "and nothing of it stays"
+    assert os.listdir(config.run_dir or "") == ["checkpoints"], "and no test file is left"
 
 
 @pytest.mark.usefixtures("tokens", "runtime")

@@ -22,8 +22,8 @@ Make = Callable[..., RunConfig]
 
 
 @contextlib.contextmanager
-def files_of(size: int) -> Iterator[None]:
-    """No file grows above this."""
+def file_size_limit(size: int) -> Iterator[None]:
+    """Limit the size of a file, in bytes."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -33,28 +33,28 @@ def files_of(size: int) -> Iterator[None]:
 
 
 def test_lines_wait_until_there_is_room(tmp_path: Path) -> None:
-    path, heard = tmp_path / "rows", list[str]()
-    appender = Appender(str(path), heard.append)
+    path, warnings = tmp_path / "rows", list[str]()
+    appender = Appender(str(path), warnings.append)
     line = b"x" * 9999 + b"\n"
-    with files_of(30_005):
+    with file_size_limit(30_005):
         for _ in range(5):
             appender.write(line)
         assert path.stat().st_size == 30_005
-    assert heard == [
+    assert warnings == [
         f"{path} cannot be written (File too large): the run continues and keeps the lines in memory until there is room"
     ]
     appender.write(b"last\n")
     assert path.read_bytes() == line * 5 + b"last\n"
-    assert heard[1:] == [f"{path} is written again, and no line is lost"]
-    with files_of(50_005):
+    assert warnings[1:] == [f"{path} is written again, and no line is lost"]
+    with file_size_limit(50_005):
         appender.write(b"a\nb\n")
         appender.close()
-    assert heard[-1] == f"{path}: the last 2 lines could not be written and are lost"
+    assert warnings[-1] == f"{path}: the last 2 lines could not be written and are lost"
 
 
 @pytest.mark.usefixtures("tokens", "runtime")
 @pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl"])
-def test_a_run_that_cannot_begin_its_record_is_refused(name: str, make_config: Make, tmp_path: Path) -> None:
+def test_a_run_that_cannot_write_its_first_files_is_refused(name: str, make_config: Make, tmp_path: Path) -> None:
     run(make_config())
     before = (tmp_path / "run" / name).read_bytes()
     (tmp_path / "run" / f"{name}.tmp").symlink_to("/dev/full")
@@ -65,7 +65,9 @@ def test_a_run_that_cannot_begin_its_record_is_refused(name: str, make_config: M
 
 @pytest.mark.usefixtures("tokens", "runtime")
 @pytest.mark.parametrize("name", ["loss.png", "summary.json"])
-def test_a_report_that_cannot_be_written_is_made_up_for(name: str, make_config: Make, tmp_path: Path) -> None:
+def test_a_report_that_could_not_be_written_is_written_by_the_next_start(
+    name: str, make_config: Make, tmp_path: Path
+) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / f"{name}.tmp").symlink_to("/dev/full")
@@ -106,17 +108,17 @@ def test_samples_and_tensorboard_on_a_full_disk(
     make_config: Make, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "run").mkdir()
-    heard = list[str]()
-    log = MetricLog(make_config(logging={"tensorboard": True}), 0, heard.append)
+    warnings = list[str]()
+    log = MetricLog(make_config(logging={"tensorboard": True}), 0, warnings.append)
     (tmp_path / "run" / "samples.txt").symlink_to("/dev/full")
     log.write_sample(1, "a text")
-    assert len(heard) == 1
-    assert "samples.txt cannot be written (No space left on device): the run continues" in heard[0]
-    with files_of(4000):
+    assert len(warnings) == 1
+    assert "samples.txt cannot be written (No space left on device): the run continues" in warnings[0]
+    with file_size_limit(4000):
         for step in range(1, 26):
             log.write([{"step": step, **{f"value_{number}": 1.0 for number in range(4)}}], kind="train")
         log.close()
-    assert heard[1:-1] == ["TensorBoard events cannot be written (File too large): the run continues without them"]
-    assert "samples.txt: the last 2 lines could not be written and are lost" in heard[-1]
+    assert warnings[1:-1] == ["TensorBoard events cannot be written (File too large): the run continues without them"]
+    assert "samples.txt: the last 2 lines could not be written and are lost" in warnings[-1]
     assert "Traceback" not in capfd.readouterr().err
     assert len(read_metrics(str(tmp_path / "run" / "metrics.jsonl"))) == 25

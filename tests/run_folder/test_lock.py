@@ -59,7 +59,7 @@ def test_a_second_run_is_refused_and_a_crash_frees_the_folder(make_config: Make,
     assert not list(tmp_path.rglob(LOCK))
 
 
-def test_a_folder_that_is_named_twice_is_held_once(tmp_path: Path) -> None:
+def test_a_folder_that_is_named_twice_is_locked_once(tmp_path: Path) -> None:
     with alone_in({"run_dir": str(tmp_path), "checkpoints_dir": f"{tmp_path}/."}):
         assert (tmp_path / LOCK).exists()
         with pytest.raises(UserError, match="in use"), alone_in({"run_dir": str(tmp_path)}):
@@ -76,7 +76,7 @@ def test_a_lock_that_is_removed_between_opening_and_locking_is_made_again(
         if not raced and path == str(tmp_path / LOCK):
             raced.append(path)
             os.unlink(path)
-            Path(path).touch()  # a third one comes
+            Path(path).touch()  # a third process
         return stat(path, **options)
 
     monkeypatch.setattr("pretrain_xla.run_folder.lock.os.stat", removed)

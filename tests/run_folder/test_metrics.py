@@ -25,7 +25,7 @@ def rows(first: int, last: int, offset: float = 0.0) -> list[dict[str, Any]]:
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    """The file; its folder is there, as in a run."""
+    """Its path; the run's folder exists."""
     (tmp_path / "run").mkdir()
     return tmp_path / "run" / "metrics.jsonl"
 
@@ -48,7 +48,7 @@ def test_a_row_is_a_line_and_on_disk_at_once(make_config: Make, path: Path) -> N
     assert read_metrics(str(path)) == [*rows(1, 2), {"step": 2, "valid_loss": 1.5}]
 
 
-def test_what_is_no_number_is_null_on_disk(make_config: Make, path: Path) -> None:
+def test_nan_and_infinity_are_null_on_disk(make_config: Make, path: Path) -> None:
     write(make_config(), 0, [{"step": 1, "loss": math.nan}, {"step": 2, "loss": math.inf}])
 
     def refuse(constant: str) -> None:
@@ -59,7 +59,7 @@ def test_what_is_no_number_is_null_on_disk(make_config: Make, path: Path) -> Non
     assert [math.isnan(row["loss"]) for row in read_metrics(str(path))] == [True, True]
 
 
-def test_a_resumed_run_drops_what_it_will_do_again(make_config: Make, path: Path) -> None:
+def test_a_resumed_run_drops_the_rows_of_steps_that_it_repeats(make_config: Make, path: Path) -> None:
     config = make_config()
     log = MetricLog(config, 0)
     log.write([{"step": 0, "valid_loss": 9.0}], kind="validation")
@@ -81,26 +81,26 @@ def test_a_line_cut_off_by_a_kill_is_repaired(cut: int, make_config: Make, path:
     config = make_config()
     write(config, 0, rows(1, 5))
     path.write_bytes(path.read_bytes()[:-cut])
-    whole = 5 if cut == 1 else 4  # without its line feed alone, the last line is whole
-    assert read_metrics(str(path)) == rows(1, whole)
-    write(config, whole, rows(whole + 1, 6))
+    complete = 5 if cut == 1 else 4  # only its line feed is missing, so the last line is complete
+    assert read_metrics(str(path)) == rows(1, complete)
+    write(config, complete, rows(complete + 1, 6))
     assert read_metrics(str(path)) == rows(1, 6)
     assert len(path.read_text().splitlines()) == 6
 
 
-def test_a_fresh_start_empties_the_file(make_config: Make, path: Path) -> None:
+def test_a_new_run_empties_the_file(make_config: Make, path: Path) -> None:
     write(make_config(), 0, [{"step": 0, "valid_loss": 9.0}, *rows(1, 5)])
     write(make_config(), 0, rows(1, 1, offset=0.5))
     assert read_metrics(str(path)) == rows(1, 1, offset=0.5)
 
 
-def test_a_resumed_run_without_a_file_makes_one(make_config: Make, path: Path) -> None:
+def test_a_resumed_run_without_a_file_creates_one(make_config: Make, path: Path) -> None:
     write(make_config(), 3, rows(4, 5))
     assert read_metrics(str(path)) == rows(4, 5)
     assert [entry.name for entry in path.parent.iterdir()] == ["metrics.jsonl"]
 
 
-def test_tensorboard_shows_the_run_that_counted(make_config: Make, path: Path) -> None:
+def test_tensorboard_shows_repeated_steps_once(make_config: Make, path: Path) -> None:
     accumulator: Any = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
 
     config = make_config(logging={"tensorboard": True})

@@ -49,17 +49,17 @@ def test_a_summary_of_nothing() -> None:
     assert set(summarise([]).values()) == {None}
 
 
-def test_a_summary_is_written_whole(tmp_path: Path) -> None:
+def test_a_summary_is_written_atomically(tmp_path: Path) -> None:
     write_summary(str(tmp_path), {"old": 1})
     with pytest.raises(TypeError):
-        write_summary(str(tmp_path), {"new": {1, 2}})  # no JSON: fails half-way through
+        write_summary(str(tmp_path), {"new": {1, 2}})  # not JSON: fails half-way through
     assert json.loads((tmp_path / "summary.json").read_text()) == {"old": 1}
     write_summary(str(tmp_path), {"steps": 3})
     assert (tmp_path / "summary.json").read_text() == '{\n  "steps": 3\n}\n'
 
 
-def picture(folder: Path, rows: list[dict[str, Any]]) -> np.ndarray:
-    """The picture as [height, width, 3]."""
+def plot(folder: Path, rows: list[dict[str, Any]]) -> np.ndarray:
+    """The plot's pixels, [height, width, 3]."""
     folder.mkdir(exist_ok=True)
     plot_loss(str(folder), rows, r"2M parameters, runs/$a_{b$ \\frac{")
     with PIL_IMAGE.open(folder / "loss.png") as image:
@@ -74,7 +74,7 @@ def blue(image: np.ndarray) -> np.ndarray:
 
 def test_the_picture_shows_the_loss_fall_or_rise(tmp_path: Path) -> None:
     for name, slope in (("falls", -0.05), ("rises", 0.05)):
-        image = picture(tmp_path / name, run(slope=slope)[1:-2])
+        image = plot(tmp_path / name, run(slope=slope)[1:-2])
         assert image.shape[0] > 300
         assert image.shape[1] > 500
         line = blue(image)
@@ -84,9 +84,9 @@ def test_the_picture_shows_the_loss_fall_or_rise(tmp_path: Path) -> None:
         assert (steepness > 0) == (slope < 0), "rows of pixels count downwards"
 
 
-def test_validation_and_learning_rate_are_in_the_picture(tmp_path: Path) -> None:
-    without = picture(tmp_path, run()[1:-2])
-    image = picture(tmp_path, run())
+def test_validation_and_learning_rate_are_in_the_plot(tmp_path: Path) -> None:
+    without = plot(tmp_path, run()[1:-2])
+    image = plot(tmp_path, run())
     orange = np.abs(image - np.array([255, 127, 14])).sum(-1) < 30
     assert orange.sum() > 50
     assert not (np.abs(without - np.array([255, 127, 14])).sum(-1) < 30).any()
@@ -100,8 +100,8 @@ def test_validation_and_learning_rate_are_in_the_picture(tmp_path: Path) -> None
     [[], run()[:1], run()[1:2], [{"step": 1, "loss": math.inf, "learning_rate": 0.0}]],
     ids=["nothing", "one validation", "one step", "no number"],
 )
-def test_a_short_run_has_a_picture_too(rows: list[dict[str, Any]], tmp_path: Path) -> None:
-    assert picture(tmp_path, rows).shape[2] == 3
+def test_a_short_run_has_a_plot_too(rows: list[dict[str, Any]], tmp_path: Path) -> None:
+    assert plot(tmp_path, rows).shape[2] == 3
 
 
 def test_perplexity() -> None:
@@ -111,7 +111,7 @@ def test_perplexity() -> None:
     assert math.isnan(perplexity(math.nan))
 
 
-def test_a_score_is_short_whatever_it_is() -> None:
+def test_numbers_are_printed_short() -> None:
     assert [shown(value) for value in (0.5, 999_999.0, 7.8e214, -2e9, math.inf, math.nan)] == [
         "0.5000",
         "999999.0000",

@@ -58,13 +58,13 @@ def config_of(datasets: Path, make_config: Make) -> Make:
     return make
 
 
-def older(path: Path, *keys: str) -> None:
-    """A file of JSON as it was before it had these keys."""
+def remove_keys(path: Path, *keys: str) -> None:
+    """Rewrite a JSON file as it was before these keys existed."""
     tree = json.loads(path.read_text())
     path.write_text(json.dumps({key: value for key, value in tree.items() if key not in keys}))
 
 
-def test_other_shards_are_gone_on_with_and_another_tokenizer_is_refused(
+def test_other_shards_are_accepted_and_another_tokenizer_is_refused(
     config_of: Make, tmp_path: Path, datasets: Path
 ) -> None:
     config = config_of("one")
@@ -84,9 +84,9 @@ def test_other_shards_are_gone_on_with_and_another_tokenizer_is_refused(
             with pytest.raises(UserError, match=r"trained with another tokenizer than .*other/") as refusal:
                 find_start(config_of("other", **changes), "another", said.append)
         assert f"prepare --tokenizer {tmp_path}/run/tokenizer" in str(refusal.value)
-        older(marker, "tokenizer")
+        remove_keys(marker, "tokenizer")
         for name in ("one", "again", "other"):
-            older(datasets / name / "dataset.json", "tokenizer_fingerprint")
+            remove_keys(datasets / name / "dataset.json", "tokenizer_fingerprint")
     elsewhere = from_it | {"train": {"from_checkpoint": str(tmp_path / "export")}}
     export_model(load_model(str(tmp_path / "run")), elsewhere["train"]["from_checkpoint"])
     assert find_start(config_of("again", **elsewhere), "another", said.append).step == 0
@@ -104,7 +104,7 @@ def test_other_shards_are_gone_on_with_and_another_tokenizer_is_refused(
         prepare_task(f"shards={datasets}/other/valid", Settings(), reader)
 
 
-def test_train_valid_and_the_tokenizer_for_text_are_of_one(config_of: Make, datasets: Path) -> None:
+def test_training_validation_and_text_have_one_tokenizer(config_of: Make, datasets: Path) -> None:
     assert tokenizer_of_run(config_of("one", "again")).name == str(datasets / "one" / "tokenizer" / "tokenizer.json")
     with pytest.raises(UserError, match=r"one/train was made with another tokenizer than .*other/valid"):
         tokenizer_of_run(config_of("one", "other"))
@@ -113,7 +113,7 @@ def test_train_valid_and_the_tokenizer_for_text_are_of_one(config_of: Make, data
         tokenizer_of_run(config_of("one", data={"tokenizer": "bytes"}))
 
 
-def test_what_is_not_known_does_not_differ(datasets: Path) -> None:
+def test_unknown_tokenizers_do_not_differ(datasets: Path) -> None:
     known = TokenizerId("0123456789abcdef")
     assert known.differs(TokenizerId("fedcba9876543210"))
     assert not known.differs(TokenizerId())
@@ -122,7 +122,7 @@ def test_what_is_not_known_does_not_differ(datasets: Path) -> None:
     assert not TokenizerId(name="gpt2").differs(TokenizerId(name="gpt2")), "and nothing is downloaded for it"
 
 
-def test_the_vocabulary_is_that_of_the_data_unless_it_is_given(
+def test_the_vocabulary_size_is_that_of_the_data_unless_given(
     datasets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def size(*more: str) -> tuple[str, str]:
@@ -137,22 +137,22 @@ def test_the_vocabulary_is_that_of_the_data_unless_it_is_given(
         small = (
             "--seq-length 8 --d-model 16 --num-layers 1 --num-heads 2 --d-ff 16 --train-steps 1 --train-batch-size 2"
         )
-        words = [
+        arguments = [
             *folders,
             *small.split(),
             *"--eval-batch-size 2 --valid-steps 1 --warmup-steps 0 --no-tensorboard".split(),
             *more,
         ]
-        pretrain(words, program="test", fixed={"runtime": "torch", "device": "cpu"})
+        pretrain(arguments, program="test", fixed={"runtime": "torch", "device": "cpu"})
         out = capsys.readouterr().out
         return next((line.split()[-1] for line in out.splitlines() if "vocab_size:" in line), ""), out
 
     assert size("--print-config")[0] == "280"
-    words = ["--train-dir", f"{datasets}/one/train"]
-    planned = parse_flags(words, program="preflight", description="", build=resolve_architecture)
-    assert planned.config.model.vocab_size == 280, "what preflight plans is what is trained"
+    arguments = ["--train-dir", f"{datasets}/one/train"]
+    planned = parse_flags(arguments, program="preflight", description="", build=resolve_architecture)
+    assert planned.config.model.vocab_size == 280, "preflight compiles what is trained"
     assert size("--print-config", "--vocab-size", "300")[0] == "300"
-    assert "vocab_size 280 is that of" not in size("--vocab-size", "300")[1]  # a run as they were before
+    assert "vocab_size 280 is that of" not in size("--vocab-size", "300")[1]  # as a run from before this default
     said = size("--train-steps", "2")[1]
     assert "vocab_size 300 is that of the run's checkpoint" in said
     assert "continuing from" in said

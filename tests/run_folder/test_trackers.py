@@ -1,4 +1,4 @@
-"""TensorBoard and Weights & Biases: no row twice over restarts, and their failure does not end the run."""
+"""TensorBoard and Weights & Biases: restarts do not repeat rows, and a failure does not end the run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pretrain_xla.run_folder.metrics import MetricLog, read_metrics
 from pretrain_xla.train.run import run
 
 Make = Callable[..., RunConfig]
-# wandb's own classes and words (wandb/errors/errors.py, wandb/sdk/wandb_login.py); it is not installed here.
+# wandb's own classes and messages (wandb/errors/errors.py, wandb/sdk/wandb_login.py); it is not installed here.
 WANDB = """
 class Error(Exception): pass
 class CommError(Error): pass
@@ -59,7 +59,7 @@ def small(make_config: Make, steps: int = 5, **logging: Any) -> RunConfig:
 
 
 @pytest.mark.usefixtures("tokens", "runtime")
-def test_no_log_in_is_a_line_before_training(wandb: Any, make_config: Make, tmp_path: Path) -> None:
+def test_a_missing_login_is_an_error_before_training(wandb: Any, make_config: Make, tmp_path: Path) -> None:
     wandb.fails["init"] = "api_key not configured (no-tty). call wandb.login(key=[your_api_key])"
     with pytest.raises(UserError) as caught:
         run(small(make_config, wandb_logging=True))
@@ -67,11 +67,11 @@ def test_no_log_in_is_a_line_before_training(wandb: Any, make_config: Make, tmp_
     assert text.startswith("Weights & Biases does not start (api_key not configured (no-tty). call wandb.login")
     assert "run `wandb login` or set WANDB_API_KEY, set WANDB_MODE=offline" in text
     assert text.endswith("or leave out --wandb-logging")
-    assert not (tmp_path / "run").exists(), "nothing has begun"
+    assert not (tmp_path / "run").exists(), "the run has not started"
 
 
 @pytest.mark.usefixtures("tokens", "runtime")
-def test_what_fails_in_the_middle_does_not_stop_the_run(
+def test_a_failure_during_training_does_not_stop_the_run(
     wandb: Any, make_config: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     wandb.fails["log"] = 3
@@ -87,14 +87,14 @@ def test_what_fails_in_the_middle_does_not_stop_the_run(
 
 @pytest.mark.usefixtures("tokens", "runtime")
 @pytest.mark.parametrize(("interval", "steps"), [(500, [5]), (2, [2, 4, 5]), (5, [5])])
-def test_the_last_step_is_always_there(interval: int, steps: list[int], wandb: Any, make_config: Make) -> None:
+def test_the_last_step_is_always_sent(interval: int, steps: list[int], wandb: Any, make_config: Make) -> None:
     run(small(make_config, wandb_logging=True, wandb_logging_interval=interval))
     assert [step for step, row in wandb.sent if "train/loss" in row] == steps
     assert wandb.ended == [True]
-    assert [step for step, _ in wandb.sent] == sorted(step for step, _ in wandb.sent), "it drops what goes back"
+    assert [step for step, _ in wandb.sent] == sorted(step for step, _ in wandb.sent), "wandb drops earlier steps"
 
 
-def test_tensorboard_draws_a_run_once_that_began_again(make_config: Make, tmp_path: Path) -> None:
+def test_tensorboard_shows_a_restarted_run_once(make_config: Make, tmp_path: Path) -> None:
     accumulator: Any = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     (tmp_path / "run").mkdir()
     for value in (9.0, 8.0):
@@ -107,7 +107,7 @@ def test_tensorboard_draws_a_run_once_that_began_again(make_config: Make, tmp_pa
         assert [(event.step, event.value) for event in events.Scalars(name)] == [(step, 8.0)]
 
 
-def test_samples_of_steps_that_are_made_again_are_dropped(make_config: Make, tmp_path: Path) -> None:
+def test_samples_of_repeated_steps_are_dropped(make_config: Make, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     path = tmp_path / "run" / "samples.txt"
     texts = {2: "one\n--- step 9\ntwo", 4: "three", 6: "four"}
@@ -119,8 +119,8 @@ def test_samples_of_steps_that_are_made_again_are_dropped(make_config: Make, tmp
         log.close()
         return path.read_text()
 
-    whole = write(0, [2, 4, 6])
-    assert whole == "--- step 2\none\n --- step 9\ntwo\n--- step 4\nthree\n--- step 6\nfour\n"
-    assert write(4, []) == whole[: whole.index("--- step 6")]
-    assert write(3, [4, 6]) == whole
-    assert write(0, [2, 4, 6]) == whole
+    complete = write(0, [2, 4, 6])
+    assert complete == "--- step 2\none\n --- step 9\ntwo\n--- step 4\nthree\n--- step 6\nfour\n"
+    assert write(4, []) == complete[: complete.index("--- step 6")]
+    assert write(3, [4, 6]) == complete
+    assert write(0, [2, 4, 6]) == complete

@@ -1,4 +1,4 @@
-"""Loss in chunks on four virtual devices: the reference's numbers on every mesh, and nothing between devices in the loop."""
+"""Chunked loss on four virtual devices: the reference's values on every mesh, and no collective over data in the loop."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from pretrain_xla.run_folder.build import build_examples, execution_of
 SIZES = dict(vocab_size=61, vocab_multiple=16, seq_length=11, d_model=32, num_layers=2, num_heads=4, d_ff=64, norm="rmsnorm",
              positions="rotary", attention="reference")
 LOOPS = dict(scan_layers=True, rematerialization="full", gradient_accum_step=2)
-CASES = {  # a device has 22 tokens, or 44 where two share them; 7 divides neither, nor do the counts of chunks that come next
+CASES = {  # A device has 22 tokens, or 44 if two share them; 7 divides neither, nor do the next numbers of chunks.
     "fsdp": ((1, 4, 1), dict(tie_weights=True), dict(loss_chunk=7)),
     "data x fsdp": ((2, 2, 1), dict(logit_softcap=3.0), dict(loss_chunk=11)),
     "data x tensor": ((2, 1, 2), dict(tie_weights=True), dict(loss_chunk=11)),
@@ -43,13 +43,13 @@ def config_of(mesh, model, train):
     }, "test")
 
 def gradients_of(config, runtime):
-    '''The loss and each gradient, by name; without a runtime those of the reference, in plain torch.'''
+    '''The loss and each gradient by name; runtime None means the reference in plain torch.'''
     model = GPT(config.model)
     initialize(model, 3)
     accumulation, examples = config.train.gradient_accum_step, build_examples(config, None)
     generator = torch.Generator().manual_seed(0)
     ids_BAS = torch.randint(0, 61, (8 // accumulation, accumulation, 12), generator=generator, dtype=torch.int32)
-    ids_BAS[:3, :, :5] = 7  # left out, and not as often on each device
+    ids_BAS[:3, :, :5] = 7  # ignored, and not equally many on each device
     if runtime is None:
         loss = torch.stack([examples.loss(model, ids_BS) for ids_BS in ids_BAS.unbind(1)]).mean()
         gradients = torch.autograd.grad(loss, list(model.parameters()))
@@ -67,9 +67,9 @@ for case, (mesh, model, train) in CASES.items():
     config = config_of(mesh, model, train)
     runtime = XlaRuntime(config)
     found = gradients_of(config, runtime)
-    for module in Path(sys.argv[1]).glob("*"):  # what the compiler has written until now
+    for module in Path(sys.argv[1]).glob("*"):  # what the compiler has dumped so far
         module.rename(Path(sys.argv[2], f"{case}.{module.name}"))
-    if config.model.dropout:  # the same masks, and so the same numbers, as without chunks
+    if config.model.dropout:  # the same masks as without chunks, and so the same values
         expected = gradients_of(config_of(mesh, model, {}), runtime)
     else:
         expected = gradients_of(config, None)
@@ -86,12 +86,12 @@ COLLECTIVE = re.compile(
 
 def collectives_in_loops(module: str) -> list[str]:
     """Shape and devices of each collective that is not in the entry computation of an optimised HLO module."""
-    bodies = [part for part in re.split(r"\n\n", module) if not part.startswith("ENTRY")]
+    bodies = [computation for computation in re.split(r"\n\n", module) if not computation.startswith("ENTRY")]
     return [f"{shape} {groups}" for body in bodies for shape, groups in COLLECTIVE.findall(body)]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torch_xla") is None, reason="needs torch_xla")
-def test_loss_in_chunks(tmp_path: Path) -> None:
+def test_chunked_loss(tmp_path: Path) -> None:
     root, dump, kept = Path(__file__).parents[2], tmp_path / "dump", tmp_path / "kept"
     kept.mkdir()
     quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
@@ -108,6 +108,6 @@ def test_loss_in_chunks(tmp_path: Path) -> None:
 
     for case in ("fsdp", "data x fsdp", "dropout"):
         assert not in_loops(case), case
-    # A vocabulary in two halves: the sums of both, and nothing from those who have other tokens.
+    # With the vocabulary sharded in two, both halves are summed, and nothing comes from devices with other tokens.
     assert all("{{0,1},{2,3}}" in text for text in in_loops("data x tensor")), in_loops("data x tensor")
     assert in_loops("data x tensor")

@@ -1,4 +1,4 @@
-"""XLA's warnings of tensors that it cannot move over the mesh: provoked from the real compilers, and said once in words."""
+"""XLA's warnings about tensors that it cannot reshard: provoked in the real compilers, and printed once in plain words."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from pretrain_xla.runtime.xla import compiler_warnings as compiler_warnings_modu
 from pretrain_xla.runtime.xla.compiler_warnings import compiler_warnings, in_words
 
 ROOT = Path(__file__).parents[2]
-WORDS = (
+MESSAGE = (
     "the compiler finds no direct way to bring 1 tensor of the train step from one split over the mesh to another, the largest "
     "f32[8,4,4] on one device: it copies them whole to every device first, which costs time and memory"
 )
 LINE = "W spmd.cc] [SPMD] Involuntary full rematerialization. It cannot go from sharding {a} to {b} for HLO operation %c.2 = "
 
 
-def test_words_name_the_largest_tensor() -> None:
+def test_the_message_names_the_largest_tensor() -> None:
     assert in_words(["W another warning"], "the step") is None
     words = in_words([LINE + "f32[8,4]{1,0} copy", LINE + "bf16[1024,4]{1,0} copy", "other"], "the step") or ""
     assert "2 tensors of the step" in words
@@ -32,7 +32,7 @@ def test_words_name_the_largest_tensor() -> None:
     )
 
 
-def test_all_else_goes_on_to_stderr_at_once(capfd: pytest.CaptureFixture[str]) -> None:
+def test_other_output_goes_to_stderr_at_once(capfd: pytest.CaptureFixture[str]) -> None:
     with compiler_warnings() as found:
         os.write(2, b"before\n" + LINE.encode() + b"f32[2]{0} copy\nafter\n")
     os.write(2, b"later\n")
@@ -40,7 +40,7 @@ def test_all_else_goes_on_to_stderr_at_once(capfd: pytest.CaptureFixture[str]) -
     assert capfd.readouterr().err == "before\nafter\nlater\n"
 
 
-def test_a_process_that_dies_has_said_why() -> None:
+def test_a_crash_prints_its_reason() -> None:
     code = (
         "import os, runpy, sys, time\n"
         "with runpy.run_path(sys.argv[1])['compiler_warnings']():\n"
@@ -52,7 +52,7 @@ def test_a_process_that_dies_has_said_why() -> None:
     assert "F the reason" in done.stderr
 
 
-# A tensor that is split in ways between which XLA's partitioner knows no way but over the whole of it.
+# A tensor with shardings between which XLA's partitioner can convert only by replicating it.
 CPU = """
 from pretrain_xla.config import RunConfig
 from pretrain_xla.runtime import start
@@ -87,7 +87,7 @@ print("warning:", in_words(libtpu_log(), "the train step"), file=sys.stderr)
 
 @pytest.mark.skipif(importlib.util.find_spec("torch_xla") is None, reason="needs torch_xla")
 @pytest.mark.parametrize("compiler", ["CPU", "TPU"])
-def test_the_compilers_own_warning_is_said_once_in_words(compiler: str, tmp_path: Path) -> None:
+def test_the_compilers_warning_is_printed_once_in_plain_words(compiler: str, tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": "4"}
     environment.pop("TF_CPP_MIN_LOG_LEVEL", None)  # jax sets it where another test of this process has imported it
     if compiler == "TPU":
@@ -97,4 +97,4 @@ def test_the_compilers_own_warning_is_said_once_in_words(compiler: str, tmp_path
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("\n") == 1, done.stderr
     (line,) = done.stderr.splitlines()
-    assert line.startswith(f"warning: {WORDS}")
+    assert line.startswith(f"warning: {MESSAGE}")

@@ -1,4 +1,4 @@
-"""What torchrun leaves in an environment, in whole and in part."""
+"""The variables that torchrun sets: all of them, and only some."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TORCHRUN = FOUR | {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN
 
 def test_a_real_launch() -> None:
     assert launched(TORCHRUN) == Launched(1, 4, 1, 2, distributed=True)
-    one = launched(FOUR)  # by another launcher, or left over: it waits, and says for whom
+    one = launched(FOUR)  # another launcher's, or left over: it waits, and says for which processes
     assert (one.rank, one.world_size, one.local_rank, one.local_world_size, one.distributed) == (1, 4, 0, 4, True)
     assert one.note is not None
     assert "waiting for the other processes at a.host:29500; unset RANK WORLD_SIZE MASTER_ADDR" in one.note
@@ -22,7 +22,7 @@ def test_a_real_launch() -> None:
 
 
 @pytest.mark.parametrize("left", [{"WORLD_SIZE": "2"}, {"LOCAL_RANK": "3"}, {"LOCAL_RANK": "x"}])
-def test_without_rank_the_rest_means_nothing(left: dict[str, str]) -> None:
+def test_without_rank_the_rest_is_ignored(left: dict[str, str]) -> None:
     one = launched(left)
     assert (
         one.note == f"{'='.join(*left.items())} in the environment without RANK: passed over, this process runs alone"
@@ -47,16 +47,16 @@ def test_without_rank_the_rest_means_nothing(left: dict[str, str]) -> None:
         ),
     ],
 )
-def test_a_part_with_rank_is_refused(left: dict[str, str], words: str) -> None:
+def test_an_incomplete_set_with_rank_is_refused(left: dict[str, str], words: str) -> None:
     with pytest.raises(UserError) as caught:
         launched(left)
     assert words in str(caught.value)
     assert "start with torchrun" in str(caught.value)
 
 
-def test_who_speaks_first() -> None:
+def test_which_process_prints_before_the_start() -> None:
     assert speaks_first("xla", {"RANK": "1"}), "XLA does not read it"
-    assert not speaks_first("xla", {"RANK": "1", "PJRT_DEVICE": "CUDA"}), "but here it is a process's number"
+    assert not speaks_first("xla", {"RANK": "1", "PJRT_DEVICE": "CUDA"}), "but here it is the process index"
     assert not speaks_first("torch", {"RANK": "1"})
     assert speaks_first("torch", {"RANK": "0"})
     assert speaks_first("torch", {})

@@ -1,4 +1,4 @@
-"""Peak rates by the names that clouds and drivers give; a device that is not in the table has none."""
+"""Peak FLOPs by the names that clouds and drivers give; a device that is not in the table has none."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_a_tpu_not_in_the_table_has_no_peak(name: str) -> None:
     assert tpu_peak(name) is None
 
 
-# Names that contain one of the table's: an L40 is no L4, and a utilisation taken from the wrong peak is a wrong figure.
+# Names that contain a name of the table: an L40 is not an L4, and a wrong peak gives a wrong utilisation.
 @pytest.mark.parametrize(
     ("name", "not_this"),
     [
@@ -62,6 +62,6 @@ def test_a_tpu_not_in_the_table_has_no_peak(name: str) -> None:
         ("NVIDIA T400 4GB", 65),
     ],
 )
-def test_a_gpu_not_in_the_table_has_not_the_peak_of_another(name: str, not_this: float | None) -> None:
+def test_a_gpu_not_in_the_table_does_not_get_anothers_peak(name: str, not_this: float | None) -> None:
     peak = gpu_peak(name)
     assert peak is None if not_this is None else peak != not_this * TERA

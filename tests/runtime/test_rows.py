@@ -1,4 +1,4 @@
-"""The row that a host feeds is the row that it reads back, also where its devices have no consecutive numbers."""
+"""The row that a host feeds is the row that it reads back, also where its device ids are not consecutive."""
 
 from __future__ import annotations
 
@@ -16,16 +16,18 @@ from hypothesis import strategies as st
 from pretrain_xla.runtime.rows import device_numbers, rows_of
 
 
-@given(numbers=st.permutations(range(8)), hosts=st.sampled_from([1, 2, 4, 8]), share=st.integers(1, 3))
-def test_every_row_once_and_where_its_device_is(numbers: list[int], hosts: int, share: int) -> None:
+@given(numbers=st.permutations(range(8)), hosts=st.sampled_from([1, 2, 4, 8]), rows_per_device=st.integers(1, 3))
+def test_every_row_goes_once_to_its_own_device(numbers: list[int], hosts: int, rows_per_device: int) -> None:
     found: dict[int, list[int]] = {}
     for devices in np.split(np.array(numbers), hosts):
-        rows = rows_of(devices.tolist(), 8, 8 * share)
-        found |= dict(zip(devices.tolist(), rows.reshape(-1, share).tolist(), strict=True))
-    assert found == {number: list(range(number * share, (number + 1) * share)) for number in range(8)}
+        rows = rows_of(devices.tolist(), 8, 8 * rows_per_device)
+        found |= dict(zip(devices.tolist(), rows.reshape(-1, rows_per_device).tolist(), strict=True))
+    assert found == {
+        number: list(range(number * rows_per_device, (number + 1) * rows_per_device)) for number in range(8)
+    }
 
 
-def test_numbers_of_devices() -> None:
+def test_device_numbers() -> None:
     assert device_numbers(["TPU:0", "TPU:1", "TPU:14"]) == [0, 1, 14]
 
 
@@ -50,18 +52,18 @@ def on_host(index, **mesh):
 
 tokens_R2T = np.arange(8 * 2 * 3, dtype=np.int32).reshape(8, 2, 3)
 for mesh in ({"mesh_data": 4}, {"mesh_data": 2, "mesh_fsdp": 2}, {"mesh_fsdp": 4}):
-    parts = {}
+    shards = {}
     for index, names in enumerate(HOSTS):
         runtime = on_host(index, **mesh)
         fed = tokens_R2T[runtime.rows(8)]
-        parts |= dict(zip(names, np.split(fed, len(names)), strict=True))
-    # What torch_xla does on each host, here for both: a part for each of its own devices, in their order.
-    batch = runtime.place_batch(np.concatenate([parts[name] for name in torch_xla.real_devices()]))
+        shards |= dict(zip(names, np.split(fed, len(names)), strict=True))
+    # What torch_xla does on each host, here for both: one shard for each of its devices, in their order.
+    batch = runtime.place_batch(np.concatenate([shards[name] for name in torch_xla.real_devices()]))
     assert batch.shape == tokens_R2T.shape
     step = runtime.compile(lambda batch: runtime.all_rows(batch[:, 1].float()), "read", state=tuple)
     assert torch.equal(runtime.fetch(step(batch)).result(), torch.from_numpy(tokens_R2T[:, 1]).float()), mesh
 
-# Hosts that hold a part of each row feed the whole batch.
+# Hosts that each hold a shard of every row feed the global batch.
 for index in range(2):
     runtime = on_host(index, mesh_data=2, mesh_tensor=2)
     assert runtime.rows(8).tolist() == list(range(8))

@@ -1,4 +1,4 @@
-"""Loops and kernels inside a traced graph, through the XLA compiler on a CPU; in a process of its own, as in `tests/model`."""
+"""Loops and kernels inside a traced graph, through the XLA compiler on a CPU; in a subprocess, as in `tests/model`."""
 
 import importlib.util
 import os
@@ -33,7 +33,7 @@ def outer(loop, x_IJ, weights_NJJ, bias_J):
     def body(carried, slices):
         leaf_IJ = carried[0].detach().requires_grad_()
         with torch.enable_grad():
-            value = (torch.tanh(leaf_IJ @ slices[0] + bias_J) - torch.tanh(leaf_IJ @ slices[1])).sum()  # bias_J is found
+            value = (torch.tanh(leaf_IJ @ slices[0] + bias_J) - torch.tanh(leaf_IJ @ slices[1])).sum()  # bias_J is captured
         (gradient_IJ,) = torch.autograd.grad(value, leaf_IJ)
         def inner(carried, slices):
             return [carried[0] * 0.5 + slices[0].sum()], [slices[0] * 2]
@@ -51,7 +51,7 @@ for _ in range(3):
     compiled.append(met.counter_value("UncachedCompile"))
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one.cpu(), other)
-assert compiled[1] == compiled[2], compiled  # traced again, the loop is the same loop
+assert compiled[1] == compiled[2], compiled  # traced again, it is the same graph
 
 ones_J, drop = torch.ones(64, device=device), lambda x: torch.nn.functional.dropout(x, 0.5)
 body = lambda carried, slices: (carried, [drop(ones_J * slices[0])])
@@ -71,9 +71,9 @@ def draw(seed):
 
 masks_NJ, other_NJ = draw(7), draw(8)
 zeros_N = (masks_NJ == 0).sum(1)
-assert 12 < zeros_N.min() and zeros_N.max() < 52, f"half of it is dropped: {zeros_N}"
+assert 12 < zeros_N.min() and zeros_N.max() < 52, f"half of each mask is zero: {zeros_N}"
 distinct_NJ = torch.cat([masks_NJ, other_NJ]).unique(dim=0)
-assert len(distinct_NJ) == 2 * (3 + 2 * 5 + 4), "each turn, of each loop in a loop, and each row of a mesh draws for itself"
+assert len(distinct_NJ) == 2 * (3 + 2 * 5 + 4), "each iteration, also of nested loops, and each row on a mesh has its own mask"
 assert torch.equal(draw(7), masks_NJ)
 
 numbers_N = torch.arange(4.0)
@@ -154,7 +154,7 @@ def spread(micro_batches):
     return statistics.stdev(loss.result().item() for loss in losses)
 
 ratio = spread(1) / spread(8)
-assert 2.2 < ratio < 3.6, f"the loss of 8 micro-batches spreads 1 / sqrt(8) as wide over seeds, not 1 / {ratio:.2f}"
+assert 2.2 < ratio < 3.6, f"over seeds, 8 micro-batches have 1 / sqrt(8) of the loss's spread, not 1 / {ratio:.2f}"
 """
 
 

@@ -1,4 +1,4 @@
-"""The sharding table covers every model that a config can describe, and meshes that cannot be are refused."""
+"""The sharding table covers every model that a config can describe, and impossible meshes are refused."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ def on_meta(config: ModelConfig) -> GPT:
 
 
 def assert_covered(model: GPT) -> None:
-    """Each parameter has as many axes as dimensions, none twice; each matrix is split over both, its vectors evenly."""
+    """Each parameter has one entry per dimension and no axis twice; matrices are sharded over fsdp and tensor."""
     for name, parameter in model.named_parameters():
         axes = parameter_axes(name)
         assert len(axes) == parameter.dim(), name
         used = [axis for axis in axes if axis is not None]
-        assert set(used) <= AXES - {"data"}, f"{name}: parameters are not split over replicas"
+        assert set(used) <= AXES - {"data"}, f"{name}: parameters are not sharded over data"
         assert len(used) == len(set(used)), name
         if parameter.dim() == 2:
-            assert "fsdp" in used, f"{name} would be whole on every device"
+            assert "fsdp" in used, f"{name} would be replicated on every device"
             assert ("tensor" in used) == (name != "position_embedding.weight"), name
 
 
@@ -63,7 +63,7 @@ def test_every_parameter_of_every_kind_of_model_has_its_row() -> None:
 
 
 @pytest.mark.parametrize("tensor", [2, 4])
-def test_what_fits_is_split_evenly(tensor: int) -> None:
+def test_a_model_that_fits_is_sharded_evenly(tensor: int) -> None:
     config = ModelConfig(**TINY, gated=True, num_kv_heads=4)
     check_model_fits(config, tensor)
     for name, parameter in on_meta(config).named_parameters():
@@ -71,7 +71,7 @@ def test_what_fits_is_split_evenly(tensor: int) -> None:
             assert axis != "tensor" or size % tensor == 0, name
 
 
-def test_pairs_of_products_are_split_as_in_megatron() -> None:
+def test_pairs_of_matrices_are_sharded_as_in_megatron() -> None:
     for first in ("attention.query", "attention.key", "attention.value", "feed_forward.up", "feed_forward.gate"):
         assert parameter_axes(f"blocks.3.{first}.weight") == ("tensor", "fsdp")
         assert parameter_axes(f"blocks.3.{first}.bias") == ("tensor",)
@@ -88,10 +88,10 @@ def test_a_new_kind_of_parameter_is_an_error(name: str) -> None:
         parameter_axes(name)
 
 
-def test_what_is_pinned_is_the_embedding_and_whole_blocks() -> None:
+def test_sharding_is_constrained_after_the_embedding_and_each_block() -> None:
     model = on_meta(ModelConfig(**TINY, qk_norm=True))
-    pinned = {name for name, _ in model.named_modules() if lookup(ACTIVATIONS, name) is not None}
-    assert pinned == {"embedding", "blocks.0", "blocks.1"}
+    constrained = {name for name, _ in model.named_modules() if lookup(ACTIVATIONS, name) is not None}
+    assert constrained == {"embedding", "blocks.0", "blocks.1"}
     assert lookup(ACTIVATIONS, "blocks.10") == (BATCH, None, None)
 
 
@@ -128,7 +128,7 @@ def test_a_mesh_that_does_not_fit_is_refused(sizes: tuple[int, int, int], device
 
 
 @given(data=st.integers(-1, 9), fsdp=st.integers(1, 9), tensor=st.integers(1, 9), devices=st.integers(1, 81))
-def test_a_mesh_is_whole_or_refused(data: int, fsdp: int, tensor: int, devices: int) -> None:
+def test_a_mesh_uses_every_device_or_is_refused(data: int, fsdp: int, tensor: int, devices: int) -> None:
     try:
         mesh = resolve_mesh((data, fsdp, tensor), devices)
     except UserError:
@@ -147,7 +147,7 @@ def test_a_mesh_is_whole_or_refused(data: int, fsdp: int, tensor: int, devices: 
         ({"d_model": 32, "num_heads": 8, "d_ff": 30}, 4, "d_ff=30"),
     ],
 )
-def test_a_tensor_axis_that_would_cut_a_head_is_refused(changes: dict[str, int], tensor: int, expected: str) -> None:
+def test_a_tensor_axis_that_would_split_a_head_is_refused(changes: dict[str, int], tensor: int, expected: str) -> None:
     config = ModelConfig(**(TINY | changes))
     check_model_fits(config, 1)
     with pytest.raises(UserError, match=f"mesh_tensor={tensor} does not divide {expected}"):

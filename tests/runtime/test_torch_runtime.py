@@ -1,4 +1,4 @@
-"""The torch runtime on a CPU: what it refuses, and the promises of `base.Runtime` that the trainer leans on."""
+"""The torch runtime on a CPU: what it refuses, and the contract of `base.Runtime` that the trainer relies on."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Make = Callable[..., TorchRuntime]
 
 @pytest.fixture
 def make(monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
-    """Builds a runtime on the CPU, alone; keywords are sections with their changes."""
+    """Builds a runtime of one process on the CPU; keywords are config sections with their changes."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
     made: list[TorchRuntime] = []
@@ -49,7 +49,7 @@ def make(monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
         ({"parallel": {"mesh_tensor": 2}}, "mesh_fsdp=1 and mesh_tensor=2 need runtime=xla"),
     ],
 )
-def test_what_a_cpu_cannot_do_is_refused(tree: dict[str, Any], expected: str, make: Make) -> None:
+def test_settings_that_a_cpu_cannot_run_are_refused(tree: dict[str, Any], expected: str, make: Make) -> None:
     with pytest.raises(UserError, match=expected):
         make(**tree)
 
@@ -69,7 +69,7 @@ def test_nccl_on_a_cpu_is_refused(make: Make, monkeypatch: pytest.MonkeyPatch) -
     assert not dist.is_initialized()
 
 
-def test_who_it_is(make: Make) -> None:
+def test_properties(make: Make) -> None:
     runtime = make(train={"mixed_precision": "bf16"})
     assert (runtime.name, runtime.device_name, runtime.device_count) == ("torch", "CPU", 1)
     assert (runtime.process_index, runtime.process_count, runtime.is_main) == (0, 1, True)
@@ -109,7 +109,7 @@ def test_random_numbers_are_a_function_of_seed_and_process(make: Make) -> None:
     assert draw(2**62 + 1) == draw(2**62 + 1)
 
 
-def test_what_is_handed_over_is_a_copy(make: Make) -> None:
+def test_fetch_place_and_gather_copy(make: Make) -> None:
     runtime = make()
     tensor = torch.ones(3)
     later, placed, gathered = runtime.fetch(tensor), runtime.place_like(tensor, None), runtime.gather({"a": tensor})
@@ -120,14 +120,14 @@ def test_what_is_handed_over_is_a_copy(make: Make) -> None:
     assert runtime.gather({"a": tensor}) == {}
 
 
-def test_a_batch_arrives_as_it_was(make: Make) -> None:
+def test_a_batch_is_placed_unchanged(make: Make) -> None:
     tokens = np.arange(24, dtype=np.int32).reshape(4, 2, 3)
     placed = make().place_batch(tokens)
     assert placed.dtype == torch.int32
     assert np.array_equal(placed.numpy(), tokens)
 
 
-def test_alone_there_is_nothing_to_reduce_or_compile(make: Make) -> None:
+def test_one_process_in_eager_mode_reduces_and_compiles_nothing(make: Make) -> None:
     runtime, model = make(), nn.Linear(2, 2)
     assert runtime.forward(model) is model
     assert runtime.fuse(len) is len
@@ -177,7 +177,7 @@ def test_in_a_process_group(make: Make, monkeypatch: pytest.MonkeyPatch) -> None
     runtime.distributed = False
 
 
-def test_a_first_graph_that_was_there_does_not_hide_the_next(make: Make) -> None:
+def test_a_cached_first_graph_does_not_hide_the_next(make: Make) -> None:
     runtime = make(train={"compile": True})
     double = torch.compile(lambda x: x * 2, backend="eager", dynamic=False)
     double(torch.ones(2))
@@ -193,7 +193,7 @@ def test_a_first_graph_that_was_there_does_not_hide_the_next(make: Make) -> None
 def test_a_wait_for_the_gpu_ends_a_strict_run_and_names_the_line(make: Make, recwarn: pytest.WarningsRecorder) -> None:
     runtime = make()
 
-    def waits() -> None:  # as PyTorch's C++ does for each call, in the line that made it
+    def waits() -> None:  # as PyTorch's C++ does for each call, at the line of the call
         text = (
             "called a synchronizing CUDA operation (Triggered internally at /pytorch/c10/cuda/CUDAFunctions.cpp:197.)"
         )
@@ -207,7 +207,7 @@ def test_a_wait_for_the_gpu_ends_a_strict_run_and_names_the_line(make: Make, rec
             waits()
         warnings.warn("another", UserWarning, stacklevel=1)
     assert [str(warning.message) for warning in recwarn] == ["another"]
-    assert len(runtime._events) == 2, "each one, but none of the warm-up"
+    assert len(runtime._events) == 2, "each wait but that of the warm-up"
     guard = GraphGuard(runtime, strict=True, say=print)
     with pytest.raises(
         UserError, match=rf"step 7: host transfer at {re.escape(__file__)}:\d+ in waits: a call that waits"

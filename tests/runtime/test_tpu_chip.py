@@ -1,4 +1,4 @@
-"""Which TPU this machine has: a PCI bus of files, and a server here that answers as Google's metadata server does."""
+"""Which TPU this host has, by a PCI bus made of files and a local server that answers as Google's metadata server does."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ Bus = Callable[..., None]
 
 @pytest.fixture(autouse=True)
 def bus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Bus:
-    """A PCI bus, in an environment that says nothing of TPUs; the test plugs in chips of a generation."""
+    """Plugs chips of a generation into a PCI bus, in an environment without variables of TPUs."""
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
     folder = tmp_path / "pci"
@@ -64,24 +64,24 @@ def bus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Bus:
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Google's metadata server: attributes by name, for those who send its header."""
+    """Google's metadata server: attributes by name, for requests with its header."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Metadata)
         self.attributes: dict[str, str] = {}
-        self.asked: list[str] = []
+        self.requests: list[str] = []
         self.flavor = "Google"
 
 
 class Metadata(http.server.BaseHTTPRequestHandler):
-    """One answer of it."""
+    """Its handler of one request."""
 
     def do_GET(self) -> None:
         server = self.server
         assert isinstance(server, Server)
-        path = self.path.removeprefix("http://metadata.google.internal")  # as a proxy is asked
+        path = self.path.removeprefix("http://metadata.google.internal")  # a proxy gets the whole URL
         name = path.removeprefix("/computeMetadata/v1/instance/attributes/")
-        server.asked.append(name)
+        server.requests.append(name)
         text = server.attributes.get(name)
         status = 403 if self.headers.get("Metadata-Flavor") != "Google" else 200 if text is not None else 404
         self.send_response(status)
@@ -100,7 +100,7 @@ def metadata(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         monkeypatch.setenv("GCE_METADATA_HOST", f"127.0.0.1:{server.server_port}")
-        monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # a proxy is no way to it
+        monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # a proxy must not be used
         yield server
         server.shutdown()
         thread.join()
@@ -143,27 +143,27 @@ def test_every_spelling_of_a_generation(name: str, chip: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["TPU v4 lite", "TPU7x", "tpu7x-8", "v6", "v5x", "v51e", "cpu", "5", ""])
-def test_others_are_not_taken_for_one_that_is_known(name: str) -> None:
+def test_unknown_names_are_not_taken_for_a_known_generation(name: str) -> None:
     assert generation(name) not in CHIPS
 
 
 @pytest.mark.parametrize("chip", ["v4", "v5p", "v5e", "v6e"])
-def test_the_bus_knows_the_chip_where_no_variable_is_set(chip: str, bus: Bus) -> None:
+def test_without_a_variable_the_bus_gives_the_chip(chip: str, bus: Bus) -> None:
     bus(chip, 4)
     assert pci_chips() == [chip] * 4
     found = find_chip()
     assert (found.chip, found.name, found.warnings) == (chip, f"TPU {chip}", ())
 
 
-@pytest.mark.parametrize("told", ["v5litepod-16", "v5lite-8", "v5e-8"])
-def test_the_variable_gives_the_name(told: str, bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("value", ["v5litepod-16", "v5lite-8", "v5e-8"])
+def test_the_variable_gives_the_name(value: str, bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
     bus("v5e")
-    monkeypatch.setenv("TPU_ACCELERATOR_TYPE", told)
+    monkeypatch.setenv("TPU_ACCELERATOR_TYPE", value)
     found = find_chip()
-    assert (found.chip, found.name, found.warnings) == ("v5e", f"TPU v5e ({told})", ())
+    assert (found.chip, found.name, found.warnings) == ("v5e", f"TPU v5e ({value})", ())
 
 
-def test_a_variable_of_another_machine_does_not_count(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_variable_that_contradicts_the_bus_is_ignored(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
     bus("v6e")
     monkeypatch.setenv("TPU_ACCELERATOR_TYPE", "v5litepod-8")
     found = find_chip()
@@ -171,15 +171,15 @@ def test_a_variable_of_another_machine_does_not_count(bus: Bus, monkeypatch: pyt
     assert found.warnings == ("TPU_ACCELERATOR_TYPE=v5litepod-8, but the chips of this machine are v6e, which counts",)
 
 
-@pytest.mark.parametrize("told", ["v2-8", "v3-32"])
-def test_v2_and_v3_are_told_apart_by_the_metadata_server(told: str, bus: Bus, metadata: Server) -> None:
+@pytest.mark.parametrize("value", ["v2-8", "v3-32"])
+def test_v2_and_v3_are_told_apart_by_the_metadata_server(value: str, bus: Bus, metadata: Server) -> None:
     bus("v3", 4)
-    metadata.attributes["tpu-env"] = TPU_ENV.format(type=told)
+    metadata.attributes["tpu-env"] = TPU_ENV.format(type=value)
     found = find_chip()
-    assert (found.chip, found.name, found.warnings) == (told[:2], f"TPU {told[:2]} ({told})", ())
+    assert (found.chip, found.name, found.warnings) == (value[:2], f"TPU {value[:2]} ({value})", ())
 
 
-def test_an_unknown_chip_is_said_in_a_line(bus: Bus, metadata: Server) -> None:
+def test_an_unknown_chip_is_a_warning(bus: Bus, metadata: Server) -> None:
     bus("v7x")
     found = find_chip()
     assert (found.chip, found.name) == (None, "TPU v7x")
@@ -187,12 +187,12 @@ def test_an_unknown_chip_is_said_in_a_line(bus: Bus, metadata: Server) -> None:
     assert line.startswith("the TPU calls itself v7x, which is not in the table of chips: plain attention will run")
 
 
-def test_a_chip_that_nobody_names_is_asked_for(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_chip_without_a_name_is_a_warning(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
     bus("v3", 4)
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
     (line,) = find_chip().warnings
     assert "set TPU_ACCELERATOR_TYPE, as v5litepod-8" in line
-    assert find_chip("TPU v3").chip == "v3", "by what the device calls itself, where it can be asked"
+    assert find_chip("TPU v3").chip == "v3", "by the name that the device gives itself"
 
 
 @pytest.mark.parametrize(
@@ -210,7 +210,7 @@ def test_what_the_metadata_server_says(
     attributes: dict[str, str], expected: str | None, bus: Bus, metadata: Server
 ) -> None:
     assert accelerator_type() is None, "no TPU on the bus"
-    assert metadata.asked == [], "and nobody was asked"
+    assert metadata.requests == [], "and no request was made"
     bus("v5e")
     metadata.attributes = attributes
     assert accelerator_type() == expected
@@ -222,7 +222,7 @@ def test_only_googles_server_counts(bus: Bus, metadata: Server) -> None:
     assert accelerator_type() is None
 
 
-def test_a_variable_or_a_ban_keeps_it_from_being_asked(
+def test_a_variable_or_the_skip_variable_avoids_the_request(
     bus: Bus, metadata: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bus("v5e")
@@ -233,10 +233,10 @@ def test_a_variable_or_a_ban_keeps_it_from_being_asked(
     assert accelerator_type() == "v5e-8"
     monkeypatch.delenv("TPU_SKIP_MDS_QUERY")
     assert accelerator_type() == "v5e-8"
-    assert metadata.asked == []
+    assert metadata.requests == []
 
 
-def test_a_server_that_never_answers_is_not_waited_for(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_never_answers_times_out(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
     bus("v5e")
     monkeypatch.setattr(tpu_chip, "METADATA_SECONDS", 0.1)
     with socket.socket() as silent:
@@ -249,7 +249,7 @@ def test_a_server_that_never_answers_is_not_waited_for(bus: Bus, monkeypatch: py
         assert time.monotonic() - began < 2
 
 
-def test_a_tpu_that_must_be_described_and_is_not_is_refused(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tpu_without_a_description_is_refused(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
     assert check_description() is None, "no TPU here"
     bus("v5e")
@@ -259,7 +259,7 @@ def test_a_tpu_that_must_be_described_and_is_not_is_refused(bus: Bus, monkeypatc
     assert check_description() is None
 
 
-def test_preflight_compiles_for_this_machines_slice(bus: Bus, metadata: Server) -> None:
+def test_preflight_compiles_for_this_hosts_slice(bus: Bus, metadata: Server) -> None:
     with pytest.raises(UserError, match=r"name the TPU to compile for with --topology: [^(]*\(or v5e-16\)[^(]*$"):
         chosen_topology(None)
     bus("v5e", 4)
@@ -270,7 +270,7 @@ def test_preflight_compiles_for_this_machines_slice(bus: Bus, metadata: Server) 
     assert chosen_topology("v3-8").libtpu_name == "v3:2x2"
 
 
-# torch_xla itself as it is imported on a TPU VM: its `glob` of the PCI bus finds ours, and it asks by way of a proxy of ours.
+# torch_xla itself, imported as on a TPU VM: its `glob` finds the test's PCI bus, and a proxy of the test gets its request.
 IMPORT = """
 import glob, sys
 from pathlib import Path
@@ -291,7 +291,7 @@ else:
 """
 
 
-def test_torch_xla_and_we_find_the_same(bus: Bus, metadata: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_xla_finds_the_same_chip(bus: Bus, metadata: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     bus("v5e")
     metadata.attributes["tpu-env"] = TPU_ENV.format(type="v5litepod-8")
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PJRT_DEVICE": "CPU"}

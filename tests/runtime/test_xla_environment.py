@@ -1,4 +1,4 @@
-"""What is put right, or refused, before PyTorch/XLA touches a device."""
+"""What is corrected or refused before PyTorch/XLA touches a device."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ POD = {"TPU_PROCESS_ADDRESSES": "local", "CLOUD_TPU_TASK_ID": "3"}
 
 @pytest.fixture(autouse=True)
 def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A copy of the environment that knows of no notebook, pod or device but a CPU."""
+    """A copy of the environment without variables of notebooks and pods, with PJRT_DEVICE=CPU."""
     kept = {
         key: value for key, value in os.environ.items() if not key.startswith(("KAGGLE_", "COLAB_")) and key not in POD
     }
@@ -35,7 +35,7 @@ def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("notebook", ["KAGGLE_KERNEL_RUN_TYPE", "COLAB_RELEASE_TAG"])
-def test_what_a_hosted_notebook_says_of_its_pod_is_forgotten(notebook: str) -> None:
+def test_pod_variables_of_a_hosted_notebook_are_removed(notebook: str) -> None:
     os.environ.update(POD | {notebook: "x", "TPU_ACCELERATOR_TYPE": "v3-8"})
     prepare_environment(ParallelConfig())
     assert not POD.keys() & os.environ.keys()
@@ -66,7 +66,7 @@ def test_cuda_without_its_plugin_says_what_to_install() -> None:
 
 
 @pytest.mark.parametrize("name", CHANGES_RESULTS)
-def test_a_variable_that_changes_results_is_forgotten_with_a_line(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_variable_that_changes_results_is_removed_with_a_note(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     os.environ[name] = "1"
     (line,) = [note for note in clear_environment(multiprocess=False) if note.startswith("XLA_") and name in note]
     assert line == f"{name}=1 is set, and not followed: {CHANGES_RESULTS[name]}"
@@ -74,10 +74,10 @@ def test_a_variable_that_changes_results_is_forgotten_with_a_line(name: str, mon
     if "16" in name:
         assert "use --mixed-precision bf16" in line
     os.environ[name] = "0"
-    assert clear_environment(multiprocess=False) == [], "it was off"
+    assert clear_environment(multiprocess=False) == [], "0 means off"
 
 
-def test_spmd_by_a_variable_does_not_overrule_one_process_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_spmd_variable_does_not_overrule_multiprocess(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "torch_xla", raising=False)
     os.environ["XLA_USE_SPMD"] = "1"
     assert clear_environment(multiprocess=False) == []
@@ -87,7 +87,7 @@ def test_spmd_by_a_variable_does_not_overrule_one_process_a_device(monkeypatch: 
     assert "XLA_USE_SPMD" not in os.environ
 
 
-def test_options_of_the_compilers_stay_and_are_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_xla_flags_are_kept_and_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "torch_xla", raising=False)
     os.environ["XLA_FLAGS"] = "--xla_cpu_enable_fast_math=true"
     (line,) = clear_environment(multiprocess=False)
@@ -95,10 +95,10 @@ def test_options_of_the_compilers_stay_and_are_repeated(monkeypatch: pytest.Monk
     assert os.environ["XLA_FLAGS"] == "--xla_cpu_enable_fast_math=true"
 
 
-def test_options_that_torch_xla_sets_by_itself_are_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_xla_flags_that_torch_xla_sets_itself_are_not_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "torch_xla", raising=False)
     os.environ["XLA_FLAGS"] = (
-        " --xla_cpu_enable_fast_math=false"  # as a process has it whose parent has imported torch_xla
+        " --xla_cpu_enable_fast_math=false"  # inherited from a process that has imported torch_xla
     )
     assert clear_environment(multiprocess=False) == []
     os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
@@ -106,21 +106,21 @@ def test_options_that_torch_xla_sets_by_itself_are_not_repeated(monkeypatch: pyt
     assert line.startswith("XLA_FLAGS=--xla_backend_optimization_level=0 changes")
 
 
-def test_the_tpus_compiler_is_told_before_it_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_options_of_the_tpu_compiler_are_set_before_it_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     tpu = types.SimpleNamespace(num_available_chips=lambda: 8)
     monkeypatch.setitem(sys.modules, "torch_xla._internal", types.SimpleNamespace(tpu=tpu))
     os.environ |= {"PJRT_DEVICE": "TPU", "LIBTPU_INIT_ARGS": "--xla_enable_async_all_reduce=false --other=1"}
     prepare_environment(ParallelConfig())
     assert os.environ["LIBTPU_INIT_ARGS"] == "--xla_enable_async_all_reduce=false --other=1"
     prepare_environment(ParallelConfig(overlap_gradients=True))
-    words = os.environ["LIBTPU_INIT_ARGS"].split()
-    assert words[:2] == ["--xla_enable_async_all_reduce=false", "--other=1"], "what the user has set stays"
-    assert {word.split("=")[0] for word in words} == {"--other", *(f"--{name}" for name in OVERLAP)}
-    assert len(words) == 1 + len(OVERLAP)
+    options = os.environ["LIBTPU_INIT_ARGS"].split()
+    assert options[:2] == ["--xla_enable_async_all_reduce=false", "--other=1"], "what the user has set stays"
+    assert {option.split("=")[0] for option in options} == {"--other", *(f"--{name}" for name in OVERLAP)}
+    assert len(options) == 1 + len(OVERLAP)
     assert not compiler_options(ParallelConfig())
 
 
-# In a process of its own, because counting chips imports torch_xla.
+# In a subprocess, because counting chips imports torch_xla.
 CHIPS = """
 import os
 from torch_xla._internal import tpu
@@ -138,13 +138,13 @@ else:
         prepare_environment(ParallelConfig())
     except UserError as error:
         print(error)
-# The last is what PyTorch/XLA would make bf16 of.
+# PyTorch/XLA would round the value of the last line to bf16.
 import torch
 from pretrain_xla.config import RunConfig
 from pretrain_xla.runtime import start
 os.environ["PJRT_DEVICE"] = "CPU"
 runtime = start(RunConfig())
-# The runtime of a TPU VM, as far as it comes here: the PCI bus says v5e, and the rest is a CPU.
+# The runtime of a TPU VM, as far as a CPU allows: the PCI bus lists a v5e or v3, and the device is a CPU.
 import sys
 from pathlib import Path
 from pretrain_xla.runtime import tpu_chip
@@ -152,22 +152,22 @@ from pretrain_xla.runtime.xla import runtime as xla
 plain, xla.xr.device_type = xla.xr.device_type, lambda: "TPU"
 for chip in ("v5e", "v3"):
     tpu_chip.PCI_DEVICES = Path(sys.argv[1]) / chip
-    machine = xla.XlaRuntime(RunConfig())
-    print(f"{chip}: {machine.device_name}, {machine.peak_flops}, {machine.attention}, {machine.warnings}")
+    tpu_runtime = xla.XlaRuntime(RunConfig())
+    print(f"{chip}: {tpu_runtime.device_name}, {tpu_runtime.peak_flops}, {tpu_runtime.attention}, {tpu_runtime.warnings}")
 xla.xr.device_type = plain
 print("kept:", torch.tensor(1 + 2**-12).to(runtime.device).cpu().item() == 1 + 2**-12, runtime.attention)
 """
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torch_xla") is None, reason="needs torch_xla")
-def test_without_a_tpu_the_cpu_is_taken_and_a_tpu_refused_and_fp32_stays(tmp_path: Path) -> None:
+def test_without_a_tpu_the_cpu_is_used_tpu_is_refused_and_fp32_stays(tmp_path: Path) -> None:
     for chip, device in (("v5e", "0x0063"), ("v3", "0x0027")):
         card = tmp_path / chip / "0000:00:05.0"
         card.mkdir(parents=True)
         (card / "vendor").write_text("0x1ae0\n")
         (card / "device").write_text(device + "\n")
     environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_USE_BF16": "1", "XLA_DOWNCAST_BF16": "1"}
-    environment |= {"GCE_METADATA_HOST": "127.0.0.1:9"}  # nobody
+    environment |= {"GCE_METADATA_HOST": "127.0.0.1:9"}  # nothing listens there
     done = subprocess.run(
         [sys.executable, "-c", CHIPS, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=120
     )
@@ -182,35 +182,35 @@ def test_without_a_tpu_the_cpu_is_taken_and_a_tpu_refused_and_fp32_stays(tmp_pat
     assert "note: XLA_DOWNCAST_BF16=1 is set, and not followed" in done.stderr
 
 
-# A package where JAX's plugin would be, with a library that is no plugin: as far as one comes without a GPU.
+# A package in place of JAX's plugin, whose library is not a plugin: as much as can be tested without a GPU.
 CUDA = """
 import os
 from pretrain_xla.config import build_config
 from pretrain_xla.errors import UserError
 from pretrain_xla.runtime import load_xla, start
 
-def say(call, *arguments):
+def print_error(call, *arguments):
     try:
         call(*arguments)
     except UserError as error:
         print(error)
 
 def nothing(index):
-    raise AssertionError("never comes so far")
+    raise AssertionError("must not be reached")
 
 if __name__ == "__main__":
     config = build_config({"parallel": {"mp_start_method": "spawn"}}, "here")
     load_xla(config)
     from pretrain_xla.runtime.xla.launch import launch
-    say(launch, config, nothing)
+    print_error(launch, config, nothing)
     os.environ["GPU_NUM_DEVICES"] = "1"
-    say(launch, config, nothing)
-    say(start, build_config({}, "here"))
+    print_error(launch, config, nothing)
+    print_error(start, build_config({}, "here"))
 """
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torch_xla") is None, reason="needs torch_xla")
-def test_a_cuda_plugin_is_known_to_every_process_and_without_a_gpu_there_is_a_line(tmp_path: Path) -> None:
+def test_every_process_finds_the_cuda_plugin_and_without_a_gpu_there_is_one_error(tmp_path: Path) -> None:
     plugin = tmp_path / "jax_plugins" / "xla_cuda12"
     plugin.mkdir(parents=True)
     (plugin / "__init__.py").touch()

@@ -1,6 +1,6 @@
 """Finding the line at which a graph changed, on graphs written by hand and on real ones.
 
-All of it in one process of its own: importing torch_xla changes torch for whoever comes after.
+All of it runs in one subprocess: importing torch_xla changes torch for later tests.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ LINES = {
 }
 
 
-def located(graph: str, lines: dict[int, str]) -> str:
-    """The same graph as a trace with source lines has it."""
+def with_source_lines(graph: str, lines: dict[int, str]) -> str:
+    """The same graph as a trace with source lines prints it."""
     result = []
     for line in graph.splitlines():
         head, mark, tail = line.partition(", xla_shape")
@@ -48,7 +48,7 @@ def located(graph: str, lines: dict[int, str]) -> str:
     return "\n".join(result)
 
 
-# A sine comes in between multiplication and addition, so that all the numbers behind it shift.
+# A sine between multiplication and addition shifts all numbers after it.
 WITH_SINE = """
 IR {
   %0 = f32[] prim::Constant(), value=1, location=add@model.py:12, xla_shape=f32[]
@@ -73,22 +73,22 @@ IR {
   %7 = f32[] aten::sum(%6), dtype=6, location=loss@model.py:20, xla_shape=f32[], ROOT=0
 }
 """
-# One more output, behind the sum, whose own number among the outputs changes with it.
-WITH_OUTPUT = located(BEFORE.replace("ROOT=0\n}", "ROOT=1\n}"), LINES).replace(
+# One more output after the sum, which changes the sum's own output number.
+WITH_OUTPUT = with_source_lines(BEFORE.replace("ROOT=0\n}", "ROOT=1\n}"), LINES).replace(
     "\n}", "\n  %6 = f32[3,4]{1,0} aten::neg(%4), location=extra@model.py:40, xla_shape=f32[3,4]{1,0}, ROOT=0\n}"
 )
 AFTER = {
-    "same": located(BEFORE, LINES),
-    "wider input": located(BEFORE, LINES).replace("[3,4]", "[3,5]"),
+    "same": with_source_lines(BEFORE, LINES),
+    "wider input": with_source_lines(BEFORE, LINES).replace("[3,4]", "[3,5]"),
     "new operation": WITH_SINE,
-    "other operation": located(BEFORE.replace("aten::mul", "aten::div"), LINES),
-    "other constant": located(BEFORE.replace("value=1", "value=2"), LINES),
+    "other operation": with_source_lines(BEFORE.replace("aten::mul", "aten::div"), LINES),
+    "other constant": with_source_lines(BEFORE.replace("value=1", "value=2"), LINES),
     "new constant": WITH_CONSTANT,
     "new output": WITH_OUTPUT,
     "no lines": BEFORE.replace("aten::mul", "aten::div"),
     "empty": "",
 }
-# What first_difference must say: where, and words of what.
+# What first_difference must return: the line, and part of its description.
 EXPECTED = {
     "same": ("unknown line", "another constant"),
     "wider input": ("scale@model.py:10", "f32[3,5]"),
@@ -165,7 +165,7 @@ result["before"] = before_events
 result["events"] = [(event.kind, event.where, event.what) for event in events]
 result["fallbacks"] = graphs.fallbacks()
 
-# A function whose first graph was there already, as when a compile cache holds it.
+# A function whose first graph is already compiled, as with a compile cache.
 found = []
 counts = GraphCounts()
 def twice(x):
@@ -180,10 +180,10 @@ result["hit"] = [event.kind for event in found]
 hit(wide)
 result["then"] = [event.kind for event in found]
 result["graphs"] = counts.graphs
-# The counter of programs that were read from a folder, which XLA's CPU client cannot do.
+# A counter for programs read from the compile cache, which XLA's CPU client cannot do.
 plain = graphs.metrics.counter_value
 graphs.metrics.counter_value = lambda name: {"UncachedCompile": 3, "PersistentCacheHit": 2}.get(name)
-result["read from a folder"] = graphs.compilations()
+result["read from the cache"] = graphs.compilations()
 print(json.dumps(result))
 """
 
@@ -199,14 +199,14 @@ def found() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("case", AFTER)
-def test_where_two_graphs_part(case: str, found: dict[str, Any]) -> None:
+def test_where_two_graphs_differ(case: str, found: dict[str, Any]) -> None:
     where, what = found["hand"][case]
     expected_where, expected_what = EXPECTED[case]
     assert where == expected_where
     assert expected_what in what
 
 
-def test_where_two_real_graphs_part(found: dict[str, Any]) -> None:
+def test_where_two_real_graphs_differ(found: dict[str, Any]) -> None:
     line = SCRIPT.splitlines().index("        y = y.sin()  # LINE") + 1
     assert found["real"]["same"][0] == "unknown line"
     assert found["real"]["twisted"] == [f"step@<string>:{line}", "aten::sin f32[3,4] is new in the graph"]
@@ -214,10 +214,10 @@ def test_where_two_real_graphs_part(found: dict[str, Any]) -> None:
     assert "f32[3,8]" in found["real"]["wide"][1]
 
 
-def test_a_new_number_compiles_nothing_and_a_new_shape_does(found: dict[str, Any]) -> None:
-    start, first, again, other_number, other_shape = found["compilations"]
+def test_a_new_value_compiles_nothing_and_a_new_shape_does(found: dict[str, Any]) -> None:
+    start, first, again, other_value, other_shape = found["compilations"]
     assert first == start + 1
-    assert again == other_number == first
+    assert again == other_value == first
     assert other_shape == first + 1
     assert 0 < found["compile_seconds"] < 120
     assert found["fallbacks"] == {}
@@ -237,11 +237,11 @@ def test_the_watch_sees_reads_of_the_device_and_nothing_else(found: dict[str, An
     assert len(found["events"]) == len(names)
 
 
-def test_a_first_graph_that_was_there_does_not_hide_the_next(found: dict[str, Any]) -> None:
+def test_a_cached_first_graph_does_not_hide_the_next(found: dict[str, Any]) -> None:
     assert found["hit"] == []
     assert found["then"] == ["recompilation"]
     assert found["graphs"] == {"before": 1, "hit": 1}
 
 
 def test_a_program_from_the_compile_cache_counts_as_a_graph(found: dict[str, Any]) -> None:
-    assert found["read from a folder"] == 5
+    assert found["read from the cache"] == 5

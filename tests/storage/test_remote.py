@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from pretrain_xla.config import DataConfig
-from pretrain_xla.data import shard_loader as supply
+from pretrain_xla.data import shard_loader
 from pretrain_xla.data.batches import Batches
 from pretrain_xla.data.dataset import open_dataset, open_shards
 from pretrain_xla.data.manifest import dataset_info
@@ -24,8 +24,8 @@ from pretrain_xla.prepare.dataset import prepare
 from pretrain_xla.storage import remote
 from pretrain_xla.storage.files import filesystem
 from pretrain_xla.text.sources import open_source
-from tests.peers import WRITERS
 from tests.servers import BUCKET, FaultyProxy, WebServer, free_port, gcs_emulator, process, upload
+from tests.shard_writers import WRITERS
 
 TOKENS = 30_000
 
@@ -338,7 +338,7 @@ def test_no_thread_outlives_its_loader(proxy, emulator, local, tmp_path):
     while started[0].is_alive():
         assert time.monotonic() < limit
         time.sleep(0.01)
-    assert supply.PART_BYTES * supply.PARTS_AT_A_TIME <= 2**26  # memory that a download takes
+    assert shard_loader.PART_BYTES * shard_loader.PARTS_AT_A_TIME <= 2**26  # memory that a download takes
 
 
 def test_text_from_a_bucket_outlives_faults(proxy, emulator, tmp_path, impatient):

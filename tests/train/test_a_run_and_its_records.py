@@ -24,7 +24,7 @@ Make = Callable[..., RunConfig]
 
 @pytest.fixture
 def make(make_config: Make, tokens: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
-    """Configs of short runs; keywords are leaves of `train`, or whole other sections."""
+    """Builds configs of short runs; other keywords than those named here are settings of `train`."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
 
@@ -44,7 +44,7 @@ def make(make_config: Make, tokens: Path, monkeypatch: pytest.MonkeyPatch) -> Ma
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Of the run."""
+    """The run's folder."""
     return tmp_path / "run"
 
 
@@ -67,22 +67,20 @@ def test_a_checkpoint_carries_the_loss_of_its_own_weights(make: Make, folder: Pa
 
 
 @pytest.mark.parametrize("intervals", [{}, {"save_interval": 3}, {"valid_interval": 3}, {"log_interval": 2}])
-def test_what_led_to_a_loss_that_is_no_number_is_on_the_disk(
-    intervals: dict[str, int], make: Make, folder: Path
-) -> None:
-    ruinous = {"learning_rate": 1e20, "min_lr": 1e20, "max_grad_norm": 0.0}
+def test_the_rows_that_led_to_a_nan_loss_are_on_disk(intervals: dict[str, int], make: Make, folder: Path) -> None:
+    diverging = {"learning_rate": 1e20, "min_lr": 1e20, "max_grad_norm": 0.0}
     with pytest.raises(UserError, match=r"step \d+: the (loss|gradient norm|validation loss) is (nan|inf)") as caught:
-        run(make(train_steps=12, optim=ruinous, **intervals))
+        run(make(train_steps=12, optim=diverging, **intervals))
     assert "\n" not in str(caught.value)
     rows = [row for row in rows_of(folder) if "loss" in row]
     assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
-    ruined = int(str(caught.value).removeprefix("step ").split(":")[0])
-    assert len(rows) >= ruined
-    assert CheckpointStore(str(folder / "checkpoints"), limit=9).steps() == [], "nothing of it is kept"
+    failed_step = int(str(caught.value).removeprefix("step ").split(":")[0])
+    assert len(rows) >= failed_step
+    assert CheckpointStore(str(folder / "checkpoints"), limit=9).steps() == [], "no checkpoint of it is kept"
 
 
-def test_a_test_that_measures_no_number_fails(make: Make, folder: Path) -> None:
-    """Weights that are numbers, and give none."""
+def test_an_evaluation_with_a_nan_loss_fails(make: Make, folder: Path) -> None:
+    """Finite weights that give a loss of NaN."""
     run(make(train_steps=1))
     store = CheckpointStore(str(folder / "checkpoints"), limit=9)
     tensors = {
@@ -94,9 +92,7 @@ def test_a_test_that_measures_no_number_fails(make: Make, folder: Path) -> None:
         run(make(do_test=True))
 
 
-def test_rows_are_on_the_disk_when_a_run_stops_itself(
-    make: Make, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_are_on_disk_when_a_run_stops_itself(make: Make, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def check(_guard: GraphGuard, step: int) -> None:
         if step == 5:
             raise UserError("stopped")
@@ -107,7 +103,7 @@ def test_rows_are_on_the_disk_when_a_run_stops_itself(
     assert [row["step"] for row in rows_of(folder) if "loss" in row] == [1, 2, 3, 4, 5]
 
 
-def test_a_finished_run_is_left_as_it_is(make: Make, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_finished_run_is_not_changed(make: Make, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(make(train_steps=6, log_interval=2))
     before = contents(folder)
     assert json.loads(before["summary.json"])["steps"] == 6
@@ -116,11 +112,11 @@ def test_a_finished_run_is_left_as_it_is(make: Make, folder: Path, capsys: pytes
         run(make(train_steps=steps, log_interval=2))
         assert f"this run has already made {words} --train-steps to continue" in capsys.readouterr().out
         assert contents(folder) == before
-    (folder / "summary.json").unlink()  # killed after its last checkpoint, and before that
+    (folder / "summary.json").unlink()  # as if killed between its last checkpoint and its summary
     run(make(train_steps=4, log_interval=2))
-    whole, summary = json.loads(before["summary.json"]), json.loads((folder / "summary.json").read_text())
+    complete, summary = json.loads(before["summary.json"]), json.loads((folder / "summary.json").read_text())
     same = ("steps", "tokens", "last_train_loss", "last_valid_loss", "tokens_per_second", "parameters")
-    assert {key: summary[key] for key in same} == {key: whole[key] for key in same}
+    assert {key: summary[key] for key in same} == {key: complete[key] for key in same}
 
 
 def test_no_record_of_an_earlier_run_is_lost(make: Make, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -156,7 +152,7 @@ def test_a_run_that_made_no_step_left_no_record(make: Make, folder: Path) -> Non
     assert [row["step"] for row in rows_of(folder)] == [0, 1, 2, 2]
 
 
-def test_only_the_weights_of_a_finished_run(make: Make, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_weights_only_of_a_finished_run(make: Make, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(make(train_steps=4))
     first = CheckpointStore(str(folder / "checkpoints"), limit=9).load(4)
 
@@ -177,6 +173,6 @@ def test_only_the_weights_of_a_finished_run(make: Make, folder: Path, capsys: py
     last = next(row["valid_loss"] for row in rows_of(folder) if row["step"] == 4 and "valid_loss" in row)
     assert rows_of(folder / "second")[0]["valid_loss"] == pytest.approx(last)
     assert any((first[name] != second[name]).any() for name in first if name.startswith("model."))
-    assert int(begin("third", train_steps=5)["optimizer.step"]) == 5, "all of its state, as ever"
+    assert int(begin("third", train_steps=5)["optimizer.step"]) == 5, "all of its state, by default"
     with pytest.raises(UserError, match="weights_only=True needs from_checkpoint"):
         make(train_steps=4, weights_only=True)

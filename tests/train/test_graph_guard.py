@@ -19,14 +19,14 @@ def said() -> list[str]:
     return []
 
 
-def happens(runtime: TorchRuntime, *events: GraphEvent) -> None:
+def emit(runtime: TorchRuntime, *events: GraphEvent) -> None:
     runtime._events.extend(events)
 
 
 def test_a_strict_run_ends_and_names_the_line(runtime: TorchRuntime, said: list[str]) -> None:
     guard = GraphGuard(runtime, strict=True, say=said.append)
     guard.check(1)
-    happens(runtime, RECOMPILATION)
+    emit(runtime, RECOMPILATION)
     with pytest.raises(UserError) as caught:
         guard.check(7)
     line = str(caught.value)
@@ -36,11 +36,11 @@ def test_a_strict_run_ends_and_names_the_line(runtime: TorchRuntime, said: list[
     assert guard.total("recompilation") == 1
 
 
-def test_others_hear_of_each_line_once_and_count(runtime: TorchRuntime, said: list[str]) -> None:
+def test_other_runs_report_each_line_once_and_count(runtime: TorchRuntime, said: list[str]) -> None:
     guard = GraphGuard(runtime, strict=False, say=said.append)
-    happens(runtime, TRANSFER, TRANSFER, RECOMPILATION)
+    emit(runtime, TRANSFER, TRANSFER, RECOMPILATION)
     guard.check(3)
-    happens(runtime, TRANSFER, ELSEWHERE)
+    emit(runtime, TRANSFER, ELSEWHERE)
     guard.check(4)
     guard.check(5)
     assert [line.split(" (")[0] for line in said] == [
@@ -57,7 +57,7 @@ def test_the_summary_has_graphs_and_faults_by_line(
 ) -> None:
     monkeypatch.setattr(runtime, "_counts", GraphCounts({"train": 2, "validation": 1}, 12.3456))
     guard = GraphGuard(runtime, strict=False, say=said.append)
-    happens(runtime, TRANSFER, TRANSFER, RECOMPILATION)
+    emit(runtime, TRANSFER, TRANSFER, RECOMPILATION)
     guard.check(1)
     assert guard.summary() == {
         "graphs": {"train": 2, "validation": 1},

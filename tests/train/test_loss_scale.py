@@ -12,7 +12,7 @@ CPU = torch.device("cpu")
 YES, NO = torch.tensor(True), torch.tensor(False)
 
 
-def test_gradients_come_back_divided() -> None:
+def test_gradients_are_divided_by_the_scale() -> None:
     scale = LossScale(CPU)
     given = [torch.full((3,), INITIAL_SCALE), torch.tensor([[-2.0 * INITIAL_SCALE]])]
     clean, overflow = scale.unscale(given)
@@ -30,7 +30,7 @@ def test_one_overflow_anywhere_zeroes_every_gradient(bad: float) -> None:
     assert all(torch.equal(gradient, torch.zeros_like(gradient)) for gradient in clean)
 
 
-def test_an_overflow_halves() -> None:
+def test_an_overflow_halves_the_scale() -> None:
     scale = LossScale(CPU)
     scale.adjust(NO)
     scale.adjust(YES)
@@ -51,7 +51,7 @@ def test_it_grows_after_an_interval_without_overflow_and_not_before() -> None:
     assert int(scale.good_steps) == 0
 
 
-def test_an_overflow_begins_the_interval_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_overflow_restarts_the_interval(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "GROWTH_INTERVAL", 3)
     scale = LossScale(CPU)
     found = []
@@ -61,7 +61,7 @@ def test_an_overflow_begins_the_interval_anew(monkeypatch: pytest.MonkeyPatch) -
     assert found == [1, 1, 0.5, 0.5, 0.5, 1, 1]
 
 
-def test_state_is_live() -> None:
+def test_state_is_not_a_copy() -> None:
     scale = LossScale(CPU)
     state = scale.state
     scale.adjust(YES)

@@ -20,8 +20,8 @@ from pretrain_xla.train.resume import Start, check_same_model, find_start
 Make = Callable[..., RunConfig]
 
 
-def leave(config: RunConfig, *steps: int, root: str | None = None) -> dict[str, Tensor]:
-    """Checkpoints as a run of this config leaves them; returns the tensors of the last."""
+def save_checkpoints(config: RunConfig, *steps: int, root: str | None = None) -> dict[str, Tensor]:
+    """Write checkpoints as a run of this config does; returns the tensors of the last."""
     store = CheckpointStore(root or config.checkpoints_dir, limit=9)
     tensors: dict[str, Tensor] = {}
     for step in steps:
@@ -48,7 +48,7 @@ def test_a_new_run_starts_from_nothing(make_config: Make, tmp_path: Path) -> Non
 def test_a_run_continues_from_its_newest(make_config: Make) -> None:
     config = make_config()
     said: list[str] = []
-    tensors = leave(config, 3, 5)
+    tensors = save_checkpoints(config, 3, 5)
     start = find_start(config, "data", said.append)
     assert (start.step, start.own) == (5, True)
     assert said == [f"continuing from {start.store.folder(5)}"]
@@ -61,11 +61,11 @@ def test_a_run_continues_from_its_newest(make_config: Make) -> None:
     assert start.tensors == {}
 
 
-def test_a_run_continues_from_the_newest_that_is_whole(make_config: Make) -> None:
+def test_a_run_continues_from_the_newest_intact_checkpoint(make_config: Make) -> None:
     config = make_config()
-    leave(config, 3, 5)
+    save_checkpoints(config, 3, 5)
     marker = Path(config.checkpoints_dir) / "step_00000005" / MARKER
-    marker.write_bytes(b"")  # as a kill left it where it was written in place
+    marker.write_bytes(b"")  # as a kill leaves a marker that is written in place
     said: list[str] = []
     start = find_start(config, "data", said.append)
     assert start.step == 3
@@ -76,19 +76,19 @@ def test_a_run_continues_from_the_newest_that_is_whole(make_config: Make) -> Non
         find_start(config, "data", print)
 
 
-def leave_tensors(config: RunConfig, tensors: dict[str, Tensor], step: int) -> Start:
+def save_and_find_start(config: RunConfig, tensors: dict[str, Tensor], step: int) -> Start:
     store = CheckpointStore(config.checkpoints_dir, limit=9)
     store.save(tensors, CheckpointInfo(step, None, "data", config.model_dump(mode="json")))
     store.close()
     return find_start(config, "data", print)
 
 
-def test_a_tensor_that_is_missing_is_no_zeros(make_config: Make) -> None:
+def test_a_missing_tensor_is_not_replaced_by_zeros(make_config: Make) -> None:
     config = make_config()
     weight = torch.ones(3, 2)
     model = {"model.x": weight}
     moment, step = {"optimizer.first_moment.x": weight}, {"optimizer.step": torch.tensor(4, dtype=torch.int32)}
-    start = leave_tensors(config, {**model, **moment, **step}, 4)
+    start = save_and_find_start(config, {**model, **moment, **step}, 4)
     assert torch.equal(start.optimizer_tensor("first_moment.x", weight), weight)
     with pytest.raises(
         UserError, match=r"step_00000004 lacks optimizer.second_moment.x, without which update 5 would be another"
@@ -97,22 +97,22 @@ def test_a_tensor_that_is_missing_is_no_zeros(make_config: Make) -> None:
     with pytest.raises(UserError, match=r"holds optimizer.first_moment.x in another shape"):
         start.optimizer_tensor("first_moment.x", torch.ones(2, 3))
     with pytest.raises(UserError, match=r"step_00000005 lacks optimizer.step"):
-        leave_tensors(config, model, 5).optimizer_tensor("step", weight)
+        save_and_find_start(config, model, 5).optimizer_tensor("step", weight)
     with pytest.raises(UserError, match=r"step_00000005 lacks [a-z.0-9_]+: name another"):
         find_start(config, "data", print).load_model(GPT(config.model))
     evaluated = find_start(make_config(train={"do_test": True}), "data", print)
-    assert not evaluated.optimizer_tensor("first_moment.x", weight).any(), "a test needs none"
+    assert not evaluated.optimizer_tensor("first_moment.x", weight).any(), "an evaluation needs none"
 
 
 def test_weights_from_elsewhere_have_no_optimizer(make_config: Make) -> None:
     config = make_config()
     weight = torch.ones(3, 2)
-    assert not leave_tensors(config, {"model.x": weight}, 0).optimizer_tensor("first_moment.x", weight).any()
+    assert not save_and_find_start(config, {"model.x": weight}, 0).optimizer_tensor("first_moment.x", weight).any()
 
 
-def test_other_data_is_pointed_out(make_config: Make) -> None:
+def test_other_data_is_reported(make_config: Make) -> None:
     config = make_config()
-    leave(config, 3)
+    save_checkpoints(config, 3)
     said: list[str] = []
     assert find_start(config, "other data", said.append).step == 3
     assert len(said) == 2
@@ -120,10 +120,10 @@ def test_other_data_is_pointed_out(make_config: Make) -> None:
     assert config.data.train_dir in said[0]
 
 
-def test_no_resume_never_writes_over_a_run(make_config: Make) -> None:
+def test_no_resume_never_overwrites_a_run(make_config: Make) -> None:
     config = make_config(checkpoint={"resume": False})
     assert find_start(config, "data", print).step == 0
-    leave(config, 3)
+    save_checkpoints(config, 3)
     with pytest.raises(
         UserError, match=r"--no-resume, but .*run/checkpoints holds checkpoints up to step 3: name another"
     ):
@@ -134,7 +134,7 @@ def test_no_resume_never_writes_over_a_run(make_config: Make) -> None:
 
 def test_from_another_runs_checkpoint(make_config: Make, tmp_path: Path) -> None:
     other = str(tmp_path / "other" / "checkpoints")
-    tensors = leave(make_config(), 4, 8, root=other)
+    tensors = save_checkpoints(make_config(), 4, 8, root=other)
     for path in (str(tmp_path / "other"), other, f"{other}/step_00000008"):
         start = find_start(make_config(train={"from_checkpoint": path, "train_steps": 9}), "data", print)
         assert start.step == 8
@@ -144,15 +144,15 @@ def test_from_another_runs_checkpoint(make_config: Make, tmp_path: Path) -> None
         find_start(make_config(train={"from_checkpoint": str(tmp_path / "none")}), "data", print)
 
 
-def test_its_own_checkpoint_goes_before_another_runs_except_in_a_test(make_config: Make, tmp_path: Path) -> None:
+def test_a_runs_own_checkpoint_comes_first_except_in_an_evaluation(make_config: Make, tmp_path: Path) -> None:
     other = str(tmp_path / "other")
-    leave(make_config(), 8, root=other)
-    leave(make_config(), 3)
+    save_checkpoints(make_config(), 8, root=other)
+    save_checkpoints(make_config(), 3)
     assert find_start(make_config(train={"from_checkpoint": other}), "data", print).step == 3
     assert find_start(make_config(train={"from_checkpoint": other, "do_test": True}), "data", print).step == 8
 
 
-def test_a_test_of_nothing_says_so(make_config: Make) -> None:
+def test_an_evaluation_without_a_checkpoint_is_reported(make_config: Make) -> None:
     said: list[str] = []
     assert find_start(make_config(train={"do_test": True}), "data", said.append).tensors == {}
     assert said == ["there is no checkpoint: evaluating freshly initialised weights"]
@@ -163,13 +163,13 @@ def test_a_test_of_nothing_says_so(make_config: Make) -> None:
     [("d_model", 32), ("num_layers", 3), ("tie_weights", True), ("vocab_size", 38), ("positions", "rotary")],
 )
 def test_another_models_checkpoint_is_refused_by_the_key_that_differs(key: str, value: Any, make_config: Make) -> None:
-    leave(make_config(), 3)
-    had = getattr(make_config().model, key)
+    save_checkpoints(make_config(), 3)
+    saved = getattr(make_config().model, key)
     with pytest.raises(UserError) as caught:
         find_start(make_config(model={key: value}), "data", print)
     line = str(caught.value)
     assert "step_00000003 is a checkpoint of another model" in line
-    assert f"its {key} is {had}, this run's is {value}" in line
+    assert f"its {key} is {saved}, this run's is {value}" in line
     assert "\n" not in line
 
 
@@ -181,7 +181,7 @@ def test_what_does_not_change_the_weights_may_change() -> None:
         check_same_model(info, ModelConfig(norm_eps=1e-6), "folder")
 
 
-def test_an_option_that_came_later_than_the_checkpoint_has_its_default_there() -> None:
+def test_an_option_newer_than_the_checkpoint_has_its_default() -> None:
     saved = ModelConfig().model_dump(mode="json")
     del saved["qk_norm"]
     info = CheckpointInfo(1, None, "data", {"model": saved})

@@ -24,7 +24,7 @@ SEQUENCES, UPDATES, HISTORY = 8, 3, 4
 def make_model(config: RunConfig) -> GPT:
     model = GPT(config.model)
     initialize(model, seed=5)
-    with torch.no_grad():  # norms and biases that are no identities, so that each has a gradient to speak of
+    with torch.no_grad():  # norms and biases that are not identities, so that each has a gradient
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
     return model
@@ -39,14 +39,14 @@ def make_step(
 
 
 def batches(config: RunConfig) -> list[Tensor]:
-    """Whole batches `[sequences, T + 1]`, one an update."""
+    """Global batches `[sequences, T + 1]`, one for each update."""
     generator = torch.Generator().manual_seed(2)
     shape = (SEQUENCES, config.model.seq_length + 1)
     ids = [torch.randint(0, config.model.vocab_size, shape, generator=generator) for _ in range(UPDATES)]
     return [tokens.to(torch.int32) for tokens in ids]
 
 
-def parts(tokens_NS: Tensor, micro_batches: int) -> Tensor:
+def split_batch(tokens_NS: Tensor, micro_batches: int) -> Tensor:
     """The same sequences as `[rows, micro-batches, T + 1]`."""
     return tokens_NS.reshape(micro_batches, -1, tokens_NS.shape[1]).transpose(0, 1)
 
@@ -55,19 +55,19 @@ def train(step: TrainStep, config: RunConfig) -> Tensor:
     """All updates; returns the history."""
     history = torch.zeros(HISTORY, len(METRICS))
     for tokens in batches(config):
-        history = step(parts(tokens, config.train.gradient_accum_step), history)
+        history = step(split_batch(tokens, config.train.gradient_accum_step), history)
     return history
 
 
 OPTIM = {"adam_eps": 1e-4, "weight_decay": 0.1, "betas": (0.9, 0.95), "max_grad_norm": 0.5}
 
 
-def test_it_is_the_plain_loop(make_config: Make, runtime: TorchRuntime) -> None:
+def test_it_matches_the_plain_loop(make_config: Make, runtime: TorchRuntime) -> None:
     config = make_config(optim=OPTIM)
     reference = make_model(config)
     matrices = [p for p in reference.parameters() if p.dim() >= 2]
     others = [p for p in reference.parameters() if p.dim() < 2]
-    torchs = torch.optim.AdamW(
+    adamw = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
         betas=(0.9, 0.95),
         eps=1e-4,
@@ -75,15 +75,15 @@ def test_it_is_the_plain_loop(make_config: Make, runtime: TorchRuntime) -> None:
     expected = []
     for update, tokens in enumerate(batches(config)):
         rate = float(learning_rate(torch.tensor(update), config.optim, config.model.d_model))
-        for group in torchs.param_groups:
+        for group in adamw.param_groups:
             group["lr"] = rate
         loss = reference(tokens[:, :-1], tokens[:, 1:])
-        torchs.zero_grad()
+        adamw.zero_grad()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(reference.parameters(), 0.5)
-        torchs.step()
+        adamw.step()
         expected.append([float(loss), float(norm), rate])
-    assert min(norm for _, norm, _ in expected) > 0.5, "so that clipping is seen"
+    assert min(norm for _, norm, _ in expected) > 0.5, "so that clipping has an effect"
 
     step = make_step(config, runtime)
     history = train(step, config)
@@ -110,12 +110,12 @@ def test_accumulation_makes_the_same_update(micro_batches: int, make_config: Mak
 
 
 IGNORED = tuple(range(20, 37))
-"""Nearly half of the ids, so that micro-batches differ in what they have of them."""
+"""Nearly half of the ids, so that micro-batches differ in how many tokens they ignore."""
 
 
 @pytest.mark.parametrize("max_grad_norm", [0.0, 0.5])
 @pytest.mark.parametrize("micro_batches", [1, 8])
-def test_the_mean_is_over_what_counts_however_the_batch_is_split(
+def test_the_mean_is_over_tokens_that_count_however_the_batch_is_split(
     micro_batches: int, max_grad_norm: float, make_config: Make, runtime: TorchRuntime
 ) -> None:
     config = make_config(
@@ -131,7 +131,7 @@ def test_the_mean_is_over_what_counts_however_the_batch_is_split(
     loss.backward()
     norm = nn.utils.clip_grad_norm_(reference.parameters(), max_grad_norm or 1e9)
 
-    history = step(parts(tokens, micro_batches), torch.zeros(HISTORY, len(METRICS)))
+    history = step(split_batch(tokens, micro_batches), torch.zeros(HISTORY, len(METRICS)))
     assert history[-1, :2].tolist() == pytest.approx([float(loss), float(norm)], rel=1e-5)
     # The first moment after one update is the gradient that it got, times 1 - beta.
     moments = dict(zip(step.optimizer.names, step.optimizer.first_moments, strict=True))
@@ -139,11 +139,11 @@ def test_the_mean_is_over_what_counts_however_the_batch_is_split(
         torch.testing.assert_close(moments[name], 0.1 * parameter.grad, rtol=1e-5, atol=1e-7, msg=name)
 
 
-def test_a_step_in_which_nothing_counts_changes_nothing(make_config: Make, runtime: TorchRuntime) -> None:
+def test_a_step_in_which_every_token_is_ignored_changes_nothing(make_config: Make, runtime: TorchRuntime) -> None:
     config = make_config(optim=OPTIM | {"weight_decay": 0.0})
     step = make_step(config, runtime, examples=Examples(ignored=tuple(range(37))))
     before = [parameter.clone() for parameter in step.model.parameters()]
-    history = step(parts(batches(config)[0], 1), torch.zeros(HISTORY, len(METRICS)))
+    history = step(split_batch(batches(config)[0], 1), torch.zeros(HISTORY, len(METRICS)))
     assert history[-1, :2].tolist() == [0, 0]
     assert all(torch.equal(old, new) for old, new in zip(before, step.model.parameters(), strict=True))
 
@@ -151,7 +151,7 @@ def test_a_step_in_which_nothing_counts_changes_nothing(make_config: Make, runti
 def test_a_history_that_a_thread_still_reads_does_not_change(make_config: Make, runtime: TorchRuntime) -> None:
     config = make_config()
     step, old = make_step(config, runtime), torch.zeros(HISTORY, len(METRICS))
-    new = step(parts(batches(config)[0], 1), old)
+    new = step(split_batch(batches(config)[0], 1), old)
     assert not old.any()
     assert new[-1].all()
 
@@ -166,16 +166,16 @@ def test_every_tensor_that_it_changes_is_in_its_state(make_config: Make, runtime
         assert not torch.equal(old, new), name
 
 
-def test_a_parameter_that_no_gradient_reaches_is_a_defect(make_config: Make, runtime: TorchRuntime) -> None:
+def test_a_parameter_without_a_gradient_is_an_error(make_config: Make, runtime: TorchRuntime) -> None:
     config = make_config()
     model = make_model(config)
-    model.register_parameter("forgotten", nn.Parameter(torch.ones(3)))
-    with pytest.raises(AssertionError, match="forgotten"):
+    model.register_parameter("unused", nn.Parameter(torch.ones(3)))
+    with pytest.raises(AssertionError, match="unused"):
         train(make_step(config, runtime, model), config)
 
 
 def scaled(config: RunConfig) -> RunConfig:
-    """With fp16's loss scaling: on a CPU the model computes in fp32 all the same, so nothing but the scaling is new."""
+    """With fp16's loss scaling. On a CPU the model still computes in fp32, so only the scaling differs."""
     changed = copy.deepcopy(config)
     return changed.model_copy(update={"train": config.train.model_copy(update={"mixed_precision": "fp16"})})
 
@@ -194,13 +194,13 @@ def test_an_overflow_skips_the_update_and_halves_the_scale(make_config: Make, ru
     config = make_config(optim=OPTIM)
     step = make_step(scaled(config), runtime)
     assert step.loss_scale is not None
-    tokens = parts(batches(config)[0], 1)
+    tokens = split_batch(batches(config)[0], 1)
     step(tokens, torch.zeros(HISTORY, len(METRICS)))
     with torch.no_grad():
         step.model.get_parameter("head.weight").mul_(100)  # gradients above 1.2 …
         whole = batches(config)[0]
         loss = step.model(whole[:, :-1], whole[:, 1:])
-    step.loss_scale.scale.fill_(3e38)  # … which times this are no fp32 numbers any more
+    step.loss_scale.scale.fill_(3e38)  # … which times this overflow fp32
     watched = [*step.model.parameters(), *step.optimizer.state.values()]
     before = [tensor.clone() for tensor in watched]
     history = step(tokens, torch.zeros(HISTORY, len(METRICS)))
@@ -210,7 +210,7 @@ def test_an_overflow_skips_the_update_and_halves_the_scale(make_config: Make, ru
 
 
 @pytest.mark.parametrize("changes", [{}, {"positions": "rotary", "norm": "rmsnorm", "gated": True, "qk_norm": True}])
-def test_nothing_in_it_reads_a_value(changes: dict[str, Any], make_config: Make, runtime: TorchRuntime) -> None:
+def test_no_operation_reads_a_value(changes: dict[str, Any], make_config: Make, runtime: TorchRuntime) -> None:
     # A meta tensor has no value, so a read anywhere in the step would raise; on a TPU it would stop the device.
     config = make_config(model=changes, train={"gradient_accum_step": 2})
     with torch.device("meta"):

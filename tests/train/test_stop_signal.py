@@ -20,8 +20,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 @pytest.fixture
-def heard() -> Iterator[list[int]]:
-    """Signals that went their usual way, which here is into a list."""
+def received() -> Iterator[list[int]]:
+    """Signals that reach the previous handler, which appends them to this list."""
     signals: list[int] = []
 
     def note(number: int, _frame: Any) -> None:
@@ -34,39 +34,39 @@ def heard() -> Iterator[list[int]]:
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_the_first_is_remembered_and_the_second_takes_its_usual_way(number: int, heard: list[int]) -> None:
+def test_the_first_is_recorded_and_the_second_reaches_the_previous_handler(number: int, received: list[int]) -> None:
     with StopSignal(enabled=True) as stop:
         assert stop.signal is None
         os.kill(os.getpid(), number)
         assert stop.signal == number
-        assert heard == []
+        assert received == []
         os.kill(os.getpid(), number)
-        assert heard == [number]
+        assert received == [number]
         with pytest.raises(Interrupted, match="stopped at step 7") as caught:
             stop.leave("stopped at step 7")
         assert caught.value.signal == number
 
 
-def test_afterwards_signals_go_their_usual_way(heard: list[int]) -> None:
+def test_afterwards_signals_reach_the_previous_handler(received: list[int]) -> None:
     with StopSignal(enabled=True) as stop:
         pass
     os.kill(os.getpid(), signal.SIGTERM)
-    assert heard == [signal.SIGTERM]
+    assert received == [signal.SIGTERM]
     assert stop.signal is None
     with pytest.raises(ZeroDivisionError), StopSignal(enabled=True):
         raise ZeroDivisionError
     os.kill(os.getpid(), signal.SIGINT)
-    assert heard == [signal.SIGTERM, signal.SIGINT]
+    assert received == [signal.SIGTERM, signal.SIGINT]
 
 
-def test_where_it_is_not_enabled_it_hears_nothing(heard: list[int]) -> None:
+def test_where_it_is_not_enabled_it_records_nothing(received: list[int]) -> None:
     with StopSignal(enabled=False) as stop:
         os.kill(os.getpid(), signal.SIGTERM)
-    assert heard == [signal.SIGTERM]
+    assert received == [signal.SIGTERM]
     assert stop.signal is None
 
 
-def test_in_another_thread_it_keeps_quiet() -> None:
+def test_in_another_thread_it_does_nothing() -> None:
     found: list[int | None] = []
 
     def run() -> None:
@@ -102,14 +102,14 @@ def press():
 with signals.StopSignal(enabled=True, doing=lambda: "finishing step 1 and saving") as stop:
     threading.Thread(target=press, daemon=True).start()
     if not os.fork():
-        os._exit(signal.set_wakeup_fd(-1) != -1)  # a child does not speak for its parent
+        os._exit(signal.set_wakeup_fd(-1) != -1)  # a forked child has no wakeup descriptor
     assert os.wait()[1] == 0
-    # As in a compiler, the main thread is away, without the interpreter's lock, and comes back to no handler for long.
+    # As in a compiler, the main thread runs without the interpreter's lock, and runs no signal handler for long.
     hashlib.pbkdf2_hmac("sha256", b"", b"", 200_000_000)
 """
 
 
-def test_the_answer_comes_at_once_while_the_main_thread_is_in_a_compiler() -> None:
+def test_a_signal_is_answered_at_once_while_the_main_thread_compiles() -> None:
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     command = [sys.executable, "-c", COMPILING]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)

@@ -60,9 +60,7 @@ def test_it_is_the_mean_over_the_first_sequences(steps: int, model: GPT, runtime
     assert done == list(range(1, steps + 1))
 
 
-def test_it_has_the_runs_documents_and_leaves_out_what_does_not_count(
-    model: GPT, runtime: TorchRuntime, tokens: Path
-) -> None:
+def test_it_separates_documents_and_leaves_out_ignored_tokens(model: GPT, runtime: TorchRuntime, tokens: Path) -> None:
     measured = validation(model, runtime, tokens, 3, Examples(end_of_text=3, ignored=(3, 4, 5, 6)))()
     shard = torch.from_numpy(np.load(tokens / "valid" / "000.npy").astype(np.int64))
     rows, targets = shard[: 12 * LENGTH].reshape(-1, LENGTH), shard[1 : 12 * LENGTH + 1]
@@ -70,7 +68,7 @@ def test_it_has_the_runs_documents_and_leaves_out_what_does_not_count(
     model.eval()
     with torch.no_grad():
         logits = model(rows, None, number_documents(rows, 3))
-    # The mean over all batches at once: they have different shares of what counts.
+    # The mean over the tokens of all batches: each batch ignores a different number of tokens.
     assert measured == pytest.approx(float(F.cross_entropy(logits.flatten(0, 1), targets)), rel=1e-5)
 
 
@@ -89,12 +87,12 @@ def test_each_sequence_counts_once_whatever_the_size_of_a_batch(
     expected = float(F.cross_entropy(logits.flatten(0, 1), targets))
     for size in (1, 2, 5, 7, count - 1, count, count + 1, 3 * count):
         assert validation(model, runtime, tokens, 99, examples, size)() == pytest.approx(expected, rel=2e-6), size
-    monkeypatch.setattr(loss, "FETCHED_BATCHES", 3)  # the sums come in parts
+    monkeypatch.setattr(loss, "FETCHED_BATCHES", 3)  # the sums are fetched several at a time
     assert validation(model, runtime, tokens, 99, examples, 1)() == pytest.approx(expected, rel=2e-6)
 
 
-def test_the_sums_of_many_batches_lose_nothing(model: GPT, runtime: TorchRuntime, tokens: Path) -> None:
-    """Where every batch has the same loss, so has the whole; a running sum in fp32 drifts off."""
+def test_the_mean_of_many_batches_keeps_its_precision(model: GPT, runtime: TorchRuntime, tokens: Path) -> None:
+    """If every batch has the same loss, so has their mean; a running sum in fp32 would drift."""
     np.save(tokens / "valid" / "000.npy", np.tile(np.arange(LENGTH), 401).astype(np.uint16))
     one = validation(model, runtime, tokens, 1, rows=1)()
     running = np.cumsum(np.full(400, one, np.float32), dtype=np.float32)[-1] / 400
@@ -102,7 +100,9 @@ def test_the_sums_of_many_batches_lose_nothing(model: GPT, runtime: TorchRuntime
     assert validation(model, runtime, tokens, 400, rows=1)() == pytest.approx(one, rel=1e-12)
 
 
-def test_a_validation_in_which_nothing_counts_says_so(model: GPT, runtime: TorchRuntime, tokens: Path) -> None:
+def test_a_validation_in_which_every_token_is_ignored_is_an_error(
+    model: GPT, runtime: TorchRuntime, tokens: Path
+) -> None:
     everything = Examples(ignored=tuple(range(TINY["vocab_size"])))
     with pytest.raises(UserError, match="leaves no token to predict"):
         validation(model, runtime, tokens, 1, everything)()
@@ -113,10 +113,10 @@ def test_it_is_the_same_every_time_and_leaves_the_model_as_it_was(
 ) -> None:
     measure = validation(model, runtime, tokens, 2)
     model.train()
-    chance = torch.get_rng_state()
+    rng_state = torch.get_rng_state()
     first = measure()
     assert model.training
-    assert torch.equal(chance, torch.get_rng_state()), "training's chance is not used up"
+    assert torch.equal(rng_state, torch.get_rng_state()), "training's random state is unchanged"
     model.eval()
     assert measure() == first, "no dropout, whichever mode it was called in"
     assert not model.training

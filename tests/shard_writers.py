@@ -1,5 +1,5 @@
-"""Writers of other people's shards, each from the description of its format and in a few lines, sharing nothing with
-the package: what the package reads must be what these write."""
+"""Writers of other projects' shards, each a few lines after its format's description. They share no code with the package,
+which must read what they write."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def build_nano_gpt(path: Path, ids: list[int]) -> None:
 
 
 def blocks(path: Path, ids: list[int], size: int = 64) -> None:
-    """Blocks of one length in a column `input_ids`, as `datasets` writes them; the rest makes a shorter last row."""
+    """Blocks of one length in a column `input_ids`, as `datasets` writes them; the remainder is a shorter last row."""
     rows = [ids[start : start + size] for start in range(0, len(ids), size)]
     datasets.Dataset.from_dict({"input_ids": rows, "number": list(range(len(rows)))}).to_parquet(path)
 
 
 def datatrove(path: Path, ids: list[int]) -> None:
-    """datatrove's DocumentTokenizer: uint16 and nothing else, with the ends of documents and a summary beside it."""
+    """datatrove's DocumentTokenizer: uint16 and nothing else, with the ends of documents and a summary in two more files."""
     nano_gpt(path, ids)
     path.with_suffix(".ds.index").write_bytes(struct.pack("<2Q", 9, len(ids)))
     path.with_suffix(".ds.metadata").write_text(f"gpt2|2\n{len(ids)}\n{len(ids)} T")
@@ -63,7 +63,7 @@ def litdata(path: Path, ids: list[int], types: str = "no_header_tensor:16", code
 
 
 def megatron(path: Path, ids: list[int]) -> None:
-    """Megatron-LM: int32 or uint16 and nothing else; magic, version, type, counts and more in an .idx beside it."""
+    """Megatron-LM: int32 or uint16 and nothing else; magic, version, type, counts and more in an .idx file."""
     path.write_bytes(struct.pack(f"<{len(ids)}i", *ids))
     path.with_suffix(".idx").write_bytes(struct.pack("<9sQBQQ", b"MMIDIDX\0\0", 1, 4, 1, 2) + bytes(28))
 
