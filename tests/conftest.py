@@ -1,7 +1,7 @@
-"""For all tests: threads that wait do so asleep, the files that take longest come first, and real data where there is some.
+"""For all tests: waiting threads sleep, the files that take longest run first, and fixtures find real data.
 
-Torch's OpenMP threads spin while they wait for each other, which is quick on an idle machine and takes four times the CPU
-time where several processes of tests share a few cores. Set here, before anything loads torch, and inherited by the
+Torch's OpenMP threads spin while they wait for each other, which is fast on an idle host and takes four times the CPU
+time where several test processes share a few cores. Set here, before anything loads torch, and inherited by the
 processes that tests start.
 """
 
@@ -17,7 +17,7 @@ from hypothesis import settings
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-settings.register_profile("busy_machine", deadline=None)  # a neighbour's load is no fault of the code
+settings.register_profile("busy_machine", deadline=None)  # deadlines would fail under the load of other processes
 settings.load_profile("busy_machine")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -25,7 +25,7 @@ LONGEST = ("end_to_end", "preflight", "model")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the folders that take longest, so that no worker waits for another's long file at the end.
+    """Begin with the folders that take longest, so that at the end no worker waits for another's long file.
 
     pytest-xdist keeps this order with `--no-loadscope-reorder`; by itself it puts the files with the most tests first.
     """
@@ -53,7 +53,7 @@ def gpt2_cache(shared: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.fixture
 def write_shards(tmp_path: Path) -> Callable[..., str]:
-    """Writes shards as anyone's script would, with `np.save`, and returns their folder."""
+    """Writes shards with `np.save`, as a user's script would, and returns their folder."""
 
     def write(*shards: np.ndarray, folder: str = "shards") -> str:
         (tmp_path / folder).mkdir(exist_ok=True)

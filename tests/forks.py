@@ -1,11 +1,11 @@
-"""Python commands, each in a process of its own that starts without the seconds that loading PyTorch takes.
+"""Runs Python commands, each in its own process, without the seconds that loading PyTorch takes.
 
-Most of a small command's time would go into the imports of torch and of what torch_xla takes from it: 2 to 5 s of CPU. So
-`python tests/forks.py` loads those libraries once, and forks a process for each command that it is asked for. Nothing of
-ours is loaded beforehand, nor torch_xla, nor anything that reads the environment as it is loaded: those the command loads
-itself, with its own environment, as it would in a process started afresh. It ends as such a process does, too.
+Importing torch and the modules of it that torch_xla needs takes 2 to 5 s of CPU, most of a small command's time. So
+`python tests/forks.py` imports these libraries once, and forks a process for each command. It imports neither the package,
+nor torch_xla, nor anything that reads the environment on import: the command imports those itself, in its own environment,
+as a new process would. It also exits as a new process does.
 
-Two things differ from a fresh process: an import of ours that is missing may have been made here already, and the order of
+Two things differ from a new process: an import that the package lacks may have been made here already, and the order of
 sets of strings is the same in all forks. `fresh=True` (tests/end_to_end/conftest.py) is for tests where that matters.
 """
 
@@ -46,7 +46,7 @@ LIBRARIES = (
 
 
 class Fork:
-    """A command that has been started."""
+    """A started command."""
 
     def __init__(self, command: Sequence[str], environment: dict[str, str], cwd: Path, streams: Sequence[str]) -> None:
         self._server = _server()
@@ -59,14 +59,14 @@ class Fork:
         self.status: int | None = None
 
     def poll(self, timeout: float = 0) -> int | None:
-        """The exit status (less than 0: the number of a signal), or None where the command still runs."""
+        """The exit status (negative: the number of a signal), or None while the command runs."""
         assert self._server.stdout
         if self.status is None and select.select([self._server.stdout], [], [], timeout)[0]:
             self.status = int(self._server.stdout.readline())
         return self.status
 
     def wait(self, timeout: float) -> int:
-        """Wait for the end; what takes longer than `timeout` seconds is killed and a `TimeoutError`."""
+        """Wait for the end; after `timeout` seconds, kill the command and raise `TimeoutError`."""
         if (status := self.poll(timeout)) is not None:
             return status
         os.kill(self.pid, signal.SIGKILL)
@@ -87,8 +87,8 @@ def run(
 
 @functools.cache
 def _server() -> subprocess.Popen[bytes]:
-    """One for each process that runs tests; it ends when its standard input does."""
-    # numpy's OpenBLAS would start threads as it is loaded, and a fork has one thread only.
+    """The server of this test process; it ends when its standard input is closed."""
+    # numpy's OpenBLAS would start threads on import, and a fork has only one thread.
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OPENBLAS_NUM_THREADS": "1"}
     command = [sys.executable, __file__]
     server = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
@@ -99,9 +99,9 @@ def _server() -> subprocess.Popen[bytes]:
 
 
 def _serve() -> dict[str, Any] | None:
-    """Fork for each request, one after another: comes back in each fork with its request, and here, at the end, with None."""
+    """Fork for each request, one after another: returns the request in each fork, and None in the server at the end."""
     for line in sys.stdin:
-        assert len(os.listdir("/proc/self/task")) == 1, "only one thread goes on in a fork"
+        assert len(os.listdir("/proc/self/task")) == 1, "a fork keeps only one thread"
         pid = os.fork()
         if not pid:
             request: dict[str, Any] = json.loads(line)
@@ -119,7 +119,7 @@ def _become(request: dict[str, Any]) -> None:
         opened = os.open(path, flags)
         os.dup2(opened, number)
         os.close(opened)
-    # What Python has read ahead from the requests goes with the old object.
+    # The old object holds what Python has read ahead of the requests.
     sys.stdin = open(0, closefd=False)  # noqa: SIM115
     os.chdir(request["cwd"])
     os.environ.clear()
@@ -142,5 +142,5 @@ if __name__ == "__main__":
         importlib.import_module(library)
     gc.collect()
     gc.freeze()
-    if (asked := _serve()) is not None:
-        _become(asked)
+    if (request := _serve()) is not None:
+        _become(request)

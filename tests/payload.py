@@ -1,4 +1,4 @@
-"""What a hostile pickle does: something harmless that a test can see."""
+"""A hostile pickle that does something harmless which a test can see."""
 
 from __future__ import annotations
 

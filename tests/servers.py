@@ -1,4 +1,4 @@
-"""Real servers on loopback: a Google Cloud Storage emulator and web servers, and a proxy in front that does them harm."""
+"""Real servers on loopback: a Google Cloud Storage emulator and web servers, and a proxy that injects faults."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def process(*command: str, port: int, path: str = "/") -> Iterator[str]:
-    """A server in a process of its own, from when it answers; gives its address."""
+    """A server in its own process; yields its address once it answers."""
     address = f"http://127.0.0.1:{port}"
     server = subprocess.Popen([sys.executable, *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
@@ -63,7 +63,7 @@ class _Threaded(ThreadingHTTPServer):
 
 
 class Server:
-    """A threaded HTTP server, and what it was asked for: (path, first byte, byte after the last) of each GET of content."""
+    """A threaded HTTP server, and its requests: (path, first byte, byte after the last) of each GET of content."""
 
     def __init__(self, handler: type[BaseHTTPRequestHandler]) -> None:
         self.requests: list[tuple[str, int | None, int | None]] = []
@@ -77,8 +77,8 @@ class Server:
         self.requests.append((handler.path, *span))
 
     @property
-    def bytes_asked(self) -> int:
-        """Of all requests for a range."""
+    def bytes_requested(self) -> int:
+        """Total length of the ranges requested."""
         return sum(end - begin for _, begin, end in self.requests if begin is not None and end is not None)
 
     def __enter__(self) -> Self:
@@ -91,8 +91,8 @@ class Server:
 
 
 class FaultyProxy(Server):
-    """Passes requests on, and spoils those that `fault` names: "503", "429", "stall", "broken" (the connection ends
-    midway), "short" (a whole answer with half the body)."""
+    """Forwards requests, with a fault where `fault` names one: "503", "429", "stall", "broken" (the connection ends midway),
+    "short" (a complete answer with half the body)."""
 
     def __init__(self, upstream: str, fault: Callable[[str, str | None], str | None] = lambda path, span: None) -> None:
         super().__init__(_Proxied)
@@ -131,7 +131,7 @@ class _Proxied(BaseHTTPRequestHandler):
         kept = {key: value for key, value in answer.getheaders() if key.lower() not in dropped}
         if fault == "short":
             content = content[: len(content) // 2]
-        # The emulator has not implemented renaming (501), and gcsfs takes that for worth six attempts in half a minute.
+        # The emulator does not implement renaming (501), which gcsfs would try six times in half a minute.
         self._answer(405 if answer.status == 501 else answer.status, kept, content, broken=fault == "broken")
 
     def handle(self) -> None:
@@ -158,7 +158,7 @@ class _Proxied(BaseHTTPRequestHandler):
 
 
 class Refusing(Server):
-    """A bucket in which there is nothing, and that answers each write with the same status."""
+    """An empty bucket that answers each write with the same status."""
 
     def __init__(self, status: int) -> None:
         super().__init__(_Refused)
@@ -239,7 +239,7 @@ class _File(BaseHTTPRequestHandler):
 
 
 def upload(address: str, folder: Path, prefix: str) -> str:
-    """Put a folder's files into the emulator's bucket by the plain JSON API; gives their gs:// folder."""
+    """Upload a folder's files to the emulator's bucket by the JSON API; returns their gs:// folder."""
     for path in sorted(folder.rglob("*")):
         if path.is_file():
             name = f"{prefix}/{path.relative_to(folder)}".replace("/", "%2F")
@@ -254,7 +254,7 @@ def upload(address: str, folder: Path, prefix: str) -> str:
 
 
 def gcs_environment(address: str) -> dict[str, str]:
-    """What points gcsfs in a subprocess at an emulator."""
+    """Variables that make gcsfs in a subprocess use an emulator."""
     return {
         "STORAGE_EMULATOR_HOST": address,
         "FSSPEC_GCS_TOKEN": "anon",

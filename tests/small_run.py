@@ -1,4 +1,4 @@
-"""Fixtures of the tests of training and of its folder: small configs, small models on a CPU, and shards of random tokens."""
+"""Fixtures of the tests of training and of the run folder: small configs, a runtime on the CPU, and shards of random tokens."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TINY = {
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Tensors this small take longer to share out than to compute."""
+    """Splitting tensors this small over threads takes longer than computing them."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -35,7 +35,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def make_config(tmp_path: Path) -> Callable[..., RunConfig]:
-    """A small run on the torch runtime that writes below `tmp_path`; keywords are sections with their changes."""
+    """A small run on the torch runtime that writes below `tmp_path`; keywords are sections and their changes."""
 
     def make(**changes: dict[str, Any]) -> RunConfig:
         tree: dict[str, dict[str, Any]] = {
@@ -59,7 +59,7 @@ def make_config(tmp_path: Path) -> Callable[..., RunConfig]:
 
 @pytest.fixture
 def runtime(make_config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch) -> Iterator[TorchRuntime]:
-    """The torch runtime on this machine's CPU, alone."""
+    """The torch runtime on this host's CPU, with one process."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
     runtime = TorchRuntime(make_config())
@@ -70,9 +70,9 @@ def runtime(make_config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPat
 @pytest.fixture
 def tokens(tmp_path: Path) -> Path:
     """Shards of random tokens in `train` and `valid`, where `make_config` looks for them."""
-    draws = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     for split, count in (("train", 400), ("valid", 100)):
         folder = tmp_path / "data" / split
         folder.mkdir(parents=True)
-        np.save(folder / "000.npy", draws.integers(0, TINY["vocab_size"], count).astype(np.uint16))
+        np.save(folder / "000.npy", rng.integers(0, TINY["vocab_size"], count).astype(np.uint16))
     return tmp_path / "data"

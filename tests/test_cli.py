@@ -1,4 +1,4 @@
-"""Words → one call: what is refused ends in one line and status 2, and a flag without effect is said to be one."""
+"""From arguments to one call: errors are one line and exit status 2, and a flag without effect gives a note."""
 
 from __future__ import annotations
 
@@ -58,14 +58,14 @@ def test_version(run: Run) -> None:
 
 
 @pytest.mark.parametrize(
-    ("command", "mend"),
+    ("command", "hint"),
     [("trian", "did you mean train?"), ("--train", "did you mean train?"), ("inspct", "mean inspect?"), ("", "--help")],
 )
-def test_unknown_command(command: str, mend: str, run: Run) -> None:
-    assert_refused(run(command), f"unknown command {command!r}", mend)
+def test_unknown_command(command: str, hint: str, run: Run) -> None:
+    assert_refused(run(command), f"unknown command {command!r}", hint)
 
 
-def test_a_config_without_its_folder_is_answered_with_it(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_config_without_its_folder_gets_a_suggestion(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     for named in ("modern_124m.yaml", "configs/modern_124m", "config/modern-124m.yml"):
         assert_refused(
@@ -95,17 +95,17 @@ def test_a_run_without_data_is_refused(run: Run, tmp_path: Path) -> None:
     )
 
 
-def test_guarded_lets_our_own_defects_keep_their_trace(capsys: pytest.CaptureFixture[str]) -> None:
+def test_guarded_keeps_the_traceback_of_a_defect(capsys: pytest.CaptureFixture[str]) -> None:
     @cli.guarded
     def fails(error: Exception) -> None:
         raise error
 
     with pytest.raises(ZeroDivisionError):
-        fails(ZeroDivisionError("ours"))
+        fails(ZeroDivisionError("a defect"))
     with pytest.raises(SystemExit) as refused:
-        fails(UserError("theirs"))
+        fails(UserError("the message"))
     assert refused.value.code == 2
-    assert capsys.readouterr().err == "error: theirs\n"
+    assert capsys.readouterr().err == "error: the message\n"
     with pytest.raises(SystemExit) as stopped:
         fails(Interrupted("stopped at step 3", signal.SIGTERM))
     assert stopped.value.code == 143
@@ -113,16 +113,16 @@ def test_guarded_lets_our_own_defects_keep_their_trace(capsys: pytest.CaptureFix
 
 
 @pytest.mark.parametrize("runtime", ["torch", "xla"])
-def test_each_door_stands_for_its_runtime(
+def test_each_training_script_sets_its_runtime(
     runtime: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["door.py", "--print-config"])
+    monkeypatch.setattr(sys, "argv", ["script.py", "--print-config"])
     cli.run_pretrain(runtime)
     assert f"\n  runtime: {runtime}\n" in capsys.readouterr().out
 
 
 def notes(*arguments: str) -> list[str]:
-    parsed = parse_flags(arguments, program="door.py", description="A door.")
+    parsed = parse_flags(arguments, program="script.py", description="A script.")
     return cli.unused_flags(parsed.config, parsed.given)
 
 
@@ -165,7 +165,7 @@ EFFECTLESS: list[tuple[str, str, str, str]] = [
 
 
 @pytest.mark.parametrize(("useless", "flag", "reason", "useful"), EFFECTLESS)
-def test_a_flag_without_effect_is_said_to_be_one(useless: str, flag: str, reason: str, useful: str) -> None:
+def test_a_flag_without_effect_gives_a_note(useless: str, flag: str, reason: str, useful: str) -> None:
     lines = notes(*useless.split())
     assert len(lines) == 1
     assert lines[0].startswith(f"{flag} has no effect: ")
@@ -174,7 +174,7 @@ def test_a_flag_without_effect_is_said_to_be_one(useless: str, flag: str, reason
 
 
 @pytest.mark.parametrize(
-    ("words", "expected"),
+    ("arguments", "expected"),
     [
         ("--train-steps 5000", "does not reach min_lr; with --decay-steps 5000 both end"),
         ("--train-steps 30000", "the last 10,000 steps run at min_lr; with --decay-steps 30000 both end"),
@@ -185,13 +185,13 @@ def test_a_flag_without_effect_is_said_to_be_one(useless: str, flag: str, reason
         ("", None),
     ],
 )
-def test_a_schedule_that_does_not_end_with_the_run_is_said(words: str, expected: str | None) -> None:
-    lines = cli.schedule_notes(parse_flags(words.split(), program="door.py", description="A door.").config)
+def test_a_schedule_that_does_not_end_with_the_run_gives_a_note(arguments: str, expected: str | None) -> None:
+    lines = cli.schedule_notes(parse_flags(arguments.split(), program="script.py", description="A script.").config)
     assert len(lines) == (expected is not None)
     assert all(str(expected) in line for line in lines)
 
 
-def test_only_what_was_given_is_spoken_of() -> None:
+def test_only_flags_that_were_given_get_a_note() -> None:
     assert notes() == []
     assert notes("--runtime", "torch") == []
     lines = notes(*"--wandb-name x --wandb-project y --compile --seed 3".split())
@@ -208,12 +208,12 @@ def _make(python: str, tmp_path: Path) -> str:
     return done.stderr.splitlines()[0]
 
 
-def test_a_python_that_does_not_fit_is_refused_with_a_way_to_one(tmp_path: Path) -> None:
+def test_an_unsupported_python_is_refused_with_the_fix(tmp_path: Path) -> None:
     old = tmp_path / "python3.10"
     old.write_text('#!/bin/sh\ncase "$1" in --version) echo "Python 3.10.12";; *) exit 1;; esac\n')
     old.chmod(0o755)
     assert _make(str(old), tmp_path).startswith("error: Python 3.10.12 does not fit; Python 3.11 to 3.13 is needed")
-    assert "uv python install 3.11" in _make("python-of-nobody", tmp_path)
+    assert "uv python install 3.11" in _make("missing-python", tmp_path)
     script = "import sys; sys.version_info = (3, 10, 12, 'final', 0); import pretrain_xla"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2

@@ -1,4 +1,4 @@
-"""Command lines of all commands: one line for each fault, and the names that other programs have for our flags."""
+"""The command-line interface of every command: errors are one line, and other programs' names of a flag are recognised."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ def train_command(arguments: Sequence[str]) -> None:
 
 
 @pytest.mark.parametrize("command", OTHER_NAMES)
-def test_the_table_of_other_names_leads_to_flags_that_are_there(command: str) -> None:
+def test_the_table_of_other_names_leads_to_existing_flags(command: str) -> None:
     ours = {flag for leaf in OURS[command] for flag in flags_of(leaf)}
     for other, here in OTHER_NAMES[command].items():
-        assert f"--{other}" not in ours, f"{other} is a flag of ours"
+        assert f"--{other}" not in ours, f"{other} is a flag of this command"
         for flag in re.findall(r"--[a-z0-9-]+", here):
             assert flag in ours, f"{other} leads to {flag}"
 
@@ -69,7 +69,7 @@ def test_the_table_of_other_names_leads_to_flags_that_are_there(command: str) ->
         (train_tokenizer_command, "--output_path", "--output-dir"),
     ],
 )
-def test_the_name_of_another_program_is_answered_with_ours(
+def test_another_programs_flag_is_answered_with_ours(
     command: Callable[[Sequence[str]], object], theirs: str, ours: str
 ) -> None:
     with pytest.raises(UserError) as caught:
@@ -79,7 +79,7 @@ def test_the_name_of_another_program_is_answered_with_ours(
     assert "did you mean" not in str(caught.value)
 
 
-def test_a_name_that_nobody_knows_is_not_in_the_table() -> None:
+def test_an_unknown_name_is_not_in_the_table() -> None:
     assert our_name("train", "--d-modle") is None
     assert our_name("quickstart", "--lr") is None
 
@@ -102,7 +102,7 @@ def test_a_name_that_nobody_knows_is_not_in_the_table() -> None:
         (import_command, ["a", "b", "--num-heads", "x"], "--num-heads: invalid int value: 'x'"),
     ],
 )
-def test_a_fault_of_any_command_is_one_line(
+def test_an_error_of_any_command_is_one_line(
     command: Callable[[Sequence[str]], object], arguments: list[str], expected: str
 ) -> None:
     with pytest.raises(UserError) as caught:
@@ -111,7 +111,7 @@ def test_a_fault_of_any_command_is_one_line(
     assert not set(str(caught.value)) & set("\n╭│─")
 
 
-def test_a_package_that_is_not_installed_is_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_package_that_is_not_installed_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     def needs(name: str) -> None:
         raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
@@ -120,10 +120,10 @@ def test_a_package_that_is_not_installed_is_a_line(capsys: pytest.CaptureFixture
     assert caught.value.code == 2
     assert capsys.readouterr().err == ("error: the package gcsfs is not installed: pip install -r requirements.txt\n")
     with pytest.raises(ModuleNotFoundError):
-        guarded(needs)("pretrain_xla.absent")  # a defect of ours keeps its trace
+        guarded(needs)("pretrain_xla.absent")  # a defect of the package keeps its traceback
 
 
-def test_output_that_nobody_reads_to_its_end_is_no_fault() -> None:
+def test_a_closed_output_pipe_is_not_an_error() -> None:
     command = f"{sys.executable} -m pretrain_xla train --help-all | head -1"
     done = subprocess.run(
         command, shell=True, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}

@@ -1,4 +1,4 @@
-"""The config tree: what it refuses and in which words, and that what it writes reads back equal."""
+"""The config tree: what it refuses, with which message, and that a written config reads back equal."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 
 
 def sections() -> dict[str, type[BaseModel]]:
-    """Name → class of each section, found independently of `LEAVES`."""
+    """Class of each section by name, without using `LEAVES`."""
     found = {}
     for name, field in RunConfig.model_fields.items():
         assert isinstance(field.annotation, type)
@@ -28,7 +28,7 @@ def sections() -> dict[str, type[BaseModel]]:
 
 
 def refusal(tree: dict[str, Any], where: str = "my.yaml") -> str:
-    """The one line that refuses a tree."""
+    """The one-line error of a config tree."""
     with pytest.raises(UserError) as caught:
         build_config(tree, where)
     line = str(caught.value)
@@ -37,7 +37,7 @@ def refusal(tree: dict[str, Any], where: str = "my.yaml") -> str:
     return line
 
 
-def test_a_leaf_has_one_place_and_one_meaning() -> None:
+def test_a_setting_is_in_one_section_only() -> None:
     names = [leaf for section in sections().values() for leaf in section.model_fields]
     assert len(LEAVES) == len(names) == len(set(names))
     assert not set(names) & {"config", "print_config", "help"}, "taken by the command line itself"
@@ -45,7 +45,7 @@ def test_a_leaf_has_one_place_and_one_meaning() -> None:
 
 
 @pytest.mark.parametrize("leaf", LEAVES)
-def test_every_leaf_is_described(leaf: str) -> None:
+def test_every_setting_has_a_description(leaf: str) -> None:
     description = sections()[LEAVES[leaf]].model_fields[leaf].description
     assert description
     assert description.strip().endswith((".", ")"))
@@ -64,11 +64,11 @@ def test_every_leaf_is_described(leaf: str) -> None:
         ({"d_model": 64}, "my.yaml: key 'd_model' is in the wrong place: it belongs under 'model'"),
     ],
 )
-def test_an_unknown_key_is_answered_with_the_known_one(tree: dict[str, Any], expected: str) -> None:
+def test_an_unknown_key_gets_a_suggestion(tree: dict[str, Any], expected: str) -> None:
     assert refusal(tree) == expected
 
 
-def test_an_unknown_key_like_no_other_lists_the_known_ones() -> None:
+def test_an_unknown_key_without_a_suggestion_lists_the_known_ones() -> None:
     line = refusal({"data": {"qqqqqq": 1}})
     assert "unknown key 'data.qqqqqq'" in line
     assert all(leaf in line for leaf in sections()["data"].model_fields)
@@ -119,7 +119,7 @@ def test_a_pair_of_betas_has_two() -> None:
     assert "betas" in refusal({"optim": {"betas": [0.9, 1.0]}})
 
 
-# (what cannot be, what its refusal says, a change that mends it)
+# (an impossible config, what its error says, a config that fixes it)
 IMPOSSIBLE: dict[str, tuple[dict[str, Any], list[str], dict[str, Any]]] = {
     "heads and width": (
         {"model": {"d_model": 100, "num_heads": 7}},
@@ -200,15 +200,15 @@ IMPOSSIBLE: dict[str, tuple[dict[str, Any], list[str], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("case", IMPOSSIBLE)
-def test_an_impossible_combination_names_keys_values_and_the_mend(case: str) -> None:
-    tree, expected, mended = IMPOSSIBLE[case]
+def test_an_impossible_combination_names_keys_values_and_the_fix(case: str) -> None:
+    tree, expected, fixed = IMPOSSIBLE[case]
     line = refusal(tree)
     for part in expected:
         assert part in line
-    build_config(mended, "my.yaml")
+    build_config(fixed, "my.yaml")
 
 
-def test_what_is_given_is_what_is_had() -> None:
+def test_given_values_are_set_and_others_keep_their_defaults() -> None:
     config = build_config({"model": {"d_model": 96}, "optim": {"betas": [0.9, 0.95]}}, "my.yaml")
     assert config.model.d_model == 96
     assert config.optim.betas == (0.9, 0.95)
@@ -319,7 +319,7 @@ def test_an_empty_file_or_section_means_the_defaults(tmp_path: Path) -> None:
         (b"model:\n  d_model: 64\nmodel:\n  seq_length: 8\n", "duplicate key 'model'"),
     ],
 )
-def test_a_file_that_is_no_config(content: bytes, expected: str, tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_config(content: bytes, expected: str, tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_bytes(content)
     with pytest.raises(UserError) as caught:
@@ -329,7 +329,7 @@ def test_a_file_that_is_no_config(content: bytes, expected: str, tmp_path: Path)
     assert "\n" not in str(caught.value)
 
 
-def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+def test_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no such file; the configs of this package are in configs/"):
         load_yaml(str(tmp_path / "c.yaml"))
     with pytest.raises(UserError, match="cannot be read"):

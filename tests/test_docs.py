@@ -1,4 +1,4 @@
-"""What README, docs and configs promise agrees with what is there."""
+"""README, docs and configs agree with the code."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ FOLDER = r"(pretrain_xla|tests|benchmarks|configs|docs|scripts)/[\w/-]*[\w/]"
 
 
 def prose(page: Path) -> str:
-    """A page without its blocks of code."""
+    """A page without its code blocks."""
     return re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
 
 
@@ -67,11 +67,11 @@ def anchors(page: Path) -> set[str]:
 
 
 def commands(pages: Sequence[Path] = PAGES) -> list[tuple[str, list[str]]]:
-    """(page, words) of every command line in the pages' blocks of bash, without comments and what stands before `python`."""
+    """(page, arguments) of every command line in the pages' bash blocks, without comments."""
     found = []
     for page in pages:
         for block in re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
-            block = re.sub(r"\$\w+", "1", block)  # a variable of the shell: a number
+            block = re.sub(r"\$\w+", "1", block)  # a shell variable stands for a number
             for line in block.replace("\\\n", " ").splitlines():
                 words = [word for word in shlex.split(line, comments=True) if word != "…"]
                 if "python" in words or "torchrun" in words:
@@ -83,7 +83,7 @@ def after(words: list[str], script: str) -> list[str] | None:
     return words[words.index(script) + 1 :] if script in words else None
 
 
-def test_every_training_command_of_the_docs_is_understood(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_training_command_of_the_docs_is_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     seen = 0
     for page, words in commands():
@@ -162,12 +162,12 @@ def test_the_recipe_for_tinystories_fits_its_config() -> None:
     assert tree["data"]["train_dir"] == "data/tinystories/train"
 
 
-def test_of_a_dataset_of_the_hub_a_hundredth_is_held_out() -> None:
+def test_a_hundredth_of_a_hub_dataset_is_held_out() -> None:
     assert default_fraction(["text.txt"]) == 0.05
     assert default_fraction(["text.txt", "hf:HuggingFaceFW/fineweb-edu:sample-10BT"]) == 0.01
 
 
-def test_the_price_of_the_loop_over_layers_is_one() -> None:
+def test_help_and_docs_state_the_same_cost_of_scan_layers() -> None:
     help_text = TrainConfig.model_fields["scan_layers"].description or ""
     page = (ROOT / "docs" / "use.md").read_text(encoding="utf-8")
     said = re.search(r"takes (\d to \d%) longer", help_text)
@@ -202,7 +202,7 @@ def test_every_link_leads_somewhere(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", EVERY_PAGE, ids=lambda page: page.name)
-def test_every_file_and_function_that_is_named_is_there(page: Path) -> None:
+def test_every_named_file_and_function_exists(page: Path) -> None:
     wrong = []
     for word in (word for span in re.findall(r"`([^`]+)`", prose(page)) for word in span.split()):
         named = NAMED.fullmatch(word)
@@ -227,7 +227,7 @@ def test_the_order_of_imports_is_that_of_the_contract() -> None:
         layers = layers[upper[0] + 1 :]
 
 
-def test_every_script_of_a_command_is_there() -> None:
+def test_every_script_of_a_command_exists() -> None:
     seen = 0
     for name, words in commands(EVERY_PAGE):
         for word in words:

@@ -1,4 +1,4 @@
-"""The command line: precedence, spelling, help, and the original's flags word for word."""
+"""The command line: precedence, spelling, help, and the original's flags verbatim."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pretrain_xla.flags import USUAL, Parsed, parse_flags
 
 
 def parse(*arguments: str, **fixed: Any) -> Parsed:
-    return parse_flags(arguments, program="door.py", description="A door.", fixed=fixed)
+    return parse_flags(arguments, program="script.py", description="A script.", fixed=fixed)
 
 
 def leaf(config: RunConfig, name: str) -> Any:
@@ -61,14 +61,14 @@ def test_a_flag_goes_before_the_file_and_the_file_before_the_default(yaml: Calla
     assert parse("--d-model=48", f"--config={path}").config.model.d_model == 48
 
 
-def test_the_last_of_two_counts(yaml: Callable[[str], str], tmp_path: Path) -> None:
+def test_the_last_of_two_flags_counts(yaml: Callable[[str], str], tmp_path: Path) -> None:
     assert parse("--seed", "1", "--seed", "2").config.train.seed == 2
     first = yaml("train: {seed: 1}")
     (tmp_path / "second.yaml").write_text("train: {seed: 2}")
     assert parse("--config", first, "--config", str(tmp_path / "second.yaml")).config.train.seed == 2
 
 
-def test_what_a_door_stands_for_gives_way_to_a_flag_only(yaml: Callable[[str], str]) -> None:
+def test_a_scripts_own_runtime_is_overridden_only_by_a_flag(yaml: Callable[[str], str]) -> None:
     path = yaml("parallel: {runtime: xla}")
     assert parse(runtime="torch").config.parallel.runtime == "torch"
     assert parse("--config", path, runtime="torch").config.parallel.runtime == "torch"
@@ -123,13 +123,13 @@ def test_a_switch_turns_off_what_the_file_turns_on(yaml: Callable[[str], str]) -
         ("--d-mod", "--d-model"),
     ],
 )
-def test_an_unknown_flag_is_answered_with_the_nearest(wrong: str, right: str) -> None:
+def test_an_unknown_flag_gets_the_nearest_as_a_suggestion(wrong: str, right: str) -> None:
     line = refusal(wrong)
     assert f"unknown argument {wrong!r}" in line
     assert f"did you mean {right}?" in line
 
 
-def test_other_words_that_mean_nothing() -> None:
+def test_other_unknown_arguments() -> None:
     assert refusal("qqqq") == "unknown argument 'qqqq'; see --help-all"
     assert refusal("--tie-weights", "True").startswith("unknown argument 'True'")
     assert refusal("--config") == "--config needs the path of a file"
@@ -148,7 +148,7 @@ def test_a_value_of_the_wrong_type_is_refused_in_one_line_that_names_its_flag(ar
     line = refusal(*arguments)
     assert named in line
     assert "\n" not in line
-    assert line.endswith("; see door.py --help")
+    assert line.endswith("; see script.py --help")
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ def test_a_value_of_the_wrong_type_is_refused_in_one_line_that_names_its_flag(ar
         (["--mixed-precision", "fp16"], "mixed_precision=fp16"),
     ],
 )
-def test_a_value_that_cannot_be_is_refused_in_one_line(arguments: list[str], expected: str) -> None:
+def test_an_impossible_value_is_refused_in_one_line(arguments: list[str], expected: str) -> None:
     assert expected in refusal(*arguments)
 
 
@@ -175,16 +175,16 @@ def test_a_value_that_cannot_be_is_refused_in_one_line(arguments: list[str], exp
         ("optim: {betas: 0.9}", "optim.betas=0.9"),
     ],
 )
-def test_a_fault_in_the_file_names_the_file(text: str, expected: str, yaml: Callable[[str], str]) -> None:
+def test_an_error_in_the_file_names_the_file(text: str, expected: str, yaml: Callable[[str], str]) -> None:
     path = yaml(text)
-    for flags in ([], ["--d-model", "48"]):  # no flag can mend these
+    for flags in ([], ["--d-model", "48"]):  # no flag can fix these
         line = refusal("--config", path, *flags)
         assert line.startswith(f"--config {path}: ")
         assert expected in line
 
 
 @pytest.mark.parametrize(
-    ("text", "mend"),
+    ("text", "fix"),
     [
         ("model: {num_heads: 7}", ["--d-model", "70"]),
         ("model: {num_heads: 7}", ["--head-dim", "64"]),
@@ -196,19 +196,19 @@ def test_a_fault_in_the_file_names_the_file(text: str, expected: str, yaml: Call
         ("model: {num_heads: 7}\noptim: {warmup_steps: 30000}", ["--num-heads", "6", "--warmup-steps", "1"]),
     ],
 )
-def test_a_flag_may_mend_a_combination_in_the_file(text: str, mend: list[str], yaml: Callable[[str], str]) -> None:
+def test_a_flag_may_fix_a_combination_in_the_file(text: str, fix: list[str], yaml: Callable[[str], str]) -> None:
     path = yaml(text)
     refusal("--config", path)
-    parsed = parse("--config", path, *mend)
-    assert leaf(parsed.config, mend[0].lstrip("-").replace("-", "_")) is not False
+    parsed = parse("--config", path, *fix)
+    assert leaf(parsed.config, fix[0].lstrip("-").replace("-", "_")) is not False
 
 
-def test_a_door_may_mend_a_combination_in_the_file(yaml: Callable[[str], str]) -> None:
+def test_a_scripts_runtime_may_fix_a_combination_in_the_file(yaml: Callable[[str], str]) -> None:
     assert parse("--config", yaml("train: {mixed_precision: fp16}"), runtime="torch")
 
 
-def test_numbers_as_people_write_them_in_yaml(yaml: Callable[[str], str]) -> None:
-    # YAML 1.1 takes `3e-4` (no dot) for a string. It means what it says all the same, and without a word of warning.
+def test_numbers_in_yaml_without_a_dot(yaml: Callable[[str], str]) -> None:
+    # YAML 1.1 takes `3e-4` (no dot) for a string. It is read as a number all the same, without a warning.
     path = yaml("optim: {learning_rate: 3e-4, adam_eps: 1e-8}\nmodel: {norm_eps: 1e-6}\n")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -223,7 +223,7 @@ def test_a_printed_config_is_the_whole_run(
 
     path = yaml("model: {d_model: 96, num_kv_heads: 3}\nlogging: {wandb_tags: [x]}\noptim: {betas: [0.9, 0.95]}\n")
     flags = ["--config", path, "--learning-rate", "1e-3", "--tie-weights", "--wandb-notes", "null: yes"]
-    pretrain([*flags, "--print-config"], program="door.py")
+    pretrain([*flags, "--print-config"], program="script.py")
     printed = tmp_path / "printed.yaml"
     printed.write_text(capsys.readouterr().out, encoding="utf-8")
     config = parse(*flags).config
@@ -263,7 +263,7 @@ def test_help_shows_the_usual_flags_and_how_to_see_the_others(capsys: pytest.Cap
         assert shown == (name in USUAL), name
 
 
-# Every flag of the original's two training scripts, with values unlike our defaults: words → what they must come to.
+# Every flag of the original's two training scripts, with values that are not our defaults: arguments → settings.
 ORIGINAL: dict[str, dict[str, Any]] = {
     # general
     "--checkpoints-dir ckpt": {"checkpoints_dir": "ckpt"},
@@ -326,7 +326,7 @@ XLA_ONLY: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize(("runtime", "own"), [("torch", TORCH_ONLY), ("xla", XLA_ONLY)])
-def test_the_original_command_line_works_word_for_word(runtime: str, own: dict[str, dict[str, Any]]) -> None:
+def test_the_original_command_line_works_verbatim(runtime: str, own: dict[str, dict[str, Any]]) -> None:
     flags = ORIGINAL | own
     parsed = parse(*" ".join(flags).split(), runtime=runtime)
     expected = {name: value for values in flags.values() for name, value in values.items()}
@@ -451,7 +451,7 @@ def test_old_settings_are_in_no_help_and_no_saved_config(capsys: pytest.CaptureF
     assert refusal("--do-tset") == "unknown argument '--do-tset'; did you mean --do-test?"
 
 
-def test_settings_of_weights_and_biases_are_accepted_where_they_were(yaml: Callable[[str], str]) -> None:
+def test_settings_of_weights_and_biases_are_accepted_in_their_old_section(yaml: Callable[[str], str]) -> None:
     old = (
         "logging: {wandb_logging: true, wandb_tags: [a], wandb_name: old, log_interval: 3}\nwandb: {wandb_name: new}\n"
     )
@@ -461,7 +461,7 @@ def test_settings_of_weights_and_biases_are_accepted_where_they_were(yaml: Calla
     assert "unknown key 'wandb.wandb_nam'" in refusal("--config", yaml("logging: {wandb_nam: x}"))
 
 
-def test_faults_in_old_settings_name_them(yaml: Callable[[str], str]) -> None:
+def test_errors_in_old_settings_name_them(yaml: Callable[[str], str]) -> None:
     assert "train.do_test='maybe': give true or false" in refusal("--config", yaml("train: {do_test: maybe}"))
     assert "key 'train.ddp' is in the wrong place: it belongs under 'parallel'" in refusal(
         "--config", yaml("train: {ddp: true}")

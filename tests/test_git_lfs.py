@@ -1,4 +1,4 @@
-"""A pointer of Git LFS in the place of a file: refused by its name, by whatever would read the file."""
+"""A Git LFS pointer in place of a file: every reader of such a file refuses it and names it."""
 
 from __future__ import annotations
 

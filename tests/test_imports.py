@@ -1,4 +1,4 @@
-"""Which way imports run (the contracts in pyproject.toml), and how long a file may be."""
+"""The order of imports (the contracts in pyproject.toml), and how long a file may be."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGE = ("gpt.py", "attention.py", "layers.py", "loss.py")
+REFERENCE = ("gpt.py", "attention.py", "layers.py", "loss.py")
 VIOLATIONS = {
-    "an arrow up": ("optim/schedules.py", "from pretrain_xla.train import step\n", "points down this list"),
-    "an arrow up, in a function": (
+    "an upward import": ("optim/schedules.py", "from pretrain_xla.train import step\n", "points down this list"),
+    "an upward import in a function": (
         "data/batches.py",
         "def f():\n    import pretrain_xla.runtime.base\n",
         "points down",
     ),
-    "a circle": ("storage/files.py", "from pretrain_xla.storage import cache\n", "No circles"),
-    "a module without a place": ("elsewhere.py", "", "not listed as layers"),
+    "a circular import": ("storage/files.py", "from pretrain_xla.storage import cache\n", "No circles"),
+    "a module without a layer": ("elsewhere.py", "", "not listed as layers"),
     "the TPU's version in the reference": (
         "model/layers.py",
         "def f():\n    from pretrain_xla.model import xla\n",
@@ -31,7 +31,7 @@ VIOLATIONS = {
 
 
 def contracts(root: Path) -> subprocess.CompletedProcess[str]:
-    """Check the contracts of the package in a folder."""
+    """Check the contracts of the package in this folder."""
     code = "import sys; from importlinter.cli import lint_imports_command as run; sys.path.insert(0, '.'); run()"
     return subprocess.run([sys.executable, "-c", code, "--no-cache"], cwd=root, capture_output=True, text=True)
 
@@ -71,10 +71,10 @@ def test_no_file_is_long() -> None:
     assert not long, "split them: no file is over 400 lines"
 
 
-def test_the_reference_model_is_a_page() -> None:
-    """One can read it at a sitting: what it takes to be fast on a TPU is in `model/xla`."""
-    texts = [(ROOT / "pretrain_xla" / "model" / name).read_text() for name in PAGE]
+def test_the_reference_model_is_short() -> None:
+    """It can be read in one sitting: what makes it fast on a TPU is in `model/xla`."""
+    texts = [(ROOT / "pretrain_xla" / "model" / name).read_text() for name in REFERENCE]
     assert sum(len(text.splitlines()) for text in texts) <= 400
     for text in texts:
         assert "model.xla" not in text, "the TPU's version is put in from outside"
-        assert "device.type" not in text, "and the reference asks for no device"
+        assert "device.type" not in text, "and the reference depends on no device"

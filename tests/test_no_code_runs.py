@@ -1,5 +1,5 @@
-"""Whatever is read of others, nothing in it runs: a payload at each door that can be tried. `torch.distributed.checkpoint`'s is
-tried in `interop/test_untrusted_checkpoint.py`, YAML's in `test_untrusted.py`.
+"""No untrusted file runs code: each entry point is tried with a payload. `torch.distributed.checkpoint`'s is tried in
+`interop/test_untrusted_checkpoint.py`, YAML's in `test_untrusted.py`.
 """
 
 from __future__ import annotations
@@ -81,23 +81,23 @@ def test_shards_of_weights(tmp_path: Path, made: Path) -> None:
 
 
 def test_a_class_of_settings_is_never_imported(tmp_path: Path, made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its module runs code when it is imported; and an object that says it is built by calling the class calls nothing."""
-    (tmp_path / "strange_module.py").write_text("class GPTConfig:\n    def __init__(self, *a): pass\n")
+    """Its module would run code on import; an object that says it is built by a call of the class calls nothing."""
+    (tmp_path / "untrusted_module.py").write_text("class GPTConfig:\n    def __init__(self, *a): pass\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    module = __import__("strange_module")
+    module = __import__("untrusted_module")
 
     class Called:
         def __reduce__(self) -> tuple[Any, ...]:
             return module.GPTConfig, (str(made),), {"n_head": 2}
 
     torch.save({"model": {}, "config": Called()}, tmp_path / "x.pt")
-    del sys.modules["strange_module"]
-    (tmp_path / "strange_module.py").write_text(SCRIPT.format(made=str(made)))
+    del sys.modules["untrusted_module"]
+    (tmp_path / "untrusted_module.py").write_text(SCRIPT.format(made=str(made)))
     refused(load_model_of(tmp_path / "x.pt"), "not those of a GPT-2 or nanoGPT", made)
-    assert "strange_module" not in sys.modules
+    assert "untrusted_module" not in sys.modules
 
 
-def test_code_beside_a_model_is_not_looked_at(tmp_path: Path, made: Path) -> None:
+def test_code_in_a_models_folder_is_not_read(tmp_path: Path, made: Path) -> None:
     tree = GPT2 | {"auto_map": {"AutoModelForCausalLM": "modeling.Model", "AutoConfig": "modeling.Config"}}
     template = "{{ cycler.__init__.__globals__.os.mkdir('" + str(made) + "') }}"
     (tmp_path / "config.json").write_text(json.dumps(tree))
@@ -120,7 +120,7 @@ def test_shards_of_tokens_and_text(tmp_path: Path, made: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["arrow.py_extension_type", "arrow.r.vctrs", "pandas.period"])
-def test_types_of_arrow_with_a_pickle_in_them(name: str, tmp_path: Path, made: Path) -> None:
+def test_arrow_types_that_hold_a_pickle(name: str, tmp_path: Path, made: Path) -> None:
     marks = {"ARROW:extension:name": name, "ARROW:extension:metadata": pickle.dumps(Payload(made))}
     schema = pa.schema([pa.field("text", pa.string()).with_metadata(marks)])
     table = pa.table([pa.array(["a", "b"])], schema=schema)
@@ -134,12 +134,12 @@ def test_types_of_arrow_with_a_pickle_in_them(name: str, tmp_path: Path, made: P
 
 def test_scripts_of_datasets(tmp_path: Path, made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    folder = tmp_path / "strange"
+    folder = tmp_path / "untrusted"
     folder.mkdir()
-    (folder / "strange.py").write_text(SCRIPT.format(made=str(made)))
+    (folder / "untrusted.py").write_text(SCRIPT.format(made=str(made)))
     (folder / "a.jsonl").write_text('{"text": "a"}\n')
     (tmp_path / "x.pkl").write_bytes(pickle.dumps(Payload(made)))
-    for name in ("hf:./strange", "hf:strange/strange.py", "hf:pandas"):
+    for name in ("hf:./untrusted", "hf:untrusted/untrusted.py", "hf:pandas"):
         with pytest.raises(UserError):
             list(open_source(name, cache_dir=str(tmp_path / "cache")).documents())
         assert not made.exists()

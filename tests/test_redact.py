@@ -1,4 +1,4 @@
-"""Passwords and tokens of URLs: used, and shown nowhere."""
+"""Passwords and tokens in URLs are used, and shown nowhere."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_secrets_are_hidden(text: str, shown: str) -> None:
 
 
 @pytest.mark.parametrize("text", PLAIN)
-def test_what_is_no_secret_stays(text: str) -> None:
+def test_what_is_not_a_secret_stays(text: str) -> None:
     assert redacted(text) == text
 
 
@@ -85,7 +85,7 @@ def test_messages_and_saved_configs_hide_them(tmp_path: Path, capsys: pytest.Cap
 def test_a_run_from_a_server_that_asks_for_a_password(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Prepare over HTTP, train over HTTP, export: the server is given the password, and no file or line holds it."""
+    """Prepare and train over HTTP, export: the server gets the password, and no file or line of output holds it."""
     monkeypatch.chdir(tmp_path)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
@@ -100,14 +100,14 @@ def test_a_run_from_a_server_that_asks_for_a_password(
         info = dataset_info("dataset")
         assert info is not None
         assert info.recipe.source == redacted(place) + "text.jsonl"
-        words = (
+        folders = (
             f"--train-dir {place}train.npy --valid-dir {place}valid.npy --run-dir run --train-steps 2 --no-tensorboard"
         )
         small = (
             "--vocab-size 61 --seq-length 12 --d-model 16 --num-layers 1 --num-heads 2 --d-ff 32 --train-batch-size 2"
         )
         rest = "--eval-batch-size 2 --valid-steps 1 --warmup-steps 1 --decay-steps 20 --cache-dir cache"
-        flags = f"{words} {small} {rest}".split()
+        flags = f"{folders} {small} {rest}".split()
         cli.pretrain(flags, program="run_pretrain.py", fixed={"runtime": "torch", "device": "cpu"})
         assert server.authorizations == {"Basic bWU6U0VDUkVU"}  # me:SECRET
         export_command(["run", "out"])
@@ -122,7 +122,7 @@ def test_a_run_from_a_server_that_asks_for_a_password(
     "url", ["s3://KEY:HUSHED@bucket/x", "gs://u:HUSHED@bucket/x", "simplecache::s3://KEY:HU/SHED@bucket/x"]
 )
 def test_a_buckets_url_holds_no_credentials(url: str) -> None:
-    """Its library would look for a bucket of that name, and say it."""
+    """Its library would look for a bucket of that name, and print it."""
     for action in (lambda: filesystem(url), lambda: CheckpointStore(url, limit=1)):
         with pytest.raises(
             UserError, match="a bucket's URL holds no credentials: put them into AWS_ACCESS_KEY_ID"

@@ -1,4 +1,4 @@
-"""What a machine runs out of is a line: memory, with real allocations that fail, and open files."""
+"""Running out of memory (by real allocations that fail) or of open files is a one-line error."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pretrain_xla.generate.command import generate_command
 from pretrain_xla.system_faults import memory_fault, raise_file_limit, reason
 from pretrain_xla.train.run import run
 
-# As libtpu, XLA's runtime and CUDA say it.
+# The messages of libtpu, XLA's runtime and CUDA.
 AT_COMPILE_TIME = (
     "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 21.45G of 15.75G hbm. "
     "Exceeded hbm capacity by 5.70G.\n\nTotal hbm usage >= 21.70G:\n"
@@ -42,7 +42,7 @@ def raises(error: Exception) -> Callable[[], None]:
 
 
 @pytest.mark.parametrize(
-    ("call", "words"),
+    ("call", "message"),
     [
         (allocate_with_torch, "the host is out of memory"),
         (allocate_with_numpy, "the host is out of memory (Unable to allocate"),
@@ -55,21 +55,21 @@ def raises(error: Exception) -> Callable[[], None]:
         (raises(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`")), "the device is"),
     ],
 )
-def test_memory_that_runs_out_is_a_line(
-    call: Callable[[], None], words: str, capsys: pytest.CaptureFixture[str]
+def test_running_out_of_memory_is_one_line(
+    call: Callable[[], None], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(UserError) as caught, out_of_memory("lower --x"):
         call()
-    assert str(caught.value).startswith(words)
+    assert str(caught.value).startswith(message)
     assert str(caught.value).endswith(": lower --x")
     assert "\n" not in str(caught.value)
     with pytest.raises(SystemExit) as left:
         guarded(call)()
     assert left.value.code == 2
-    assert capsys.readouterr().err.startswith(f"error: {words}")
+    assert capsys.readouterr().err.startswith(f"error: {message}")
 
 
-def test_other_errors_keep_their_trace() -> None:
+def test_other_errors_keep_their_traceback() -> None:
     for error in (RuntimeError("a defect"), ValueError("shape"), OSError(errno.EIO, "Input/output error")):
         assert memory_fault(error) is None
         with pytest.raises(type(error)), out_of_memory("lower --x"):
@@ -78,11 +78,11 @@ def test_other_errors_keep_their_trace() -> None:
             guarded(raises(error))()
 
 
-def test_the_systems_own_words_are_found_behind_a_librarys() -> None:
+def test_the_systems_message_is_found_behind_a_librarys() -> None:
     error = RuntimeError("unexpected pos 704 vs 598")
     error.__context__ = OSError(errno.ENOSPC, "No space left on device")
     assert reason(error) == "No space left on device"
-    assert reason(RuntimeError("words\nof a trace")) == "words"
+    assert reason(RuntimeError("message\nof a trace")) == "message"
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_the_systems_own_words_are_found_behind_a_librarys() -> None:
         (generate_command, "pretrain_xla.generate.command.Generator.load", ("--num-samples", "--max-new-tokens")),
     ],
 )
-def test_each_command_names_what_helps(
+def test_each_command_names_the_flags_that_help(
     command: Callable[[list[str]], None], target: str, flags: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(target, lambda *_, **__: allocate_with_torch())
@@ -102,7 +102,7 @@ def test_each_command_names_what_helps(
     assert all(flag in str(caught.value) for flag in (*flags, "preflight"))
 
 
-def test_training_names_what_helps(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_training_names_the_flags_that_help(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from pretrain_xla.config import build_config
 
     monkeypatch.setattr("pretrain_xla.train.run.start", lambda _: allocate_with_torch())
@@ -138,7 +138,7 @@ def test_open_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     raise_file_limit()
 
 
-def test_ctrl_c_is_no_trace(capsys: pytest.CaptureFixture[str]) -> None:
+def test_ctrl_c_gives_no_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     def interrupted() -> None:
         raise KeyboardInterrupt
 

@@ -1,4 +1,4 @@
-"""Files of others that are made to do harm: names that lead out, depths and sizes without end. One line each, at once."""
+"""Malicious files: names outside their folder, unbounded depths and sizes. Each is refused at once, in one line."""
 
 from __future__ import annotations
 
@@ -40,30 +40,30 @@ GPT2 = {"model_type": "gpt2", "n_positions": 8, "n_embd": 8, "n_layer": 1, "n_he
 
 
 def refused(action: Callable[[], Any], said: str, seconds: float = 30.0) -> None:
-    """It ends in one line that says so, soon."""
-    begun = time.monotonic()
+    """It ends in one line that says so, within the time given."""
+    start = time.monotonic()
     with pytest.raises(UserError, match=said) as error:
         action()
-    assert time.monotonic() - begun < seconds
+    assert time.monotonic() - start < seconds
     assert "\n" not in str(error.value)
     assert len(str(error.value)) < 1000
 
 
-LEAD_OUT = ["../x", "a/../../x", "/etc/x", "C:\\x", "..\\x", "a//b", "https://h/x", "~/x", "memory::x", "a\0", ""]
+OUTSIDE = ["../x", "a/../../x", "/etc/x", "C:\\x", "..\\x", "a//b", "https://h/x", "~/x", "memory::x", "a\0", ""]
 
 
-@pytest.mark.parametrize("name", LEAD_OUT)
-def test_names_that_lead_out(name: str) -> None:
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_names_outside_the_folder(name: str) -> None:
     assert not is_inside(name)
 
 
 @pytest.mark.parametrize("name", ["x.safetensors", "a/b.json", "model-00001-of-00002.safetensors", "..x", "gpt2"])
-def test_names_that_stay(name: str) -> None:
+def test_names_inside_the_folder(name: str) -> None:
     assert is_inside(name)
 
 
 @pytest.mark.parametrize("name", ["../outside.safetensors", "{outside}"])
-def test_an_index_of_shards_leads_nowhere_else(name: str, tmp_path: Path) -> None:
+def test_an_index_of_shards_names_no_other_folder(name: str, tmp_path: Path) -> None:
     folder, outside = tmp_path / "model", tmp_path / "outside.safetensors"
     folder.mkdir()
     outside.write_bytes(b"")
@@ -98,7 +98,7 @@ def manifest(folder: Path, **changes: Any) -> Path:
         {"tokenizer": "/other/tokenizer.json"},
     ],
 )
-def test_a_manifest_leads_nowhere_else(changes: dict[str, Any], tmp_path: Path) -> None:
+def test_a_manifest_names_no_other_folder(changes: dict[str, Any], tmp_path: Path) -> None:
     assert dataset_info(str(manifest(tmp_path / "good"))) is not None
     folder = manifest(tmp_path / "bad", **changes)
     for action in (
@@ -114,12 +114,12 @@ def test_a_manifest_leads_nowhere_else(changes: dict[str, Any], tmp_path: Path) 
 
 
 @pytest.mark.parametrize("base", ["../tokenizer.json", "/etc/x.json", "a/b.json", "https://h/t.json", "memory::x"])
-def test_a_bitbpe_file_leads_nowhere_else(base: str, tmp_path: Path) -> None:
+def test_a_bitbpe_file_names_no_other_folder(base: str, tmp_path: Path) -> None:
     (tmp_path / "bitbpe.json").write_text(json.dumps({"base": base, "num_prefix_tokens": 64}))
     refused(lambda: load_tokenizer(str(tmp_path)), "which is not a file in its folder")
 
 
-def test_depth_and_digits_are_one_line_wherever_json_is_read(tmp_path: Path) -> None:
+def test_deep_json_and_long_numbers_are_one_line_everywhere(tmp_path: Path) -> None:
     for text in (DEEP, '{"a":' * 100_000, f'{{"a": {DIGITS}}}', "{"):
         refused(lambda text=text: parse_json(text, "x.json"), "x.json: cannot be read")
         for file, action in (
@@ -150,16 +150,14 @@ def test_depth_and_digits_are_one_line_wherever_json_is_read(tmp_path: Path) -> 
         ("data: {cache_dir: &a [*a]}", "not valid YAML|data.cache_dir"),
     ],
 )
-def test_yaml_that_is_made_to_break_its_reader(
-    text: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_malicious_yaml(text: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "c.yaml").write_text(text)
     refused(lambda: build_config(load_yaml("c.yaml"), "c.yaml"), said)
     assert not (tmp_path / "made").exists()
 
 
-def test_a_list_of_billions_by_aliases_is_shown_cut(tmp_path: Path) -> None:
+def test_a_list_of_billions_by_aliases_is_shortened_in_the_error(tmp_path: Path) -> None:
     lists = ", ".join(
         f"&{new} [{', '.join([f'*{old}'] * 9)}]" for old, new in zip("abcdefghijk", "bcdefghijkl", strict=True)
     )
@@ -176,7 +174,7 @@ def test_a_list_of_billions_by_aliases_is_shown_cut(tmp_path: Path) -> None:
         ({"d_model": 10**30, "num_heads": 1}, "model.d_model"),
     ],
 )
-def test_sizes_without_end(sizes: dict[str, int], said: str) -> None:
+def test_unbounded_sizes(sizes: dict[str, int], said: str) -> None:
     refused(lambda: build_config({"model": sizes}, "x"), said)
 
 
@@ -194,7 +192,7 @@ def test_a_config_json_of_ten_million_layers_is_one_line() -> None:
         refused(lambda p=pattern: read_config(gemma | {"sliding_window_pattern": p}, "config.json"), "config.json: ")
 
 
-PACKERS: dict[str, Callable[[bytes], bytes]] = {
+COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {
     "gz": gzip.compress,
     "bz2": bz2.compress,
     "xz": lzma.compress,
@@ -202,8 +200,8 @@ PACKERS: dict[str, Callable[[bytes], bytes]] = {
 }
 
 
-@pytest.mark.parametrize("suffix", PACKERS)
-def test_little_that_unpacks_to_much_is_read_no_further_than_the_limit(
+@pytest.mark.parametrize("suffix", COMPRESSORS)
+def test_a_decompression_bomb_is_read_only_to_the_limit(
     suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module in (open_file, delimited, json_records):
@@ -221,12 +219,12 @@ def test_little_that_unpacks_to_much_is_read_no_further_than_the_limit(
         ("e.txt", b"x\n" * (size // 2), lambda path: [None for _ in task_data.read_lines(path)], "more than 131,072"),
     ):
         path = tmp_path / f"{name}.{suffix}"
-        path.write_bytes(PACKERS[suffix](text))
+        path.write_bytes(COMPRESSORS[suffix](text))
         refused(lambda action=action, path=path: action(str(path)), said)
 
 
-def test_a_long_window_is_unpacked_a_piece_at_a_time() -> None:
-    """A frame of 8 KB by hand: a window of 256 MB, and 2,048 blocks of which each is one byte 131,072 times."""
+def test_a_long_window_is_decompressed_in_chunks() -> None:
+    """A hand-made frame of 8 KB: a window of 256 MB, and 2,048 blocks, each one byte repeated 131,072 times."""
     block = (2**17 << 3 | 1 << 1).to_bytes(3, "little") + b"x"
     frame = b"\x28\xb5\x2f\xfd" + bytes([0, 18 << 3]) + block * 2047 + bytes([block[0] | 1]) + block[1:]
     stream = open_file.unpacked(io.BytesIO(frame), "a.zst")
@@ -245,7 +243,7 @@ def test_a_long_window_is_unpacked_a_piece_at_a_time() -> None:
         ({"step": []}, "no complete checkpoint|cannot be read"),
     ],
 )
-def test_a_checkpoint_json_that_says_something_else(change: dict[str, Any], said: str, tmp_path: Path) -> None:
+def test_a_checkpoint_json_with_other_content(change: dict[str, Any], said: str, tmp_path: Path) -> None:
     folder = tmp_path / "step_00000001"
     folder.mkdir()
     tree = {
@@ -261,15 +259,15 @@ def test_a_checkpoint_json_that_says_something_else(change: dict[str, Any], said
 
 
 @pytest.mark.parametrize("eos", [1, [1], {"a": 1}, {"content": []}, True])
-def test_settings_of_a_tokenizer_that_are_none(eos: Any, tmp_path: Path) -> None:
+def test_invalid_settings_of_a_tokenizer(eos: Any, tmp_path: Path) -> None:
     train_tokenizer(["abc " * 9], 260, str(tmp_path), min_frequency=1)
     (tmp_path / "special_tokens_map.json").write_text(json.dumps({"eos_token": eos}))
-    assert load_tokenizer(str(tmp_path)).encode("abc")  # its end of text is found by the usual names
+    assert load_tokenizer(str(tmp_path)).encode("abc")  # its end of text is found by its usual names
 
 
 @pytest.mark.parametrize(
     "text", ["-" * 3000 + "1", "(" * 3000, "[" * 3000, "{'descr':'<u2','fortran_order':False,'shape':(-5,)}"]
 )
-def test_the_header_of_an_npy_file_is_pythons_and_read_as_such(text: str) -> None:
+def test_a_malicious_npy_header(text: str) -> None:
     raw = b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode()
     refused(lambda: layout("x.npy", len(raw), raw), "x.npy: ")

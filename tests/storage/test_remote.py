@@ -80,7 +80,7 @@ def test_every_format_from_a_bucket_is_what_it_is_locally(proxy, emulator, local
     proxy.requests.clear()
     again = batches(f"gs://{BUCKET}/all", tmp_path / "b")
     np.testing.assert_array_equal(again.rows(0), near.rows(0))
-    assert proxy.bytes_asked < 5 * (4096 + 2**16)
+    assert proxy.bytes_requested < 5 * (4096 + 2**16)
 
 
 @pytest.mark.parametrize("mode", ["whole", "ranged"])
@@ -152,7 +152,7 @@ def test_each_process_asks_for_its_own_rows_only(proxy, emulator, local, tmp_pat
         assert far.threads > 1
         proxy.requests.clear()
         parts.append(far.rows(0, slice(4 * host, 4 * host + 4)))
-        assert proxy.bytes_asked == 4 * 65 * 2
+        assert proxy.bytes_requested == 4 * 65 * 2
     np.testing.assert_array_equal(np.concatenate(parts), near.rows(0))
     assert not (tmp_path / "never").exists()
 
