@@ -7,6 +7,7 @@ tensors. Tracing does not depend on the width; device time is not measured here.
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
 from collections.abc import Callable
@@ -39,7 +40,7 @@ def _rate(step: Tensor) -> Tensor:
 
 
 def ours(device: torch.device) -> tuple[Callable[[int], object], Callable[[], int]]:
-    """Our AdamW; its schedule is a part of the graph."""
+    """Our AdamW. Its schedule is part of the graph."""
     weights = parameters(device)
     optimizer = AdamW(
         [(str(index), weight) for index, weight in enumerate(weights)],
@@ -51,7 +52,7 @@ def ours(device: torch.device) -> tuple[Callable[[int], object], Callable[[], in
 
 
 def of_torch(kind: str, device: torch.device) -> tuple[Callable[[int], object], Callable[[], int]]:
-    """An optimizer of the usual interface: `torch` as it is, `capturable` with step and rate on the device, or `syncfree`."""
+    """A `torch.optim` optimizer: `torch` with defaults, `capturable` with step and rate on the device, or `syncfree`."""
     weights = parameters(device)
     groups = [
         {"params": [weight for weight in weights if weight.dim() >= 2], "weight_decay": 0.1},
@@ -98,6 +99,7 @@ def measure(update: Callable[[int], object]) -> tuple[float, int]:
 
 def main() -> None:
     """Print a line for each optimizer."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     device = torch_xla.device()
     made = {"ours": ours(device)} | {kind: of_torch(kind, device) for kind in ("torch", "capturable", "syncfree")}
     for name, (update, tensors) in made.items():

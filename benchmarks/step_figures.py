@@ -1,4 +1,4 @@
-"""The figures that `tpu_step.py` reads from a compiled step, and the table that compares two steps.
+"""Helper module of `tpu_step.py`, not a command: reads the figures of compiled steps and compares them.
 
 A Pallas kernel is a black box to the compiler: it has no cycles, and its flops and bytes are those that its author declared, if
 any. Ours declare them, JAX's do not. So declared costs are subtracted here, and replaced by one rule for both sides.

@@ -7,8 +7,11 @@ text or a box of many lines. Here the user gets one line instead: which flag, wh
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
+import dataclasses
 import difflib
+import inspect
 import io
 import itertools
 import re
@@ -28,7 +31,7 @@ def parse(kind: type[Flags], arguments: Sequence[str], *, program: str, command:
     """Parse a command line into a dataclass of flags.
 
     Args:
-        kind: the dataclass; its docstring is the description.
+        kind: the dataclass; its docstring is the description, and those of its fields are their help texts.
         arguments: the command line after the program's name.
         program: name of the program, for `--help` and messages.
         command: key of the table of other programs' flags in `flag_names`.
@@ -37,14 +40,34 @@ def parse(kind: type[Flags], arguments: Sequence[str], *, program: str, command:
         UserError: a flag is unknown or missing, or a value is of a wrong type.
         SystemExit: with status 0, after `--help`.
     """
-    known = [flag for leaf in typing.get_type_hints(kind) for flag in flags_of(leaf)]
+    hints = typing.get_type_hints(kind, include_extras=True)
+    known = [flag for leaf in hints for flag in flags_of(leaf)]
     for argument in _flags_in(arguments):
         if argument not in (*known, "--help"):
             raise UserError(unknown_flag(argument, known, command))
-    unnamed: Any = Annotated[kind, tyro.conf.arg(name="")]
+    unnamed: Any = Annotated[_with_help(kind, hints), tyro.conf.arg(name="")]
     with tyro_errors(program):
         found: Flags = tyro.cli(unnamed, prog=program, args=list(arguments))
     return found
+
+
+def _with_help(kind: type[Any], hints: dict[str, Any]) -> type[Any]:
+    """The dataclass with help texts in which tyro does not keep the line breaks of the source."""
+    texts: dict[str, str] = {}
+    for parent in reversed(kind.__mro__[:-1]):
+        (definition,) = ast.parse(inspect.getsource(parent)).body
+        assert isinstance(definition, ast.ClassDef)
+        for statement, text in itertools.pairwise(definition.body):
+            match statement, text:
+                case ast.AnnAssign(target=ast.Name(id=leaf)), ast.Expr(value=ast.Constant(value=str(words))):
+                    texts[leaf] = " ".join(words.split())
+    fields: list[Any] = []
+    for field in dataclasses.fields(kind):
+        annotated: Any = Annotated[hints[field.name], tyro.conf.arg(help=texts.get(field.name))]
+        fields.append((field.name, annotated, dataclasses.field(default=field.default, kw_only=field.kw_only)))
+    made = dataclasses.make_dataclass(kind.__name__, fields, bases=(kind,), frozen=True)
+    made.__doc__ = kind.__doc__
+    return made
 
 
 def flags_of(leaf: str) -> tuple[str, ...]:

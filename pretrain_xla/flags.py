@@ -203,9 +203,9 @@ def _mirror(tree: dict[str, Any], *, every: bool) -> type[Any]:
             default = tree.get(name, {}).get(leaf, info.default)
             if isinstance(default, list):
                 default = tuple(default)
-            annotated: Any = operator.getitem(
-                Annotated, (_plain(info.annotation), tyro.conf.arg(help=" ".join((info.description or "").split())))
-            )
+            hint = "(default: none)" if default == () else None  # else tyro writes `(default: )`
+            text = tyro.conf.arg(help=" ".join((info.description or "").split()), help_behavior_hint=hint)
+            annotated: Any = operator.getitem(Annotated, (_plain(info.annotation), text))
             if not every and leaf not in USUAL:
                 annotated = operator.getitem(Annotated, (annotated, tyro.conf.Suppress))
             leaves.append((leaf, annotated, dataclasses.field(default=default)))

@@ -111,6 +111,18 @@ def test_an_error_of_any_command_is_one_line(
     assert not set(str(caught.value)) & set("\n╭│─")
 
 
+def test_help_texts_do_not_keep_the_line_breaks_of_the_source(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "1000")
+    for command in (evaluate_command, prepare_command):
+        with pytest.raises(SystemExit):
+            command(["--help"])
+    printed = capsys.readouterr().out
+    assert "each NAME or NAME=SOURCE, where SOURCE is a path" in printed
+    assert "(of ten billion tokens, that is more than any validation reads). (default: None)" in printed
+
+
 def test_a_package_that_is_not_installed_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     def needs(name: str) -> None:
         raise ModuleNotFoundError(f"No module named {name!r}", name=name)

@@ -122,6 +122,4 @@ def _what_is_here() -> str:
     chips = pci_chips()
     if not chips:
         return ""
-    return (
-        f" (this machine has {len(chips)} {chips[0] or 'v2 or v3'} chips, and does not say what slice they are part of)"
-    )
+    return f" (this host has {len(chips)} {chips[0] or 'v2 or v3'} chips, but does not report the slice that they are part of)"

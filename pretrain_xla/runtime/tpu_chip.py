@@ -1,8 +1,8 @@
-"""Which TPU this host has, found without opening it: PyTorch/XLA's devices do not say so under SPMD.
+"""Find the TPU of this host without opening it. Under SPMD, PyTorch/XLA's devices do not name their generation.
 
-The PCI bus tells the generation; every Google Cloud VM, Kaggle and Colab show it. v2 and v3 look alike there. Then, and where
-the size of the slice is asked for, the accelerator type decides (`v5litepod-16`): the variable TPU_ACCELERATOR_TYPE, which GKE,
-Kaggle and Colab set, or the metadata server of a Google Cloud VM, where nobody sets it. A laptop's network is left alone.
+The PCI bus of Google Cloud VMs, Kaggle and Colab shows the generation, but v2 and v3 look alike. For these, and for the size of
+the slice, the accelerator type is needed (`v5litepod-16`). GKE, Kaggle and Colab set it as TPU_ACCELERATOR_TYPE. On other
+Google Cloud VMs the metadata server has it. Without a TPU on the bus, the network is not used.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from pretrain_xla.runtime.chips import CHIPS, generation
 PCI_DEVICES = Path("/sys/bus/pci/devices")
 GOOGLE = "0x1ae0"
 PCI_NAMES = {"0x0027": "", "0x005e": "v4", "0x0062": "v5p", "0x0063": "v5e", "0x006f": "v6e", "0x0076": "v7x"}
-"""Device id → generation (JAX's `hardware_utils`); empty: v2 or v3."""
+"""PCI device id → generation, from JAX's `hardware_utils`. Empty means v2 or v3."""
 
 METADATA_HOST = "169.254.169.254"
-"""By its address, so that no name server is waited for. GCE_METADATA_HOST names another, as for Google's own libraries."""
+"""Its IP address, to avoid waiting for DNS. GCE_METADATA_HOST overrides it, as in Google's libraries."""
 
 METADATA_SECONDS = 3.0
-"""A metadata server answers in milliseconds; where there is none, nobody may refuse the connection."""
+"""Timeout. A metadata server answers in milliseconds; without one, the connection may hang."""
 
 
 DESCRIBE = (
@@ -38,7 +38,7 @@ DESCRIBE = (
 
 @dataclasses.dataclass(frozen=True)
 class FoundChip:
-    """chip: generation, if it is one of `CHIPS`. name: for display. warnings: what the user should know, a line each."""
+    """chip: generation, if it is in `CHIPS`. name: for display. warnings: for the user, one line each."""
 
     chip: str | None
     name: str
@@ -46,12 +46,12 @@ class FoundChip:
 
 
 def pci_chips() -> list[str]:
-    """Generation of each TPU chip on this host's PCI bus, empty where it is v2 or v3."""
+    """Generation of each TPU chip on this host's PCI bus; empty means v2 or v3."""
     found = []
     for folder in sorted(PCI_DEVICES.glob("*")):
         try:
             vendor, device = ((folder / leaf).read_text().strip() for leaf in ("vendor", "device"))
-        except OSError:  # a device that has just gone
+        except OSError:  # a device that has just been removed
             continue
         if vendor == GOOGLE and device in PCI_NAMES:
             found.append(PCI_NAMES[device])
@@ -59,7 +59,7 @@ def pci_chips() -> list[str]:
 
 
 def accelerator_type() -> str | None:
-    """The accelerator type of the slice that this host is part of, as `v5litepod-16`. None means no TPU, or nobody says so."""
+    """The accelerator type of this host's slice, such as `v5litepod-16`. None means no TPU, or an unknown type."""
     named = os.environ.get("TPU_ACCELERATOR_TYPE")
     if named or os.environ.get("TPU_SKIP_MDS_QUERY") or not pci_chips():
         return named or None
@@ -67,39 +67,39 @@ def accelerator_type() -> str | None:
 
 
 def find_chip(device_kind: str | None = None) -> FoundChip:
-    """The TPU of this host, which has one.
+    """The TPU of this host, which must have one.
 
     Args:
-        device_kind: what PyTorch/XLA's device calls itself (`TPU v5 lite`), where it can be asked.
+        device_kind: the name of PyTorch/XLA's device (`TPU v5 lite`), if it is known.
     """
     on_bus = next(iter(pci_chips()), None)
     told = os.environ.get("TPU_ACCELERATOR_TYPE") if on_bus else accelerator_type()
     warnings = []
     if on_bus and told and generation(told) != on_bus:
-        warnings.append(f"TPU_ACCELERATOR_TYPE={told}, but the chips of this machine are {on_bus}, which counts")
+        warnings.append(f"TPU_ACCELERATOR_TYPE={told}, but the chips of this host are {on_bus}: {on_bus} is used")
         told = None
     name = on_bus or told or device_kind or ""
     chip = generation(name)
     if chip in CHIPS:
         return FoundChip(chip, f"TPU {chip}" + (f" ({told})" if told else ""), tuple(warnings))
-    called = f"calls itself {name}, which is not in the table of chips" if name else "does not say what it is"
-    fix = "" if name else " (set TPU_ACCELERATOR_TYPE, as v5litepod-8)"
-    warnings.append(f"the TPU {called}{fix}: plain attention will run, and no utilisation is shown")
+    called = f"{name} is not in the table of chips" if name else "of this host does not report its generation"
+    fix = "" if name else " (set TPU_ACCELERATOR_TYPE, for example to v5litepod-8)"
+    warnings.append(f"the TPU {called}{fix}: attention runs without the kernels, and no utilisation is shown")
     return FoundChip(None, f"TPU {name}".strip(), tuple(warnings))
 
 
 def check_description() -> str | None:
-    """A warning where torch_xla, once it is imported on a TPU host, will wait for a description that does not come.
+    """A warning if torch_xla, once imported on a TPU host, will wait for a metadata server that does not answer.
 
     Raises:
-        UserError: it will find none at all.
+        UserError: the environment says not to ask the metadata server, and does not describe the TPU itself.
     """
     if not pci_chips():
         return None
     if os.environ.get("TPU_SKIP_MDS_QUERY"):
         if not os.environ.get("TPU_ACCELERATOR_TYPE"):
             raise UserError(
-                "TPU_SKIP_MDS_QUERY is set, so this TPU must be described: set TPU_ACCELERATOR_TYPE, as v5litepod-8"
+                "TPU_SKIP_MDS_QUERY is set, so this TPU must be described: set TPU_ACCELERATOR_TYPE, for example to v5litepod-8"
             )
         return None
     if _metadata("tpu-env") is None:
@@ -108,7 +108,7 @@ def check_description() -> str | None:
 
 
 def _type_in(tpu_env: str | None) -> str | None:
-    """ACCELERATOR_TYPE of the attribute `tpu-env`, which is YAML."""
+    """ACCELERATOR_TYPE in the attribute `tpu-env`, which is YAML."""
     try:
         tree = yaml.safe_load(tpu_env or "")
     except yaml.YAMLError:
@@ -118,11 +118,11 @@ def _type_in(tpu_env: str | None) -> str | None:
 
 
 def _metadata(key: str) -> str | None:
-    """An attribute of this VM. None means no such attribute, or no metadata server of Google's."""
+    """An attribute of this VM. None means no such attribute, or no metadata server."""
     host = os.environ.get("GCE_METADATA_HOST", METADATA_HOST)
     url = f"http://{host}/computeMetadata/v1/instance/attributes/{key}"
     request = urllib.request.Request(url, headers={"Metadata-Flavor": "Google"})
-    # Not by a proxy: the address means this host.
+    # Without a proxy: the address is link-local.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with opener.open(request, timeout=METADATA_SECONDS) as answer:

@@ -168,7 +168,7 @@ def test_a_variable_that_contradicts_the_bus_is_ignored(bus: Bus, monkeypatch: p
     monkeypatch.setenv("TPU_ACCELERATOR_TYPE", "v5litepod-8")
     found = find_chip()
     assert found.chip == "v6e"
-    assert found.warnings == ("TPU_ACCELERATOR_TYPE=v5litepod-8, but the chips of this machine are v6e, which counts",)
+    assert found.warnings == ("TPU_ACCELERATOR_TYPE=v5litepod-8, but the chips of this host are v6e: v6e is used",)
 
 
 @pytest.mark.parametrize("value", ["v2-8", "v3-32"])
@@ -184,14 +184,14 @@ def test_an_unknown_chip_is_a_warning(bus: Bus, metadata: Server) -> None:
     found = find_chip()
     assert (found.chip, found.name) == (None, "TPU v7x")
     (line,) = found.warnings
-    assert line.startswith("the TPU calls itself v7x, which is not in the table of chips: plain attention will run")
+    assert line.startswith("the TPU v7x is not in the table of chips: attention runs without the kernels")
 
 
 def test_a_chip_without_a_name_is_a_warning(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
     bus("v3", 4)
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
     (line,) = find_chip().warnings
-    assert "set TPU_ACCELERATOR_TYPE, as v5litepod-8" in line
+    assert "set TPU_ACCELERATOR_TYPE, for example to v5litepod-8" in line
     assert find_chip("TPU v3").chip == "v3", "by the name that the device gives itself"
 
 
@@ -253,7 +253,7 @@ def test_a_tpu_without_a_description_is_refused(bus: Bus, monkeypatch: pytest.Mo
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
     assert check_description() is None, "no TPU here"
     bus("v5e")
-    with pytest.raises(UserError, match="set TPU_ACCELERATOR_TYPE, as v5litepod-8"):
+    with pytest.raises(UserError, match="set TPU_ACCELERATOR_TYPE, for example to v5litepod-8"):
         check_description()
     monkeypatch.setenv("TPU_ACCELERATOR_TYPE", "v5litepod-8")
     assert check_description() is None
@@ -263,7 +263,9 @@ def test_preflight_compiles_for_this_hosts_slice(bus: Bus, metadata: Server) -> 
     with pytest.raises(UserError, match=r"name the TPU to compile for with --topology: [^(]*\(or v5e-16\)[^(]*$"):
         chosen_topology(None)
     bus("v5e", 4)
-    with pytest.raises(UserError, match="this machine has 4 v5e chips, and does not say what slice they are part of"):
+    with pytest.raises(
+        UserError, match="this host has 4 v5e chips, but does not report the slice that they are part of"
+    ):
         chosen_topology(None)
     metadata.attributes["tpu-env"] = TPU_ENV.format(type="v5litepod-16")
     assert chosen_topology(None).libtpu_name == "v5e:4x4"

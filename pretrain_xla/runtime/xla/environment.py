@@ -1,4 +1,4 @@
-"""Environment variables that PyTorch/XLA reads when it first touches a device, corrected beforehand."""
+"""Corrects the environment variables of PyTorch/XLA before it reads them at its first use of a device."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ DEVICES = ("CPU", "TPU", "CUDA")
 
 OVERLAP = {
     "xla_enable_async_all_reduce": "true",
-    # The core itself sends and receives: a reduction goes on inside the matrix products that run meanwhile.
+    # The core itself sends and receives, so that a reduction is fused with the matrix products that run at that time.
     "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": "true",
-    # Bytes. All gradients in one reduction, as without it, would have to wait for the last of them.
+    # Bytes. By default all gradients are in one reduction, which has to wait for the last of them.
     "xla_jf_crs_combiner_threshold_in_bytes": "4000000",
 }
-"""Options of libtpu that let gradients be reduced during the rest of the backward pass."""
+"""Options of libtpu that reduce gradients during the rest of the backward pass."""
 
 
 _BF16 = "it would turn fp32 weights and sums into bf16; for bf16 products over fp32 weights use --mixed-precision bf16"
@@ -32,23 +32,23 @@ CHANGES_RESULTS = {
     "XLA_USE_FP16": _FP16,
     "XLA_DOWNCAST_FP16": _FP16,
     "XLA_USE_32BIT_LONG": "it would cut 64-bit integers to 32 bits",
-    "XLA_RNG_BIT_GENERATOR": "it would draw other dropout than a run with the same seed elsewhere",
+    "XLA_RNG_BIT_GENERATOR": "it would change the dropout masks of a seed",
     "XLA_DISABLE_FUNCTIONALIZATION": "it would lose updates of a tensor through its views",
     "XLA_USE_EAGER_DEBUG_MODE": "it would run each operation as a program of its own",
-    "XLA_AUTO_SPMD": "tensors are split by --mesh-data, --mesh-fsdp and --mesh-tensor",
-    "XLA_AUTO_SPMD_MESH": "tensors are split by --mesh-data, --mesh-fsdp and --mesh-tensor",
+    "XLA_AUTO_SPMD": "tensors are sharded by --mesh-data, --mesh-fsdp and --mesh-tensor",
+    "XLA_AUTO_SPMD_MESH": "tensors are sharded by --mesh-data, --mesh-fsdp and --mesh-tensor",
 }
-"""Variables of PyTorch/XLA that change what a step computes, and why they are not followed: a config must say all of it.
+"""Variable of PyTorch/XLA that changes the results of a step → why it is ignored. The config alone decides the results.
 
-Left alone are those that only cost time or memory, or help to look (XLA_NO_SPECIAL_SCALARS, XLA_ENABLE_PARAM_ALIASING,
-XLA_DENSE_GATHER_FACTOR, XLA_SYNC_WAIT, XLA_IR_DEBUG, PT_XLA_DEBUG …), and options of the compilers, which are only repeated.
+Variables that only cost time or memory, or help to debug, are kept (XLA_NO_SPECIAL_SCALARS, XLA_ENABLE_PARAM_ALIASING,
+XLA_DENSE_GATHER_FACTOR, XLA_SYNC_WAIT, XLA_IR_DEBUG, PT_XLA_DEBUG …). So are compiler options, which are only reported.
 """
 
 OFF = ("", "0", "false", "default")
-"""Values that mean that a variable is not in use."""
+"""Values that mean that a variable is off."""
 
 COMPILERS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
-"""Options of XLA's and of the TPU's compiler; whoever sets them means them."""
+"""Options of the XLA and TPU compilers, which the user sets on purpose."""
 
 TORCH_XLA_SETS = frozenset(
     {
@@ -61,47 +61,47 @@ TORCH_XLA_SETS = frozenset(
         "--xla_enable_async_collective_permute=true",
     }
 )
-"""Options that torch_xla adds as it is imported: what a process that has done so starts (a notebook, for one) has them, too."""
+"""Options that torch_xla adds when it is imported. Child processes inherit them, for example from a notebook."""
 
 
 def clear_environment(*, multiprocess: bool) -> list[str]:
-    """Forget variables that would change the results of a run, before torch_xla is imported, which reads some at once.
+    """Remove variables that would change the results of a run. Call it before importing torch_xla, which reads some of them.
 
     Args:
-        multiprocess: whether the run has one process a device, which XLA_USE_SPMD forbids.
+        multiprocess: whether the run has one process per device, for which XLA_USE_SPMD must not be set.
 
     Returns:
-        A line for the user on each that was set; nothing the next time.
+        A note for the user on each variable that was removed. A second call returns none.
     """
     notes = []
     for name, why in CHANGES_RESULTS.items():
         value = os.environ.pop(name, "")
         if value.lower() not in OFF:
-            notes.append(f"{name}={value} is set, and not followed: {why}")
+            notes.append(f"{name}={value} is ignored: {why}")
     if "torch_xla" in sys.modules:
-        return notes  # which has set the others itself
+        return notes  # it has set the others itself
     if multiprocess and os.environ.pop("XLA_USE_SPMD", "").lower() not in OFF:
-        notes.append("XLA_USE_SPMD is set, and not followed: --mp-start-method runs one process a device")
+        notes.append("XLA_USE_SPMD is ignored: --mp-start-method runs one process per device")
     for name in COMPILERS:
         if words := [word for word in os.environ.get(name, "").split() if word not in TORCH_XLA_SETS]:
-            notes.append(f"{name}={' '.join(words)} changes how this run is compiled; config.yaml does not keep it")
+            notes.append(f"{name}={' '.join(words)} changes how this run is compiled; it is not saved in config.yaml")
     return notes
 
 
 def compiler_options(parallel: ParallelConfig) -> dict[str, str]:
-    """Options of the TPU's compiler, by name without dashes, that a run sets and preflight compiles with."""
+    """Options of the TPU compiler, by name without dashes, for a run and for preflight."""
     return dict(OVERLAP) if parallel.overlap_gradients else {}
 
 
 def prepare_environment(parallel: ParallelConfig) -> None:
-    """Choose a device when none is named, clear what hosted notebooks leave behind, and register a CUDA plugin on request.
+    """Choose a device if PJRT_DEVICE is not set, clear variables of hosted notebooks, and register the CUDA plugin if needed.
 
-    The compiler's options go into LIBTPU_INIT_ARGS, unless they are there already.
+    Compiler options are added to LIBTPU_INIT_ARGS, unless they are already set there.
 
     Raises:
-        UserError: PJRT_DEVICE names no device that we know, or its plugin is missing.
+        UserError: PJRT_DEVICE is unknown, or its plugin is missing.
     """
-    # Kaggle and Colab describe the pod that their TPU once was part of; a single host must not wait for the others.
+    # Kaggle and Colab describe a pod that their TPU is no longer part of. A single host must not wait for others.
     if any(key.startswith(("KAGGLE_", "COLAB_")) for key in os.environ):
         os.environ.pop("TPU_PROCESS_ADDRESSES", None)
         os.environ.pop("CLOUD_TPU_TASK_ID", None)
@@ -116,7 +116,7 @@ def prepare_environment(parallel: ParallelConfig) -> None:
         from torch_xla._internal import tpu
 
         if tpu.num_available_chips() == 0:
-            raise UserError("PJRT_DEVICE=TPU, but this machine has no TPU: set PJRT_DEVICE=CPU to run here")
+            raise UserError("PJRT_DEVICE=TPU, but this host has no TPU: set PJRT_DEVICE=CPU to run here")
         _set_compiler_options(compiler_options(parallel))
     if name == "CUDA":
         library = _cuda_plugin()
@@ -127,7 +127,7 @@ def prepare_environment(parallel: ParallelConfig) -> None:
 
 
 def no_such_device(error: RuntimeError) -> UserError:
-    """What to say where PyTorch/XLA cannot open the device."""
+    """The error for a device that PyTorch/XLA cannot open."""
     reason = str(error).strip().splitlines()[0]
     return UserError(
         f"PJRT_DEVICE={os.environ['PJRT_DEVICE']}: no such device ({reason}); set PJRT_DEVICE=CPU to run here"
@@ -135,7 +135,7 @@ def no_such_device(error: RuntimeError) -> UserError:
 
 
 def _set_compiler_options(options: dict[str, str]) -> None:
-    """Before libtpu is loaded, which reads them once. What the user has set stays."""
+    """Must be called before libtpu is loaded, which reads them once. Options of the user are kept."""
     words = os.environ.get("LIBTPU_INIT_ARGS", "").split()
     known = {word.lstrip("-").partition("=")[0] for word in words}
     words += [f"--{name}={value}" for name, value in options.items() if name not in known]
@@ -144,7 +144,7 @@ def _set_compiler_options(options: dict[str, str]) -> None:
 
 
 def _cuda_plugin() -> str:
-    """Path of the CUDA plugin that JAX ships.
+    """Path of JAX's CUDA plugin.
 
     Raises:
         UserError: it is not installed, or the host has no GPU.
@@ -160,7 +160,7 @@ def _cuda_plugin() -> str:
         )
     if gpu_count() == 0:
         raise UserError(
-            "PJRT_DEVICE=CUDA, but this machine shows no NVIDIA GPU: set PJRT_DEVICE=CPU to run here, "
+            "PJRT_DEVICE=CUDA, but this host shows no NVIDIA GPU: set PJRT_DEVICE=CPU to run here, "
             "or GPU_NUM_DEVICES to the number of GPUs if there are some"
         )
     return library
