@@ -113,7 +113,7 @@ def test_one_bad_token_of_several_is_named() -> None:
     assert "train.loss_ignore_tokens.1=-1: Input should be" in refusal({"train": {"loss_ignore_tokens": [3, -1]}})
 
 
-def test_a_pair_of_betas_has_two() -> None:
+def test_betas_are_a_pair() -> None:
     assert "betas" in refusal({"optim": {"betas": [0.9]}})
     assert "betas" in refusal({"optim": {"betas": [0.9, 0.95, 0.99]}})
     assert "betas" in refusal({"optim": {"betas": [0.9, 1.0]}})
@@ -246,7 +246,9 @@ def test_derived_sizes() -> None:
 )
 def test_where_the_run_puts_its_files(run_dir: str | None, checkpoints_dir: str, files: str, checkpoints: str) -> None:
     tree = {"logging": {"run_dir": run_dir}, "checkpoint": {"checkpoints_dir": checkpoints_dir}}
-    config = build_config(tree | {"train": {"do_test": True}}, "my.yaml")  # a test writes nothing, so a URL will do
+    config = build_config(
+        tree | {"train": {"do_test": True}}, "my.yaml"
+    )  # an evaluation writes nothing, so a URL is allowed
     assert config.run_dir == files
     assert config.checkpoints_dir == checkpoints
 

@@ -170,9 +170,9 @@ def test_a_hundredth_of_a_hub_dataset_is_held_out() -> None:
 def test_help_and_docs_state_the_same_cost_of_scan_layers() -> None:
     help_text = TrainConfig.model_fields["scan_layers"].description or ""
     page = (ROOT / "docs" / "use.md").read_text(encoding="utf-8")
-    said = re.search(r"takes (\d to \d%) longer", help_text)
-    assert said
-    assert f"takes {said[1]} longer" in page
+    cost = re.search(r"takes (\d to \d%) longer", help_text)
+    assert cost
+    assert f"takes {cost[1]} longer" in page
 
 
 def test_configs_docs_and_defaults_name_one_folder_for_fineweb_edu() -> None:
@@ -184,7 +184,7 @@ def test_configs_docs_and_defaults_name_one_folder_for_fineweb_edu() -> None:
 
 
 @pytest.mark.parametrize("page", EVERY_PAGE, ids=lambda page: page.name)
-def test_every_link_leads_somewhere(page: Path) -> None:
+def test_every_link_resolves(page: Path) -> None:
     wrong = []
     for text, target in re.findall(r"\[([^\]]+)\]\(([^)\s]+)\)", prose(page)):
         if target.startswith("https://"):
@@ -237,11 +237,11 @@ def test_every_script_of_a_command_exists() -> None:
     assert seen >= 30
 
 
-def test_the_session_in_learn_prints_what_it_says() -> None:
+def test_the_python_session_in_learn_prints_what_it_shows() -> None:
     page = ROOT / "docs" / "learn.md"
     text = re.sub(r"^```.*$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
     session = doctest.DocTestParser().get_doctest(text, {}, page.name, str(page), 0)
     assert len(session.examples) >= 50
-    said: list[str] = []
-    doctest.DocTestRunner(verbose=False).run(session, out=said.append)
-    assert not said, "".join(said)
+    failures: list[str] = []
+    doctest.DocTestRunner(verbose=False).run(session, out=failures.append)
+    assert not failures, "".join(failures)

@@ -50,7 +50,7 @@ def test_nothing_given_means_the_defaults() -> None:
     assert not parsed.print_config
 
 
-def test_a_flag_goes_before_the_file_and_the_file_before_the_default(yaml: Callable[[str], str]) -> None:
+def test_a_flag_overrides_the_file_and_the_file_the_default(yaml: Callable[[str], str]) -> None:
     path = yaml("model: {d_model: 96, num_heads: 6}\ntrain: {seed: 5}\n")
     parsed = parse("--config", path, "--d-model", "48", "--train-steps=7")
     assert parsed.config.model.d_model == 48
@@ -216,7 +216,7 @@ def test_numbers_in_yaml_without_a_dot(yaml: Callable[[str], str]) -> None:
     assert (config.optim.learning_rate, config.optim.adam_eps, config.model.norm_eps) == (3e-4, 1e-8, 1e-6)
 
 
-def test_a_printed_config_is_the_whole_run(
+def test_a_printed_config_is_complete(
     yaml: Callable[[str], str], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     from pretrain_xla.cli import pretrain

@@ -41,7 +41,7 @@ def test_one_pointer_among_documents_is_found(tmp_path: Path) -> None:
         open_text(str(tmp_path))
 
 
-def test_a_text_about_pointers_is_a_text(tmp_path: Path) -> None:
+def test_a_text_that_quotes_a_pointer_is_read(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(f"A pointer is\n{POINTER}")
     (document,) = open_text(str(tmp_path / "a.txt")).read()
     assert document.text.endswith("size 12345")

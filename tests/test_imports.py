@@ -76,5 +76,5 @@ def test_the_reference_model_is_short() -> None:
     texts = [(ROOT / "pretrain_xla" / "model" / name).read_text() for name in REFERENCE]
     assert sum(len(text.splitlines()) for text in texts) <= 400
     for text in texts:
-        assert "model.xla" not in text, "the TPU's version is put in from outside"
+        assert "model.xla" not in text, "the TPU's version is inserted from outside"
         assert "device.type" not in text, "and the reference depends on no device"

@@ -39,8 +39,8 @@ def made(tmp_path: Path) -> Path:
     return tmp_path / "made"
 
 
-def refused(action: Callable[[], Any], said: str, made: Path) -> None:
-    with pytest.raises(UserError, match=said) as error:
+def refused(action: Callable[[], Any], expected: str, made: Path) -> None:
+    with pytest.raises(UserError, match=expected) as error:
         action()
     assert "\n" not in str(error.value)
     assert not made.exists()

@@ -39,10 +39,10 @@ DIGITS = "9" * 9999
 GPT2 = {"model_type": "gpt2", "n_positions": 8, "n_embd": 8, "n_layer": 1, "n_head": 2, "vocab_size": 8}
 
 
-def refused(action: Callable[[], Any], said: str, seconds: float = 30.0) -> None:
+def refused(action: Callable[[], Any], expected: str, seconds: float = 30.0) -> None:
     """It ends in one line that says so, within the time given."""
     start = time.monotonic()
-    with pytest.raises(UserError, match=said) as error:
+    with pytest.raises(UserError, match=expected) as error:
         action()
     assert time.monotonic() - start < seconds
     assert "\n" not in str(error.value)
@@ -139,7 +139,7 @@ def test_deep_json_and_long_numbers_are_one_line_everywhere(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "expected"),
     [
         (f"model: {'[' * 5000}", "nested too deep|not valid YAML"),
         ("model: {d_model: 2001-99-99}", "invalid value: "),
@@ -150,10 +150,10 @@ def test_deep_json_and_long_numbers_are_one_line_everywhere(tmp_path: Path) -> N
         ("data: {cache_dir: &a [*a]}", "not valid YAML|data.cache_dir"),
     ],
 )
-def test_malicious_yaml(text: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_malicious_yaml(text: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "c.yaml").write_text(text)
-    refused(lambda: build_config(load_yaml("c.yaml"), "c.yaml"), said)
+    refused(lambda: build_config(load_yaml("c.yaml"), "c.yaml"), expected)
     assert not (tmp_path / "made").exists()
 
 
@@ -166,7 +166,7 @@ def test_a_list_of_billions_by_aliases_is_shortened_in_the_error(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("sizes", "said"),
+    ("sizes", "expected"),
     [
         ({"num_layers": 10**7}, "model.num_layers=10000000"),
         ({"num_layers": 1000, "d_model": 2**20, "num_heads": 8}, "more than any device can hold"),
@@ -174,8 +174,8 @@ def test_a_list_of_billions_by_aliases_is_shortened_in_the_error(tmp_path: Path)
         ({"d_model": 10**30, "num_heads": 1}, "model.d_model"),
     ],
 )
-def test_unbounded_sizes(sizes: dict[str, int], said: str) -> None:
-    refused(lambda: build_config({"model": sizes}, "x"), said)
+def test_unbounded_sizes(sizes: dict[str, int], expected: str) -> None:
+    refused(lambda: build_config({"model": sizes}, "x"), expected)
 
 
 def test_a_config_json_of_ten_million_layers_is_one_line() -> None:
@@ -209,7 +209,7 @@ def test_a_decompression_bomb_is_read_only_to_the_limit(
     monkeypatch.setattr(plain_text, "LONGEST_DOCUMENT", 2**17)
     monkeypatch.setattr(task_data, "LONGEST_DOCUMENT", 2**17)
     size = 2**20
-    for name, text, action, said in (
+    for name, text, action, expected in (
         ("a.jsonl", b"x" * size, lambda path: list(read_documents(path)), "a line of more than 65,536 characters"),
         ("b.txt", b"x" * size, lambda path: list(read_documents(path)), "a line of more than 65,536 characters"),
         ("c.txt", b"x\n" * (size // 2), lambda path: list(read_documents(path)), "a document of more than 131,072"),
@@ -220,7 +220,7 @@ def test_a_decompression_bomb_is_read_only_to_the_limit(
     ):
         path = tmp_path / f"{name}.{suffix}"
         path.write_bytes(COMPRESSORS[suffix](text))
-        refused(lambda action=action, path=path: action(str(path)), said)
+        refused(lambda action=action, path=path: action(str(path)), expected)
 
 
 def test_a_long_window_is_decompressed_in_chunks() -> None:
@@ -234,7 +234,7 @@ def test_a_long_window_is_decompressed_in_chunks() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "expected"),
     [
         ({"config": {}}, "does not say which model"),
         ({"config": {"model": [], "data": {}}}, "does not say which model"),
@@ -243,7 +243,7 @@ def test_a_long_window_is_decompressed_in_chunks() -> None:
         ({"step": []}, "no complete checkpoint|cannot be read"),
     ],
 )
-def test_a_checkpoint_json_with_other_content(change: dict[str, Any], said: str, tmp_path: Path) -> None:
+def test_a_checkpoint_json_with_other_content(change: dict[str, Any], expected: str, tmp_path: Path) -> None:
     folder = tmp_path / "step_00000001"
     folder.mkdir()
     tree = {
@@ -255,7 +255,7 @@ def test_a_checkpoint_json_with_other_content(change: dict[str, Any], said: str,
         "checksums": {},
     }
     (folder / "checkpoint.json").write_text(json.dumps(tree | change))
-    refused(lambda: load_model(str(tmp_path)), said)
+    refused(lambda: load_model(str(tmp_path)), expected)
 
 
 @pytest.mark.parametrize("eos", [1, [1], {"a": 1}, {"content": []}, True])

@@ -82,7 +82,7 @@ def test_products_within_fusions(module: Module, scheduled: dict[str, Instructio
     assert products(module, scheduled["slice.1"]) == []
 
 
-def test_a_batch_of_products_is_a_window_mostly_outside() -> None:
+def test_a_batched_product_as_a_convolution() -> None:
     """libtpu writes a batch of 16 products [128, 64] x [64, 256] as a convolution over a spatial dimension of 16."""
     text = """\
 HloModule m, is_scheduled=true

@@ -99,7 +99,7 @@ def test_links_of_a_corner(name: str, chips: int, links: int) -> None:
     assert topology.bandwidth(chips) == pytest.approx(topology.chip.link_bandwidth * links)
 
 
-def test_table_of_chips_is_in_devices() -> None:
+def test_the_table_of_chips_has_figures_per_device() -> None:
     assert CHIPS["v3"].peak_flops == 61.5e12
     assert CHIPS["v3"].usable_hbm < CHIPS["v3"].hbm_bytes == 16 * 2**30
     for chip in CHIPS.values():

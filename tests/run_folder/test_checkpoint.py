@@ -162,11 +162,11 @@ def test_every_way_to_name_a_checkpoint(store: CheckpointStore, root: str) -> No
 
 def test_without_a_measured_loss_the_best_is_the_newest(store: CheckpointStore, root: str) -> None:
     save(store, None, None)
-    said: list[str] = []
-    assert open_checkpoint(root, "best", said.append)[1] == 2
-    assert said == [f"{root}: no checkpoint has a measured validation loss: using the newest, of step 2"]
-    assert open_checkpoint(root, "newest", said.append)[1] == 2
-    assert len(said) == 1
+    messages: list[str] = []
+    assert open_checkpoint(root, "best", messages.append)[1] == 2
+    assert messages == [f"{root}: no checkpoint has a measured validation loss: using the newest, of step 2"]
+    assert open_checkpoint(root, "newest", messages.append)[1] == 2
+    assert len(messages) == 1
 
 
 def test_a_step_folder_by_its_bare_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -272,12 +272,12 @@ def test_a_damaged_marker_does_not_affect_other_checkpoints(content: bytes, root
     files, path = fsspec.core.url_to_fs(root)
     for step in (1, 3):
         files.pipe_file(f"{path}/step_{step:08d}/{MARKER}", content)
-    said: list[str] = []
-    store, step = open_checkpoint(root, "newest", said.append)
+    messages: list[str] = []
+    store, step = open_checkpoint(root, "newest", messages.append)
     assert step == 2
-    assert len(said) == 1
-    assert said[0].startswith(f"{root}/step_00000003/{MARKER} cannot be read (")
-    assert said[0].endswith("so that checkpoint is skipped for that of step 2")
+    assert len(messages) == 1
+    assert messages[0].startswith(f"{root}/step_00000003/{MARKER} cannot be read (")
+    assert messages[0].endswith("so that checkpoint is skipped for that of step 2")
     with pytest.raises(UserError, match=f"step_00000003/{MARKER} cannot be read"):
         open_checkpoint(f"{root}/step_00000003")
     store = CheckpointStore(root, limit=1)

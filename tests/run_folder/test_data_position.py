@@ -190,11 +190,11 @@ def test_a_run_continues_at_its_position_with_any_batch_size(
     counted = {row["step"]: row["tokens"] for row in read_metrics(trainer.log.path) if "tokens" in row}
     assert [counted[last] for last, *_ in segments] == seen
     assert sorted(counted.values()) == list(counted.values())
-    said = " ".join(capsys.readouterr().out.split())
-    assert "settings changed since step 2: train_steps" not in said
-    assert "since step 2: train_batch_size 4 → 3, gradient_accum_step 1 → 2, train_steps 2 → 4" in said
-    assert "seed 7 → 8" in said
-    assert said.count("the data keep the order of seed 7") == 2
+    output = " ".join(capsys.readouterr().out.split())
+    assert "settings changed since step 2: train_steps" not in output
+    assert "since step 2: train_batch_size 4 → 3, gradient_accum_step 1 → 2, train_steps 2 → 4" in output
+    assert "seed 7 → 8" in output
+    assert output.count("the data keep the order of seed 7") == 2
 
     # Another run continues from this checkpoint at that position; with other data it starts from their beginning.
     branch = {"run_dir": str(tokens / "branch")}

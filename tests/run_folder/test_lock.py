@@ -67,7 +67,7 @@ def test_a_folder_that_is_named_twice_is_locked_once(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_lock_that_is_removed_between_opening_and_locking_is_made_again(
+def test_a_lock_that_is_removed_between_opening_and_locking_is_created_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stat, raced = os.stat, list[str]()

@@ -40,7 +40,7 @@ def test_a_summary_has_first_last_best_and_the_median_rate() -> None:
     }
 
 
-def test_the_best_is_a_number() -> None:
+def test_a_nan_loss_is_not_the_best() -> None:
     rows = [{"step": step, "valid_loss": loss} for step, loss in enumerate([math.nan, 5.0, 4.0, math.nan])]
     assert (summarise(rows)["best_valid_loss"], summarise(rows)["best_valid_step"]) == (4.0, 2)
 
@@ -72,7 +72,7 @@ def blue(image: np.ndarray) -> np.ndarray:
     return np.argwhere(np.abs(image - np.array([31, 119, 180])).sum(-1) < 30)
 
 
-def test_the_picture_shows_the_loss_fall_or_rise(tmp_path: Path) -> None:
+def test_the_plot_shows_the_loss_fall_or_rise(tmp_path: Path) -> None:
     for name, slope in (("falls", -0.05), ("rises", 0.05)):
         image = plot(tmp_path / name, run(slope=slope)[1:-2])
         assert image.shape[0] > 300

@@ -77,21 +77,21 @@ def test_other_shards_are_accepted_and_another_tokenizer_is_refused(
         "logging": {"run_dir": str(tmp_path / "new")},
     }
     for _ in ("now", "by checkpoints and datasets from before there were fingerprints"):
-        said: list[str] = []
-        assert find_start(config_of("again"), "another", said.append).step == 2
-        assert "was trained on other shards" in said[0]
+        messages: list[str] = []
+        assert find_start(config_of("again"), "another", messages.append).step == 2
+        assert "was trained on other shards" in messages[0]
         for changes in ({}, {"train": {"do_test": True}}, from_it):
             with pytest.raises(UserError, match=r"trained with another tokenizer than .*other/") as refusal:
-                find_start(config_of("other", **changes), "another", said.append)
+                find_start(config_of("other", **changes), "another", messages.append)
         assert f"prepare --tokenizer {tmp_path}/run/tokenizer" in str(refusal.value)
         remove_keys(marker, "tokenizer")
         for name in ("one", "again", "other"):
             remove_keys(datasets / name / "dataset.json", "tokenizer_fingerprint")
     elsewhere = from_it | {"train": {"from_checkpoint": str(tmp_path / "export")}}
     export_model(load_model(str(tmp_path / "run")), elsewhere["train"]["from_checkpoint"])
-    assert find_start(config_of("again", **elsewhere), "another", said.append).step == 0
+    assert find_start(config_of("again", **elsewhere), "another", messages.append).step == 0
     with pytest.raises(UserError, match="export was trained with another tokenizer"):
-        find_start(config_of("other", **elsewhere), "another", said.append)
+        find_start(config_of("other", **elsewhere), "another", messages.append)
     with pytest.raises(UserError, match="trained with another tokenizer"):
         runs.run(config_of("other"))
     assert (tmp_path / "run" / "tokenizer" / "tokenizer.json").read_bytes() == own
@@ -153,7 +153,7 @@ def test_the_vocabulary_size_is_that_of_the_data_unless_given(
     assert planned.config.model.vocab_size == 280, "preflight compiles what is trained"
     assert size("--print-config", "--vocab-size", "300")[0] == "300"
     assert "vocab_size 280 is that of" not in size("--vocab-size", "300")[1]  # as a run from before this default
-    said = size("--train-steps", "2")[1]
-    assert "vocab_size 300 is that of the run's checkpoint" in said
-    assert "continuing from" in said
+    output = size("--train-steps", "2")[1]
+    assert "vocab_size 300 is that of the run's checkpoint" in output
+    assert "continuing from" in output
     assert "note: vocab_size 280 is that of" in size("--run-dir", f"{tmp_path}/other")[1]

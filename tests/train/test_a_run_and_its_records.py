@@ -144,7 +144,7 @@ def test_no_record_of_an_earlier_run_is_lost(make: Make, folder: Path, capsys: p
     assert [row["step"] for row in rows_of(folder) if "loss" in row] == [8, 9]
 
 
-def test_a_run_that_made_no_step_left_no_record(make: Make, folder: Path) -> None:
+def test_a_run_without_a_step_is_not_archived(make: Make, folder: Path) -> None:
     folder.mkdir()
     (folder / "metrics.jsonl").write_text('{"step": 0, "valid_loss": 3.5}\n{"ste')
     run(make(train_steps=2))

@@ -15,7 +15,7 @@ ELSEWHERE = GraphEvent("host transfer", "loss.py:5 in loss", "item() waits for t
 
 
 @pytest.fixture
-def said() -> list[str]:
+def messages() -> list[str]:
     return []
 
 
@@ -23,8 +23,8 @@ def emit(runtime: TorchRuntime, *events: GraphEvent) -> None:
     runtime._events.extend(events)
 
 
-def test_a_strict_run_ends_and_names_the_line(runtime: TorchRuntime, said: list[str]) -> None:
-    guard = GraphGuard(runtime, strict=True, say=said.append)
+def test_a_strict_run_ends_and_names_the_line(runtime: TorchRuntime, messages: list[str]) -> None:
+    guard = GraphGuard(runtime, strict=True, say=messages.append)
     guard.check(1)
     emit(runtime, RECOMPILATION)
     with pytest.raises(UserError) as caught:
@@ -32,18 +32,18 @@ def test_a_strict_run_ends_and_names_the_line(runtime: TorchRuntime, said: list[
     line = str(caught.value)
     assert line.startswith("step 7: recompilation at model.py:12 in forward: aten::sin f32[3,4] is new in the graph")
     assert "\n" not in line
-    assert said == []
+    assert messages == []
     assert guard.total("recompilation") == 1
 
 
-def test_other_runs_report_each_line_once_and_count(runtime: TorchRuntime, said: list[str]) -> None:
-    guard = GraphGuard(runtime, strict=False, say=said.append)
+def test_other_runs_report_each_line_once_and_count(runtime: TorchRuntime, messages: list[str]) -> None:
+    guard = GraphGuard(runtime, strict=False, say=messages.append)
     emit(runtime, TRANSFER, TRANSFER, RECOMPILATION)
     guard.check(3)
     emit(runtime, TRANSFER, ELSEWHERE)
     guard.check(4)
     guard.check(5)
-    assert [line.split(" (")[0] for line in said] == [
+    assert [line.split(" (")[0] for line in messages] == [
         f"step 3: {TRANSFER}",
         f"step 3: {RECOMPILATION}",
         f"step 4: {ELSEWHERE}",
@@ -52,11 +52,11 @@ def test_other_runs_report_each_line_once_and_count(runtime: TorchRuntime, said:
     assert guard.counts["host transfer", TRANSFER.where] == 3
 
 
-def test_the_summary_has_graphs_and_faults_by_line(
-    runtime: TorchRuntime, said: list[str], monkeypatch: pytest.MonkeyPatch
+def test_the_summary_counts_graphs_and_events_by_line(
+    runtime: TorchRuntime, messages: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(runtime, "_counts", GraphCounts({"train": 2, "validation": 1}, 12.3456))
-    guard = GraphGuard(runtime, strict=False, say=said.append)
+    guard = GraphGuard(runtime, strict=False, say=messages.append)
     emit(runtime, TRANSFER, TRANSFER, RECOMPILATION)
     guard.check(1)
     assert guard.summary() == {

@@ -35,9 +35,9 @@ def save_checkpoints(config: RunConfig, *steps: int, root: str | None = None) ->
 
 
 def test_a_new_run_starts_from_nothing(make_config: Make, tmp_path: Path) -> None:
-    said: list[str] = []
-    start = find_start(make_config(), "data", said.append)
-    assert (start.step, start.tensors, start.own, said) == (0, {}, False, [])
+    messages: list[str] = []
+    start = find_start(make_config(), "data", messages.append)
+    assert (start.step, start.tensors, start.own, messages) == (0, {}, False, [])
     assert start.store.root == str(tmp_path / "run" / "checkpoints")
     weight = torch.ones(3, 2)
     assert torch.equal(start.optimizer_tensor("first_moment.x", weight), torch.zeros(3, 2))
@@ -47,11 +47,11 @@ def test_a_new_run_starts_from_nothing(make_config: Make, tmp_path: Path) -> Non
 
 def test_a_run_continues_from_its_newest(make_config: Make) -> None:
     config = make_config()
-    said: list[str] = []
+    messages: list[str] = []
     tensors = save_checkpoints(config, 3, 5)
-    start = find_start(config, "data", said.append)
+    start = find_start(config, "data", messages.append)
     assert (start.step, start.own) == (5, True)
-    assert said == [f"continuing from {start.store.folder(5)}"]
+    assert messages == [f"continuing from {start.store.folder(5)}"]
     model = GPT(config.model)
     start.load_model(model)
     for name, parameter in model.named_parameters():
@@ -66,11 +66,11 @@ def test_a_run_continues_from_the_newest_intact_checkpoint(make_config: Make) ->
     save_checkpoints(config, 3, 5)
     marker = Path(config.checkpoints_dir) / "step_00000005" / MARKER
     marker.write_bytes(b"")  # as a kill leaves a marker that is written in place
-    said: list[str] = []
-    start = find_start(config, "data", said.append)
+    messages: list[str] = []
+    start = find_start(config, "data", messages.append)
     assert start.step == 3
-    assert said[0].startswith(f"{marker} cannot be read")
-    assert said[1:] == [f"continuing from {start.store.folder(3)}"]
+    assert messages[0].startswith(f"{marker} cannot be read")
+    assert messages[1:] == [f"continuing from {start.store.folder(3)}"]
     (Path(config.checkpoints_dir) / "step_00000003" / MARKER).write_bytes(b"")
     with pytest.raises(UserError, match="and there is no other: remove that folder to start over"):
         find_start(config, "data", print)
@@ -113,11 +113,11 @@ def test_weights_from_elsewhere_have_no_optimizer(make_config: Make) -> None:
 def test_other_data_is_reported(make_config: Make) -> None:
     config = make_config()
     save_checkpoints(config, 3)
-    said: list[str] = []
-    assert find_start(config, "other data", said.append).step == 3
-    assert len(said) == 2
-    assert "was trained on other shards" in said[0]
-    assert config.data.train_dir in said[0]
+    messages: list[str] = []
+    assert find_start(config, "other data", messages.append).step == 3
+    assert len(messages) == 2
+    assert "was trained on other shards" in messages[0]
+    assert config.data.train_dir in messages[0]
 
 
 def test_no_resume_never_overwrites_a_run(make_config: Make) -> None:
@@ -153,9 +153,9 @@ def test_a_runs_own_checkpoint_comes_first_except_in_an_evaluation(make_config: 
 
 
 def test_an_evaluation_without_a_checkpoint_is_reported(make_config: Make) -> None:
-    said: list[str] = []
-    assert find_start(make_config(train={"do_test": True}), "data", said.append).tensors == {}
-    assert said == ["there is no checkpoint: evaluating freshly initialised weights"]
+    messages: list[str] = []
+    assert find_start(make_config(train={"do_test": True}), "data", messages.append).tensors == {}
+    assert messages == ["there is no checkpoint: evaluating freshly initialised weights"]
 
 
 @pytest.mark.parametrize(

@@ -102,7 +102,7 @@ def press():
 with signals.StopSignal(enabled=True, doing=lambda: "finishing step 1 and saving") as stop:
     threading.Thread(target=press, daemon=True).start()
     if not os.fork():
-        os._exit(signal.set_wakeup_fd(-1) != -1)  # a forked child has no wakeup descriptor
+        os._exit(signal.set_wakeup_fd(-1) != -1)  # a forked child does not print for its parent
     assert os.wait()[1] == 0
     # As in a compiler, the main thread runs without the interpreter's lock, and runs no signal handler for long.
     hashlib.pbkdf2_hmac("sha256", b"", b"", 200_000_000)
