@@ -106,7 +106,7 @@ def test_a_manifest_names_no_other_folder(changes: dict[str, Any], tmp_path: Pat
         lambda: verify_checksums(str(folder)),
         lambda: open_dataset(str(folder / "train"), 8, 257),
     ):
-        refused(action, r"dataset.json: damaged \(.*(leads out of the dataset's folder|no name of a file)")
+        refused(action, r"dataset.json: damaged \(.*(leads out of the dataset's folder|not a name of a file)")
     tree = json.loads((folder / "dataset.json").read_text())
     waiting = {"written": next(iter(tree["splits"].values())), "parts": ["../../x.npy"], "waiting": 1}
     (folder / "dataset.json.partial").write_text(json.dumps({"recipe": tree["recipe"], "splits": {"train": waiting}}))

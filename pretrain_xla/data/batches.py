@@ -1,15 +1,15 @@
 """Which sequences make up a batch: a pure function of (dataset, seed, shuffle window, position, batch size).
 
-A position counts the sequences that lie behind, over all epochs. With the seed and the window of its order, it is all that a
-run has to save. A run that resumes begins at the position where it ended, with batches of whatever size, and a pod of another
-size asks for other rows of the same batches. A shard of n tokens is cut into (n - 1) // T sequences whose inputs do not
-overlap: sequence j is its tokens j*T to j*T + T, the T inputs and, shifted by one, the T targets. The last target of one is
-the first input of the next. In each epoch every sequence comes up exactly once.
+A position is the number of sequences used so far, over all epochs. With the seed and window of its order, it is all that a run
+has to save. A resumed run starts at the position where it ended, whatever its batch size, and another number of hosts reads
+other rows of the same batches. A shard of n tokens is cut into (n - 1) // T sequences whose inputs do not overlap: sequence j
+is its tokens j*T to j*T + T, the T inputs and, shifted by one, the T targets. The last target of one is the first input of the
+next. Each epoch has every sequence exactly once.
 
-The order of an epoch: shards are shuffled, then taken `shuffle_window` at a time, and within such a window all
-sequences are shuffled together by a permutation that needs no memory. So at any time the reads fall in a few files
-(which the page cache can hold, and which is announced to the `shard_loader` that fetches remote shards), and nothing
-as long as the dataset is ever built. Cost of `rows`: about 0.3 ms, and a copy of the tokens.
+The order of an epoch: shards are shuffled, then taken `shuffle_window` at a time, and all sequences of such a window are
+shuffled together by a permutation that needs no memory. So reads fall in a few files at a time, which the page cache can
+hold and the `shard_loader` can fetch ahead, and no array is as long as the dataset. `rows` costs about 0.3 ms and a copy of
+the tokens.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from pretrain_xla.data.dataset import TokenDataset
 from pretrain_xla.data.permutation import key_of, permute
 from pretrain_xla.errors import UserError
 
-_READERS = 8  # batches on their way at a time, where each is a round trip or more
-_SHARD_ORDER, _SEQUENCE_ORDER = 1, 2  # so that the two never share a key
+_READERS = 8  # batches read at a time, if each needs a round trip or more
+_SHARD_ORDER, _SEQUENCE_ORDER = 1, 2  # so that the two never use the same key
 
 PADDING = -1
-"""All tokens of a row that is there for the shape alone."""
+"""Fills rows that only complete the shape of a batch."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,11 @@ class _Epoch:
     """One epoch's order of shards, S of them in W windows."""
 
     order: np.ndarray
-    """[S] which shard comes when."""
+    """[S] shards in their order."""
     shard_ends: np.ndarray
-    """[S] sequences up to and with each shard, in that order."""
+    """[S] sequences up to and including each shard, in that order."""
     window_starts: np.ndarray
-    """[W + 1] sequences before each window, and in all."""
+    """[W + 1] sequences before each window, and the total."""
 
 
 class Batches:
@@ -47,21 +47,21 @@ class Batches:
 
     Args:
         dataset: from `open_dataset`, with the same seq_length.
-        sequences_per_batch: over all processes; it may exceed the dataset, which is then gone through more than once.
+        sequences_per_batch: over all processes; it may exceed the dataset, which is then read more than once.
         seq_length: T.
-        seed: of the order.
-        shuffle: False: shards by name, sequences from first to last, the same in every epoch.
+        seed: seed of the order.
+        shuffle: if False, shards are in order of name and sequences in the order of the text, in every epoch.
         shuffle_window: shards that are shuffled together.
-        drop_last: leave out, each epoch, the sequences that do not fill a batch; otherwise a batch runs on into the
-            next epoch. The position counts those that are left out, too.
-        once: the data end after one epoch: what the last batch lacks is rows of `PADDING`.
+        drop_last: leave out the sequences at the end of an epoch that do not fill a batch; otherwise the batch continues
+            with the next epoch. The position counts those that are left out, too.
+        once: stop after one epoch; the last batch is filled up with rows of `PADDING`.
         start: position at which batch 0 begins.
-        steps: batches that will be asked for. None means no end. Nothing beyond them is fetched ahead.
-        share: part of a batch's rows that this process asks for, times how often: with `steps`, what decides whether
+        steps: batches that will be read; nothing beyond them is fetched ahead. None means no limit.
+        share: fraction of each batch that this process reads, times how often. With `steps`, it decides whether
             remote shards are fetched whole.
 
     Raises:
-        UserError: drop_last with a batch that is larger than an epoch.
+        UserError: with drop_last, a batch is larger than an epoch.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class Batches:
         if drop_last and self.sequences_per_epoch < sequences_per_batch:
             raise UserError(
                 f"{dataset.directory}: drop_last leaves nothing: a batch of {sequences_per_batch} sequences is larger "
-                f"than the {self.sequences_per_epoch} there are: turn drop_last off or make the batch smaller"
+                f"than the dataset of {self.sequences_per_epoch}: turn drop_last off or make the batch smaller"
             )
         self._epoch = functools.lru_cache(maxsize=4)(self._plan)
         ends = [self.position(steps)] if steps is not None else []
@@ -102,21 +102,21 @@ class Batches:
 
     @property
     def threads(self) -> int:
-        """Threads that `rows` is worth calling from at a time: more than one where each call waits for a network."""
+        """Threads in which to call `rows`: more than one if each call waits for the network."""
         return _READERS if self.dataset.loader.ranged else 1
 
     def rows(self, step: int, rows: slice | np.ndarray = slice(None)) -> np.ndarray:
         """Rows of batch number `step`: int32 [rows, T + 1], of which `[:, :-1]` are the inputs and `[:, 1:]` the
-        targets; with `once`, of `PADDING` where the data have ended.
+        targets. With `once`, rows after the end of the data are `PADDING`.
 
-        Reads those rows only. Safe to call from several threads.
+        Reads only those rows. Safe to call from several threads.
 
         Args:
             step: number of the batch, from 0.
-            rows: which of the batch's rows, 0 to sequences_per_batch; each process asks for its own.
+            rows: which of the batch's rows, 0 to sequences_per_batch; each process reads its own.
 
         Raises:
-            UserError: a token id that the vocabulary does not have, or a shard that cannot be read or is damaged.
+            UserError: a token id is outside the vocabulary, or a shard cannot be read or is damaged.
         """
         if step < 0:
             raise ValueError(f"step={step} is negative")
@@ -136,18 +136,18 @@ class Batches:
         return self.dataset.read(shards, sequences * self.seq_length, self.seq_length + 1)
 
     def position(self, steps: int) -> int:
-        """The position after so many batches: where a run that continues begins."""
+        """The position after `steps` batches, where a resumed run starts."""
         return position_after(
             steps, self.sequences_per_batch, self.sequences_per_epoch, start=self._start, drop_last=self._drop_last
         )
 
     def _used(self, epoch: int) -> int:
-        """Position up to which an epoch's sequences come up in batches."""
+        """Position up to which an epoch's sequences are in batches."""
         begin, end = epoch * self.sequences_per_epoch, (epoch + 1) * self.sequences_per_epoch
         return end - (end - max(begin, self._start)) % self.sequences_per_batch if self._drop_last else end
 
     def _announce(self, begin: int) -> None:
-        """Tell the loader which shards the batch that begins there needs, and which come after."""
+        """Tell the loader which shards the batch at this position needs, and which are next."""
         end = begin + self.sequences_per_batch
         if self.once:
             end = min(end, self.sequences_per_epoch)
@@ -184,7 +184,7 @@ class Batches:
         return [shard for part in parts for shard in part.tolist()]
 
     def _locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(shard, number of the sequence in it) of positions."""
+        """(shard, index of the sequence in it) of positions."""
         epochs, within = np.divmod(positions, self.sequences_per_epoch)
         shards, sequences = np.empty_like(positions), np.empty_like(positions)
         for number in np.unique(epochs):
@@ -220,13 +220,13 @@ class Batches:
 
 
 def position_after(steps: int, batch: int, epoch: int, *, start: int = 0, drop_last: bool = False) -> int:
-    """Position at the end of the last of `steps` batches.
+    """Position after `steps` batches.
 
     Args:
-        steps: batches.
-        batch: sequences in one.
-        epoch: sequences in the dataset; with drop_last no fewer than in a batch.
-        start: position at which the first one begins, or with drop_last the next epoch where it no longer fits.
+        steps: number of batches.
+        batch: sequences in a batch.
+        epoch: sequences in the dataset; with drop_last at least those of a batch.
+        start: position of the first batch. With drop_last, that is in the next epoch if it no longer fits into this one.
         drop_last: see `Batches`.
     """
     if not drop_last or not steps:

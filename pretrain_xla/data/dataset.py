@@ -1,12 +1,16 @@
-"""Shards that are trained on together, checked when the run starts rather than when the bad one is reached.
+"""Shards that are trained on together, checked when the run starts rather than when a bad shard is reached.
 
-What is checked when, and what it costs. Headers against file sizes: always, at start, nothing for a disk and a small
-request for each remote shard, sixteen at a time. Ids against the vocabulary: by the manifest's or the file's own maxima,
-nothing; where there are none (someone else's shards), by reading up to `SCANNED_TOKENS` at start, some seconds at most,
-which is everything for small data and both ends of each shard for large (nothing, where they are remote); and again, for
-every token, when it is read, at about 1% of the time that reading takes. So a wrong tokenizer is found at once, and
-nothing out of range ever reaches the device, where it would train on in silence. Checksums, where a manifest has them:
-of each shard when it is opened, ahead of its use (see `shard_loader`), and of all on request, `verify_checksums`.
+What is checked, when, and what it costs:
+
+- Headers against file sizes: at the start. It costs nothing on a disk, and a small request for each remote shard, sixteen at
+  a time.
+- Ids against the vocabulary, at the start: by the maxima of the manifest or of the file, for free. Without them (shards of
+  other programs), up to `SCANNED_TOKENS` tokens are read, in some seconds at most: all of a small dataset, both ends of each
+  shard of a large one, and nothing of a remote one. So a wrong tokenizer is found at once.
+- Ids against the vocabulary, whenever tokens are read, at about 1% of the time of reading. So no id out of range reaches the
+  device, where training would silently go on.
+- Checksums, if a manifest has them: of each shard when it is opened, ahead of use (see `shard_loader`), and of all shards on
+  request (`verify_checksums`).
 """
 
 from __future__ import annotations
@@ -32,16 +36,16 @@ SCANNED_TOKENS = 2**28
 
 @dataclass(frozen=True)
 class TokenDataset:
-    """Shards in the order of their names, all of them readable."""
+    """Readable shards in order of name."""
 
     directory: str
     shards: tuple[Shard, ...]
     vocab_size: int
     info: DatasetInfo | None
-    """The manifest, where there is one."""
+    """The manifest, if there is one."""
     settings: DataConfig = field(default_factory=DataConfig)
     is_whole: bool = True
-    """Whether all shards of the folder were asked for."""
+    """Whether it has all shards of the folder."""
 
     @property
     def tokens(self) -> int:
@@ -50,14 +54,14 @@ class TokenDataset:
 
     @cached_property
     def loader(self) -> ShardLoader:
-        """What brings the shards to memory."""
+        """Loads the shards."""
         return ShardLoader(self.shards, _checksums(self.info, self.directory), self.settings)
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of the names, lengths and content of the shards, whatever folder they are in; for a resume to compare.
+        """A checksum of the names, lengths and content of the shards, in whatever folder, which a resumed run compares.
 
-        Content is the manifest's checksums; without a manifest, the first and last 4096 tokens of each shard.
+        Content means the manifest's checksums; without a manifest, the first and last 4096 tokens of each shard.
         """
         checksums = _checksums(self.info, self.directory)
         sampled = [shard for shard in self.shards if shard.name not in checksums]
@@ -66,15 +70,15 @@ class TokenDataset:
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
     def read(self, shards: np.ndarray, starts: np.ndarray, length: int) -> np.ndarray:
-        """Stretches of tokens: int32 [rows, length].
+        """Read ranges of tokens: int32 [rows, length].
 
         Args:
-            shards: [rows] number of the shard that each is in.
-            starts: [rows] position of its first token there.
-            length: tokens of a stretch.
+            shards: [rows] index of the shard of each range.
+            starts: [rows] position of its first token in the shard.
+            length: tokens of a range.
 
         Raises:
-            UserError: a token id that the vocabulary does not have, or a shard that cannot be read or is damaged.
+            UserError: a token id is outside the vocabulary, or a shard cannot be read or is damaged.
         """
         out = np.empty((len(shards), length), np.int32)
         far = np.zeros(len(shards), bool)
@@ -84,21 +88,21 @@ class TokenDataset:
             if tokens is None:
                 far |= here
                 continue
-            # One copy for each row, from the mapped file to its place in the batch, and to int32 on the way.
+            # One copy for each row, which converts to int32: from the mapped file to its place in the batch.
             for row, start in zip(np.flatnonzero(here).tolist(), starts[here].tolist(), strict=True):
                 out[row] = narrow(tokens[start : start + length])
         if far.any():
             rows = np.empty((int(far.sum()), length), np.int32)
             fetch([self.shards[number] for number in shards[far].tolist()], starts[far], rows)
             out[far] = rows
-        # As unsigned, so that an id that does not fit into int32 is out of range too.
+        # As unsigned, so that an id that does not fit into int32 is out of range, too.
         if out.size and int(out.view(np.uint32).max()) >= self.vocab_size:
             ids = out.view(np.uint32).max(axis=1)
             _check_ids(self.shards[int(shards[ids.argmax()])], int(ids.max()), self.vocab_size)
         return out
 
     def gather(self, shard: int, starts: np.ndarray, length: int) -> np.ndarray:
-        """The same, out of one shard."""
+        """The same for one shard."""
         return self.read(np.full(len(starts), shard), starts, length)
 
 
@@ -116,12 +120,12 @@ def open_dataset(
         directory: the folder, `.../train` for instance, or a file, or a pattern with `*`; local, or an fsspec URL.
         seq_length: tokens of a training sequence; a shard must hold one, and the token after it.
         vocab_size: number of ids that the model has.
-        split: where the files are named for training and for validation both, which to take. None means all.
+        split: which files to use if their names distinguish training and validation. None means all.
         settings: where and how to keep remote shards.
 
     Raises:
-        UserError: no folder, no shards, an unfinished dataset, or a shard that is missing, truncated, too short, of
-            another type, or from another vocabulary; the message names the file and the fix.
+        UserError: there is no folder, there are no shards, the dataset is unfinished, or a shard is missing, truncated, too
+            short, of another type, or from another vocabulary; the message names the file and the fix.
     """
     dataset = open_shards(directory, vocab_size, split=split, settings=settings)
     for shard in dataset.shards:
@@ -144,7 +148,7 @@ def open_dataset(
 def open_shards(
     directory: str, vocab_size: int, *, split: Split | None = None, settings: DataConfig | None = None
 ) -> TokenDataset:
-    """The same, with no check but that of the headers."""
+    """The same, checking only the headers."""
     fs, root = filesystem(directory)
     if is_unfinished(fs, posixpath.dirname(root) if is_pattern(root) else root):
         raise UserError(f"{directory}: its preparation was interrupted: run the same `prepare` again")
@@ -162,11 +166,13 @@ def verify_checksums(directory: str) -> None:
         directory: a dataset's folder, or one of its splits.
 
     Raises:
-        UserError: no manifest, or a shard that is missing or differs, by name.
+        UserError: there is no manifest, or a shard is missing or differs; the message names it.
     """
     info = dataset_info(directory)
     if info is None:
-        raise UserError(f"{directory}: no dataset.json here or above, so there are no checksums to compare with")
+        raise UserError(
+            f"{directory}: has no dataset.json, nor has the folder above, so there are no checksums to compare with"
+        )
     fs, root = filesystem(info.root)
     for split, listed in info.splits.items():
         for shard in listed.shards:
@@ -178,10 +184,10 @@ def verify_checksums(directory: str) -> None:
 
 
 def listed_max_ids(dataset: TokenDataset) -> dict[str, int]:
-    """Highest id of each shard by the manifest, after checking that it lists just the shards of the folder.
+    """Highest id of each shard by the manifest, after a check that it lists exactly the shards of the folder.
 
     Raises:
-        UserError: a shard that is missing, not listed, or of another length.
+        UserError: a shard is missing, not listed, or of another length.
     """
     if dataset.info is None:
         return {}
@@ -203,15 +209,15 @@ def listed_max_ids(dataset: TokenDataset) -> dict[str, int]:
 
 
 def _check_ids(shard: Shard, highest: int, vocab_size: int) -> None:
-    """Refuse an id that the vocabulary does not have; those below 0 are seen as over 2**31."""
+    """Refuse an id outside the vocabulary; negative ids appear as numbers above 2**31."""
     if highest < vocab_size:
         return
     if highest >= 2**31:
-        raise UserError(f"{shard.path}: has numbers below 0 or over 2**31: no token ids, or damaged: write it again")
+        raise UserError(f"{shard.path}: has numbers below 0 or over 2**31: not token ids, or damaged: write it again")
     if shard.format == "raw":
         raise UserError(
-            f"{shard.path}: has no header, and taken for {shard.dtype.name} it has token id {highest}, but "
-            f"vocab_size={vocab_size}: either it is no token shard, or it was made with a tokenizer that is not the model's"
+            f"{shard.path}: has no header, and read as {shard.dtype.name} it has token id {highest}, but "
+            f"vocab_size={vocab_size}: either it is not a token shard, or it was made with another tokenizer than the model's"
         )
     raise UserError(
         f"{shard.path}: has token id {highest}, but vocab_size={vocab_size}: set vocab_size to at least {highest + 1}, "
@@ -220,7 +226,7 @@ def _check_ids(shard: Shard, highest: int, vocab_size: int) -> None:
 
 
 def _scan(shard: Shard, budget: int) -> int:
-    """Highest id among `budget` tokens of a shard: all of them, or half from each end; 2**31 where one is below 0."""
+    """Highest id among `budget` tokens of a shard: all of them, or half from each end; 2**31 if one is negative."""
     half = max(budget // 2, 1)
     if shard.tokens <= budget:
         ids = shard.gather(np.array([0]), shard.tokens)
@@ -230,7 +236,7 @@ def _scan(shard: Shard, budget: int) -> int:
 
 
 def _sample_checksum(shard: Shard) -> str:
-    if shard.format == "parquet":  # its own first and last bytes; these have the checksums and maxima of its columns
+    if shard.format == "parquet":  # its first and last bytes, which hold the checksums and maxima of its columns
         fs, path = filesystem(shard.path)
         ends = (
             read_range(fs, path, 0, min(4096, shard.size)),

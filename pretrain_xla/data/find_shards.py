@@ -1,8 +1,8 @@
-"""Which files are the shards: those of a folder, of a pattern with `*`, or one file; on any file system.
+"""Finds shards: those of a folder, those that match a pattern with `*`, or one file; on any file system.
 
-Others keep training and validation shards in one folder and tell them apart by name (`fineweb_train_000001.bin` and
-`fineweb_val_000000.bin`, `train.bin` and `val.bin`). So where the names say both, each split takes its own, and the same
-folder can be given for both; where they do not, all are taken.
+Other programs keep training and validation shards in one folder and distinguish them by name (`fineweb_train_000001.bin` and
+`fineweb_val_000000.bin`, `train.bin` and `val.bin`). If the names have both, each split takes its own, and the same folder
+can be given for both. Otherwise all are taken.
 """
 
 from __future__ import annotations
@@ -22,17 +22,27 @@ from pretrain_xla.storage.remote import call
 Split = Literal["train", "valid"]
 _WORDS = {"train": {"train", "training"}, "valid": {"val", "valid", "validation", "test", "dev"}}
 _OTHERS: dict[tuple[str, ...], str] = {
-    (".mds", ".mds.zstd"): "a shard of MosaicML's streaming, which is not read: prepare the text it was made of",
-    (".zstd.bin",): "a packed chunk of litdata, which is not read: write it without compression",
+    (
+        ".mds",
+        ".mds.zstd",
+    ): "a shard of MosaicML's streaming, which is not supported: prepare the text that it was made from",
+    (".zstd.bin",): "a compressed chunk of litdata, which is not supported: write it without compression",
     (
         ".tfrecord",
         ".tfrecords",
         ".array_record",
-    ): "a file of records, which is not read: prepare the text it was made of",
+    ): "a file of records, which is not supported: prepare the text that it was made from",
     (
         ".arrow",
     ): "Arrow: if it has input_ids, `to_parquet` of `datasets` makes shards of it; if it has text, prepare it",
-    (".pt", ".pth", ".npz", ".pkl", ".h5", ".safetensors"): "no stream of token ids: save them as one row with np.save",
+    (
+        ".pt",
+        ".pth",
+        ".npz",
+        ".pkl",
+        ".h5",
+        ".safetensors",
+    ): "not a stream of token ids: save them as one row with np.save",
     (
         ".txt",
         ".jsonl",
@@ -47,21 +57,21 @@ _OTHERS: dict[tuple[str, ...], str] = {
 
 
 def is_pattern(path: str) -> bool:
-    """Whether a path names files by a pattern."""
+    """Whether a path is a pattern."""
     return "*" in path
 
 
 def find_shards(fs: Any, root: str, asked: str, split: Split | None) -> tuple[str, dict[str, Mapping[str, Any] | None]]:
-    """The folder that shards lie in, and path → what the listing says of each (nothing locally), in order of name.
+    """The folder of the shards, and path → its entry in the listing (None if local), in order of name.
 
     Args:
         fs: an fsspec file system.
         root: folder, file or pattern on it.
         asked: the same as the user wrote it, for errors.
-        split: which to take where names tell them apart. None means all.
+        split: which files to use if their names distinguish splits. None means all.
 
     Raises:
-        UserError: nothing there, no shards there, or shards whose names put them in neither split.
+        UserError: there is nothing, there are no shards, or a shard belongs to neither split by its name.
     """
     found = _listing(fs, root, asked)
     files = {path: info for path, info in sorted(found.items()) if is_shard(path)}
@@ -74,7 +84,7 @@ def find_shards(fs: Any, root: str, asked: str, split: Split | None) -> tuple[st
 
 
 def _others(paths: list[str]) -> str:
-    """What to do about the files that are there instead of shards."""
+    """What to do about files that are not shards."""
     for path in paths:
         what = next((what for suffixes, what in _OTHERS.items() if path.lower().endswith(suffixes)), None)
         if what:
@@ -89,9 +99,9 @@ def _listing(fs: Any, root: str, asked: str) -> dict[str, Mapping[str, Any] | No
         if is_pattern(root):
             found = fitting(fs, root, asked)
             if not found:
-                raise UserError(f"{asked}: no file has such a name")
+                raise UserError(f"{asked}: no file matches this pattern")
             return found
-        # Not every web server that has a file can list it.
+        # Not every web server that has a file also lists it.
         own = call(fs, "info", root) if is_shard(root) else None
         entries = [own] if own and own["type"] == "file" else call(fs, "ls", root, detail=True)
     except (FileNotFoundError, NotADirectoryError):
@@ -104,11 +114,11 @@ def _listing(fs: Any, root: str, asked: str) -> dict[str, Mapping[str, Any] | No
 
 
 def _near(fs: Any, root: str, asked: str) -> str | None:
-    """The folder that was probably meant by a missing one: the same split by another name, or a likely spelling."""
+    """The folder that was probably meant: the same split by another name, or a similar spelling."""
     parent, name = posixpath.split(root.rstrip("/"))
     try:
         siblings = [posixpath.basename(entry.rstrip("/")) for entry in call(fs, "ls", parent or ".", detail=False)]
-    except (OSError, ValueError):  # the parent is not there either, or has no listing
+    except (OSError, ValueError):  # the parent is missing, too, or has no listing
         return None
     split = next((words for words in _WORDS.values() if name.lower() in words), set())
     found = [one for one in siblings if one.lower() in split] or difflib.get_close_matches(name, siblings, n=1)
@@ -124,7 +134,7 @@ def _of_split(paths: list[str], split: Split | None, asked: str) -> list[str]:
         sides = [side for side in named if path in named[side]]
         if len(sides) != 1:
             raise UserError(
-                f"{path}: by its name neither for training nor for validation, as the others in {asked} are: rename it, "
+                f"{path}: its name says neither training nor validation, as the others in {asked} do: rename it, "
                 "or give a pattern such as '*train*' that leaves it out"
             )
     return named[split]

@@ -1,4 +1,4 @@
-"""What a file of token ids looks like inside, and how one tells: from its first bytes, never from a setting.
+"""The formats of files of token ids, and how they are recognised: by the first bytes, never by a setting.
 
 | format     | begins with                                             | ids               | who writes it              |
 |------------|---------------------------------------------------------|-------------------|----------------------------|
@@ -10,9 +10,9 @@
 | `megatron` | the first id; an .idx of the same name                   | by the index      | Megatron-LM                |
 | `parquet`  | `PAR1`; a column `input_ids` of lists                   | any integer       | tokenisation by `datasets` |
 
-All but the last are a row of numbers after a header, and can be mapped into memory as they are; Parquet is compressed, and
-has to be decoded first (`parquet`). A headerless file could be anything, so what gives away another kind of file is
-looked for: a header with a magic that nobody knows, what begins other files, text, an odd length (`headerless`).
+All but the last are a row of numbers after a header, and can be mapped into memory. Parquet is compressed, and has to be
+decoded first (`parquet`). A file without a header could be anything, so signs of other kinds of files are looked for: a header
+with an unknown magic number, the first bytes of other formats, text, an odd length (`headerless`).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Format = Literal["npy", "bin", "raw", "litdata", "megatron", "parquet"]
 WRITTEN_SUFFIXES = (".npy", ".bin", ".parquet")
 SUFFIXES = (*WRITTEN_SUFFIXES, ".ds")
 DTYPES = (np.dtype("<u2"), np.dtype("<u4"))
-HEAD_BYTES = 4096  # what `layout` wants to see of a file
+HEAD_BYTES = 4096  # that `layout` needs of a file
 
 _BIN_HEADER = 256 * 4
 _BIN_KINDS: dict[tuple[int, int], np.dtype[Any]] = {(20240520, 1): DTYPES[0], (20240801, 7): DTYPES[1]}
@@ -45,7 +45,7 @@ _MOST_BIN_TOKENS = 2**31 - 1  # the count is an int32
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the ids lie in a file that can be mapped."""
+    """Where the ids are in a file that can be mapped."""
 
     format: Format
     dtype: np.dtype[Any]
@@ -55,7 +55,7 @@ class Layout:
 
 
 def is_parquet(head: bytes) -> bool:
-    """Whether a file that begins so is Parquet."""
+    """Whether a file with these first bytes is Parquet."""
     return head.startswith(b"PAR1")
 
 
@@ -69,7 +69,7 @@ def layout(where: str, size: int, head: bytes, read_sibling: ReadSibling = lambd
         read_sibling: see `ReadSibling`.
 
     Raises:
-        UserError: no format that is known, a header that contradicts itself, truncated, or too long.
+        UserError: the format is unknown, the header contradicts itself, or the file is truncated or too long.
     """
     refuse_pointer(head, where)
     is_npy = where.endswith(".npy") and not looks_like_ids(head)  # OLMo's have no header, whatever their name
@@ -97,9 +97,9 @@ def _npy(where: str, head: bytes) -> Layout:
         version = np.lib.format.read_magic(file)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, _, dtype = read(file)
-    except Exception as error:  # numpy reads it as Python's literals, with all errors of Python's own parser
+    except Exception as error:  # numpy reads it as Python literals, with all errors of Python's parser
         raise UserError(
-            f"{where}: not a whole .npy file ({' '.join(str(error).split())[:80]}): remove it or write it again"
+            f"{where}: not a complete .npy file ({' '.join(str(error).split())[:80]}): remove it or write it again"
         ) from None
     if dtype.kind not in "iu" or not dtype.newbyteorder("<") == dtype or len(shape) != 1:
         raise UserError(f"{where}: holds {dtype}{list(shape)}; a shard is one row of integers: convert it")
@@ -112,7 +112,9 @@ def _bin(where: str, words: np.ndarray) -> Layout:
     magic, version, tokens = (int(word) for word in words[:3])
     if (magic, version) not in _BIN_KINDS:
         known = next(known for m, known in _BIN_KINDS if m == magic)
-        raise UserError(f"{where}: version {version} of the .bin format with magic {magic}; only {known} is known")
+        raise UserError(
+            f"{where}: version {version} of the .bin format with magic number {magic}; only {known} is supported"
+        )
     if tokens < 0:
         raise UserError(f"{where}: its header says {tokens} tokens: write it again or remove it")
     return Layout("bin", _BIN_KINDS[magic, version], _BIN_HEADER, tokens)
@@ -125,22 +127,22 @@ def _raw(where: str, size: int, head: bytes, read_sibling: ReadSibling) -> Layou
             f"{where}: multiple-choice questions in llm.c's format (magic {words[0]}), not text to train on"
         )
     if other := what_else(head):
-        raise UserError(f"{where}: {other}: no token shard: take it out, or prepare the text that it was made of")
+        raise UserError(f"{where}: {other}: not a token shard: remove it, or prepare the text that it was made from")
     if chunk := litdata_chunk(where, size, head, read_sibling):
         return _ids(where, "litdata", size, *chunk)
     if dtype := megatron_dtype(where, read_sibling):
         return _ids(where, "megatron", size, dtype, 0)
-    # A header of 256 numbers uses the first few; in text no such run of one id comes up.
+    # A header of 256 numbers uses only the first few; text has no such run of one id.
     if len(words) >= 256 and words[:4].any() and not words[8:256].any():
         raise UserError(
-            f"{where}: begins with a header whose magic {words[0]} is not known "
+            f"{where}: begins with a header whose magic number {words[0]} is unknown "
             f"(known: {', '.join(map(str, sorted(_BIN_MAGICS)))}): write it again or convert it to .npy"
         )
     return _ids(where, "raw", size, dtype_of(head), 0)
 
 
 def _ids(where: str, format: Format, size: int, dtype: np.dtype[Any], offset: int) -> Layout:
-    """The layout of a file that is ids from an offset to its end."""
+    """The layout of a file that holds ids from an offset to its end."""
     if (size - offset) % dtype.itemsize:
         raise UserError(
             f"{where}: odd length, {size:,} bytes, where ids of {dtype.itemsize} bytes are expected: truncated? write it again"
@@ -167,15 +169,15 @@ def header(format: Format, tokens: np.ndarray) -> bytes:
 
 
 def is_shard(name: str) -> bool:
-    """Whether a file's name is that of a shard."""
+    """Whether a file's name has the suffix of a shard."""
     return name.endswith(SUFFIXES)
 
 
 def suffix(format: Format) -> str:
-    """How the names of a format's files end."""
+    """The suffix of a format's files."""
     return f".{format}" if f".{format}" in WRITTEN_SUFFIXES else ".bin"
 
 
 def highest(blocks: Iterable[np.ndarray]) -> int:
-    """Highest id in any of the blocks; 0 where there is none."""
+    """Highest id in any of the blocks; 0 if there is none."""
     return max((int(block.max(initial=0)) for block in blocks), default=0)

@@ -1,8 +1,8 @@
-"""Files of ids without a header: how wide the ids are, and files that are no ids at all.
+"""Files of ids without a header: the width of their ids, and whether they are ids at all.
 
-A file without a header could be anything, so its first bytes have to speak for it. Ids of text in 32 or 64 bits show by their
-upper halves, which are next to zero all along; what other programs put at the beginning of their files shows what
-is no ids, and so does text, which read as ids of 16 bits would be a stream of ids that most vocabularies have.
+A file without a header could be anything, so its first bytes decide. Ids in 32 or 64 bits are recognised by their upper
+halves, which are all close to zero. Other files are recognised by the magic numbers of their formats. So is text: read as ids
+of 16 bits, it would be a stream of ids that most vocabularies have.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-_ENOUGH = 256  # numbers of 16 bits from which something can be seen
+_ENOUGH = 256  # numbers of 16 bits that suffice for a decision
 _HIGHEST_HALF = 3  # the upper half of an id of 32 bits: vocabularies have up to 262,144 ids
 _MAGICS: tuple[tuple[re.Pattern[bytes], str], ...] = tuple(
     (re.compile(pattern, re.DOTALL), what)
@@ -21,14 +21,14 @@ _MAGICS: tuple[tuple[re.Pattern[bytes], str], ...] = tuple(
         (rb"PK\x03\x04", "a zip file, as torch.save and np.savez write"),
         (
             rb"\x80[\x04\x05]\x95.{5}\0\0\0|\x80\x02(\x8a\x0al\xfc\x9cF|[}\]]q\0)",
-            "a pickle, as torch.save wrote of old",
+            "a pickle, as older versions of torch.save write",
         ),
-        (rb"\x1f\x8b\x08", "packed with gzip"),
-        (rb"\x28\xb5\x2f\xfd", "packed with zstd"),
-        (rb"\xfd7zXZ\0", "packed with xz"),
-        (rb"BZh[1-9]1AY&SY", "packed with bzip2"),
-        (rb".{5}\0\0\0\{\"", "a file of safetensors"),
-        (rb"GGUF|ggml|lmgg|tjgg", "the weights of llama.cpp"),
+        (rb"\x1f\x8b\x08", "compressed with gzip"),
+        (rb"\x28\xb5\x2f\xfd", "compressed with zstd"),
+        (rb"\xfd7zXZ\0", "compressed with xz"),
+        (rb"BZh[1-9]1AY&SY", "compressed with bzip2"),
+        (rb".{5}\0\0\0\{\"", "a safetensors file"),
+        (rb"GGUF|ggml|lmgg|tjgg", "weights of llama.cpp"),
         (rb"\x89HDF\r\n", "HDF5"),
         (rb"ARROW1|\xff\xff\xff\xff.{3}\0\x10\0\0\0", "Arrow"),
         (rb"MMIDIDX\0\0", "the index of a Megatron dataset"),
@@ -40,7 +40,7 @@ _MAGICS: tuple[tuple[re.Pattern[bytes], str], ...] = tuple(
 
 
 def what_else(head: bytes) -> str | None:
-    """What a file is that is no ids, by its beginning; none where nothing speaks against ids."""
+    """What other kind of file this is, by its first bytes. None means that it may hold ids."""
     for magic, what in _MAGICS:
         if magic.match(head):
             return what
@@ -54,7 +54,7 @@ def what_else(head: bytes) -> str | None:
 
 
 def dtype_of(head: bytes) -> np.dtype[Any]:
-    """The type of the ids in a file that holds nothing else, by its beginning: uint16 unless they are seen to be wider."""
+    """The type of the ids in a file without a header, by its first bytes: uint16 unless they are recognisably wider."""
     halves = np.frombuffer(head[: len(head) // 8 * 8], "<u2")
     if len(halves) < _ENOUGH or not halves[1::2].max() <= _HIGHEST_HALF < halves[::2].max():
         return np.dtype("<u2")
@@ -62,8 +62,8 @@ def dtype_of(head: bytes) -> np.dtype[Any]:
 
 
 def looks_like_ids(head: bytes) -> bool:
-    """Whether a beginning speaks for ids by itself: wide ones with empty upper halves, or many that come again, as in
-    text, and unlike numbers by chance."""
+    """Whether first bytes look like ids: wide ones with empty upper halves, or many that repeat, as in text and unlike in
+    random numbers."""
     dtype = dtype_of(head)
     ids = np.frombuffer(head[: len(head) // 8 * 8], dtype)
     return dtype.itemsize > 2 or (len(ids) >= _ENOUGH and len(np.unique(ids)) < 0.9 * len(ids))

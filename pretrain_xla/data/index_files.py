@@ -1,7 +1,7 @@
 """Files next to a shard that describe it: the index of litdata, the index of Megatron, and nanoGPT's `meta.pkl`.
 
-A pickle can name any function to be called when it is opened. This one is read by an unpickler that knows no names, so
-that it holds plain values or is refused.
+A pickle can call any function when it is opened. This one is read by an unpickler that refuses all names, so it holds plain
+values or is not read.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pretrain_xla.errors import UserError
 from pretrain_xla.untrusted import parse_object
 
 ReadSibling = Callable[[str], bytes | None]
-"""Gives the content of a file in the shard's folder, none where there is no such file."""
+"""Returns the content of a file in the shard's folder. None means that there is no such file."""
 
 META = "meta.pkl"
 _LITDATA_INDEX = "index.json"
@@ -32,13 +32,13 @@ _MOST_CHARACTERS = 2**21
 
 
 def litdata_chunk(where: str, size: int, head: bytes, read_sibling: ReadSibling) -> tuple[np.dtype[Any], int] | None:
-    """(type of the ids, bytes before the first) of a chunk of litdata, as litgpt prepares them. None means it is no chunk.
+    """(type of the ids, bytes before the first) of a chunk of litdata, as litgpt prepares them. None means it is not a chunk.
 
-    A chunk begins with the number n of its items and n + 1 offsets, uint32, of which the first is where the ids begin. The
-    type of the ids is in `index.json`.
+    A chunk begins with the number n of its items and n + 1 offsets, uint32; the first offset is where the ids begin. Their
+    type is in `index.json`.
 
     Raises:
-        UserError: a chunk of something else than token ids, or without its index.
+        UserError: the chunk does not hold token ids, or its index is missing.
     """
     words = np.frombuffer(head[: len(head) // 4 * 4], "<u4")
     if len(words) < 3 or not 0 < words[0] < 2**28 or int(words[1]) != 4 * (int(words[0]) + 2) or words[2] < words[1]:
@@ -48,7 +48,9 @@ def litdata_chunk(where: str, size: int, head: bytes, read_sibling: ReadSibling)
     if raw is None:
         if not re.fullmatch(r"chunk-\d+-\d+\.bin", name):
             return None
-        raise UserError(f"{where}: a chunk of litdata without its {_LITDATA_INDEX} in the same folder: copy that, too")
+        raise UserError(
+            f"{where}: a chunk of litdata without its {_LITDATA_INDEX} in the same folder: copy it there, too"
+        )
     index = parse_object(raw, f"{where.removesuffix(name)}{_LITDATA_INDEX}")
     config, chunks = index.get("config"), index.get("chunks")
     formats = config.get("data_format") if isinstance(config, dict) else None
@@ -59,28 +61,30 @@ def litdata_chunk(where: str, size: int, head: bytes, read_sibling: ReadSibling)
     found = types.get(int(number)) if number.isdecimal() else None
     if found is None or config.get("encryption"):
         raise UserError(
-            f"{where}: a chunk of litdata that holds {', '.join(map(str, formats))[:100]}, no plain token ids: write it "
+            f"{where}: a chunk of litdata that holds {', '.join(map(str, formats))[:100]}, not plain token ids: write it "
             "with TokensLoader, or prepare the text"
         )
     listed = [chunk for chunk in chunks or () if isinstance(chunk, dict) and chunk.get("filename") == name]
     if not listed or not isinstance(listed[0].get("dim"), int):
-        # Another loader's items have their size before them, which would be read as an id.
-        raise UserError(f"{where}: its {_LITDATA_INDEX} has no number of ids (dim) for it: write it with TokensLoader")
+        # Items of other loaders begin with their size, which would be read as an id.
+        raise UserError(
+            f"{where}: its {_LITDATA_INDEX} does not have its number of ids (dim): write it with TokensLoader"
+        )
     return np.dtype(found), int(words[1])
 
 
 def megatron_dtype(where: str, read_sibling: ReadSibling) -> np.dtype[Any] | None:
-    """The type of the ids of a Megatron `.bin`, as its `.idx` has it. None means there is none.
+    """The type of the ids of a Megatron `.bin`, by its `.idx`. None means that there is no `.idx`.
 
     Raises:
-        UserError: the index says that they are no ids.
+        UserError: the index says that they are not ids.
     """
     name = where.rpartition("/")[2]
     raw = read_sibling(f"{name.removesuffix('.bin')}.idx") if name.endswith(".bin") else None
     if raw is None or not raw.startswith(_MEGATRON_MAGIC) or len(raw) < 18:
         return None
     if raw[17] not in _MEGATRON_TYPES:
-        raise UserError(f"{where}: its .idx says that it holds numbers of type {raw[17]}, no token ids")
+        raise UserError(f"{where}: its .idx says that it holds numbers of type {raw[17]}, not token ids")
     return np.dtype(_MEGATRON_TYPES[raw[17]])
 
 
@@ -96,23 +100,23 @@ class Meta:
         return max(self.characters) + 1
 
     def decode(self, ids: list[int]) -> str:
-        """The text of ids; an id that is not known is U+FFFD."""
+        """The text of ids; an unknown id becomes U+FFFD."""
         return "".join(self.characters.get(token, "\ufffd") for token in ids)
 
 
 def read_meta(raw: bytes, where: str) -> Meta | None:
-    """The vocabulary of a `meta.pkl`; none where it has none.
+    """The vocabulary of a `meta.pkl`. None means that it has none.
 
     Raises:
         UserError: it would call functions, or is damaged.
     """
     if len(raw) > _MOST_META:
-        raise UserError(f"{where}: {len(raw):,} bytes are too many for a vocabulary of characters: take it out")
+        raise UserError(f"{where}: {len(raw):,} bytes are too many for a vocabulary of characters: remove it")
     try:
         tree = _Unpickler(io.BytesIO(raw)).load()
-    except Exception as error:  # a pickle that is damaged can end in nearly any error
+    except Exception as error:  # a damaged pickle can raise nearly any error
         reason = " ".join(str(error).split())[:100] or type(error).__name__
-        raise UserError(f"{where}: no plain pickle ({reason}), and not opened any further: take it out") from None
+        raise UserError(f"{where}: not a plain pickle ({reason}), so it is not opened: remove it") from None
     found = tree.get("itos") if isinstance(tree, dict) else None
     if isinstance(found, list):
         found = dict(enumerate(found))
@@ -124,10 +128,10 @@ def read_meta(raw: bytes, where: str) -> Meta | None:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Knows no names: dicts, lists, numbers and strings only."""
+    """Refuses all names, so it reads dicts, lists, numbers and strings only."""
 
     def find_class(self, module: str, name: str) -> Any:
         raise pickle.UnpicklingError(f"it names {module}.{name}")
 
     def persistent_load(self, pid: Any) -> Any:
-        raise pickle.UnpicklingError("it names things outside it")
+        raise pickle.UnpicklingError("it refers to objects outside it")

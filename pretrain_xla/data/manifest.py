@@ -1,7 +1,7 @@
-"""`dataset.json`: what a dataset is, written next to its shards when, and only when, all of them are complete.
+"""`dataset.json`: the description of a dataset, written next to its shards when all of them are complete.
 
-While a dataset is being made, `dataset.json.partial` is in its place: a folder with that and without the other
-was left by an interrupted run, and is never trained on by accident.
+Until then there is a `dataset.json.partial` instead. A folder that has only that was left by an interrupted preparation, and
+is not trained on.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def _inside(name: str) -> str:
 
 def _one_name(name: str) -> str:
     if "/" in _inside(name):
-        raise ValueError(f"{name!r} is no name of a file or folder")
+        raise ValueError(f"{name!r} is not a name of a file or folder")
     return name
 
 
@@ -49,9 +49,9 @@ class ShardInfo(_Record):
     """File name, in the folder of its split."""
     tokens: int
     max_id: int
-    """Highest token id in it: what makes a check against the model's vocabulary free."""
+    """Its highest token id: makes the check against the model's vocabulary free."""
     sha256: str
-    """Of the whole file."""
+    """Checksum of the whole file."""
 
 
 class SplitInfo(_Record):
@@ -63,56 +63,56 @@ class SplitInfo(_Record):
 
 
 class Recipe(_Record):
-    """All that the shards depend on. An equal recipe gives equal bytes."""
+    """All that the shards depend on. Equal recipes give equal bytes."""
 
     source: str
     """As the user named it; not compared."""
     source_version: str
     """See `Source.version`."""
     tokenizer: str
-    """A name, or a checksum of the file's content, or what was to be trained."""
+    """A name, a checksum of the file, or the settings of a tokenizer to be trained."""
     shard_size: int
     valid_fraction: float
     format: Literal["npy", "bin", "parquet"] = "npy"
     seed: int = 0
 
     def same(self, other: Recipe) -> bool:
-        """Whether both give the same dataset."""
+        """Whether both recipes give the same dataset."""
         return self.model_copy(update={"source": other.source}) == other
 
 
 class DatasetInfo(_Record):
-    """A whole dataset."""
+    """A complete dataset."""
 
     version: Literal[1] = 1
     tokenizer: Inside
     """A name that `load_tokenizer` knows, or a file relative to the dataset's folder. Read `tokenizer_name` instead."""
     tokenizer_fingerprint: str | None = None
-    """See `tokenizers/fingerprint.py`; None in datasets from before there was one."""
+    """See `tokenizers/fingerprint.py`; None in datasets from before it existed."""
     vocab_size: int
     end_of_text: int
     dtype: Literal["uint16", "uint32"]
     splits: dict[FileName, SplitInfo]
     skipped_documents: int = 0
-    """Documents of the source that could not be read, and were left out because that was asked for."""
+    """Documents of the source that could not be read and were skipped at the user's request."""
     recipe: Recipe
     root: str = "."
-    """The dataset's folder, wherever it is now; not stored."""
+    """The dataset's present folder; not stored."""
 
     @property
     def tokenizer_name(self) -> str:
-        """What to give to `load_tokenizer`."""
+        """The argument for `load_tokenizer`."""
         return f"{self.root}/{self.tokenizer}" if "/" in self.tokenizer else self.tokenizer
 
 
 def dataset_info(directory: str) -> DatasetInfo | None:
-    """The manifest of the dataset that a folder is, or is a split of; none where it has none.
+    """The manifest of the dataset of which a folder is the root or a split. None means that it has none.
 
     Args:
         directory: a dataset's folder, or its `train/` or `valid/`; a local path or an fsspec URL.
 
     Raises:
-        UserError: a manifest that is damaged or of another version.
+        UserError: the manifest is damaged or of another version.
     """
     fs, root = filesystem(directory)
     if info := _read(fs, root):
@@ -141,12 +141,12 @@ def write_manifest(fs: Any, root: str, info: DatasetInfo) -> None:
 
 def _read(fs: Any, root: str) -> DatasetInfo | None:
     path = f"{root}/{MANIFEST}"
-    if not root.strip("/") or root.rstrip("/").endswith(":"):  # above the topmost folder of a URL
+    if not root.strip("/") or root.rstrip("/").endswith(":"):  # above the root of a URL
         return None
     try:
         raw = call(fs, "cat_file", path)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, RefusedError):
-        return None  # many a server refuses what it does not have
+        return None  # some servers refuse access to files that they do not have
     try:
         return DatasetInfo.model_validate_json(raw).model_copy(update={"root": url(fs, root)})
     except ValidationError as error:

@@ -1,9 +1,9 @@
-"""Parquet shards: a column `input_ids` of lists, whose ids one after the other are the shard's tokens.
+"""Parquet shards: a column `input_ids` of lists, whose concatenated ids are the shard's tokens.
 
-Rows are blocks of one length, as tokenisation with `datasets` leaves them; the last may be shorter. Rows of many lengths
-are documents that nobody has joined, with no end-of-text between them: those are refused, since text would run from one
-into the next. A stretch of tokens cannot be read out of a compressed file at any speed, so a Parquet shard is decoded
-once into the cache (see `shard_loader`), and mapped there.
+Rows are blocks of one length, as tokenisation with `datasets` writes them; the last may be shorter. Rows of different lengths
+are refused: they are separate documents without end-of-text, and concatenation would run one into the next. Ranges of tokens
+cannot be read efficiently from a compressed file, so a Parquet shard is decoded once into the cache (see `shard_loader`) and
+mapped there.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ _TAIL = 2**16
 
 @dataclass(frozen=True)
 class ParquetSummary:
-    """What a Parquet shard's footer says."""
+    """The footer of a Parquet shard."""
 
     tokens: int
     dtype: np.dtype[Any]
-    """Of the ids once decoded: uint16 where the footer proves that they fit."""
+    """Type of the decoded ids: uint16 if the footer proves that they fit."""
     max_id: int | None
-    """Highest id, where the footer has it."""
+    """Highest id, if the footer has it."""
 
 
 def summarise(where: str, size: int, read: Callable[[int, int], bytes]) -> ParquetSummary:
@@ -43,14 +43,14 @@ def summarise(where: str, size: int, read: Callable[[int, int], bytes]) -> Parqu
     Args:
         where: for errors.
         size: bytes of the file.
-        read: gives the bytes from one position up to another.
+        read: returns the bytes from one position up to another.
 
     Raises:
-        UserError: truncated, damaged, or without an `input_ids` column of lists of integers.
+        UserError: it is truncated or damaged, or has no `input_ids` column of lists of integers.
     """
     tail = read(max(0, size - _TAIL), size)
     if size < 12 or not tail.endswith(b"PAR1"):
-        raise UserError(f"{where}: truncated: it does not end as a Parquet file does: write it again or remove it")
+        raise UserError(f"{where}: truncated: the end of a Parquet file is missing: write it again or remove it")
     footer = int.from_bytes(tail[-8:-4], "little") + 8
     if footer > size - 4:
         raise UserError(f"{where}: its footer is damaged: write it again or remove it")
@@ -80,21 +80,21 @@ def _column(where: str, metadata: Any) -> tuple[int, Any]:
     kind = schema.field(COLUMN).type
     lists = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
     if not lists or not pa.types.is_integer(kind.value_type):
-        raise UserError(f"{where}: {COLUMN} holds {kind}, where lists of integers are expected: tokenise it again")
+        raise UserError(f"{where}: {COLUMN} holds {kind}, not lists of integers: tokenise it again")
     leaves = [metadata.schema.column(index).path.split(".")[0] for index in range(len(metadata.schema))]
     return leaves.index(COLUMN), kind.value_type
 
 
 def blocks(where: str, path: str, dtype: np.dtype[Any]) -> Iterator[np.ndarray]:
-    """The ids of a local Parquet shard, some at a time: one-dimensional, of type `dtype`.
+    """The ids of a local Parquet shard in blocks: one-dimensional, of type `dtype`.
 
     Args:
-        where: for errors: where the file came from.
+        where: for errors, the origin of the file.
         path: local path.
         dtype: from `summarise`.
 
     Raises:
-        UserError: damaged, a missing row, rows of many lengths, or an id that does not fit.
+        UserError: it is damaged, a row is missing, rows differ in length, or an id does not fit.
     """
     length: int | None = None
     short_row_seen = False
@@ -121,7 +121,7 @@ def blocks(where: str, path: str, dtype: np.dtype[Any]) -> Iterator[np.ndarray]:
 def _checked(where: str, ids: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
     if len(ids) and (int(ids.min()) < 0 or int(ids.max()) > np.iinfo(dtype).max):
         raise UserError(
-            f"{where}: has token ids outside 0 to {np.iinfo(dtype).max}: damaged, or no ids: write it again"
+            f"{where}: has token ids outside 0 to {np.iinfo(dtype).max}: damaged, or not ids: write it again"
         )
     return ids.astype(dtype)
 

@@ -1,9 +1,8 @@
 """A shuffle that needs no memory: a keyed bijection on 0..n-1, computed one position at a time.
 
-A Feistel network (Luby and Rackoff 1988) scrambles the smallest power of two that holds n; what falls outside n is
-sent through again until it falls inside (cycle walking, Black and Rogaway 2002), less than once more on average. It
-is plain integer arithmetic, so that the order that it gives never changes with a version of NumPy: a run resumed in
-ten years sees the same batches.
+A Feistel network (Luby and Rackoff 1988) permutes the smallest power of two that holds n. A result outside n is permuted
+again until it falls inside (cycle walking, Black and Rogaway 2002), less than once more on average. It is plain integer
+arithmetic, so its order does not depend on the version of NumPy: a run resumed in ten years sees the same batches.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ _GOLDEN, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133
 
 
 def key_of(*words: int) -> int:
-    """64 bits that depend on every word and on their order."""
+    """A 64-bit hash of the words in their order."""
     state = 0
     for word in words:
         state = (state ^ word) + _GOLDEN & _MASK
@@ -27,11 +26,11 @@ def key_of(*words: int) -> int:
 
 
 def permute(positions: np.ndarray, size: int, key: int) -> np.ndarray:
-    """Where each position goes: a bijection on 0..size-1 that is fixed by the key.
+    """The new place of each position: a bijection on 0..size-1 that depends on the key.
 
     Args:
         positions: int64 array, each 0 <= p < size.
-        size: how many there are to permute, at least 1.
+        size: number of positions, at least 1.
         key: see `key_of`.
 
     Returns:
@@ -46,7 +45,7 @@ def permute(positions: np.ndarray, size: int, key: int) -> np.ndarray:
 
 
 def _feistel(values: np.ndarray, bits: int, keys: list[np.uint64]) -> np.ndarray:
-    """Each half in turn is changed by a hash of the other, which can be undone: so it is a bijection on `bits` bits."""
+    """Each half in turn is combined with a hash of the other. That can be inverted, so it is a bijection on `bits` bits."""
     low_bits = bits // 2
     high_bits = bits - low_bits
     low, high = values & np.uint64(2**low_bits - 1), values >> np.uint64(low_bits)

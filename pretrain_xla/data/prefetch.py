@@ -1,4 +1,4 @@
-"""Make items ready ahead of their use, in background threads: reading and host-to-device copies hide behind the step."""
+"""Prepares items ahead of use in background threads: reading and host-to-device copies overlap with the step."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ Raw = TypeVar("Raw")
 
 
 class Prefetcher(Generic[T]):
-    """An iterator over `make(start)`, ..., `make(stop - 1)`, each made ahead of its use by a thread.
+    """An iterator over `make(start)`, ..., `make(stop - 1)`, each made ahead of use by a thread.
 
-    At most `depth` items are made, or being made, and not yet taken: a bound on the memory, and the device memory, that
-    they hold. They come in order, whichever is done first. An error in `make` is raised, itself, where its item would have
-    come, and nothing is begun after it. Use it as a context manager, or call `close`; one that is forgotten is closed
-    when it is collected or the interpreter exits, so the threads never keep a process alive.
+    At most `depth` items are finished or in progress and not yet taken, which bounds the host and device memory that they
+    hold. They come in order, whichever is finished first. An error in `make` is raised in place of its item, and no later
+    item is started. Use it as a context manager, or call `close`. Otherwise it is closed when it is garbage-collected or the
+    interpreter exits, so the threads never keep a process alive.
 
     Args:
-        make: makes one item; called in a thread, with one number at a time, in order where there is one thread.
+        make: makes one item; called in a thread, in order of the numbers if there is one thread.
         start: first number.
         stop: number after the last.
         depth: items to keep ready, at least 1.
-        threads: how many make items; more than one where making is mostly waiting. No more than `depth` have work.
+        threads: how many make items; more than one if making is mostly waiting. At most `depth` have work.
     """
 
     def __init__(self, make: Callable[[int], T], start: int, stop: int, depth: int, threads: int = 1) -> None:
         if depth < 1:
-            raise ValueError(f"depth={depth}: at least one item has to be made ahead")
+            raise ValueError(f"depth={depth}: must be at least 1")
         self.seconds_waited = 0.0
-        """Time that the consumer has spent waiting for items, the first one included."""
+        """Time that the consumer has waited for items, including the first one."""
         self._items: SimpleQueue[Future[T] | None] = SimpleQueue()
         self._room = threading.Semaphore(depth)
         self._ended = False
         closing = threading.Event()
-        # The threads must not hold `self`: then it could never be collected.
+        # The threads must not refer to `self`, or it could never be garbage-collected.
         arguments = (make, iter(range(start, stop)), self._items, self._room, closing, threading.Lock())
         workers = [threading.Thread(target=_work, args=arguments, name="prefetch", daemon=True) for _ in range(threads)]
         self._close = weakref.finalize(self, _stop, workers, self._room, closing)
@@ -62,14 +62,14 @@ class Prefetcher(Generic[T]):
             self._room.release()
             return item.result()
         self.close()
-        if isinstance(error, StopIteration):  # it would end the loop in silence
+        if isinstance(error, StopIteration):  # it would silently end the loop
             raise RuntimeError(f"StopIteration while making an item: {error}") from error
         if error is not None:
             raise error
         raise StopIteration
 
     def close(self) -> None:
-        """Stop the threads, and wait for them: as long as the items in the making take. What was made is dropped."""
+        """Stop the threads and wait until their current items are made. Items that were not taken are dropped."""
         self._ended = True
         self._close()
 
@@ -92,17 +92,17 @@ def _work(
 ) -> None:
     while True:
         room.acquire()
-        with order:  # a number is taken, and its place in the queue, at once
+        with order:  # take a number and its place in the queue together
             number = None if closing.is_set() else next(numbers, None)
             if number is None:
                 items.put(None)
-                room.release()  # for the next thread to find out
+                room.release()  # so that the next thread ends, too
                 return
             item: Future[T] = Future()
             items.put(item)
         try:
             item.set_result(make(number))
-        except BaseException as error:  # handed over whatever it is: a silent death would hang the run
+        except BaseException as error:  # any error is passed on: a thread that dies silently would hang the run
             closing.set()
             item.set_exception(error)
 
@@ -111,7 +111,7 @@ def _stop(workers: list[threading.Thread], room: threading.Semaphore, closing: t
     closing.set()
     room.release()
     for worker in workers:
-        if worker is not threading.current_thread():  # collected inside `make`, by chance
+        if worker is not threading.current_thread():  # garbage-collected inside `make`
             worker.join()
 
 
@@ -119,7 +119,7 @@ def _stop(workers: list[threading.Thread], room: threading.Semaphore, closing: t
 def pipeline(
     read: Callable[[int], Raw], place: Callable[[Raw], T], start: int, stop: int, depth: int, threads: int
 ) -> Iterator[Prefetcher[T]]:
-    """Items `place(read(number))`: placed by one thread, in order, and read by as many as are worth having.
+    """Items `place(read(number))`: read by `threads` threads, and placed by one, in order.
 
     Args:
         read: reads one item; safe to call from several threads.
@@ -127,7 +127,7 @@ def pipeline(
         start: first number.
         stop: number after the last.
         depth: placed items to keep ready.
-        threads: that read; with more than one, up to so many items more are kept, read and not yet placed.
+        threads: that read. If more than one, up to as many further items are kept that are read and not yet placed.
     """
     if threads == 1:
         with Prefetcher(lambda number: place(read(number)), start, stop, depth) as items:

@@ -1,14 +1,14 @@
-"""Loads shards ahead of their use: each is made local, checked and mapped before the batches need it, and released after.
+"""Loads shards ahead of use: each is made local, checked and mapped before the batches need it, and released afterwards.
 
-Batches say which shards they read now and which come next (`plan`). Ones that are mapped as they lie cost nothing. For
-the others one thread works ahead: a remote shard is fetched into the cache, in parts side by side; its checksum, where a
-manifest has one, is compared (a local shard's too, once in a process, at about a second for each GB); Parquet is decoded.
-No token of a shard is handed out before that is done. A shard that is needed and not ready is waited for.
+The batches say which shards they read now and which are next (`plan`). Local shards without checksum cost nothing: they are
+mapped. For the others one thread works ahead. It fetches a remote shard into the cache, in several parts at a time. It
+compares checksums if a manifest has them (of local shards once per process, at about a second for each GB). It decodes
+Parquet. No token of a shard is used before that is done; a batch waits for a shard that is not ready.
 
-Whole shards or ranges? Sequences of a window of shards are shuffled together, so one process soon needs all of each; but
-one of many hosts needs few, and a validation a corner of one. So, with remote_reads=auto: a process that will read less
-than `WHOLE_SHARE` of the bytes asks for just the stretches that it needs (these cannot be compared with a checksum), and
-so does every process when the cache does not hold the shards of two windows.
+Whole shards or ranges? Sequences of a window of shards are shuffled together, so a single process soon needs all of each
+shard. One of many hosts needs little of each, and a validation a small part of one. So, with remote_reads=auto, a process
+that will read less than `WHOLE_SHARE` of the bytes requests only the ranges that it needs (which cannot be compared with a
+checksum), and so does every process if the cache cannot hold the shards of two windows.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from pretrain_xla.storage.files import filesystem
 from pretrain_xla.storage.remote import concurrently, read_range
 
 WHOLE_SHARE = 0.25
-PART_BYTES, PARTS_AT_A_TIME = 2**23, 8  # of a download: what it holds in memory at most
+PART_BYTES, PARTS_AT_A_TIME = 2**23, 8  # of a download: bounds the memory that it needs
 
-_verified: set[tuple[object, ...]] = set()  # shards of this process that agreed with their checksum
+_verified: set[tuple[object, ...]] = set()  # shards whose checksum this process has compared
 
 
 @dataclass
 class _Mapped:
-    """Tokens in memory, or none where they are to be read by ranges; and the cache's entry that they lie in."""
+    """Mapped tokens, or None if they are read by ranges; and their entry in the cache."""
 
     tokens: np.ndarray | None
     entry: Entry | None = None
@@ -48,19 +48,19 @@ class _Mapped:
 
 @dataclass
 class _State:
-    """What the thread and its loader share, under the condition's lock."""
+    """State shared by the thread and its loader, protected by the condition's lock."""
 
     changed: threading.Condition = field(default_factory=threading.Condition)
     wanted: list[int] = field(default_factory=list)
     """Shards in the order in which they are needed."""
     now: set[int] = field(default_factory=set)
-    """Those of them that are read now, so that there has to be room for them."""
+    """Those that are read now, so the cache must hold them."""
     ready: dict[int, _Mapped] = field(default_factory=dict)
     errors: dict[int, BaseException] = field(default_factory=dict)
     postponed: set[int] = field(default_factory=set)
-    """Not needed yet, and no room yet."""
+    """Not needed yet, and the cache has no room yet."""
     awaited: Counter[int] = field(default_factory=Counter)
-    """By how many threads: these stay, with their errors, whatever another thread plans meanwhile."""
+    """Shard → number of waiting threads. It and its error are kept, whatever another thread plans meanwhile."""
     closing: threading.Event = field(default_factory=threading.Event)
 
 
@@ -69,7 +69,7 @@ class ShardLoader:
 
     Args:
         shards: from `open_shard`.
-        checksums: SHA-256 by name, of those that have one.
+        checksums: name → SHA-256, for shards that have one.
         settings: cache_dir, cache_gb, remote_reads.
     """
 
@@ -87,11 +87,11 @@ class ShardLoader:
         """Decide between whole shards and ranges.
 
         Args:
-            share: bytes that this process will read in the run, as a share of all.
+            share: fraction of all bytes that this process will read in the run.
             window: shards that are in use at a time.
 
         Raises:
-            UserError: remote_reads demands what cannot be.
+            UserError: remote_reads is impossible with these shards or this cache.
         """
         mode = self._settings.remote_reads
         cached = [shard for shard in self._shards if shard.is_remote or shard.format == "parquet"]
@@ -111,14 +111,14 @@ class ShardLoader:
         self.ranged = mode == "ranged" or (mode == "auto" and small and packed is None)
 
     def plan(self, now: Iterable[int], soon: Iterable[int]) -> None:
-        """Say which shards are read from here on; others are released, and what comes soon is loaded meanwhile."""
+        """Say which shards are read from now on; load the next ones meanwhile, and release all others."""
         now, state = list(now), self._state
         with state.changed:
             state.now = {*now, *state.awaited}
             state.wanted = list(dict.fromkeys([*state.awaited, *now, *soon]))
             state.postponed.clear()
             for number in [number for number in state.errors if number not in state.awaited]:
-                del state.errors[number]  # what failed ahead of its time is tried again
+                del state.errors[number]  # a shard that failed ahead of use is tried again
             for number in [number for number in state.ready if number not in state.wanted]:
                 _release(state.ready.pop(number))
             state.changed.notify_all()
@@ -126,7 +126,7 @@ class ShardLoader:
             self._start()
 
     def tokens(self, number: int) -> np.ndarray | None:
-        """A shard's tokens, mapped; waits until they are. None where they are to be read by ranges.
+        """A shard's tokens, once they are mapped. None means that they are read by ranges.
 
         Raises:
             UserError: it cannot be read, or differs from its checksum.
@@ -146,7 +146,7 @@ class ShardLoader:
             state.awaited[number] += 1
             while number not in state.ready and number not in state.errors:
                 state.changed.wait()
-            state.awaited -= Counter([number])  # which drops what nobody waits for
+            state.awaited -= Counter([number])  # removes entries that reach zero
             if number in state.errors:
                 raise state.errors[number]
             return state.ready[number].tokens
@@ -157,20 +157,20 @@ class ShardLoader:
 
     def _start(self) -> None:
         if self._thread is None:
-            # The thread must not hold `self`: then it could never be collected.
+            # The thread must not refer to `self`, or it could never be garbage-collected.
             arguments = (self._state, self._maker)
             self._thread = threading.Thread(target=_work, args=arguments, name="shard loader", daemon=True)
             self._thread.start()
 
 
 class _Maker:
-    """Makes one shard ready: here, checked, decoded, mapped."""
+    """Makes a shard ready: fetched, checked, decoded, mapped."""
 
     def __init__(self, shards: Sequence[Shard], checksums: Mapping[str, str], cache: ShardCache) -> None:
         self._shards, self._checksums, self._cache = shards, checksums, cache
 
     def has_work(self, number: int) -> bool:
-        """Whether a shard is more than a file to be mapped."""
+        """Whether a shard needs more than being mapped."""
         shard = self._shards[number]
         checksum = self._checksums.get(shard.name)
         unverified = checksum is not None and (shard.path, shard.stamp, checksum) not in _verified
@@ -192,10 +192,10 @@ class _Maker:
         return _Mapped(map_shard(shard))
 
     def without_cache(self, number: int) -> _Mapped:
-        """What to do while other shards in use fill the cache: read this one by ranges.
+        """While other shards in use fill the cache: read this one by ranges.
 
         Raises:
-            UserError: that cannot be done with Parquet.
+            UserError: it is Parquet, which cannot be read by ranges.
         """
         shard = self._shards[number]
         if shard.format == "parquet":
@@ -227,12 +227,12 @@ class _Maker:
             return
         if checksum_of(*filesystem(path)) != checksum:
             raise UserError(f"{shard.path}: differs from its checksum in dataset.json: copy it again or prepare again")
-        if not shard.is_remote:  # what was fetched once may be fetched again, and come otherwise
+        if not shard.is_remote:  # a remote shard may be fetched again, and differ
             _verified.add((shard.path, shard.stamp, checksum))
 
 
 def default_cache() -> str:
-    """Where fetched shards stay unless cache_dir says otherwise."""
+    """Where fetched shards are kept by default."""
     return os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "pretrain_xla", "shards")
 
 
@@ -248,7 +248,7 @@ def _mapped_entry(shard: Shard, entry: Entry, offset: int) -> _Mapped:
 
 
 def _download(shard: Shard, path: str, closing: threading.Event) -> None:
-    """A remote shard into a file that is there already, in parts side by side."""
+    """Download a remote shard into an existing file, several parts at a time."""
     fs, source = filesystem(shard.path)
     descriptor = os.open(path, os.O_WRONLY)
 
@@ -261,13 +261,13 @@ def _download(shard: Shard, path: str, closing: threading.Event) -> None:
     try:
         concurrently(fetch, range(0, shard.size, PART_BYTES), PARTS_AT_A_TIME)
     except FileNotFoundError:
-        raise UserError(f"{shard.path}: was there when the run began, and is gone: put it back") from None
+        raise UserError(f"{shard.path}: existed when the run started and is gone: put it back") from None
     finally:
         os.close(descriptor)
 
 
 def _work(state: _State, maker: _Maker) -> None:
-    """The thread: make ready what is wanted, in that order, until the loader is closed or collected."""
+    """The thread: makes the wanted shards ready, in order, until the loader is closed or garbage-collected."""
     while True:
         with state.changed:
             while (number := _next(state)) is None and not state.closing.is_set():
@@ -277,7 +277,7 @@ def _work(state: _State, maker: _Maker) -> None:
         made, error = _try(maker, number, state)
         with state.changed:
             if isinstance(error, CacheFullError):
-                if number not in state.now:  # else it was asked for just now: the next iteration does without the cache
+                if number not in state.now:  # if it is needed by now, the next iteration does without the cache
                     state.postponed.add(number)
             elif error is not None:
                 state.errors[number] = error
@@ -299,7 +299,7 @@ def _try(maker: _Maker, number: int, state: _State) -> tuple[_Mapped | None, Bas
             return maker.make(number, state.closing), None
         except CacheFullError as full:
             return (maker.without_cache(number), None) if number in state.now else (None, full)
-    except BaseException as error:  # handed to the thread that waits for the shard, whatever it is
+    except BaseException as error:  # any error is passed to the thread that waits for the shard
         return None, error
 
 

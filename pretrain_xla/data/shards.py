@@ -1,7 +1,7 @@
-"""One shard: a file of token ids, in any of the formats of `formats`; and how ours are written.
+"""One shard: a file of token ids in any of the formats of `formats`; and a writer of shards.
 
-A local file, other than Parquet, is memory-mapped: opening it costs nothing, and what is read lies in the page cache,
-shared by all processes of the host. `shard_loader` makes everything else local, or a shard is read by ranges.
+A local file other than Parquet is memory-mapped: opening it costs nothing, and what was read is in the page cache, which all
+processes of the host share. Other shards are made local by `shard_loader`, or read by ranges.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pretrain_xla.storage.files import VERSION_KEYS, filesystem, is_local, url, 
 from pretrain_xla.storage.remote import RefusedError, call, concurrently, read_range
 
 WrittenFormat = Literal["npy", "bin", "parquet"]
-_OVERFULL = 1.1  # the last shard may be this much larger, so that no tiny one comes after it
+_OVERFULL = 1.1  # the last shard may be larger by this factor, so that no tiny one follows
 
 
 def dtype_for(vocab_size: int) -> np.dtype[Any]:
@@ -36,9 +36,9 @@ def write_shard(fs: Any, path: str, tokens: np.ndarray, format: WrittenFormat = 
 
     Args:
         fs: an fsspec file system.
-        path: where, on that file system.
+        path: path on that file system.
         tokens: [tokens], uint16 or uint32.
-        format: what to write.
+        format: the format to write.
 
     Raises:
         UserError: it cannot be written.
@@ -54,9 +54,9 @@ def write_shard(fs: Any, path: str, tokens: np.ndarray, format: WrittenFormat = 
 
 
 class ShardWriter:
-    """Collects tokens, and writes a shard into its folder whenever there are enough.
+    """Collects tokens, and writes a shard to its folder whenever there are enough.
 
-    Every shard has `shard_size` tokens but the last, which has from a tenth of that to a tenth more.
+    Every shard has `shard_size` tokens, except for the last, which has from a tenth of that to a tenth more.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class ShardWriter:
         self._shards: list[ShardInfo] = []
 
     def append(self, tokens: np.ndarray, documents: int) -> None:
-        """Take the tokens of so many more documents; the type is the writer's."""
+        """Add the tokens of `documents` more documents; their type must be the writer's."""
         self._pending.append(tokens)
         self._waiting += len(tokens)
         self._documents += documents
@@ -81,21 +81,21 @@ class ShardWriter:
 
     @property
     def written(self) -> SplitInfo:
-        """The shards so far, and the documents of all tokens so far."""
+        """The shards so far, and the number of documents so far."""
         tokens = sum(shard.tokens for shard in self._shards)
         return SplitInfo(documents=self._documents, tokens=tokens, shards=tuple(self._shards))
 
     def waiting(self) -> np.ndarray:
-        """The tokens that are in no shard yet."""
+        """The tokens that are not yet in a shard."""
         return np.concatenate(self._pending)
 
     def restore(self, written: SplitInfo, waiting: np.ndarray) -> None:
-        """Take over where another writer was left."""
+        """Continue where another writer stopped."""
         self._shards, self._documents = list(written.shards), written.documents
         self._pending, self._waiting = [waiting], len(waiting)
 
     def close(self) -> SplitInfo:
-        """Write what is left, and say what was written."""
+        """Write the remaining tokens; returns all that was written."""
         if self._waiting:
             self._write(np.concatenate(self._pending))
         return self.written
@@ -110,33 +110,32 @@ class Shard:
     """A shard whose header has been read and checked against the size of the file."""
 
     path: str
-    """Local path, or URL."""
+    """Local path or URL."""
     name: str
     tokens: int
     dtype: np.dtype[Any]
-    """Of the ids; for Parquet, once decoded."""
+    """Type of the ids; for Parquet, of the decoded ids."""
     offset: int
-    """Bytes before the first token; none are meant for Parquet."""
+    """Bytes before the first token; meaningless for Parquet."""
     stamp: tuple[int | str, ...] = ()
-    """Inode and time of change, or what a bucket says of the version: a file that was replaced is not taken for the one
-    before."""
+    """Inode and modification time, or the version by the bucket: tells a replaced file from the one before."""
     format: Format = "npy"
     size: int = 0
-    """Bytes of the file."""
+    """Size of the file in bytes."""
     max_id: int | None = None
-    """Highest id, where the file itself says it."""
+    """Highest id, if the file states it."""
 
     @property
     def is_remote(self) -> bool:
-        """Whether it lies on another file system than this host's."""
+        """Whether it is on a remote file system."""
         return "://" in self.path
 
     def gather(self, starts: np.ndarray, length: int) -> np.ndarray:
-        """Stretches of tokens, as stored, not by way of the cache: [len(starts), length]. Not for Parquet.
+        """Read ranges of tokens, as stored and without the cache: [len(starts), length]. Not for Parquet.
 
         Args:
-            starts: [stretches], position in the shard of each stretch's first token.
-            length: tokens of a stretch.
+            starts: [ranges], position in the shard of each range's first token.
+            length: tokens of a range.
         """
         assert self.format != "parquet"
         out = np.empty((len(starts), length), self.dtype)
@@ -150,12 +149,12 @@ class Shard:
 
 
 def fetch(shards: list[Shard], starts: np.ndarray, out: np.ndarray) -> None:
-    """Stretches of remote shards into the rows of `out`, by one request for each or, where they touch, for several.
+    """Read ranges of remote shards into the rows of `out`, with one request for each or, if they are adjacent, for several.
 
     Args:
-        shards: [rows] where each stretch lies.
-        starts: [rows] position of its first token there.
-        out: [rows, tokens of a stretch], any integer type.
+        shards: [rows] the shard of each range.
+        starts: [rows] position of its first token in the shard.
+        out: [rows, tokens of a range], any integer type.
 
     Raises:
         UserError: one cannot be read.
@@ -195,11 +194,11 @@ def open_shard(fs: Any, path: str, known: Mapping[str, Any] | None = None) -> Sh
 
     Args:
         fs: an fsspec file system.
-        path: where, on that file system.
-        known: what a listing of the folder said of it, which saves a request.
+        path: path on that file system.
+        known: its entry in a listing of the folder, which saves a request.
 
     Raises:
-        UserError: no format that is known, no integers, or shorter or longer than its header says.
+        UserError: the format is unknown, it does not hold integers, or it is shorter or longer than its header says.
     """
     where = url(fs, path)
     try:
@@ -224,26 +223,26 @@ def open_shard(fs: Any, path: str, known: Mapping[str, Any] | None = None) -> Sh
 
 
 def read_sibling(fs: Any, folder: str, name: str) -> bytes | None:
-    """The content of a file in a folder of shards; none where there is no such file."""
+    """The content of a file in a folder of shards. None means that there is no such file."""
     try:
         data: bytes = call(fs, "cat_file", f"{folder}/{name}")
-    except (OSError, RefusedError):  # many a server refuses what it does not have
+    except (OSError, RefusedError):  # some servers refuse access to files that they do not have
         return None
     return data
 
 
 def narrow(tokens: np.ndarray) -> np.ndarray:
-    """Ids that fit into int32, for those that do not -1 or the highest number, so that no id is taken for another one."""
+    """Clip ids to int32: those outside become -1 or the maximum, so that none is taken for another id."""
     if tokens.dtype.itemsize <= 4:
         return tokens
     return np.clip(tokens, None if tokens.dtype.kind == "u" else -1, 2**31 - 1)
 
 
 def _remote_size(fs: Any, path: str, where: str, known: Mapping[str, Any] | None) -> tuple[int, tuple[int | str, ...]]:
-    """Bytes of a remote file, and what its server says of the version."""
+    """Size of a remote file in bytes, and its version by the server."""
     info = known if known and known.get("size") is not None else call(fs, "info", path)
     if info.get("size") is None:
-        raise UserError(f"{where}: its server does not say how long it is: copy it to a disk or a bucket")
+        raise UserError(f"{where}: its server does not report its size: copy it to a disk or a bucket")
     stamp = tuple(json.dumps([key, info[key]], default=str) for key in VERSION_KEYS if info.get(key) is not None)
     return int(info["size"]), stamp
 
@@ -261,4 +260,4 @@ def _present(where: str, read: Any) -> Any:
     try:
         return read()
     except FileNotFoundError:
-        raise UserError(f"{where}: was there when the run began, and is gone: put it back") from None
+        raise UserError(f"{where}: existed when the run started and is gone: put it back") from None

@@ -19,10 +19,10 @@ from pretrain_xla.errors import UserError
 from pretrain_xla.redact import redacted
 
 _CREDENTIALS_OF_BUCKET = re.compile(r"(^|::)(s3a?|gs|gcs)://[^/@]*:[^@]*@")
-PARTIAL = ".partial"  # what a file is called, in addition, while it is being written
+PARTIAL = ".partial"  # suffix of a file while it is being written
 
 
-VERSION_KEYS = (  # what file systems call that which changes with a file's content
+VERSION_KEYS = (  # names that file systems give to a value that changes with a file's content
     "etag",
     "ETag",
     "generation",
@@ -40,12 +40,12 @@ def filesystem(path: str) -> tuple[Any, str]:
     """The fsspec file system of a path or URL, and the path on it (absolute where local, no slash at the end).
 
     Raises:
-        UserError: a protocol that is unknown, or whose package is not installed; credentials in a URL of a bucket.
+        UserError: the protocol is unknown or its package is not installed, or a bucket's URL holds credentials.
     """
     if _CREDENTIALS_OF_BUCKET.search(path):
-        # Their libraries take the credentials for a part of the bucket's name, and show it when they do not find it.
+        # Their libraries take the credentials for a part of the bucket's name, and show them when they do not find it.
         raise UserError(
-            f"{redacted(path)}: a bucket's URL holds no credentials: put them into AWS_ACCESS_KEY_ID and "
+            f"{redacted(path)}: a bucket's URL cannot hold credentials: put them into AWS_ACCESS_KEY_ID and "
             "AWS_SECRET_ACCESS_KEY (gs://: GOOGLE_APPLICATION_CREDENTIALS), or where its library looks for them"
         )
     try:
@@ -56,20 +56,20 @@ def filesystem(path: str) -> tuple[Any, str]:
 
 
 def is_local(fs: Any) -> bool:
-    """Whether the file system is this host's own."""
+    """Whether the file system is local."""
     return isinstance(fs, LocalFileSystem)
 
 
 def url(fs: Any, path: str) -> str:
-    """The path as a user would type it: bare where local, with its protocol elsewhere."""
+    """The path as a user would type it: with its protocol unless it is local."""
     return path if is_local(fs) else str(fs.unstrip_protocol(path))
 
 
 def write_atomically(fs: Any, path: str, parts: Iterable[bytes | memoryview]) -> str:
     """Write a file under a temporary name, then rename it; returns the SHA-256 of its bytes in hex.
 
-    The folder is made where it is missing. Locally the data is on the disk before the rename. On a bucket the rename
-    is a copy within the bucket: the price of never committing a part of a file when writing fails midway.
+    A missing folder is created. Locally, the data is flushed to the disk before the rename. In a bucket the rename is a copy
+    within the bucket: the price of never leaving a part of a file when writing fails.
 
     Raises:
         UserError: the folder or the file cannot be written (no permission, disk full, ...); nothing is left behind.
@@ -95,23 +95,23 @@ def write_atomically(fs: Any, path: str, parts: Iterable[bytes | memoryview]) ->
 
 
 def missing_folders(folder: str) -> list[str]:
-    """Of a local folder and those above it, the ones that are not there, the innermost first."""
+    """The missing ones of a local folder and those above it, innermost first."""
     above = [folder, *map(str, pathlib.PurePath(folder).parents)]
     return list(itertools.takewhile(lambda path: path != "" and not os.path.isdir(path), above))
 
 
 def remove_empty(folders: Iterable[str]) -> None:
-    """Remove those of some local folders that are there and empty, in this order."""
+    """Remove the local folders that exist and are empty, in this order."""
     for folder in folders:
-        with contextlib.suppress(OSError):  # not empty, or never made
+        with contextlib.suppress(OSError):  # not empty, or missing
             os.rmdir(folder)
 
 
 def make_folder(fs: Any, path: str) -> None:
-    """Make a folder where it is missing, and those above it; a bucket has none.
+    """Create a missing folder and those above it; a bucket has no folders.
 
     Raises:
-        UserError: it cannot be made.
+        UserError: it cannot be created.
     """
     try:
         fs.makedirs(path, exist_ok=True)
@@ -122,7 +122,7 @@ def make_folder(fs: Any, path: str) -> None:
 
 
 def _faults(fs: Any) -> type[Exception]:
-    """What file systems raise: the libraries of buckets and of the web have errors of their own."""
+    """What file systems raise: the libraries for buckets and the web have their own errors."""
     return OSError if is_local(fs) else Exception
 
 
@@ -136,7 +136,7 @@ def _not_written(fs: Any, path: str, error: BaseException) -> UserError:
 
 
 def remove(fs: Any, paths: Iterable[str]) -> None:
-    """Remove those of the files that exist.
+    """Remove the files that exist.
 
     Raises:
         UserError: one cannot be removed.

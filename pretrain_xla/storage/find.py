@@ -1,8 +1,8 @@
-"""The files of a path: one file, all of those below a folder, or those that match a pattern; on any file system.
+"""The files of a path: one file, all files below a folder, or those that match a pattern; on any file system.
 
-A name that is there is that file or folder, whatever signs are in it; only else are `*`, `?` and `[...]` a pattern. On this
-machine's disks, links to folders are followed as folders, and what cannot be read as a file (a link to nothing, a pipe) is no
-file, which the log says.
+If a path exists, it is that file or folder, whatever characters are in it; otherwise `*`, `?` and `[...]` make it a pattern. On
+local file systems, links to folders are followed. Entries that are not files (a broken link, a pipe) are left out, and the log
+names them.
 """
 
 from __future__ import annotations
@@ -24,8 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 def find_files(fs: Any, root: str, asked: str) -> list[str]:
-    """The files, in the order of their names; of a folder, without those whose names begin with a dot, or that lie in
-    folders whose names do.
+    """The files, in order of name. In a folder, names of files and folders that begin with a dot are left out.
 
     Args:
         fs: an fsspec file system.
@@ -33,7 +32,7 @@ def find_files(fs: Any, root: str, asked: str) -> list[str]:
         asked: the same as the user wrote it, for errors.
 
     Raises:
-        UserError: nothing there, or a folder that cannot be read.
+        UserError: there is nothing, or a folder cannot be read.
     """
     kind = path_type(fs, root)
     if kind == "file":
@@ -47,15 +46,15 @@ def find_files(fs: Any, root: str, asked: str) -> list[str]:
     if glob.has_magic(root):
         found = fitting(fs, root, asked)
         if not found:
-            raise UserError(f"{asked}: no file fits this pattern")
+            raise UserError(f"{asked}: no file matches this pattern")
         return sorted(found)
     if is_local(fs) and os.path.islink(root):
-        raise UserError(f"{asked}: a link to {os.readlink(root)}, where nothing is")
+        raise UserError(f"{asked}: a link to {os.readlink(root)}, which does not exist")
     raise UserError(f"{asked}: no such file or folder{_hub_hint(asked)}")
 
 
 def path_type(fs: Any, path: str) -> str | None:
-    """`file`, `directory`, or none where there is nothing."""
+    """`file` or `directory`. None means that there is nothing."""
     try:
         return str(call(fs, "info", path)["type"]) if not is_local(fs) else _local_type(path)
     except OSError:
@@ -63,10 +62,10 @@ def path_type(fs: Any, path: str) -> str | None:
 
 
 def fitting(fs: Any, root: str, asked: str) -> dict[str, Any]:
-    """Path → what a listing says of it (nothing locally), of each file that fits a pattern.
+    """Path → its entry in a listing (None if local), for each file that matches a pattern.
 
     Raises:
-        UserError: a folder that cannot be read.
+        UserError: a folder cannot be read.
     """
     folder, pattern = split_pattern(root, lambda path: path_type(fs, path) == "directory")
     if not is_local(fs):
@@ -79,7 +78,7 @@ def fitting(fs: Any, root: str, asked: str) -> dict[str, Any]:
 
 
 def split_pattern(root: str, is_folder: Callable[[str], bool]) -> tuple[str, str]:
-    """The folder that a pattern begins with, taken by its letters as far as it is there, and the pattern in it."""
+    """The longest existing folder that a pattern begins with, taken literally, and the pattern within it."""
     parts = root.split("/")
     count = 0
     while count < len(parts) - 1:
@@ -96,7 +95,7 @@ def _local_type(path: str) -> str | None:
 
 
 def _walk(folder: str, asked: str, depth: int | None = None, above: tuple[str, ...] = ()) -> Iterator[str]:
-    """The files below a local folder, `depth` folders down; a link back to a folder above is not followed for ever."""
+    """The files below a local folder, `depth` folders down; a link to a folder above is not followed."""
     above, others = (*above, os.path.realpath(folder)), []
     try:
         entries = list(os.scandir(folder))
@@ -112,10 +111,12 @@ def _walk(folder: str, asked: str, depth: int | None = None, above: tuple[str, .
         elif depth is None:
             others.append(entry.name)
     if others:
-        logger.warning("%s: links to nothing, or no files, are left out: %s", folder, ", ".join(sorted(others)[:3]))
+        logger.warning(
+            "%s: left out, since these are broken links or not files: %s", folder, ", ".join(sorted(others)[:3])
+        )
 
 
 def _hub_hint(asked: str) -> str:
-    """Two names and one slash are how datasets on the Hub are called."""
+    """A hint if the path looks like the name of a dataset on the Hub."""
     is_name = asked.count("/") == 1 and "." not in asked
     return f" (for the dataset of this name on the Hub: hf:{asked})" if is_name else ""

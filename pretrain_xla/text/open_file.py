@@ -23,7 +23,7 @@ from fsspec.implementations.http import HTTPFileSystem
 
 from pretrain_xla.errors import UserError
 from pretrain_xla.storage.files import is_local, url
-from pretrain_xla.storage.remote import call, describe, patiently, read_range
+from pretrain_xla.storage.remote import call, describe, read_range, with_retries
 
 BLOCK_BYTES = 2**22  # of a remote file in one request
 LONGEST_LINE = 2**28
@@ -143,7 +143,7 @@ def _gives_ranges(fs: HTTPFileSystem, path: str, size: int) -> bool:
         with fs.open(path, block_size=0, size=size, headers={"Range": "bytes=0-0"}) as answer:
             return bool(answer.r.status == HTTPStatus.PARTIAL_CONTENT)
 
-    return patiently(path, ask)
+    return with_retries(path, ask)
 
 
 class _Ranges(io.RawIOBase):

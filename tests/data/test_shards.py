@@ -140,17 +140,17 @@ def test_broken_bin_files_are_named(tmp_path):
         good + b"xx": "too long",
         good[:100]: "truncated",
         good[:6]: "truncated",
-        struct.pack("<i", 20240521) + good[4:]: "magic 20240521 is not known",
-        struct.pack(">i", 20240520) + good[4:]: "is not known",
+        struct.pack("<i", 20240521) + good[4:]: "magic number 20240521 is unknown",
+        struct.pack(">i", 20240520) + good[4:]: "is unknown",
         good[:4] + struct.pack("<i", 2) + good[8:]: "version 2",
         good[:8] + struct.pack("<i", -5) + good[12:]: "-5 tokens",
         struct.pack("<i", 20240522) + good[4:]: "multiple-choice",
         good[1024:] + b"x": "odd length, 4,001 bytes",
         np.array(ids, np.uint32).tobytes()[:-2]: "7,998 bytes, where ids of 4 bytes are expected",
-        b"lines of text, again and again\n" * 99: "text, not token ids: no token shard",
-        b"PK\3\4" + good: "a zip file, as torch.save and np.savez write: no token shard",
+        b"lines of text, again and again\n" * 99: "text, not token ids: not a token shard",
+        b"PK\3\4" + good: "a zip file, as torch.save and np.savez write: not a token shard",
         pickle.dumps({"model": "x" * 99}): "a pickle",
-        b"\x1f\x8b\x08" + good: "packed with gzip",
+        b"\x1f\x8b\x08" + good: "compressed with gzip",
     }
     for content, message in cases.items():
         path.write_bytes(content)
@@ -198,10 +198,10 @@ def test_what_is_no_shard_is_not_told_to_raise_the_vocabulary(tmp_path):
     (tmp_path / "a.bin").write_bytes(np.random.default_rng(0).bytes(10_000))
     with pytest.raises(UserError) as error:
         open_dataset(str(tmp_path), 16, 50_257)
-    assert "a.bin: has no header, and taken for uint16 it has token id 655" in str(error.value)
+    assert "a.bin: has no header, and read as uint16 it has token id 655" in str(error.value)
     assert "set vocab_size" not in str(error.value)
     (tmp_path / "a.npy").write_bytes(np.random.default_rng(0).bytes(10_000))
-    with pytest.raises(UserError, match=r"a\.npy: not a whole \.npy file"):
+    with pytest.raises(UserError, match=r"a\.npy: not a complete \.npy file"):
         open_shard(LOCAL, str(tmp_path / "a.npy"))
     (tmp_path / "a.npy").unlink()
     (tmp_path / "a.bin").unlink()
@@ -219,10 +219,10 @@ def test_chunks_of_litdata_are_read_as_their_index_says(tmp_path):
         assert whole(tmp_path / "chunk-0-0.bin", None).tolist() == ids
         assert open_shard(LOCAL, str(tmp_path / "chunk-0-0.bin")).format == "litdata"
     litdata(tmp_path / "chunk-0-0.bin", ids, "jpeg")
-    refused(tmp_path / "chunk-0-0.bin", "a chunk of litdata that holds jpeg, no plain token ids")
+    refused(tmp_path / "chunk-0-0.bin", "a chunk of litdata that holds jpeg, not plain token ids")
     litdata(tmp_path / "chunk-0-0.bin", ids)
     (tmp_path / "index.json").write_text(re.sub(r'"dim": \d+', '"dim": null', (tmp_path / "index.json").read_text()))
-    refused(tmp_path / "chunk-0-0.bin", "no number of ids (dim) for it: write it with TokensLoader")
+    refused(tmp_path / "chunk-0-0.bin", "does not have its number of ids (dim): write it with TokensLoader")
     (tmp_path / "index.json").unlink()
     refused(tmp_path / "chunk-0-0.bin", "a chunk of litdata without its index.json")
 
@@ -245,8 +245,8 @@ def test_broken_parquet_files_are_named(tmp_path, cached):
         "ragged": "differ in length",
         "negative": "negative token id",
         "missing": "missing values",
-        "floats": "lists of integers are expected",
-        "flat": "lists of integers are expected",
+        "floats": "not lists of integers",
+        "flat": "not lists of integers",
         "holes": "differ in length",
     }.items():
         values = {
@@ -295,9 +295,9 @@ def test_training_and_validation_files_in_one_folder(tmp_path):
     assert names(tmp_path / train[0], "train") == train[:1]
     # A name that says nothing beside names that do is in doubt, and doubt could put validation text into training.
     nano_gpt(tmp_path / "more.bin", list(range(100)))
-    with pytest.raises(UserError, match=r"more\.bin: by its name neither for training nor for validation"):
+    with pytest.raises(UserError, match=r"more\.bin: its name says neither training nor validation"):
         names(tmp_path, "train")
-    with pytest.raises(UserError, match="no file has such a name"):
+    with pytest.raises(UserError, match="no file matches this pattern"):
         names(tmp_path / "*.nothing", "train")
     (tmp_path / "only").mkdir()
     nano_gpt(tmp_path / "only" / "val.bin", list(range(100)))

@@ -81,7 +81,7 @@ def test_characters_of_nano_gpt(tmp_path, capsys):
     assert f"but meta.pkl has {len(characters) - 1}" in inspect(str(tmp_path)).faults[0]
     for raw in (pickle.dumps(Opened()), b"junk", pickle.dumps(meta)[:-9]):
         (tmp_path / "meta.pkl").write_bytes(raw)
-        assert "meta.pkl: no plain pickle (" in inspect(str(tmp_path)).faults[0]
+        assert "meta.pkl: not a plain pickle (" in inspect(str(tmp_path)).faults[0]
     assert "opened" not in capsys.readouterr().out
 
 

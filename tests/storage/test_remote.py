@@ -55,8 +55,8 @@ def local(tmp_path_factory):
 
 
 @pytest.fixture
-def impatient(monkeypatch):
-    monkeypatch.setattr(remote, "PATIENCE", remote.Patience(1.0, 2.5, 0.05, 0.2))
+def short_retries(monkeypatch):
+    monkeypatch.setattr(remote, "RETRY_LIMITS", remote.RetryLimits(1.0, 2.5, 0.05, 0.2))
 
 
 def batches(target, cache, **settings):
@@ -84,7 +84,7 @@ def test_every_format_from_a_bucket_is_what_it_is_locally(proxy, emulator, local
 
 
 @pytest.mark.parametrize("mode", ["whole", "ranged"])
-def test_faults_that_pass_cost_time_and_nothing_else(proxy, emulator, local, tmp_path, impatient, mode):
+def test_transient_errors_cost_time_and_nothing_else(proxy, emulator, local, tmp_path, short_retries, mode):
     """Each part or range meets one fault, of each kind in turn, before it comes."""
     folder = tmp_path / "shards"
     folder.mkdir()
@@ -109,7 +109,7 @@ def test_faults_that_pass_cost_time_and_nothing_else(proxy, emulator, local, tmp
 
 
 @pytest.mark.parametrize("fault", ["stall", "short", "503"])
-def test_a_clear_error_when_patience_is_spent(proxy, emulator, local, tmp_path, impatient, fault):
+def test_a_clear_error_when_retries_end(proxy, emulator, local, tmp_path, short_retries, fault):
     far = batches(upload(emulator, local, "gone"), tmp_path)
     proxy.fault = lambda path, span: fault if content(path) else None
     begin = time.monotonic()
@@ -118,7 +118,7 @@ def test_a_clear_error_when_patience_is_spent(proxy, emulator, local, tmp_path, 
     assert time.monotonic() - begin < 10
     assert f"gs://{BUCKET}/gone/" in str(error.value)
     assert "gave up after" in str(error.value)
-    reason = {"stall": "no answer within 1 s", "short": "bytes came where", "503": "no answer within 1 s"}[fault]
+    reason = {"stall": "no answer within 1 s", "short": "requested bytes came", "503": "no answer within 1 s"}[fault]
     assert reason in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -130,7 +130,7 @@ def test_a_clear_error_when_patience_is_spent(proxy, emulator, local, tmp_path, 
     assert not left()
 
 
-def test_no_patience_for_what_will_not_pass(proxy, tmp_path):
+def test_permanent_errors_are_not_retried(proxy, tmp_path):
     begin = time.monotonic()
     with pytest.raises(UserError, match=f"gs://{BUCKET}/nothing: no such folder of token shards"):
         open_dataset(f"gs://{BUCKET}/nothing", 64, 1000)
@@ -273,7 +273,7 @@ def test_from_the_web_with_and_without_ranges(local, tmp_path):
             np.testing.assert_array_equal(dataset.gather(0, np.array([100, 7]), 9), [ids[100:109], ids[7:16]])
 
 
-def test_a_server_that_keeps_failing_is_quoted(local, tmp_path, impatient):
+def test_a_server_that_keeps_failing_is_quoted(local, tmp_path, short_retries):
     with WebServer(local.parent) as server, FaultyProxy(server.address) as proxy:
         target = f"{proxy.address}/{local.name}/3_build_nano_gpt.npy"
         far = batches(target, tmp_path)
@@ -341,7 +341,7 @@ def test_no_thread_outlives_its_loader(proxy, emulator, local, tmp_path):
     assert shard_loader.PART_BYTES * shard_loader.PARTS_AT_A_TIME <= 2**26  # memory that a download takes
 
 
-def test_text_from_a_bucket_outlives_faults(proxy, emulator, tmp_path, impatient):
+def test_text_from_a_bucket_outlives_transient_errors(proxy, emulator, tmp_path, short_retries):
     (folder := tmp_path / "text").mkdir()
     texts = [f"text number {number}" for number in range(500)]
     (folder / "a.jsonl.gz").write_bytes(gzip.compress("".join(json.dumps({"text": t}) + "\n" for t in texts).encode()))

@@ -23,8 +23,8 @@ KINDS = ["503", "429", "broken", "short"]
 
 
 @pytest.fixture(autouse=True)
-def impatient(monkeypatch):
-    monkeypatch.setattr(remote, "PATIENCE", remote.Patience(1.0, 2.5, 0.05, 0.2))
+def short_retries(monkeypatch):
+    monkeypatch.setattr(remote, "RETRY_LIMITS", remote.RetryLimits(1.0, 2.5, 0.05, 0.2))
     monkeypatch.setattr(open_file, "BLOCK_BYTES", 2**13)
 
 
@@ -88,7 +88,7 @@ def test_version_follows_an_edit_that_keeps_the_size(folder):
         assert open_source(f"{server.address}/c.txt").version != before
 
 
-def test_patience_ends(folder):
+def test_retries_end(folder):
     with WebServer(folder) as server, FaultyProxy(server.address) as proxy:
         source = open_source(f"{proxy.address}/a.jsonl")
         proxy.fault = lambda path, span: "503"
