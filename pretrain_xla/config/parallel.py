@@ -17,7 +17,7 @@ class ParallelConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """torch: device. auto means CUDA if there is a GPU, else the CPU."""
     mesh_data: Annotated[int, Field(ge=-1)] = -1
-    """xla: size of the data axis of the mesh (data parallelism). -1 means all devices that the other axes leave."""
+    """xla: size of the data axis of the mesh (data parallelism). -1 means all remaining devices."""
     mesh_fsdp: Positive = 1
     """xla: size of the fsdp axis: devices over which parameters, optimizer state and the batch are sharded."""
     mesh_tensor: Positive = 1

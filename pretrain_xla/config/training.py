@@ -76,8 +76,8 @@ class TrainConfig(Section):
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
     """Precision of fp32 matrix products."""
     mode: Literal["train", "evaluate", "preflight"] = "train"
-    """train: train. evaluate: only print the loss and perplexity on valid_dir. preflight: only compile the training step for
-    `topology` with the TPU compiler, and print its memory, time and cost."""
+    """evaluate: only print the loss and perplexity on valid_dir. preflight: only compile the training step for `topology` with
+    the TPU compiler, and print its memory, time and cost."""
     from_checkpoint: str | None = None
     """Start from this model, with its architecture: gpt2[-medium|-large|-xl], a model on the Hugging Face Hub (owner/name), a
     Hugging Face folder or a .pt file. Or continue from another run: its folder, or one of its checkpoints. None means new

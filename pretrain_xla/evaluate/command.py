@@ -35,23 +35,23 @@ MEMORY = (
 
 @dataclass(frozen=True)
 class EvaluateFlags:
-    """Score a model: loss, perplexity, zero-shot tasks."""
+    """Evaluate a model: loss, perplexity, zero-shot tasks."""
 
     model: str
-    """Run folder, checkpoints folder or one checkpoint; Hugging Face folder or file of weights; name on the Hub, as gpt2."""
+    """Run folder, checkpoints folder or one checkpoint; Hugging Face folder or file of weights; name on the Hub (gpt2)."""
     tasks: tuple[str, ...]
     """shards, wikitext, text, hellaswag, hellaswag_llmc, lambada, piqa, arc_easy, winogrande; each NAME or NAME=SOURCE, where
     SOURCE is a path, glob or URL of its file (of a folder, for shards)."""
     data_dir: str | None = None
     """Folder with the tasks' files, found by the start of their names. None means the Hugging Face Hub."""
     limit: int | None = None
-    """Items of each task (questions, passages, windows, sequences). None means all."""
+    """Number of items of each task (questions, passages, windows, sequences). None means all."""
     stride: int | None = None
     """wikitext, text: tokens between the starts of windows. None means half of the model's length."""
     top_k: tuple[int, ...] = (1, 5)
-    """shards, wikitext, text: each k of the top-k accuracies."""
+    """shards, wikitext, text: the values of k for top-k accuracy."""
     batch_size: int = 8
-    """Rows of full length in a batch, over all devices; a batch of shorter rows has more of them."""
+    """Sequences of full length in a batch, over all devices. A batch of shorter sequences has more of them."""
     output: str | None = None
     """JSON file for the results, including those of each item."""
     tokenizer: str | None = None
@@ -59,7 +59,7 @@ class EvaluateFlags:
     checkpoint: Literal["newest", "best"] = "newest"
     """Which checkpoint of a run."""
     mixed_precision: Literal["bf16"] | None = None
-    """Compute in bf16 instead of fp32."""
+    """Compute in this type. None means fp32."""
     runtime: Literal["xla", "torch"] | None = None
     """None means xla if PJRT_DEVICE is set, else torch."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

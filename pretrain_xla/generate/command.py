@@ -51,15 +51,15 @@ class GenerateFlags:
     stop_token: tyro.conf.UseAppendAction[tuple[int, ...]] = ()
     """Stop at this token id; may be given several times."""
     prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """Text to continue; given several times, all are continued together. None means that the user types it."""
+    """Text to continue. If given several times, all are continued together. Without prompts, the user types them."""
     prompt_file: str | None = None
-    """File with one prompt on each line, all continued together."""
+    """File with one prompt on each line, all continued together. None means no file."""
     num_samples: int = 1
-    """Continuations of each prompt."""
+    """Number of continuations of each prompt."""
     show_tokens: bool = False
     """Print each token by itself, as [id text]."""
     output: str | None = None
-    """File to which the text is also written."""
+    """File to which the text is also written. None means no file."""
     checkpoint: Literal["newest", "best"] = "newest"
     """Which checkpoint of a run."""
     runtime: Literal["xla", "torch"] | None = None

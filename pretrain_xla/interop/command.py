@@ -73,7 +73,7 @@ def import_command(arguments: Sequence[str]) -> None:
     """
     parser = Parser(
         "python -m pretrain_xla import",
-        description="Make a run folder of a model from elsewhere, to evaluate it, train it further or generate text.",
+        description="Convert a model from elsewhere to a run folder, to evaluate it, train it further or generate text.",
         allow_abbrev=False,
     )
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)

@@ -1,4 +1,4 @@
-"""`python -m pretrain_xla preflight`: compile the training step for a TPU that is not here, and say what comes of it.
+"""`python -m pretrain_xla preflight`: compile the training step for a TPU, without one.
 
 Exit status: 0 it fits, 1 it does not, 2 the request was wrong.
 """
@@ -26,9 +26,9 @@ from pretrain_xla.preflight.topology import Topology, chosen_topology
 from pretrain_xla.preflight.trials import Compiler, Trial, changed
 
 PROGRAM = "python -m pretrain_xla preflight"
-DESCRIPTION = """Compile the training step for a TPU with Google's own compiler, without the TPU, and report whether it fits
-into HBM, how long a step takes, where the time goes and what the run costs. Takes every flag of `train` besides its own, as
---config FILE, --topology v5e-8 (or v3-8, v4-32, v5p-128, v6e-8, v5e:2x4 …) and --train-batch-size 64."""
+DESCRIPTION = """Compile the training step with the TPU compiler, without a TPU, and report whether it fits in HBM, how long
+a step takes, where the time goes and what the run costs. Accepts all flags of `train` too, such as --config FILE,
+--topology v5e-8 (or v3-8, v4-32, v5p-128, v6e-8, v5e:2x4 …) and --train-batch-size 64."""
 FITS, TOO_LARGE = 0, 1
 
 
@@ -78,25 +78,34 @@ def compilable(config: RunConfig, topology: Topology) -> RunConfig:
 def _own_flags(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = Parser(PROGRAM, description=DESCRIPTION, allow_abbrev=False)
     parser.add_argument(
-        "--price-per-chip-hour", type=float, metavar="DOLLARS", help="what a chip costs: adds the run's cost"
+        "--price-per-chip-hour",
+        type=float,
+        metavar="DOLLARS",
+        help="price of one chip, to estimate the cost of the run",
     )
     parser.add_argument("--search", action="store_true", help="find the fastest configuration that fits, by compiling")
     parser.add_argument(
-        "--max-compiles", type=int, default=12, metavar="N", help="--search: compile at most so many (12)"
+        "--max-compiles",
+        type=int,
+        default=12,
+        metavar="N",
+        help="--search: maximum number of compilations (default: 12)",
     )
-    parser.add_argument("--output", type=Path, metavar="FILE", help="--search: where to write the best configuration")
-    parser.add_argument("--compare", nargs=2, metavar=("A.yaml", "B.yaml"), help="two configurations side by side")
-    parser.add_argument("--no-suggestions", action="store_true", help="when it does not fit, do not try what would")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="--search: file to write the best configuration to")
+    parser.add_argument("--compare", nargs=2, metavar=("A.yaml", "B.yaml"), help="compare two configurations")
     parser.add_argument(
-        "--json", action="store_true", help="everything as one JSON document, and nothing else, on stdout"
+        "--no-suggestions", action="store_true", help="if the step does not fit, do not search for settings that fit"
     )
-    parser.add_argument("--save-hlo", type=Path, metavar="DIR", help="keep the program before and after compilation")
+    parser.add_argument("--json", action="store_true", help="print only a JSON document to stdout")
+    parser.add_argument(
+        "--save-hlo", type=Path, metavar="DIR", help="save the program before and after compilation in this folder"
+    )
     parser.add_argument(
         "--compiler-option",
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="an option for the compiler; repeatable",
+        help="option for the TPU compiler; repeatable",
     )
     own, rest = parser.parse_known_args(list(arguments))
     if own.price_per_chip_hour is not None and own.price_per_chip_hour < 0:

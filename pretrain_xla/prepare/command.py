@@ -39,7 +39,7 @@ class ReadingFlags:
     cache_dir: str | None = None
     """Folder for downloaded hf: datasets; None means the default of `datasets`."""
     max_documents: int | None = None
-    """Stop after this many documents."""
+    """Stop after this many documents. None means all."""
 
     def open(self, names: Sequence[str]) -> Source:
         """Open all sources as one."""
@@ -63,7 +63,7 @@ class ReadingFlags:
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareFlags(ReadingFlags):
-    """Turn text into token shards, in train/ and valid/, with a dataset.json beside them. Resumes if interrupted."""
+    """Turn text into token shards, in train/ and valid/, and write dataset.json. Resumes if interrupted."""
 
     paths: Annotated[
         tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE [SOURCE ...] OUTPUT-DIR")
@@ -74,14 +74,14 @@ class PrepareFlags(ReadingFlags):
     tokenizer: str | None = None
     """tiktoken name, tokenizer.json, SentencePiece .model, bitbpe.json, a folder with one, or `bytes`; None means gpt2."""
     train_vocab_size: int | None = None
-    """Instead of --tokenizer: first train a BPE with this many ids on the text."""
+    """Instead of --tokenizer: first train a BPE with this many ids on the text. None means no training."""
     shard_size: int = 100_000_000
     """Tokens in a shard."""
     valid_fraction: float | None = None
     """Share of the documents held out for validation; None means 0.05, or 0.01 for a dataset on the Hub (of ten billion tokens,
     that is more than any validation reads)."""
     format: WrittenFormat = "npy"
-    """Of the shards: .npy, .bin as llm.c reads it, or Parquet with a column input_ids."""
+    """Format of the shards: .npy, .bin (as in llm.c), or Parquet with a column input_ids."""
     seed: int = 0
     """A different seed holds out different documents."""
     num_workers: int | None = None
@@ -195,11 +195,11 @@ class TrainTokenizerFlags(ReadingFlags):
     vocab_size: int = 32768
     """Number of ids, including the 256 bytes and the special tokens."""
     special_tokens: tuple[str, ...] = ()
-    """In addition to <|endoftext|>."""
+    """Special tokens, in addition to <|endoftext|>."""
     min_frequency: int | None = None
     """For bpe: a pair that occurs less often is never merged; None means 2."""
     max_lines: int | None = None
-    """Learn from at most this many lines of text."""
+    """Learn from at most this many lines of text. None means all."""
 
 
 def train_tokenizer_command(arguments: Sequence[str]) -> None:

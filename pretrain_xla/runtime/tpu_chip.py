@@ -31,7 +31,7 @@ METADATA_SECONDS = 3.0
 
 
 DESCRIBE = (
-    "without one, set TPU_SKIP_MDS_QUERY=1 TPU_ACCELERATOR_TYPE=v5litepod-8 (or what it is) TPU_WORKER_ID=0 "
+    "without one, set TPU_SKIP_MDS_QUERY=1 TPU_ACCELERATOR_TYPE=v5litepod-8 (or its type) TPU_WORKER_ID=0 "
     "TPU_WORKER_HOSTNAMES=localhost"
 )
 
