@@ -73,22 +73,22 @@ def commands(pages: Sequence[Path] = PAGES) -> list[tuple[str, list[str]]]:
         for block in re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
             block = re.sub(r"\$\w+", "1", block)  # a shell variable stands for a number
             for line in block.replace("\\\n", " ").splitlines():
-                words = [word for word in shlex.split(line, comments=True) if word != "…"]
-                if "python" in words or "torchrun" in words:
-                    found.append((page.name, words))
+                argv = [word for word in shlex.split(line, comments=True) if word != "…"]
+                if "python" in argv or "torchrun" in argv:
+                    found.append((page.name, argv))
     return found
 
 
-def after(words: list[str], script: str) -> list[str] | None:
-    return words[words.index(script) + 1 :] if script in words else None
+def after(argv: list[str], script: str) -> list[str] | None:
+    return argv[argv.index(script) + 1 :] if script in argv else None
 
 
 def test_every_training_command_of_the_docs_is_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     seen = 0
-    for page, words in commands():
+    for page, argv in commands():
         for script in ("run_pretrain.py", "run_pretrain_xla.py"):
-            arguments = after(words, script)
+            arguments = after(argv, script)
             if arguments is None or "my_run.yaml" in arguments:
                 continue
             parse_flags(arguments, program=f"{page}: {script}", description="")
@@ -102,11 +102,11 @@ def test_every_training_command_reads_data_that_its_page_prepares(name: str, mon
     page = ROOT / name
     prepared = {"data/quickstart"} if "make train" in page.read_text(encoding="utf-8") else set()
     read = set()
-    for _, words in commands([page]):
-        if (arguments := after(words, "prepare")) is not None:
+    for _, argv in commands([page]):
+        if (arguments := after(argv, "prepare")) is not None:
             prepared.add([*itertools.takewhile(lambda word: not word.startswith("--"), arguments)][-1])
         for script in ("run_pretrain.py", "run_pretrain_xla.py"):
-            if (arguments := after(words, script)) is not None:
+            if (arguments := after(argv, script)) is not None:
                 data = parse_flags(arguments, program=script, description="").config.data
                 read |= {data.train_dir.removesuffix("/train"), data.valid_dir.removesuffix("/valid")}
     assert read
@@ -124,13 +124,13 @@ def test_every_command_of_the_docs_for_a_model_fails_on_the_model_alone(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     (tmp_path / "prompts.txt").write_text("One\n")
     seen = 0
-    for page, words in commands():
-        if (arguments := after(words, script)) is None:
+    for page, argv in commands():
+        if (arguments := after(argv, script)) is None:
             continue
         with pytest.raises(UserError) as caught:
             command(arguments)
         named = arguments[arguments.index("--model") + 1]
-        assert named in str(caught.value), (page, words, str(caught.value))
+        assert named in str(caught.value), (page, argv, str(caught.value))
         assert "Hub" in str(caught.value)
         seen += 1
     assert seen >= 5
@@ -138,9 +138,9 @@ def test_every_command_of_the_docs_for_a_model_fails_on_the_model_alone(
 
 def test_every_flag_of_the_other_commands_is_in_their_help(capsys: pytest.CaptureFixture[str]) -> None:
     used: dict[str, set[str]] = {}
-    for _, words in commands():
-        if words[1:3] == ["-m", "pretrain_xla"] or words[2:4] == ["-m", "pretrain_xla"]:
-            command, *arguments = words[words.index("pretrain_xla") + 1 :]
+    for _, argv in commands():
+        if argv[1:3] == ["-m", "pretrain_xla"] or argv[2:4] == ["-m", "pretrain_xla"]:
+            command, *arguments = argv[argv.index("pretrain_xla") + 1 :]
             used.setdefault(command, set()).update(w.partition("=")[0] for w in arguments if w.startswith("--"))
     del used["lm-eval"]  # its flags are lm-eval's
     assert used.keys() >= {"prepare", "preflight", "export", "import", "train-tokenizer", "inspect", "trace"}
@@ -229,8 +229,8 @@ def test_the_order_of_imports_is_that_of_the_contract() -> None:
 
 def test_every_script_of_a_command_exists() -> None:
     seen = 0
-    for name, words in commands(EVERY_PAGE):
-        for word in words:
+    for name, argv in commands(EVERY_PAGE):
+        for word in argv:
             if re.fullmatch(r"[\w/-]+\.py|configs/\S+\.yaml|tests/\S+", word):
                 assert (ROOT / word).exists(), f"{name}: {word}"
                 seen += 1

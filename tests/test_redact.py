@@ -95,13 +95,13 @@ def test_a_run_from_a_server_that_asks_for_a_password(
     for split in ("train", "valid"):
         np.save(web / f"{split}.npy", (np.arange(3000) * 7 % 61).astype(np.uint16))
     with WebServer(web) as server:
-        place = server.address.replace("http://", "http://me:SECRET@") + "/"
-        prepare(place + "text.jsonl", "dataset", tokenizer="bytes", num_workers=1, valid_fraction=0.2)
+        url = server.address.replace("http://", "http://me:SECRET@") + "/"
+        prepare(url + "text.jsonl", "dataset", tokenizer="bytes", num_workers=1, valid_fraction=0.2)
         info = dataset_info("dataset")
         assert info is not None
-        assert info.recipe.source == redacted(place) + "text.jsonl"
+        assert info.recipe.source == redacted(url) + "text.jsonl"
         folders = (
-            f"--train-dir {place}train.npy --valid-dir {place}valid.npy --run-dir run --train-steps 2 --no-tensorboard"
+            f"--train-dir {url}train.npy --valid-dir {url}valid.npy --run-dir run --train-steps 2 --no-tensorboard"
         )
         small = (
             "--vocab-size 61 --seq-length 12 --d-model 16 --num-layers 1 --num-heads 2 --d-ff 32 --train-batch-size 2"

@@ -170,10 +170,10 @@ FALSE_METADATA: dict[str, tuple[Callable[[Any], object], str]] = {
 
 @pytest.mark.parametrize("case", FALSE_METADATA)
 def test_false_metadata_is_refused(case: str, store: CheckpointStore) -> None:
-    edit, words = FALSE_METADATA[case]
+    edit, expected = FALSE_METADATA[case]
     change(store, edit)
     tracemalloc.start()
-    with pytest.raises(UserError, match=words) as caught:
+    with pytest.raises(UserError, match=expected) as caught:
         store.load(1)
     assert tracemalloc.get_traced_memory()[1] < 10**7
     tracemalloc.stop()
@@ -181,13 +181,13 @@ def test_false_metadata_is_refused(case: str, store: CheckpointStore) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "words"),
+    ("name", "content", "expected"),
     [
         ("data/0", b"\7\0\0\0", "a tensor reaches beyond what is stored of it"),
         ("byteorder", b"big", "a tensor is not stored as it is written here"),
     ],
 )
-def test_a_tensor_does_not_read_other_memory(name: str, content: bytes, words: str, store: CheckpointStore) -> None:
+def test_a_tensor_does_not_read_other_memory(name: str, content: bytes, expected: str, store: CheckpointStore) -> None:
     """Its file is long enough but holds half of it: torch would read, or byte-swap, the memory after it."""
     buffer, rebuilt = io.BytesIO(), io.BytesIO()
     torch.save(torch.tensor(7), buffer)
@@ -195,7 +195,7 @@ def test_a_tensor_does_not_read_other_memory(name: str, content: bytes, words: s
         for item in old.infolist():
             new.writestr(item, content if item.filename.endswith(name) else old.read(item))
     append(store, "b", rebuilt.getvalue())
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=expected):
         store.load(1)
 
 

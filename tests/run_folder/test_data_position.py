@@ -135,12 +135,12 @@ def test_a_marker_with_an_impossible_position_is_refused(fault: dict[str, Any], 
 def test_a_model_card_counts_the_tokens_seen() -> None:
     run = config(train={"train_batch_size": 8})
     even, uneven = DataPosition(50 * 8 * 512, 400, 1, 8), DataPosition(123_456, 241, 1, 8)
-    for seen, words in (
+    for seen, expected in (
         (even, "50 steps of 4,096 tokens, 204,800 in all"),
         (uneven, "50 steps, 123,456 tokens in all"),
     ):
         loaded = LoadedModel(run.model, {}, None, "run", saved(run, 50, seen))
-        assert f"\n- {words}\n" in model_card(loaded, FAMILIES[0], "a title", has_tokenizer=False)
+        assert f"\n- {expected}\n" in model_card(loaded, FAMILIES[0], "a title", has_tokenizer=False)
 
 
 class RecordingTrainer(Trainer):

@@ -24,9 +24,9 @@ LINE = "W spmd.cc] [SPMD] Involuntary full rematerialization. It cannot go from 
 
 def test_the_message_names_the_largest_tensor() -> None:
     assert in_words(["W another warning"], "the step") is None
-    words = in_words([LINE + "f32[8,4]{1,0} copy", LINE + "bf16[1024,4]{1,0} copy", "other"], "the step") or ""
-    assert "2 tensors of the step" in words
-    assert "the largest bf16[1024,4] on one device" in words
+    message = in_words([LINE + "f32[8,4]{1,0} copy", LINE + "bf16[1024,4]{1,0} copy", "other"], "the step") or ""
+    assert "2 tensors of the step" in message
+    assert "the largest bf16[1024,4] on one device" in message
     assert "1 tensor of the step from one split over the mesh to another: it" in (
         in_words(["x " + LINE], "the step") or ""
     )

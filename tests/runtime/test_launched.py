@@ -31,7 +31,7 @@ def test_without_rank_the_rest_is_ignored(left: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("left", "words"),
+    ("left", "expected"),
     [
         (
             {"RANK": "0"},
@@ -47,10 +47,10 @@ def test_without_rank_the_rest_is_ignored(left: dict[str, str]) -> None:
         ),
     ],
 )
-def test_an_incomplete_set_with_rank_is_refused(left: dict[str, str], words: str) -> None:
+def test_an_incomplete_set_with_rank_is_refused(left: dict[str, str], expected: str) -> None:
     with pytest.raises(UserError) as caught:
         launched(left)
-    assert words in str(caught.value)
+    assert expected in str(caught.value)
     assert "start with torchrun" in str(caught.value)
 
 

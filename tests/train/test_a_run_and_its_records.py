@@ -107,10 +107,10 @@ def test_a_finished_run_is_not_changed(make: Make, folder: Path, capsys: pytest.
     run(make(train_steps=6, log_interval=2))
     before = contents(folder)
     assert json.loads(before["summary.json"])["steps"] == 6
-    for steps, words in ((6, "its 6 steps; raise"), (4, "6 steps, and --train-steps is 4; raise")):
+    for steps, expected in ((6, "its 6 steps; raise"), (4, "6 steps, and --train-steps is 4; raise")):
         capsys.readouterr()
         run(make(train_steps=steps, log_interval=2))
-        assert f"this run has already made {words} --train-steps to continue" in capsys.readouterr().out
+        assert f"this run has already made {expected} --train-steps to continue" in capsys.readouterr().out
         assert contents(folder) == before
     (folder / "summary.json").unlink()  # as if killed between its last checkpoint and its summary
     run(make(train_steps=4, log_interval=2))
