@@ -1,8 +1,8 @@
-"""A key/value cache of static shape: keys and values of earlier tokens are kept, so that a new token costs one token's work.
+"""A key/value cache of static shape: it keeps keys and values of earlier tokens, so a new token costs the work of one token.
 
 Each block has a buffer of S slots for the keys of its K key/value heads and one for the values. Rows are left-padded: a shorter
 text starts at a later slot (`Places.first`), so that one slot number, a device value, serves all rows, and writing is one
-update in place. Slots before a row's first token and after its newest are masked; positions count from the first token.
+update in place. Slots before a row's first token and after its newest are masked. Positions count from the first token.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pretrain_xla.config import ModelConfig
 from pretrain_xla.model.attention import Heads, attention_scale
 
 FAR_BELOW = -1e30
-"""A score that softmax turns into 0; finite, so that no row of scores can become NaN."""
+"""A score whose softmax is 0. It is finite, so a row of scores cannot become NaN."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,8 +57,8 @@ class FillCache:
 
         Args:
             config: the architecture.
-            places: of the prompt, in slots 0 … T - 1.
-            slots: S of the cache to make, at least T. 0: make none.
+            places: slots of the prompt, 0 … T - 1.
+            slots: S of the new cache, at least T; 0 means no cache.
         """
         self.tensors: list[Tensor] = []
         self._config, self._slots, self._length = config, slots, len(places.slots)
@@ -67,19 +67,19 @@ class FillCache:
     def attend(self, heads: Heads) -> Tensor:
         """See `KeyValueCache.attend`."""
         if self._slots:
-            # New tensors: an update of a slice in place leaves XLA with the whole as a second result.
+            # New tensors: with an in-place update of a slice, XLA would return the whole tensor as a second result.
             padding = (0, 0, 0, self._slots - self._length)
             self.tensors.extend(F.pad(new_BKTE, padding) for new_BKTE in (heads.key_BKTE, heads.value_BKTE))
         return attend_where(heads, self._allowed_B1TT, self._config)
 
 
 class ExtendCache:
-    """Attention of new tokens over a cache, after writing theirs into it in place; `model.attention.KeyValueCache`.
+    """Attention of new tokens over a cache, after writing their keys and values to it; `model.attention.KeyValueCache`.
 
     Args:
         config: the architecture.
-        places: of the new tokens.
-        tensors: those of `FillCache`.
+        places: slots of the new tokens.
+        tensors: `FillCache.tensors`.
     """
 
     def __init__(self, config: ModelConfig, places: Places, tensors: Sequence[Tensor]) -> None:
@@ -98,8 +98,8 @@ class ExtendCache:
 def attend_where(heads: Heads, allowed_B1TS: Tensor, config: ModelConfig) -> Tensor:
     """Attention of T queries over S keys where `allowed`: heads_BHTE.
 
-    PyTorch's fused kernels where `attention.attend` would take them, else written out in fp32 as the reference is; the query
-    heads of a group are laid end to end, so that keys and values are never repeated.
+    Uses PyTorch's fused kernels if `attention.attend` would, else plain fp32 operations like the reference. The query heads of
+    a group are laid end to end, so keys and values are never repeated.
     """
     query_BHTE, key_BKSE, value_BKSE = heads
     scale, softcap = attention_scale(config), config.attention_softcap
@@ -110,7 +110,7 @@ def attend_where(heads: Heads, allowed_B1TS: Tensor, config: ModelConfig) -> Ten
             query_BHTE, key_BKSE, value_BKSE, attn_mask=allowed_B1TS, scale=scale, enable_gqa=H != K
         )
     query_BKRE = query_BHTE.reshape(B, K, H // K * T, E)
-    if H // K * T < S:  # one token: turn its scores, not the whole cache, which some compilers would copy
+    if H // K * T < S:  # one token: transpose its scores, not the whole cache, which some compilers would copy
         products_BKRS = (key_BKSE @ query_BKRE.transpose(-2, -1)).transpose(-2, -1)
     else:
         products_BKRS = query_BKRE @ key_BKSE.transpose(-2, -1)

@@ -20,7 +20,7 @@ from pretrain_xla.generate.text import TextStream
 
 MEMORY = (
     "continue fewer prompts at a time (--prompt, --prompt-file, --num-samples), or for fewer tokens (--max-new-tokens); "
-    "`python -m pretrain_xla preflight` says for a TPU what a model needs"
+    "`python -m pretrain_xla preflight` estimates what a model needs on a TPU"
 )
 
 
@@ -94,7 +94,7 @@ def _generate(flags: GenerateFlags) -> None:
     prompts = [*flags.prompt, *(_prompts_of(flags.prompt_file) if flags.prompt_file is not None else [])]
     if flags.output is not None:
         if not prompts:
-            raise UserError(f"--output {flags.output} needs --prompt: what is typed at the prompt goes to the screen")
+            raise UserError(f"--output {flags.output} needs --prompt: continuations of typed prompts go to the screen")
         _check_writable(flags.output)
     request = flags.request()
     runtime = flags.runtime or ("xla" if "PJRT_DEVICE" in os.environ else "torch")
@@ -125,7 +125,7 @@ def _prompts_of(path: str) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--prompt-file {path} cannot be read ({error}): name a text file") from None
     if not prompts:
-        raise UserError(f"--prompt-file {path} has no prompt in it: write one on each line")
+        raise UserError(f"--prompt-file {path} contains no prompt: write one on each line")
     return prompts
 
 

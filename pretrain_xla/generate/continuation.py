@@ -23,9 +23,9 @@ class Request:
     Attributes:
         max_new_tokens: upper limit of new tokens.
         sampling: how to choose them.
-        seed: of the random numbers.
+        seed: seed of the random numbers.
         stops: ids that end a text; they are not returned.
-        cached: use the key/value cache; without it, each token needs a prefill of the whole window (for comparison).
+        cached: use the key/value cache. Without it, each token needs a prefill of the whole window (for comparison).
     """
 
     max_new_tokens: int

@@ -1,7 +1,7 @@
-"""Prompts in, tokens out: prefill reads the texts and chooses the first token, decode makes one token after another.
+"""Prompts in, tokens out: prefill reads the texts and chooses the first token, decode generates one token after another.
 
-Each is one graph for one set of shapes, and choosing a token is part of it. Decode is a loop on the device around the model and
-the choice: the host hears of a token only when it asks for some, `iterations` of them in one go.
+Each is one graph for one set of shapes, which includes the choice of a token. Decode is a loop on the device around the model
+and the choice: the host reads tokens only after a call, `iterations` at a time.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pretrain_xla.model import GPT
 from pretrain_xla.runtime import Runtime
 
 MOST_TOKENS = 32
-"""Most tokens that one call of decode makes."""
+"""Maximum number of tokens in one call of decode."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Choice:
 
 
 class OneToken(nn.Module):
-    """An iteration of the loop: the newest tokens through the model, and what they choose."""
+    """An iteration of the loop: runs the model on the newest tokens and chooses the next ones."""
 
     def __init__(self, model: GPT, rules: Rules, choices: int) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class OneToken(nn.Module):
         """See `runtime.base.Repeat`.
 
         Args:
-            carried: the newest token_B and its slot_1; whether each row is alive_B; seen_BV where the rules ask for it;
+            carried: the newest token_B and its slot_1; whether each row is alive_B; seen_BV if the rules need it;
                 the cache.
             slices: chance_B.
             fixed: first_B, the numbers of the sampling, and the ids that end a text.
@@ -72,17 +72,17 @@ class OneToken(nn.Module):
 
 
 class Decoder:
-    """One model on one runtime: `prefill`, then `decode` as often as there are slots left.
+    """One model on one runtime: call `prefill`, then `decode` while there are slots left.
 
     Args:
         model: the model.
         runtime: where it runs.
-        choices: ids from 0 that may be chosen. None means all of the model. Many models have rows for ids that no tokenizer
-            knows, and those would be holes in the text.
+        choices: only ids below this may be chosen. None means all ids of the model. Many models have rows for ids that their
+            tokenizer does not have, which could not be decoded.
 
     Attributes:
-        choices: the same.
-        slots_left: tokens that `decode` can still make before the texts must be read anew.
+        choices: as above.
+        slots_left: tokens that `decode` can still generate before the texts must be prefilled again.
     """
 
     def __init__(self, model: GPT, runtime: Runtime, choices: int | None = None) -> None:
@@ -94,13 +94,13 @@ class Decoder:
         self._decodes: dict[Rules, Callable[..., Tensor]] = {}
 
     def prefill(self, windows: Sequence[Sequence[int]], choice: Choice, chance_B: Tensor, *, more: int) -> list[int]:
-        """Read the texts, at least a token each, and choose the token after each.
+        """Read the texts, at least one token each, and choose the next token of each.
 
         Args:
             windows: ids of each row, at most `seq_length`.
             choice: how to choose.
-            chance_B: chance of this token, on the host.
-            more: how many tokens `decode` should be able to add; 0: keep no cache.
+            chance_B: random number for this token, on the host.
+            more: how many tokens `decode` must be able to add; 0 means that no cache is kept.
         """
         longest = max(map(len, windows))
         limit = self.model.config.seq_length
@@ -113,7 +113,7 @@ class Decoder:
         self._numbers_5, self._stops_N = self._place(choice.numbers), self._place(choice.stops)
         self._seen = [self._place(choice.seen)] if choice.seen is not None else []
         self._slot_1 = self._place(torch.tensor([longest]))
-        self._cache = []  # before the new one is made, so that memory never holds both
+        self._cache = []  # freed before the new one is allocated, so that memory never holds both
         key = (choice.rules, slots)
         if key not in self._prefills:
             self._prefills[key] = self._compile_prefill(*key)
@@ -129,12 +129,12 @@ class Decoder:
         return self._read(self._token_B)
 
     def decode(self, iterations: int, alive: Sequence[bool], chance_NB: Tensor) -> list[list[int]]:
-        """The next tokens of all rows, fewer than `iterations` where every row has ended. A dead row's tokens mean nothing.
+        """The next tokens of all rows; fewer than `iterations` if every row has ended. Tokens of an ended row are meaningless.
 
         Args:
             iterations: at most `MOST_TOKENS` and `slots_left`.
             alive: rows that have not ended.
-            chance_NB: chance of each of these tokens, on the host.
+            chance_NB: random numbers for these tokens, on the host.
         """
         assert iterations <= min(MOST_TOKENS, self.slots_left)
         rules = self._choice.rules

@@ -44,7 +44,7 @@ class Generator:
         if tokenizer.vocab_size > model.config.vocab_size:
             raise UserError(
                 f"tokenizer {tokenizer.name!r} has {tokenizer.vocab_size} tokens and the model {model.config.vocab_size}: "
-                "it is not the model's; name the right one with --tokenizer"
+                "it is not the model's: name the right one with --tokenizer"
             )
         self.model = runtime.prepare_model(model.eval(), Execution())
         self._decoder = Decoder(self.model, runtime, tokenizer.vocab_size)
@@ -54,14 +54,14 @@ class Generator:
         """Load a trained model.
 
         Args:
-            path: a run folder, checkpoints folder or one checkpoint, or what else `load_model` knows.
+            path: a run folder, checkpoints folder, one checkpoint, or anything else that `load_model` accepts.
             tokenizer: see `load_tokenizer`. None means the one that the model was trained with.
             runtime: `xla` or `torch`.
             device: for torch, `auto`, `cpu` or `cuda`.
             which: `newest` or `best` checkpoint.
 
         Raises:
-            UserError: no such model, a damaged one, or no tokenizer that fits.
+            UserError: there is no such model, it is damaged, or no tokenizer fits it.
         """
         found = load_model(path, which)
         found.print_notes()

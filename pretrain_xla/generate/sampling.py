@@ -34,7 +34,7 @@ class Sampling:
     Attributes:
         temperature: divides the logits; 0 means greedy.
         top_k: only the k most likely tokens; 0 means all.
-        top_p: of what top-k leaves, only the smallest set with at least this probability (Holtzman et al. 2020); 1 means all.
+        top_p: of these, only the smallest set with at least this probability (Holtzman et al. 2020); 1 means all.
         min_p: only tokens with at least this fraction of the highest probability (Nguyen et al. 2024); 0 means all.
         repetition_penalty: divides the logit, or multiplies it if negative, of each token that is already in the text
             (Keskar et al. 2019); 1 means no penalty.
@@ -116,7 +116,7 @@ def choose(
 
 
 def _kept(weights_BV: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
-    """Set the weights (descending, the first is 1) that a rule leaves out to 0; the first always stays."""
+    """Set the weights (descending, the first is 1) that a rule excludes to 0; the first always stays."""
     rank_V = torch.arange(weights_BV.shape[-1], device=weights_BV.device)
     weights_BV = torch.where(rank_V < top_k, weights_BV, 0.0)
     reached_BV = weights_BV.cumsum(-1)

@@ -1,7 +1,7 @@
-"""The one place where machines differ. `start(config)` gives the runtime; nothing outside asks which one it is.
+"""The one place where devices differ. `start(config)` returns the runtime; nothing outside asks which one it is.
 
-`base.py` says what a runtime does; `xla/` and `torch_runtime.py` are the two that there are. `sharding.py` has the table of
-parameters over the mesh, `rows.py` which rows a host reads, `chips.py` the TPU generations.
+`base.py` is the protocol of a runtime; `xla/` and `torch_runtime.py` implement it. `sharding.py` has the table of parameters
+and mesh axes, `rows.py` decides which rows a host reads, `chips.py` lists the TPU generations.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from pretrain_xla.runtime.base import Runtime
 from pretrain_xla.runtime.tpu_chip import DESCRIBE, check_description, pci_chips
 from pretrain_xla.runtime.xla.environment import clear_environment
 
-# Before torch_xla is imported: its C++ part announces on every compilation that GSPMD will give way to Shardy one day.
+# Before torch_xla is imported: on every compilation its C++ part announces that Shardy will replace GSPMD.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 __all__ = ["Runtime", "load_xla", "say", "start"]
 
 
 def start(config: RunConfig) -> Runtime:
-    """Open the devices that the config asks for, and print on stderr what the user should know of them.
+    """Open the devices that the config asks for, and print notes about them for the user on stderr.
 
     Raises:
-        UserError: torch_xla is not installed, the devices are not there, or the mesh does not fit them.
+        UserError: torch_xla is not installed, there are no such devices, or the mesh does not fit them.
     """
     if config.parallel.runtime == "torch":
         from pretrain_xla.runtime.torch_runtime import TorchRuntime
@@ -42,10 +42,10 @@ def start(config: RunConfig) -> Runtime:
 
 
 def load_xla(config: RunConfig) -> tuple[ModuleType, list[str]]:
-    """The module of the xla runtime, and a line on each environment variable that is not followed.
+    """The module of the xla runtime, and a line on each environment variable that is ignored.
 
     Raises:
-        UserError: torch_xla is not installed, or does not find out what TPU this is.
+        UserError: torch_xla is not installed, or cannot determine which TPU this is.
     """
     notes = clear_environment(multiprocess=config.parallel.is_multiprocess)
     if "torch_xla" not in sys.modules and (warning := check_description()):
@@ -58,10 +58,10 @@ def load_xla(config: RunConfig) -> tuple[ModuleType, list[str]]:
                 "runtime=xla needs torch_xla: pip install -r requirements-xla_tpu.txt, or use --runtime torch"
             ) from None
         raise
-    except OSError as error:  # what torch_xla raises when it asks the metadata server as it is imported
+    except OSError as error:  # torch_xla asks the metadata server at import
         if not pci_chips():
             raise
-        raise UserError(f"PyTorch/XLA does not find out what TPU this is ({error}); {DESCRIBE}") from None
+        raise UserError(f"PyTorch/XLA cannot determine which TPU this is ({error}); {DESCRIBE}") from None
     return xla, notes
 
 

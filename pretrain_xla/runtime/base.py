@@ -1,7 +1,7 @@
-"""What the trainer asks of a runtime.
+"""The protocol of a runtime.
 
-Two classes answer: `xla.XlaRuntime` (TPU and CPU; SPMD, or one process a device) and `torch_runtime.TorchRuntime` (CUDA and
-CPU; alone or DDP). Model, optimizer, data and trainer are written against this protocol and never ask which one they have.
+Two classes implement it: `xla.XlaRuntime` (TPU and CPU; SPMD, or one process a device) and `torch_runtime.TorchRuntime` (CUDA
+and CPU; alone or DDP). Model, optimizer, data and trainer are written against this protocol and never ask which one they have.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ Loss = Callable[[Forward, Tensor], Tensor]
 class GraphEvent:
     """Something that should not happen after warm-up.
 
-    kind: `recompilation`, `host fallback` or `host transfer`. where: source line, as `file:line in function`. what: one
-    clause on what happened there.
+    kind: `recompilation`, `host fallback` or `host transfer`. where: source line, as `file:line in function`. what: what
+    happened there, in a clause.
     """
 
     kind: str
@@ -50,7 +50,7 @@ class GraphCounts:
 
 
 class Repeat(Protocol):
-    """A module that runs again and again on the devices without coming back to the host in between."""
+    """A module that runs repeatedly on the devices without returning to the host in between."""
 
     def __call__(
         self, iterations: Tensor, carried: Sequence[Tensor], slices: Sequence[Tensor], fixed: Sequence[Tensor]
@@ -58,14 +58,14 @@ class Repeat(Protocol):
         """Run `module(carried, this iteration's slices, fixed) -> (carried, results, going)`.
 
         Args:
-            iterations: how many at most, int32, 0-d; one that returns `going` as false is the last.
-            carried: what goes from one iteration to the next, changed in place. The module returns it with the same shapes and
-                types; it may have changed it in place as well.
+            iterations: maximum number, int32, 0-d; an iteration that returns `going` as false is the last.
+            carried: values passed from one iteration to the next, updated in place. The module returns them with the same
+                shapes and types; it may update them in place, too.
             slices: iteration i sees element i of each.
-            fixed: what every iteration sees.
+            fixed: values that every iteration sees.
 
         Returns:
-            Each result of the module stacked over the iterations; what lies beyond the last one means nothing.
+            Each result of the module stacked over the iterations; elements beyond the last one are meaningless.
         """
 
 
@@ -79,11 +79,11 @@ class Runtime(Protocol):
     device_count: int
     """Devices of the whole run."""
     peak_flops: float | None
-    """bf16 peak of one device in flop/s, where it is known."""
+    """bf16 peak of one device in flop/s. None means that it is unknown."""
     attention: str
-    """For display: what computes attention over full sequences, and where it is not a kernel, why."""
+    """For display: what computes attention over full sequences, and why, if that is not a kernel."""
     warnings: Sequence[str]
-    """What the user should know of the devices, a line each; `start` prints them."""
+    """Notes on the devices for the user, one line each; `start` prints them."""
     compute_dtype: torch.dtype
     process_index: int
     process_count: int
@@ -94,21 +94,21 @@ class Runtime(Protocol):
     mesh: dict[str, int]
     """Axis name → devices along it."""
     static_shapes: bool
-    """Whether a new shape costs a compilation, so that lengths are better padded to a few."""
+    """Whether a new shape costs a compilation, so that lengths should be padded to a few."""
 
     def rows(self, batch_size: int) -> np.ndarray:
-        """Numbers of the rows of a global batch that this process reads, in the order in which `place_batch` takes them.
+        """Indices of the rows of a global batch that this process reads, in the order that `place_batch` expects.
 
         Raises:
             UserError: `batch_size` does not divide over the devices that split the batch.
         """
 
     def prepare_model(self, model: GPT, execution: Execution) -> GPT:
-        """The version of a model that runs here, on the devices, sharded by the table; do not use `model` afterwards.
+        """The version of a model for this runtime, on its devices, sharded by the table; do not use `model` afterwards.
 
         Args:
             model: built, with its values.
-            execution: what is computed again in the backward pass, and what in one loop.
+            execution: what is recomputed in the backward pass, and what is run as one loop.
         """
 
     def forward(self, model: GPT) -> Any:
@@ -127,7 +127,7 @@ class Runtime(Protocol):
         """A module as a loop, traced once for each set of shapes; call it within a compiled function."""
 
     def fuse(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Compile a part of the step where the step is not compiled as one; else the function itself."""
+        """Compile a part of the step if the step is not compiled as a whole; otherwise returns the function itself."""
 
     def gradients(
         self,
@@ -140,21 +140,21 @@ class Runtime(Protocol):
         """Mean loss over the micro-batches, and its gradients, reduced once over all replicas.
 
         Args:
-            loss: mean loss of one micro-batch; it is passed the model on the tensors that it is to be differentiated by.
-            forward: what `forward` gave.
+            loss: mean loss of one micro-batch; it is called with the model on the tensors to differentiate by.
+            forward: result of `forward`.
             parameters: all parameters of the model, by name: what to differentiate by.
             tokens_BAS: `[rows, micro-batches, T + 1]` of this process.
             scale: factor on the loss before differentiation (fp16). None means 1.
 
         Returns:
-            The unscaled loss of this process's rows (0-d, fp32), and each parameter's gradient, or None where none reached it.
+            The unscaled loss of this process's rows (0-d, fp32), and the gradient of each parameter; None if it has none.
         """
 
     def mean(self, value: Tensor) -> Tensor:
         """Mean of a 0-d tensor over replicas, on the device."""
 
     def all_rows(self, rows: Tensor) -> Tensor:
-        """The rows of every process, in the order of the batch, for each process to read; called in a compiled function."""
+        """The rows of all processes, in the order of the batch, on every process; call it within a compiled function."""
 
     def seed(self, seed: int) -> None:
         """Set the state of the device's random numbers; replicas draw different ones."""
@@ -169,10 +169,10 @@ class Runtime(Protocol):
         """While it is open, host transfers made by this thread are recorded with their source line."""
 
     def planned(self) -> AbstractContextManager[Any]:
-        """While it is open, transfers and compilations are meant and not recorded."""
+        """While it is open, transfers and compilations are intended and not recorded."""
 
     def take_events(self) -> list[GraphEvent]:
-        """What was recorded since the last call."""
+        """Events recorded since the last call."""
 
     def graph_counts(self) -> GraphCounts:
         """Compilations so far."""
@@ -181,10 +181,10 @@ class Runtime(Protocol):
         """Memory in use on this process's first device (of the process itself on a CPU)."""
 
     def wait(self) -> None:
-        """Until the devices have done all that was asked of them."""
+        """Wait until the devices have finished all their work."""
 
     def barrier(self) -> None:
-        """Until every process is here."""
+        """Wait until every process has called it."""
 
     def close(self) -> None:
-        """Let go of the devices and of the process group."""
+        """Release the devices and the process group."""

@@ -1,17 +1,16 @@
-"""The TPU generations in figures: one table for the trainer's utilisation and for preflight.
+"""Figures of the TPU generations: one table for the trainer's utilisation and for preflight.
 
-A device is what PyTorch/XLA sees: a core on v2 and v3 (two a chip), a whole chip on the others (v4 and v5p join their two
-cores, "megacore"). Bytes and operations are a device's; the interconnect is a chip's.
+A device is what PyTorch/XLA sees: a core on v2 and v3 (two per chip), a whole chip on the others (v4 and v5p join their two
+cores, "megacore"). Bytes and operations are per device; the interconnect is per chip.
 
 Sources. Peak, HBM size and bandwidth: Google Cloud's documentation, "System architecture" and the page of each generation; v2
-and v3: Jouppi et al. 2020, "A domain-specific supercomputer for training deep neural networks". Interconnect, what one link
-carries in one direction: v2 and v3 the same paper; v4 and later "How to scale your model" (jax-ml/scaling-book, "TPU
+and v3: Jouppi et al. 2020, "A domain-specific supercomputer for training deep neural networks". Interconnect, one link in one
+direction: v2 and v3 the same paper; v4 and later "How to scale your model" (jax-ml/scaling-book, "TPU
 networking"), which is 0.8 to 0.9 of what Google Cloud's tables state for all links together. VMEM: the papers and Jouppi et
-al. 2023 ("TPU v4"); v5e and later: JAX's Pallas documentation. usable_hbm: what libtpu 0.0.21 itself states as its limit when
-a program does not fit; the rest is reserved. clock: the rate that turns libtpu's `estimated_cycles` into time; v2, v3 and v4
-by the papers, the others as the clock at which a matrix unit's width gives the stated peak.
-matmul_fraction and stream_fraction say how far the estimates are from the stated peaks, and were had by compiling with libtpu
-0.0.21: an 8,192³ bf16 matrix product, and 2 x + 1 over 1 GiB of fp32.
+al. 2023 ("TPU v4"); v5e and later: JAX's Pallas documentation. usable_hbm: the limit that libtpu 0.0.21 reports when a
+program does not fit; the rest is reserved. clock: converts libtpu's `estimated_cycles` to time; v2, v3 and v4 by the papers,
+the others as the clock at which the matrix units reach the stated peak. matmul_fraction and stream_fraction compare the
+compiler's estimates with the stated peaks; libtpu 0.0.21 compiled an 8,192³ bf16 matrix product and 2 x + 1 over 1 GiB of fp32.
 """
 
 from __future__ import annotations
@@ -29,11 +28,11 @@ MIB = 2**20
 class Chip:
     """One generation.
 
-    peak_flops: bf16 matrix operations/s. hbm_bytes: HBM as sold; usable_hbm: as the compiler hands it out. hbm_bandwidth:
-    bytes/s. vmem_bytes: on-chip memory of one core. clock: Hz. matmul_fraction, stream_fraction: a large matrix product, and a
-    plain pass over memory, in compiler cycles as shares of peak_flops and hbm_bandwidth. devices_per_chip: see the module.
-    link_bandwidth: bytes/s that a chip sends over one of its links to a neighbour. links: number of those. wrap: a dimension of
-    at least this many chips is closed to a ring; v2 and v3 only in whole pods.
+    peak_flops: bf16 matrix operations/s. hbm_bytes: HBM as sold; usable_hbm: what the compiler can allocate. hbm_bandwidth:
+    bytes/s. vmem_bytes: on-chip memory of one core. clock: Hz. matmul_fraction, stream_fraction: rates of a large matrix
+    product and of a plain pass over memory, by the compiler's cycles, as fractions of peak_flops and hbm_bandwidth.
+    devices_per_chip: see the module. link_bandwidth: bytes/s that a chip sends over one link to a neighbour. links: number of
+    links. wrap: a dimension of at least this many chips is closed to a ring; on v2 and v3 only in whole pods.
     """
 
     name: str
@@ -52,7 +51,7 @@ class Chip:
 
     @property
     def device_noun(self) -> str:
-        """What a device is called: `core` or `chip`."""
+        """Name of a device: `core` or `chip`."""
         return "core" if self.devices_per_chip > 1 else "chip"
 
 
@@ -116,10 +115,10 @@ _NAME = re.compile(
 
 
 def generation(name: str) -> str:
-    """Our name of a generation for any of its names; unknown names stay as they are, in small letters.
+    """Our name of a generation for any of its names; unknown names are returned in lower case.
 
-    Known are Google Cloud's accelerator types (`v5litepod-8`, `v5e-8`, `V6E`), GKE's (`tpu-v5-lite-podslice`), what the devices
-    call themselves (`TPU v5 lite`, `TPU v5e`, `TPU v5`, `TPU7x`), and libtpu's topologies (`v5e:2x4`).
+    Known are Google Cloud's accelerator types (`v5litepod-8`, `v5e-8`, `V6E`), GKE's (`tpu-v5-lite-podslice`), the names that
+    devices report (`TPU v5 lite`, `TPU v5e`, `TPU v5`, `TPU7x`), and libtpu's topologies (`v5e:2x4`).
     """
     match = _NAME.fullmatch(name.strip().lower())
     if match is None:

@@ -1,7 +1,7 @@
-"""Who this process is by its environment: alone, or one of several that torchrun or another launcher has started.
+"""What the environment says about this process: alone, or one of several started by torchrun or another launcher.
 
-torchrun sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT together. A part of them, left in a shell or set for
-another program, is no launch: without RANK it is passed over with a note, and RANK without the others is refused.
+torchrun sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT together. A shell may hold some of them, set for another
+program. That is not a launch: without RANK they are ignored, with a note, and RANK without the others is refused.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ ALONE = "unset {names} to run alone, or start with torchrun, which sets them"
 
 @dataclass(frozen=True)
 class Launched:
-    """One process of a launch. distributed: there is a launch. note: a line for the user. None means there is nothing to
-    say."""
+    """One process of a launch. distributed: whether there is a launch. note: a line for the user. None means no note."""
 
     rank: int = 0
     world_size: int = 1
@@ -31,7 +30,7 @@ class Launched:
 
     @property
     def hosts(self) -> int:
-        """Machines of the launch."""
+        """Hosts of the launch."""
         return max(self.world_size // self.local_world_size, 1)
 
 
@@ -39,11 +38,11 @@ def launched(environment: Mapping[str, str] = os.environ) -> Launched:
     """Read the environment, for the torch runtime.
 
     Raises:
-        UserError: RANK is there and the rest is not, or does not fit.
+        UserError: RANK is set, and the others are missing or do not fit.
     """
     if "RANK" not in environment:
         left = [f"{name}={environment[name]}" for name in ("WORLD_SIZE", *LOCAL) if name in environment]
-        ignored = f"{', '.join(left)} in the environment without RANK: passed over, this process runs alone"
+        ignored = f"{', '.join(left)} in the environment without RANK: ignored, this process runs alone"
         return Launched(note=ignored if left else None)
     how = ALONE.format(names=" ".join(name for name in (*RENDEZVOUS, *LOCAL) if name in environment))
     missing = [name for name in RENDEZVOUS if name not in environment]
@@ -54,7 +53,7 @@ def launched(environment: Mapping[str, str] = os.environ) -> Launched:
     local_rank = _number(environment, "LOCAL_RANK", how, default=0)
     local_world_size = _number(environment, "LOCAL_WORLD_SIZE", how, default=world_size)
     if rank >= world_size:
-        raise UserError(f"RANK={rank} is none of WORLD_SIZE={world_size} processes: {how}")
+        raise UserError(f"RANK={rank} is not one of WORLD_SIZE={world_size} processes: {how}")
     note = None
     if world_size > 1 and "TORCHELASTIC_RUN_ID" not in environment:
         where = f"{environment['MASTER_ADDR']}:{environment['MASTER_PORT']}"
@@ -66,9 +65,9 @@ def launched(environment: Mapping[str, str] = os.environ) -> Launched:
 
 
 def speaks_first(runtime: str, environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether this process speaks and checks before the devices are open and say who is main.
+    """Whether this process prints and checks before the devices are open and determine which process is main.
 
-    XLA on a TPU or a CPU knows its processes by itself: there RANK, whatever left it, means nothing.
+    XLA on a TPU or a CPU knows its processes by itself: there RANK means nothing.
     """
     if runtime == "xla" and environment.get("PJRT_DEVICE") != "CUDA":
         return True
@@ -78,5 +77,5 @@ def speaks_first(runtime: str, environment: Mapping[str, str] = os.environ) -> b
 def _number(environment: Mapping[str, str], name: str, how: str, default: int | None = None) -> int:
     text = environment.get(name, "" if default is None else str(default))
     if not text.isdecimal():
-        raise UserError(f"{name}={text!r} in the environment is no number: {how}")
+        raise UserError(f"{name}={text!r} in the environment is not a number: {how}")
     return int(text)

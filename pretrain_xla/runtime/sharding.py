@@ -1,7 +1,7 @@
 """One table from parameter name to mesh axes.
 
 It drives XLA SPMD. A pattern is matched by `fnmatch` against the parameter's name, the first match wins, and every parameter
-must match one: a new layer that is forgotten here is an error, not a silently replicated tensor.
+must match one: a new layer that is missing here is an error, not a silently replicated tensor.
 
 The tensor axis follows Megatron-LM (Shoeybi et al. 2019): the first product of a pair is split by output, the second by
 input, so one all-reduce closes each of attention and feed-forward. The fsdp axis takes the other dimension of each
@@ -49,7 +49,7 @@ ACTIVATIONS: dict[str, tuple[Axis, ...]] = {
 
 
 def lookup(table: dict[str, tuple[Axis, ...]], name: str) -> tuple[Axis, ...] | None:
-    """The axes of the first pattern that matches `name`; a `*` stands for no dot, unless the pattern begins with it."""
+    """The axes of the first pattern that matches `name`; a `*` does not match a dot, unless the pattern begins with it."""
     for pattern, axes in table.items():
         if fnmatchcase(name, pattern) and (name.count(".") == pattern.count(".") or pattern.startswith("*")):
             return axes
@@ -57,7 +57,7 @@ def lookup(table: dict[str, tuple[Axis, ...]], name: str) -> tuple[Axis, ...] | 
 
 
 def ways(axis: Axis, mesh: Mapping[str, int]) -> int:
-    """Into how many parts a dimension along `axis` is split."""
+    """Number of shards of a dimension along `axis`."""
     return math.prod(mesh[name] for name in ((axis,) if isinstance(axis, str) else axis or ()))
 
 
@@ -65,7 +65,7 @@ def parameter_axes(name: str) -> tuple[Axis, ...]:
     """Mesh axes of each dimension of a parameter.
 
     Raises:
-        KeyError: the table has no row for it (a defect of ours).
+        KeyError: the table has no row for it, which is a bug.
     """
     axes = lookup(PARAMETERS, name)
     if axes is None:
@@ -91,10 +91,10 @@ def resolve_mesh(sizes: Sequence[int], device_count: int) -> tuple[int, int, int
 
 
 def check_model_fits(model: ModelConfig, tensor: int) -> None:
-    """Refuse a tensor axis that would cut a head in two.
+    """Refuse a tensor axis that would split a head.
 
     Raises:
-        UserError: heads, key/value heads or d_ff do not divide by `tensor`.
+        UserError: heads, key/value heads or d_ff are not divisible by `tensor`.
     """
     for key, size in (("num_heads", model.num_heads), ("num_kv_heads", model.kv_heads), ("d_ff", model.d_ff)):
         if size % tensor:

@@ -1,4 +1,4 @@
-"""Which line of ours, or of the user's, called what waits for the device."""
+"""The line of our code, or of the user's, that called an operation which waits for the device."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _HIDDEN = (
 
 
 def source_line(depth: int = 1) -> str:
-    """`file:line in function` of the nearest caller outside torch and what watches it."""
+    """`file:line in function` of the nearest caller outside torch and the graph guard's own modules."""
     frame: Any = sys._getframe(depth)
     while frame is not None and any(part in frame.f_code.co_filename for part in _HIDDEN):
         frame = frame.f_back

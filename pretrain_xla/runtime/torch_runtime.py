@@ -1,4 +1,4 @@
-"""CUDA and CPU by plain PyTorch: one process alone, or DDP under torchrun. Needs no torch_xla."""
+"""CUDA and CPU with plain PyTorch: one process alone, or DDP under torchrun. Does not need torch_xla."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from pretrain_xla.runtime.rows import rows_of
 from pretrain_xla.runtime.torch_waits import watch_waits
 from pretrain_xla.system_faults import reason
 
-# torch 2.9 says so of its own defaults, whoever reads them.
+# torch 2.9 warns so about its own defaults.
 warnings.filterwarnings("ignore", message="Please use the new API settings to control TF32")
 
 WARM_UP = 3
@@ -85,7 +85,7 @@ class TorchRuntime:
                 dist.init_process_group(backend, device_id=self.device if kind == "cuda" else None)
             except (dist.DistError, RuntimeError, ValueError) as error:
                 raise UserError(
-                    f"process {one.rank} of {one.world_size} does not find the others at {os.environ['MASTER_ADDR']}:"
+                    f"process {one.rank} of {one.world_size} cannot reach the others at {os.environ['MASTER_ADDR']}:"
                     f"{os.environ['MASTER_PORT']} ({reason(error)}): start all of them, or unset {' '.join(RENDEZVOUS)} to run "
                     "alone"
                 ) from error
@@ -205,7 +205,7 @@ class TorchRuntime:
             total = total + value.detach()
         gradients = [parameter.grad for parameter in parameters.values()]
         for parameter in parameters.values():
-            parameter.grad = None  # the next backward makes new ones, so no memory holds them between steps
+            parameter.grad = None  # the next backward creates new ones, so they take no memory between steps
         return total, gradients
 
     def mean(self, value: Tensor) -> Tensor:
@@ -253,7 +253,7 @@ class TorchRuntime:
 
     @contextlib.contextmanager
     def watch(self) -> Iterator[None]:
-        """See `base.Runtime.watch`; by PyTorch's own check of waits for CUDA. On a CPU nothing can be transferred."""
+        """See `base.Runtime.watch`; uses PyTorch's check for synchronisations with CUDA. On a CPU there are no transfers."""
         if self.device.type != "cuda":
             yield
             return
@@ -322,16 +322,16 @@ def _attention(model: ModelConfig) -> str:
 
 
 def _check_compiler() -> None:
-    """torch.compile writes C++ for a CPU, and launchers of its kernels for a GPU; without a compiler the first step fails.
+    """torch.compile writes C++ for a CPU, and launchers of its kernels for a GPU. Without a compiler the first step fails.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no compiler.
     """
     compilers = (os.environ.get("CXX") or "g++", os.environ.get("CC") or "gcc", "clang")
     if not any(map(shutil.which, compilers)):
         raise UserError(
-            f"compile=True needs a C++ compiler, and none of {', '.join(compilers)} is there: install g++, name yours in CXX, "
-            "or leave out --compile"
+            f"compile=True needs a C++ compiler, and none of {', '.join(compilers)} is installed: install g++, name yours in "
+            "CXX, or leave out --compile"
         )
 
 

@@ -1,4 +1,4 @@
-"""Calls that wait for a GPU, by source line: PyTorch warns of each one in its debug mode, and the warnings are taken here."""
+"""Calls that wait for a GPU, by source line: PyTorch warns of each in its debug mode, and the warnings are caught here."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 from pretrain_xla.runtime.source_line import source_line
 
 WAITS = "called a synchronizing CUDA operation"
-"""What `torch.cuda.set_sync_debug_mode("warn")` says."""
+"""Text of the warnings of `torch.cuda.set_sync_debug_mode("warn")`."""
 
 
 @contextlib.contextmanager
 def watch_waits(record: Callable[[str], None]) -> Iterator[None]:
-    """While it is open, `record` gets the line of each call that PyTorch warns of; other warnings are shown as ever."""
+    """While it is open, `record` gets the line of each call that PyTorch warns of; other warnings are shown as usual."""
     with warnings.catch_warnings():
         warnings.filterwarnings("always", message=WAITS)
         show_others = warnings.showwarning

@@ -42,8 +42,8 @@ def build_validation(
 
 
 def build_evaluation(config: RunConfig, model: GPT, runtime: Runtime) -> Evaluation | None:
-    """The tasks to score in the loop, or None if there are none; read and tokenized now, so that a missing file is reported
-    before training."""
+    """The tasks to score in the loop. None means that there are none. They are read and tokenized now, so that a missing file
+    is reported before training."""
     evaluation = config.evaluation
     if not evaluation.eval_tasks:
         return None

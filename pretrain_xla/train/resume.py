@@ -66,7 +66,7 @@ class Start:
         if saved is None or tuple(saved.shape) != shape:
             wrong = f"lacks optimizer.{name}" if saved is None else f"holds optimizer.{name} in another shape"
             raise UserError(
-                f"{self.where} {wrong}, without which update {self.step + 1} would be another: remove that folder to continue "
+                f"{self.where} {wrong}, without which update {self.step + 1} would differ: remove that folder to continue "
                 "from an older checkpoint"
             )
         return saved
@@ -133,7 +133,7 @@ def _pushed(config: RunConfig, root: str, newest: int | None) -> str | None:
     if repository is None or not (steps := hub.steps(repository)):
         return None
     if newest is not None:
-        if steps[-1] > newest:  # of another run, or of this one on another host: pushing would remove them
+        if steps[-1] > newest:  # of another run, or of this run on another host: pushing would remove them
             raise UserError(
                 f"{repository} on the Hub holds checkpoints up to step {steps[-1]}, and {root} only up to {newest}: name "
                 "another --hub-repo, or another --checkpoints-dir to continue from the Hub"
@@ -157,7 +157,7 @@ def _from_model(config: RunConfig, store: CheckpointStore, data_fingerprint: str
     found = find_model(config.train.from_checkpoint, stated=config.model.model_dump())
     check_fits(found, config.model)
     only = config.train.weights_only and config.train.mode != "evaluate"
-    say(f"beginning with the weights of {found.where}" if only else f"continuing from {found.where}")
+    say(f"starting with the weights of {found.where}" if only else f"continuing from {found.where}")
     if found.checkpoint is None:
         _check_tokenizer_beside(found, config)
         return _from_weights(found, config, store)
@@ -192,14 +192,14 @@ def _check_data(
     config: RunConfig,
     say: Callable[[str], None],
 ) -> None:
-    """Report other shards than the checkpoint's, and refuse those of another tokenizer."""
+    """Report if the shards are not the checkpoint's, and refuse those of another tokenizer."""
     if info.data == data_fingerprint:
         return
     folder = source.folder(step)
     had = tokenizer_of_checkpoint(source.root, info, config)
     check_same_tokenizer(had, folder, tokenizer_of_run(config), config)
     if has_other_data(info, data_fingerprint) and config.train.mode != "evaluate":
-        where = f"those in {config.data.train_dir}, from their beginning"
+        where = f"those in {config.data.train_dir}, from the start"
         say(f"{folder} was trained on other shards; this run continues on {where}")
 
 
@@ -217,8 +217,8 @@ def check_same_model(info: CheckpointInfo, model: ModelConfig, folder: str) -> N
     """
     saved, wanted = info.config.get("model"), model.model_dump(mode="json")
     if not isinstance(saved, dict):
-        raise UserError(f"{folder}/{MARKER} does not say which model it is of: name another --checkpoints-dir")
-    # An option that came later than the checkpoint has its default there.
+        raise UserError(f"{folder}/{MARKER} does not say which model it belongs to: name another --checkpoints-dir")
+    # An option that is newer than the checkpoint has its default there.
     had = ModelConfig().model_dump(mode="json") | saved
     for key, value in wanted.items():
         if key not in FREE_MODEL_KEYS and had[key] != value:

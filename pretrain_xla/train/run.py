@@ -15,9 +15,9 @@ from pretrain_xla.runtime import Runtime, load_xla, say, start
 from pretrain_xla.runtime.launched import speaks_first
 
 MEMORY = (
-    "lower --train-batch-size and raise --gradient-accum-step (and --eval-batch-size, if it happens in validation), or add "
+    "lower --train-batch-size and raise --gradient-accum-step (and --eval-batch-size, if it happens during validation), or add "
     "--rematerialization selective or full, --loss-chunk 1024, or --mesh-fsdp over more devices (xla); "
-    "`python -m pretrain_xla preflight` says for a TPU what fits before a run"
+    "`python -m pretrain_xla preflight` estimates for a TPU what fits"
 )
 
 
@@ -42,8 +42,8 @@ def run(config: RunConfig) -> None:
     """Train, or only evaluate (`--mode evaluate`), on the devices that the config names.
 
     Raises:
-        UserError: anything about the request that cannot be met, before training starts where that can be known; or the
-            machine ran out of something on the way.
+        UserError: the request cannot be met (reported before training, if that can be known by then), or the host or device
+            ran out of memory or disk.
     """
     with out_of_memory(MEMORY), contextlib.ExitStack() as stack:
         if config.train.mode != "evaluate" and speaks_first(config.parallel.runtime):
@@ -55,7 +55,7 @@ def run(config: RunConfig) -> None:
         runtime = start(config)
         stack.callback(runtime.close)
         if runtime.is_main and config.train.mode != "evaluate" and config.parallel.runtime == "xla":
-            # Which of several processes is main is not known before; they do not lock each other out.
+            # Which of several processes is main is not known yet, and they must not lock each other out.
             stack.enter_context(alone_in(local_folders(config)))
         _run_on(config, runtime)
 
@@ -70,6 +70,6 @@ def _run_on(config: RunConfig, runtime: Runtime) -> None:
     if runtime.is_main:
         if not trainer.start.own and (aside := set_aside(config.run_dir)) is not None:
             trainer.console.note(f"{config.run_dir} held the records of an earlier run; they are in {aside} now")
-        if trainer.start.step < config.train.train_steps:  # else nothing is done, and the old one stays true
+        if trainer.start.step < config.train.train_steps:  # otherwise nothing is done, and the old config stays valid
             write_run_files(config)
     trainer.fit()

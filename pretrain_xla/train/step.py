@@ -31,8 +31,8 @@ def step_seed(seed: int, step: int) -> int:
 class TrainStep:
     """Forward, backward, accumulation, reduction, clipping, schedule and update.
 
-    The metrics of the last `log_interval` steps travel through the step as one `[log_interval, len(METRICS)]` tensor, so that
-    one transfer brings them all to the host. It is a new tensor at each step (never updated in place), so a thread may still
+    The metrics of the last `log_interval` steps pass through the step as one `[log_interval, len(METRICS)]` tensor, so one
+    transfer copies them all to the host. Each step returns a new tensor (none is updated in place), because a thread may still
     be reading an older one.
     """
 

@@ -2,7 +2,7 @@
 
 Python runs signal handlers between bytecodes, and a compilation blocks them for minutes, in which the user would see nothing
 and press Ctrl-C again. So a thread reads each signal at once from the interpreter's wakeup pipe, and prints an answer. It also
-ends the process if the main thread has not reacted to a second signal.
+ends the process if the main thread does not react to a second signal.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ PATIENCE = 5.0
 class StopSignal:
     """Context that records the first SIGTERM or SIGINT and answers it at once; a second one has its default effect.
 
-    Only for runs of one process: several would have to agree on the last step, or wait for each other for ever.
+    Only for runs of one process: several would have to agree on the last step, or wait for each other forever.
 
     Attributes:
         signal: the first signal's number, or None.
 
     Args:
         enabled: whether to listen.
-        doing: returns what is finished first, for the answer, such as `finishing step 7 and saving`.
+        doing: returns what the run finishes first, for the answer, such as `finishing step 7 and saving`.
     """
 
     def __init__(self, *, enabled: bool, doing: Callable[[], str] = lambda: "stopping") -> None:

@@ -1,7 +1,7 @@
-"""The loop: batches in, updates, and now and then a validation, a reading of the metrics and a checkpoint.
+"""The loop: a batch and an update at each step; at intervals a validation, a fetch of the metrics and a checkpoint.
 
-The device never waits for the loop. Batches are copied ahead of the step by a thread; metrics are read `log_interval` steps at
-a time by another, at least one reading behind; checkpoints are copied to the host and written by a third.
+The device never waits for the loop. One thread copies batches ahead of the step. Another fetches metrics, `log_interval` steps
+at a time, at least one fetch behind. Checkpoints are copied to the host, and written by a third.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from pretrain_xla.train.stop_signal import StopSignal
 
 
 class Trainer:
-    """One run on one process. Construct it (everything that can be refused is refused there), then `fit` or `evaluate`."""
+    """One run in one process. The constructor checks everything that can be checked early; then call `fit` or `evaluate`."""
 
     def __init__(self, config: RunConfig, runtime: Runtime) -> None:
         self.config, self.runtime = config, runtime
@@ -55,7 +55,7 @@ class Trainer:
         self._rows = runtime.rows(train.train_batch_size)
 
         valid_data = _open(config, config.data.valid_dir, "valid")
-        # Evaluation needs no training data, and a run is often tested where there is none.
+        # Evaluation needs no training data, and often runs where there is none.
         train_data = valid_data if train.mode == "evaluate" else _open(config, config.data.train_dir, "train")
         self.data_fingerprint = train_data.fingerprint
         made_with = tokenizer_of_run(config)
@@ -89,7 +89,7 @@ class Trainer:
         self.start.release()
 
     def _batches(self, dataset: TokenDataset) -> Batches:
-        """The batches of this run's steps, from the position in the data where it stands."""
+        """The batches of this run's steps, from its present position in the data."""
         config, train, info = self.config, self.config.train, self.start.info
         length = config.model.seq_length
         sequences = int(sequences_of(dataset, length).sum())
@@ -121,11 +121,11 @@ class Trainer:
         self.console.print(f"Loss: {loss:.6f}")
         self.console.print(f"Perplexity: {shown(perplexity(loss))}")
         if not math.isfinite(loss):
-            raise UserError(f"the loss is {loss}: the weights, or the precision they are computed in, are no good")
+            raise UserError(f"the loss is {loss}: the weights are damaged, or the compute precision is too low")
         return loss
 
     def fit(self) -> None:
-        """Train to `train_steps`, from wherever the run stands."""
+        """Train from the present step to `train_steps`."""
         train = self.config.train
         first, last = self.start.step, train.train_steps
         self._began = time.perf_counter()
@@ -149,7 +149,7 @@ class Trainer:
             if first == 0:
                 self._validate(0)
             if stop.signal is not None:
-                stop.leave("stopped before the first step; the same command begins there")
+                stop.leave("stopped before the first step; the same command starts there")
             depth, threads = self.config.data.prefetch_batches, self.batches.threads
             ahead = pipeline(self._read, self.runtime.place_batch, first, last, depth, threads)
             batches = stack.enter_context(ahead)
@@ -165,13 +165,13 @@ class Trainer:
         self._finish()
 
     def _finishing(self) -> str:
-        """What is done before a run that is asked to stop ends."""
+        """What is finished before a run that was asked to stop ends."""
         if not self._under_way:
             return "stopping before the first step"
         return f"finishing step {self._under_way} and saving"
 
     def _one_step(self, done: int, tokens: Tensor) -> None:
-        """Make update number `done` (from 1) and whatever is due after it."""
+        """Make update number `done` (from 1), and what is due after it."""
         self._under_way = done
         train = self.config.train
         if self.config.model.dropout > 0:
@@ -206,7 +206,7 @@ class Trainer:
         self._bar.advance(done)
 
     def _due(self, interval: int | None, done: int) -> bool:
-        """Whether what comes every so many steps, and after the last one, comes now."""
+        """Whether something that happens every `interval` steps, and after the last one, is due."""
         return done == self.config.train.train_steps or (interval is not None and done % interval == 0)
 
     def _read(self, step: int) -> np.ndarray:
@@ -218,13 +218,13 @@ class Trainer:
         return tokens.reshape(len(rows), train.gradient_accum_step, -1)
 
     def _data_position(self, done: int) -> DataPosition:
-        """What the run has seen after update `done`."""
+        """The position in the data after update `done`."""
         steps = done - self.start.step
         tokens = self.data_position.tokens + steps * self.config.tokens_per_step
         return replace(self.data_position, tokens=tokens, position=self.batches.position(steps))
 
     def _share(self, batch_size: int) -> float:
-        """Part of a batch's rows that this process reads."""
+        """Fraction of a batch's rows that this process reads."""
         return len(self.runtime.rows(batch_size)) / batch_size
 
     def _record(self, rows: list[Row]) -> None:
@@ -233,9 +233,9 @@ class Trainer:
         self._bar.show(rows[-1])
 
     def _record_rest(self, kind: type[BaseException] | None, _error: object, _trace: object) -> None:
-        """On the way out by an error of the run's own, record the steps since the last reading; they may tell its cause.
+        """After an error of the run itself, record the steps since the last fetch, which may show its cause.
 
-        Not where there are several processes: the others might not come along, and reading would wait for them.
+        Not if there are several processes: the others might not take part, and the fetch would wait for them.
         """
         if kind is not None and issubclass(kind, UserError) and self.runtime.process_count == 1:
             self.metrics.request(self._history, self._done)
@@ -251,7 +251,7 @@ class Trainer:
         check_rows([row], self.config.checkpoints_dir)
 
     def _evaluate(self, done: int) -> None:
-        """Score the tasks of the config; a score is called `task/score` in the metrics."""
+        """Score the tasks of the config; the metrics name a score `task/score`."""
         assert self.evaluation is not None
         results = self.evaluation(self._bar.progress)
         scores = {f"{result.task}/{name}": value for result in results for name, value in result.scores.items()}
@@ -267,14 +267,14 @@ class Trainer:
             self.log.write_sample(done, text)
 
     def _save(self, done: int) -> None:
-        """Write the state after update `done`; metrics up to there are on disk before it counts."""
+        """Write the state after update `done`. Metrics up to there are on disk before the checkpoint is complete."""
         self.metrics.request(self._history, done)
         self.metrics.collect()
         host = self.runtime.gather(self.step.named_state())
         if self.runtime.is_main:
             config = redacted_tree(self.config.model_dump(mode="json"))
             measured, loss = self._measured
-            loss = loss if measured == done else None  # of other weights it says nothing
+            loss = loss if measured == done else None  # a loss of other weights does not count
             info = CheckpointInfo(
                 done,
                 loss,
@@ -286,12 +286,12 @@ class Trainer:
             self.start.store.save(unstack_layers(host), info)
 
     def _push_to_hub(self, stack: ExitStack) -> None:
-        """Have each checkpoint pushed, where that is asked for; the stack waits for the last one."""
+        """Push each checkpoint, if the config asks for it; the stack waits for the last one."""
         repository, config = self.config.checkpoint.hub_repo, self.config
         if repository is not None and self.runtime.is_main:
             uploader = Uploader(repository, config.run_dir, self.start.store, self.console.warn)
             stack.callback(uploader.close)
-            stack.callback(self.start.store.wait)  # before the uploader closes: the last checkpoint comes from there
+            stack.callback(self.start.store.wait)  # before the uploader closes, which needs the last checkpoint
 
     def _close_files(self) -> None:
         try:
@@ -301,7 +301,7 @@ class Trainer:
                 self.log.close()
 
     def _already_done(self, first: int, last: int) -> None:
-        """A run that was finished before is left as it is, but for a summary that it was killed before it could write."""
+        """Leave a finished run as it is, except that a missing summary (it was killed before) is written."""
         made = f"its {last} steps" if first == last else f"{first} steps, and --train-steps is {last}"
         self.console.note(f"this run has already made {made}; raise --train-steps to continue")
         self.start.store.close()
@@ -310,13 +310,13 @@ class Trainer:
         self.runtime.barrier()
 
     def _finish(self) -> None:
-        """`summary.json`, `loss.png`, and the closing words."""
+        """Write `summary.json` and `loss.png`, and print the last lines."""
         self.runtime.barrier()
         if self.runtime.is_main:
             self.console.summary(self._summarise(self.config.train.train_steps), self.config.run_dir)
 
     def _summarise(self, steps: int) -> dict[str, Any]:
-        """Write `summary.json` and `loss.png` of a run that has made so many steps."""
+        """Write `summary.json` and `loss.png` of a run that has made `steps` steps."""
         summary = {
             "steps": steps,
             "tokens": self._data_position(steps).tokens,

@@ -24,9 +24,7 @@ def test_a_real_launch() -> None:
 @pytest.mark.parametrize("left", [{"WORLD_SIZE": "2"}, {"LOCAL_RANK": "3"}, {"LOCAL_RANK": "x"}])
 def test_without_rank_the_rest_is_ignored(left: dict[str, str]) -> None:
     one = launched(left)
-    assert (
-        one.note == f"{'='.join(*left.items())} in the environment without RANK: passed over, this process runs alone"
-    )
+    assert one.note == f"{'='.join(*left.items())} in the environment without RANK: ignored, this process runs alone"
     assert one == Launched(note=one.note)
 
 
@@ -38,12 +36,12 @@ def test_without_rank_the_rest_is_ignored(left: dict[str, str]) -> None:
             "RANK=0 is in the environment, and WORLD_SIZE, MASTER_ADDR, MASTER_PORT not: unset RANK to run",
         ),
         ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR, MASTER_PORT not: unset RANK WORLD_SIZE to run alone"),
-        (FOUR | {"RANK": ""}, "RANK='' in the environment is no number"),
-        (FOUR | {"WORLD_SIZE": "two"}, "WORLD_SIZE='two' in the environment is no number"),
-        (FOUR | {"LOCAL_RANK": "-1"}, "LOCAL_RANK='-1' in the environment is no number"),
+        (FOUR | {"RANK": ""}, "RANK='' in the environment is not a number"),
+        (FOUR | {"WORLD_SIZE": "two"}, "WORLD_SIZE='two' in the environment is not a number"),
+        (FOUR | {"LOCAL_RANK": "-1"}, "LOCAL_RANK='-1' in the environment is not a number"),
         (
             FOUR | {"RANK": "4"},
-            "RANK=4 is none of WORLD_SIZE=4 processes: unset RANK WORLD_SIZE MASTER_ADDR MASTER_PORT",
+            "RANK=4 is not one of WORLD_SIZE=4 processes: unset RANK WORLD_SIZE MASTER_ADDR MASTER_PORT",
         ),
     ],
 )

@@ -304,6 +304,6 @@ def test_torch_xla_finds_the_same_chip(bus: Bus, metadata: Server, monkeypatch: 
     assert "warning" not in done.stderr
     metadata.attributes.clear()
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.stdout.startswith("refused: PyTorch/XLA does not find out what TPU this is"), done.stderr
+    assert done.stdout.startswith("refused: PyTorch/XLA cannot determine which TPU this is"), done.stderr
     assert "TPU_SKIP_MDS_QUERY=1 TPU_ACCELERATOR_TYPE=v5litepod-8" in done.stdout
     assert done.stderr.startswith("warning: this TPU's metadata server does not answer")

@@ -88,7 +88,9 @@ def test_an_evaluation_with_a_nan_loss_fails(make: Make, folder: Path) -> None:
     }
     store.save(tensors, replace(store.info(1), step=2))
     store.close()
-    with pytest.raises(UserError, match="the loss is nan: the weights, or the precision they are computed in"):
+    with pytest.raises(
+        UserError, match="the loss is nan: the weights are damaged, or the compute precision is too low"
+    ):
         run(make(do_test=True))
 
 
@@ -167,7 +169,7 @@ def test_weights_only_of_a_finished_run(make: Make, folder: Path, capsys: pytest
         begin("refused", train_steps=4)
     assert not (folder / "refused").exists()
     second = begin("second", train_steps=1, weights_only=True)
-    assert f"note: beginning with the weights of {folder}" in capsys.readouterr().out
+    assert f"note: starting with the weights of {folder}" in capsys.readouterr().out
     assert int(second["optimizer.step"]) == 1
     assert [row["step"] for row in rows_of(folder / "second")] == [0, 1, 1]
     last = next(row["valid_loss"] for row in rows_of(folder) if row["step"] == 4 and "valid_loss" in row)

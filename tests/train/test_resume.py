@@ -91,7 +91,7 @@ def test_a_missing_tensor_is_not_replaced_by_zeros(make_config: Make) -> None:
     start = save_and_find_start(config, {**model, **moment, **step}, 4)
     assert torch.equal(start.optimizer_tensor("first_moment.x", weight), weight)
     with pytest.raises(
-        UserError, match=r"step_00000004 lacks optimizer.second_moment.x, without which update 5 would be another"
+        UserError, match=r"step_00000004 lacks optimizer.second_moment.x, without which update 5 would differ"
     ):
         start.optimizer_tensor("second_moment.x", weight)
     with pytest.raises(UserError, match=r"holds optimizer.first_moment.x in another shape"):
