@@ -105,7 +105,7 @@ SECTION_OF_KEY = LEAVES | {name: switch.section for name, switch in SWITCHES.ite
 
 def _nearest(word: str, known: list[str]) -> str:
     near = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(sorted(known))}"
+    return f"; did you mean {near[0]!r}?" if near else f"; expected one of {', '.join(sorted(known))}"
 
 
 def _one_line(error: ValidationError, where: str) -> str:

@@ -142,7 +142,8 @@ def check_task(word: str) -> str:
     if name not in TASKS:
         near = difflib.get_close_matches(name, TASKS, n=1)
         raise UserError(
-            f"unknown task {name!r}" + (f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(TASKS)}")
+            f"unknown task {name!r}"
+            + (f"; did you mean {near[0]!r}?" if near else f"; expected one of {', '.join(TASKS)}")
         )
     return name
 

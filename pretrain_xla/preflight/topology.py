@@ -80,7 +80,7 @@ def resolve_topology(name: str) -> Topology:
     word = name.strip()
     match = re.fullmatch(r"(?:tpu[-_ ]?)?(v[0-9][a-z]*)(?:-([0-9]+)|:([0-9]+(?:x[0-9]+)+))", word.lower())
     if match is None or generation(match.group(1)) not in CHIPS:
-        raise UserError(f"topology={word!r}: unknown TPU; known are {', '.join(CHIPS)}, named as {EXAMPLES}")
+        raise UserError(f"topology={word!r}: unknown TPU; expected one of {', '.join(CHIPS)}, written as {EXAMPLES}")
     chip = CHIPS[generation(match.group(1))]
     shapes = SHAPES_3D if chip.links == 6 else SHAPES_2D
     if match.group(3):
@@ -91,7 +91,7 @@ def resolve_topology(name: str) -> Topology:
             tuple(sorted(known)) for known in shapes.values()
         }:
             known = ", ".join(f"{chip.name}:{'x'.join(map(str, known))}" for known in shapes.values())
-            raise UserError(f"topology={word!r}: no such slice; known are {known}")
+            raise UserError(f"topology={word!r}: no such slice; expected one of {known}")
         return Topology(word, chip, shape, math.prod(shape) * chip.devices_per_chip)
     count = int(match.group(2))
     cores = 2 if chip.name in COUNTS_CORES else 1
@@ -100,7 +100,7 @@ def resolve_topology(name: str) -> Topology:
     if count % cores or count // cores not in shapes:
         known = ", ".join(f"{chip.name}-{chips * cores}" for chips in shapes)
         counted = "cores" if cores == 2 else "chips"
-        raise UserError(f"topology={word!r}: no such size; known are {known} (the number counts {counted})")
+        raise UserError(f"topology={word!r}: no such size; expected one of {known} (the number counts {counted})")
     shape = shapes[count // cores]
     return Topology(word, chip, shape, math.prod(shape) * chip.devices_per_chip)
 

@@ -73,15 +73,15 @@ def find_chip(device_kind: str | None = None) -> FoundChip:
         device_kind: the name of PyTorch/XLA's device (`TPU v5 lite`), if it is known.
     """
     on_bus = next(iter(pci_chips()), None)
-    told = os.environ.get("TPU_ACCELERATOR_TYPE") if on_bus else accelerator_type()
+    named = os.environ.get("TPU_ACCELERATOR_TYPE") if on_bus else accelerator_type()
     warnings = []
-    if on_bus and told and generation(told) != on_bus:
-        warnings.append(f"TPU_ACCELERATOR_TYPE={told}, but the chips of this host are {on_bus}: {on_bus} is used")
-        told = None
-    name = on_bus or told or device_kind or ""
+    if on_bus and named and generation(named) != on_bus:
+        warnings.append(f"TPU_ACCELERATOR_TYPE={named}, but the chips of this host are {on_bus}: {on_bus} is used")
+        named = None
+    name = on_bus or named or device_kind or ""
     chip = generation(name)
     if chip in CHIPS:
-        return FoundChip(chip, f"TPU {chip}" + (f" ({told})" if told else ""), tuple(warnings))
+        return FoundChip(chip, f"TPU {chip}" + (f" ({named})" if named else ""), tuple(warnings))
     called = f"{name} is not in the table of chips" if name else "of this host does not report its generation"
     fix = "" if name else " (set TPU_ACCELERATOR_TYPE, for example to v5litepod-8)"
     warnings.append(f"the TPU {called}{fix}: attention runs without the kernels, and no utilisation is shown")

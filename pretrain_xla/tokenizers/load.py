@@ -72,8 +72,8 @@ def load_tokenizer(name: str) -> Tokenizer:
             f"tokenizer {name!r}: no such file or folder (a {wanted}, or a folder that holds one){from_hub}"
         )
     near = difflib.get_close_matches(name, known, n=2)
-    known_are = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(known)}"
-    raise UserError(f"tokenizer {name!r}: neither a known name nor the path of a {TOKENIZER_FILE}; {known_are}")
+    hint = f"did you mean {' or '.join(near)}?" if near else f"known names are {', '.join(known)}"
+    raise UserError(f"tokenizer {name!r}: neither a known name nor the path of a {TOKENIZER_FILE}; {hint}")
 
 
 def stored_tokenizer(folder: str) -> str | None:

@@ -49,7 +49,7 @@ def test_names(name: str, libtpu: str, chips: int, devices: int) -> None:
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("v9-8", "known are v2, v3, v4, v5e, v5p, v6e"),
+        ("v9-8", "expected one of v2, v3, v4, v5e, v5p, v6e"),
         ("h100", "unknown TPU"),
         ("", "unknown TPU"),
         ("v5e", "v5litepod-16"),

@@ -252,7 +252,7 @@ def test_faults_are_one_line(tmp_path, monkeypatch):
         str(tmp_path / "none.json"): "no such file",
         str(tmp_path / "bad.model"): "no SentencePiece model",
         "gtp2": "did you mean gpt2",
-        "zzzzzz": "known are gpt2",
+        "zzzzzz": "known names are gpt2",
         "nosuch://x/y": "nosuch",
     }
     for name, message in cases.items():
