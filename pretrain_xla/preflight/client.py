@@ -1,4 +1,4 @@
-"""Compiling a step in a process of its own, from a process that loads neither torch_xla nor JAX."""
+"""Compiles a step in a separate process, from a process that loads neither torch_xla nor JAX."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ENVIRONMENT = {
     "PJRT_DEVICE": "CPU",
     "XLA_IR_DEBUG": "1",
     "XLA_HLO_DEBUG": "1",
-    # No TPU is opened, no metadata server asked, and no other process's lock on libtpu waited for.
+    # Do not open a TPU, ask a metadata server, or wait for another process's lock on libtpu.
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_WORKER_ID": "0",
@@ -35,7 +35,7 @@ ENVIRONMENT = {
     "TPU_STDERR_LOG_LEVEL": "2",
     "TPU_MIN_LOG_LEVEL": "1",  # warnings go to a file, which is read
 }
-"""What torch_xla and libtpu must find when they are loaded."""
+"""Environment in which torch_xla and libtpu are loaded."""
 
 STALE = (
     *(
@@ -48,12 +48,13 @@ STALE = (
     ),
     *CHANGES_RESULTS,
 )
-"""What describes another run, and would change the answer."""
+"""Variables that describe another run, and would change the result."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """A step to compile. options: the compiler's, by name, besides the run's own. save: a folder for the HLO, or none."""
+    """A step to compile. options: compiler options by name, in addition to the run's. save: folder for the HLO. None means
+    that it is not saved."""
 
     config: RunConfig
     topology: Topology
@@ -62,15 +63,15 @@ class Request:
 
     @property
     def all_options(self) -> dict[str, str]:
-        """Every option that the compiler gets."""
+        """All compiler options."""
         return compiler_options(self.config.parallel) | dict(self.options)
 
 
 def compile_request(request: Request, tick: Callable[[str], None] = lambda stage: None) -> CompileResult:
-    """Trace and compile a step; `tick` is called a few times a second with what is being done.
+    """Trace and compile a step; `tick` is called a few times a second with the present stage.
 
     Raises:
-        UserError: the step cannot be built or compiled for another reason than its size.
+        UserError: the step cannot be built or compiled, for another reason than its size.
     """
     with tempfile.TemporaryDirectory(prefix="preflight-") as name:
         folder = Path(name)
@@ -79,9 +80,9 @@ def compile_request(request: Request, tick: Callable[[str], None] = lambda stage
         answer = folder / "compile_result.json"
         if not answer.exists():
             errors = (folder / "stderr").read_text(encoding="utf-8", errors="replace").strip().splitlines()
-            # libtpu's own last words are marked F, for fatal; what follows them is about its core dump.
+            # libtpu marks its last message with F, for fatal; what follows is about its core dump.
             fatal = [line for line in errors if re.match(r"F\d{4} ", line)]
-            last = " | ".join(line.strip() for line in (fatal or errors[-4:])) or "it said nothing"
+            last = " | ".join(line.strip() for line in (fatal or errors[-4:])) or "without a message"
             raise UserError(f"the process that compiles ended with status {status}: {last[-1500:]}")
         tree = json.loads(answer.read_text(encoding="utf-8"))
         if "error" in tree:

@@ -1,12 +1,12 @@
-"""Communication between devices: what the compiler put in, and how long it takes on the interconnect.
+"""Communication between devices: the collectives that the compiler inserts, and their time on the interconnect.
 
-Each chip of a group can send `Topology.bandwidth` over its links to the others (those of the worst placed chip). With the best
-known algorithms on rings and tori (Patarasuk & Yuan 2009), a group of n chips sends, for b bytes: 2 (n - 1) / n b in an
+Each chip of a group can send `Topology.bandwidth` over its links to the others (the links of the worst placed chip). With the
+best known algorithms on rings and tori (Patarasuk & Yuan 2009), a group of n chips sends, for b bytes: 2 (n - 1) / n b in an
 all-reduce, (n - 1) / n b in an all-gather, a reduce-scatter or an all-to-all (b: the larger side), b in a permute. The two
 cores of a v2 or v3 chip share its links and add up on the chip first. Latency, about a microsecond a hop, is left out.
 
-One published profile to hold it against ("How to scale your model", the worked problem on sharded matrices): an all-gather of
-34 MB along one dimension of a v5e 4x4 took 680 us; this gives 559 us.
+One published profile to compare with ("How to scale your model", the worked problem on sharded matrices): an all-gather of
+34 MB along one dimension of a v5e 4x4 took 680 us; this estimate is 559 us.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective
 class Collective:
     """Collectives of one kind and group size, over a step.
 
-    bytes: of one device, summed. exposed: seconds that no computation hides.
+    bytes: sum for one device. exposed: seconds that no computation hides.
     """
 
     kind: str
@@ -41,7 +41,7 @@ def find_collectives(module: Module, topology: Topology) -> tuple[Collective, ..
     found: dict[tuple[str, int], list[tuple[int, int, float, float, set[str]]]] = {}
     times = {instruction.computation: instruction.times for instruction in module.scheduled()}
     for name, count in times.items():
-        idle = 0.0  # until when the links are busy: collectives that overlap each other share what hides them
+        idle = 0.0  # when the links become idle: overlapping collectives share the computation that hides them
         for one in _runs(module, name):
             kind = _kind(one.instruction.opcode)
             assert kind is not None
@@ -70,20 +70,20 @@ def find_collectives(module: Module, topology: Topology) -> tuple[Collective, ..
 
 
 def transfer_seconds(kind: str, group: int, size: int, topology: Topology) -> float:
-    """Time of one collective on the interconnect; see the module for the rule."""
+    """Time of one collective on the interconnect; see the module."""
     chips = max(1, group // topology.chip.devices_per_chip)
     bandwidth = topology.bandwidth(chips)
     if chips == 1 or not bandwidth:
         return 0.0
     share = {"all-reduce": 2 * (chips - 1) / chips, "collective-permute": 1.0, "collective-broadcast": 1.0}
     sent = share.get(kind, (chips - 1) / chips) * size
-    # Two cores add up on the chip before it sends, but gather and scatter each for itself.
+    # Two cores add up on the chip before it sends, but each gathers and scatters separately.
     cores = 1 if kind == "all-reduce" else topology.chip.devices_per_chip
     return sent * cores / bandwidth
 
 
 def group_size(text: str, devices: int) -> int:
-    """Devices that take part together, from `replica_groups=[2,4]<=[8]` or `{{0,1},{2,3}}`; all of them when it is empty."""
+    """Devices in a group, from `replica_groups=[2,4]<=[8]` or `{{0,1},{2,3}}`; all devices if it is empty."""
     tiled = re.search(r"replica_groups=\[(\d+),(\d+)\]", text)
     if tiled:
         return int(tiled.group(2))
@@ -97,7 +97,7 @@ def _kind(opcode: str) -> str | None:
 
 
 def _collectives_in(module: Module, instruction: Instruction) -> list[Instruction]:
-    """The collectives of an operation: itself, or those in a fusion."""
+    """The collectives of an operation: itself, or those within a fusion."""
     if _kind(instruction.opcode):
         return [instruction]
     if instruction.opcode != "fusion":
@@ -109,14 +109,14 @@ def _bytes(module: Module, instruction: Instruction, kind: str) -> int:
     operands = sum(array.bytes for operand in module.operands(instruction) for array in operand.results)
     results = sum(array.bytes for array in instruction.results)
     if instruction.opcode.endswith("-start"):
-        # The result of a start names the operands again, except an all-reduce's.
+        # The result of a start includes the operands, except for an all-reduce.
         results = results if kind == "all-reduce" else max(0, results - operands)
     return operands if kind in ("all-reduce", "collective-permute") else max(operands, results)
 
 
 @dataclasses.dataclass
 class _Run:
-    """A collective in a schedule. begun, ended: cycles of other work that the schedule puts before its start and its end."""
+    """A collective in a schedule. begun, ended: cycles of other work that are scheduled before its start and its end."""
 
     instruction: Instruction
     begun: int
@@ -126,8 +126,8 @@ class _Run:
 def _runs(module: Module, computation: str) -> list[_Run]:
     """The collectives of one computation, in the order of their starts.
 
-    An asynchronous one is a start and a done, or a chain of fusions: one that starts it, some that compute meanwhile,
-    and one that ends it, all of which hold it, under one channel.
+    An asynchronous one is a start and a done, or a chain of fusions that all contain it under one channel: one starts it, some
+    compute meanwhile, and one ends it.
     """
     runs: dict[str, _Run] = {}
     elapsed = 0

@@ -36,7 +36,7 @@ def preflight_command(arguments: Sequence[str]) -> int:
     """The command line; returns the exit status.
 
     Raises:
-        UserError: a wrong request, or a missing compiler.
+        UserError: the request is wrong, or the compiler is not installed.
     """
     own, rest = _own_flags(arguments)
     if own.compare:
@@ -50,7 +50,7 @@ def preflight_command(arguments: Sequence[str]) -> int:
 
 
 def preflight(config: RunConfig, own: argparse.Namespace | None = None) -> int:
-    """Report on one configuration; returns the exit status. own: the command's flags, or none for their defaults."""
+    """Report on one configuration; returns the exit status. own: the command's flags. None means their defaults."""
     own = own or _own_flags([])[0]
     topology = chosen_topology(config.parallel.topology)
     config = compilable(config, topology)
@@ -71,7 +71,7 @@ def preflight(config: RunConfig, own: argparse.Namespace | None = None) -> int:
 
 def compilable(config: RunConfig, topology: Topology) -> RunConfig:
     """The config as the trainer would run it on that slice: through XLA, and as one program over all devices."""
-    # One process a device computes the same step; its gradients are reduced by the same collective.
+    # With one process per device the step is the same, and the same collective reduces its gradients.
     return changed(config, {"runtime": "xla", "mp_start_method": None, "topology": topology.name})
 
 
@@ -109,7 +109,7 @@ def _own_flags(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]
     )
     own, rest = parser.parse_known_args(list(arguments))
     if own.price_per_chip_hour is not None and own.price_per_chip_hour < 0:
-        raise UserError(f"--price-per-chip-hour {own.price_per_chip_hour}: a price is not below 0")
+        raise UserError(f"--price-per-chip-hour {own.price_per_chip_hour}: must not be negative")
     if own.max_compiles < 1:
         raise UserError(f"--max-compiles {own.max_compiles}: at least 1 is needed")
     for option in own.compiler_option:

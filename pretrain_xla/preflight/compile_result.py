@@ -1,6 +1,6 @@
-"""What the worker hands back besides the compiler's figures: the step's inputs, as plain values.
+"""The worker's result: the compiler's figures and the step's inputs, as plain values.
 
-Neither torch_xla nor JAX is imported here: the process that reports never loads them.
+Neither torch_xla nor JAX is imported here: the process that reports does not load them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 class Input:
     """One input of the step. kind: `parameter`, `optimizer`, `batch` or `other`. device_bytes: one device's share.
 
-    sharded: whether the mesh splits it. aliased: whether its memory is used again for the value that replaces it.
+    sharded: whether the mesh splits it. aliased: whether its memory is reused for the value that replaces it.
     """
 
     name: str
@@ -27,7 +27,7 @@ class Input:
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What the compiler says of one device's program; bytes. bytes_accessed includes on-chip traffic."""
+    """The compiler's figures for one device's program, in bytes. bytes_accessed includes on-chip traffic."""
 
     hlo_text: str
     flops: float
@@ -58,7 +58,7 @@ class Allocation:
 
 @dataclasses.dataclass(frozen=True)
 class Shortage:
-    """The compiler's refusal. needed: bytes on one device, at least; largest: where it says; message: its own words."""
+    """The compiler's refusal. needed: minimum bytes on one device; largest: allocations, if listed; message: its text."""
 
     needed: int
     limit: int
@@ -68,9 +68,9 @@ class Shortage:
 
 @dataclasses.dataclass(frozen=True)
 class CompileResult:
-    """A compilation that ended. Exactly one of compiled and shortage is there. Times in seconds.
+    """A finished compilation. Exactly one of compiled and shortage is not None. Times in seconds.
 
-    detours: what the compiler says of tensors that it cannot move over the mesh directly, in words; or none.
+    detours: one line on tensors that the compiler cannot reshard directly. None means that there are none.
     """
 
     compiled: Compiled | None
@@ -83,12 +83,12 @@ class CompileResult:
     detours: str | None = None
 
     def to_tree(self) -> dict[str, Any]:
-        """As JSON can hold it."""
+        """As values for JSON."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_tree(cls, tree: dict[str, Any]) -> CompileResult:
-        """The inverse of `to_tree`, after JSON has made lists of the tuples."""
+        """The inverse of `to_tree`, after JSON has turned tuples into lists."""
         compiled, shortage = tree["compiled"], tree["shortage"]
         if shortage:
             shortage = shortage | {"largest": tuple(Allocation(**item) for item in shortage["largest"])}

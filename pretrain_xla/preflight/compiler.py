@@ -1,8 +1,8 @@
 """Google's TPU compiler (libtpu) without a TPU: a traced step in, an executable's figures out.
 
-JAX's ahead-of-time compilation describes a slice of devices that need not be there; its client compiles for them. The step
-comes as the trainer traces it, for the whole batch and with no mesh; arguments and results get their shardings and their
-donation here, and XLA's partitioner does the rest, as it does in a run.
+JAX's ahead-of-time compilation describes a slice of devices that need not exist; its client compiles for them. The step is as
+the trainer traces it, for the whole batch and without a mesh. Here its arguments and results get shardings and donation, and
+XLA's partitioner does the rest, as in a run.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def slice_devices(topology: Topology) -> list[Any]:
     """JAX's descriptions of a slice's devices.
 
     Raises:
-        UserError: this libtpu knows no such slice.
+        UserError: this libtpu does not know the slice.
     """
     try:
         from jax.experimental import topologies
@@ -88,14 +88,14 @@ def compile_step(step: TracedStep, topology: Topology, options: Mapping[str, str
 
     Args:
         step: the trainer's, traced.
-        topology: at least as many devices as the step's mesh.
+        topology: a slice with at least as many devices as the step's mesh.
         options: compiler options by their names without dashes, e.g. `xla_tpu_enable_latency_hiding_scheduler: true`.
 
     Returns:
-        The compiler's figures; or, when the step does not fit into HBM, what it says about that.
+        The compiler's figures or, if the step does not fit into HBM, its report on that.
 
     Raises:
-        UserError: the compiler is missing, or refuses the step for another reason.
+        UserError: the compiler is not installed, or refuses the step for another reason.
     """
     total = math.prod(step.mesh.values())
     devices = slice_devices(topology)[:total]
@@ -133,7 +133,7 @@ def read_figures(hlo_text: str, memory: Any, cost: Any, seconds: float) -> Compi
 
 
 def describe_inputs(step: TracedStep, compiled: Compiled | Shortage) -> tuple[Input, ...]:
-    """The step's inputs in the order of their numbers; `aliased` by the compiled module (unknown, so true, without one)."""
+    """The step's inputs in the order of their numbers; `aliased` by the compiled module (without one unknown, so true)."""
     aliased = aliased_parameters(compiled.hlo_text) if isinstance(compiled, Compiled) else set(step.arguments)
     return tuple(
         Input(
@@ -150,7 +150,7 @@ def describe_inputs(step: TracedStep, compiled: Compiled | Shortage) -> tuple[In
 
 
 def input_text(step: TracedStep) -> str:
-    """The step's HLO as it goes into the compiler, as text."""
+    """The step's HLO before compilation, as text."""
     from jax._src.lib import xla_client
 
     text: str = xla_client._xla.HloModule.from_serialized_hlo_module_proto(step.hlo).to_string()

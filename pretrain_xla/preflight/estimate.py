@@ -1,8 +1,8 @@
-"""How long a step takes: two estimates, from the compiler's own figures, and what they rest on.
+"""How long a step takes: two estimates from the compiler's figures, and their components.
 
-optimistic: everything overlaps, and the slowest resource sets the pace: the larger of operations / peak, HBM bytes / bandwidth
-and interconnect time. conservative: one operation after another, as scheduled: the compiler's `estimated_cycles` / clock,
-times the counts of loops, plus kernels, plus communication that nothing hides; at least the time of its bytes. A run that is
+optimistic: everything overlaps, and the slowest resource decides: the largest of operations / peak, HBM bytes / bandwidth and
+interconnect time. conservative: one operation after another, as scheduled: the compiler's `estimated_cycles` / clock,
+times the counts of loops, plus kernels, plus exposed communication; at least the time of its bytes. A run that is
 limited by its input or its host is slower than both. A kernel (Pallas) has no cycles: it takes the larger of its own
 operations / (peak x the share of peak that a large matrix product gets by the compiler's cycles) and its own bytes /
 bandwidth.
@@ -23,7 +23,7 @@ from pretrain_xla.runtime.chips import Chip
 
 @dataclasses.dataclass(frozen=True)
 class Operation:
-    """Operations of one line, over a step. seconds: by cycles, or a kernel's. bytes: through HBM."""
+    """Operations of one line in a step. seconds: by cycles, or of a kernel. bytes: HBM traffic."""
 
     where: str
     what: str
@@ -35,7 +35,7 @@ class Operation:
 
 @dataclasses.dataclass(frozen=True)
 class Speed:
-    """A step time and what follows from it. mfu: by `model/flops.py`'s convention, against the stated bf16 peak."""
+    """A step time and the rates that follow. mfu: by the convention of `model/flops.py`, relative to the stated bf16 peak."""
 
     seconds: float
     tokens_per_second: float
@@ -127,12 +127,12 @@ def speed(seconds: float, config: RunConfig, topology: Topology) -> Speed:
 
 
 def _where(module: Module, instruction: Instruction) -> str:
-    """Module and line of an operation: of the matrix product that a fusion holds, else of its last operation."""
+    """Module and line of an operation; for a fusion, of its matrix product or else of its last operation."""
     for candidate in (*products(module, instruction), instruction):
         if candidate.label.line:
             return str(candidate.label.of_layer())
     name = instruction.op_name.rpartition("/")[2]
-    # What has no line was made by autograd (sums of gradients) or by the compiler.
+    # Operations without a line come from autograd (sums of gradients) or the compiler.
     return f"({name.partition('.')[0]}, by autograd)" if name else f"({instruction.opcode}, by the compiler)"
 
 

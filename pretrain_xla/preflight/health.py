@@ -1,4 +1,4 @@
-"""What in a compiled step is probably not meant: each finding is one line that says what, where, and what it costs."""
+"""Probable mistakes in a compiled step: each finding is one line that says what, where, and what it costs."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from pretrain_xla.preflight.traffic import product_flops, products
 
 HOST = frozenset(("send", "recv", "infeed", "outfeed"))
 LARGE = 2**20
-"""Bytes from which a replicated tensor is worth a word."""
+"""Bytes from which a replicated tensor is reported."""
 EDGE = 0.97
-"""Share of the capacity from which on a verdict is not to be relied on."""
+"""Fraction of the capacity above which a verdict is not reliable."""
 LANES = 128
 """Width of the TPU's vectors and matrix unit."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """level: `warning` (to act on) or `note` (to know of)."""
+    """level: `warning` (should be fixed) or `note` (good to know)."""
 
     level: str
     text: str
 
 
 def config_findings(config: RunConfig, generation: str) -> list[Finding]:
-    """What the shapes waste, before any compilation."""
+    """Findings on shapes and types, before compilation."""
     model = config.model
     findings = []
     if model.heads_dim % LANES:
@@ -45,7 +45,7 @@ def config_findings(config: RunConfig, generation: str) -> list[Finding]:
         findings.append(
             Finding(
                 "warning",
-                f"the vocabulary's {model.padded_vocab_size} rows are no multiple of {LANES}: use --vocab-multiple",
+                f"the vocabulary's {model.padded_vocab_size} rows are not a multiple of {LANES}: use --vocab-multiple",
             )
         )
     elif model.padded_vocab_size != model.vocab_size:
@@ -58,7 +58,7 @@ def config_findings(config: RunConfig, generation: str) -> list[Finding]:
     for key, size in (("d_model", model.d_model), ("d_ff", model.d_ff)):
         if size % LANES:
             findings.append(
-                Finding("warning", f"{key}={size} is no multiple of {LANES}: the rest of each vector is idle")
+                Finding("warning", f"{key}={size} is not a multiple of {LANES}: the rest of each vector is idle")
             )
     if config.train.mixed_precision != "bf16":
         findings.append(Finding("warning", "computing in fp32: --mixed-precision bf16 is several times as fast"))
@@ -68,7 +68,7 @@ def config_findings(config: RunConfig, generation: str) -> list[Finding]:
 
 
 def input_findings(result: CompileResult, memory: Memory) -> list[Finding]:
-    """Room, donation and sharding."""
+    """Findings on free memory, donation and sharding."""
     findings = [Finding("warning", result.detours)] if result.detours else []
     if memory.fits and memory.total > EDGE * memory.capacity:
         findings.append(
@@ -102,7 +102,7 @@ def input_findings(result: CompileResult, memory: Memory) -> list[Finding]:
 
 
 def module_findings(config: RunConfig, module: Module) -> list[Finding]:
-    """Host transfers, types and loops in the compiled program."""
+    """Findings on host transfers, types and loops in the compiled program."""
     findings = []
     scheduled = list(module.scheduled())
     hosts = [i for i in scheduled if i.opcode in HOST or "host" in i.target.lower()]

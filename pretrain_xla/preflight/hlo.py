@@ -1,6 +1,6 @@
-"""Reading an optimised HLO module of the TPU compiler: what each operation costs, where it came from, what it moves.
+"""Reads an optimised HLO module of the TPU compiler: the cost, source line and memory traffic of each operation.
 
-It is read from the text that `to_string()` gives, because only the text has the compiler's own schedule and estimates
+It parses the text of `to_string()`, because only the text has the compiler's own schedule and estimates
 (`estimated_cycles`): `jaxlib`'s `HloModule` gives names of computations, its cost analysis one sum for the module, and XProf
 needs a run on a TPU. Only what the report needs is read. What the estimates were measured against: docs/LOG.md.
 """
@@ -16,7 +16,7 @@ from collections.abc import Iterator
 SCOPE = " in "
 """Between module and line in the names that `lines.py` gives to operations. (An `@` would be cut off by the compiler.)"""
 BACKWARD = "~"
-"""Behind the module's name, in the backward pass."""
+"""Follows the module's name in the backward pass."""
 
 ITEM_BYTES = {
     "pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4,
@@ -38,7 +38,7 @@ _COST = re.compile(r'"cost_estimate":\{([^}]*)\}')
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """An array type. on_chip: it lives in the chip's own memory (layout marked S(n)) and not in HBM."""
+    """An array type. on_chip: it is in on-chip memory (its layout has S(n)) and not in HBM."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -52,7 +52,7 @@ class Array:
 
     @property
     def hbm_bytes(self) -> int:
-        """Size if it lives in HBM, else 0."""
+        """Size if it is in HBM, else 0."""
         return 0 if self.on_chip else self.bytes
 
     def __str__(self) -> str:
@@ -61,7 +61,7 @@ class Array:
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One scheduled operation. times: how often it runs in a step (loops multiplied out). computation: the one that holds
+    """One scheduled operation. times: how often it runs in a step (including loops). computation: the one that contains
     it."""
 
     name: str
@@ -75,13 +75,13 @@ class Instruction:
 
     @property
     def cycles(self) -> int:
-        """The compiler's estimate for one run of it; 0 where it gives none (kernels, collectives, bookkeeping)."""
+        """The compiler's estimate for one run; 0 if it has none (kernels, collectives, bookkeeping)."""
         found = _CYCLES.search(self.text)
         return int(found.group(1)) if found else 0
 
     @property
     def target(self) -> str:
-        """A custom call's target, else nothing."""
+        """A custom call's target, else ""."""
         found = re.search(r'custom_call_target="([^"]*)"', self.text)
         return found.group(1) if found else ""
 
@@ -112,12 +112,12 @@ class Instruction:
 
     @property
     def label(self) -> Label:
-        """Module and line of ours."""
+        """Our module and line."""
         return read_label(self.op_name)
 
     @property
     def kernel_cost(self) -> tuple[float, float] | None:
-        """A kernel's own (operations, HBM bytes) for one run, where it states them."""
+        """The (operations, HBM bytes) that a kernel states for one run. None means that it states none."""
         found = _COST.search(self.text)
         if found is None:
             return None
@@ -134,7 +134,7 @@ class Label:
     backward: bool
 
     def of_layer(self) -> Label:
-        """The same with the number of its block left out: `blocks.*.attention.query`."""
+        """The label without the number of its block: `blocks.*.attention.query`."""
         return dataclasses.replace(self, module=re.sub(r"\.\d+(?=\.|$)", ".*", self.module))
 
     def __str__(self) -> str:
@@ -143,7 +143,7 @@ class Label:
 
 
 def read_label(op_name: str) -> Label:
-    """The scope in an op_name; the innermost one where they are nested."""
+    """The scope in an op_name; the innermost one if they are nested."""
     found = _LABEL.findall(op_name)
     if not found:
         return Label("", "", False)
@@ -206,21 +206,21 @@ class Module:
                     self.computations[name][instruction.name] = instruction
 
     def inside(self, computation: str) -> Iterator[Instruction]:
-        """Every instruction of a computation and of all that it calls, once each."""
+        """Every instruction of a computation and of those that it calls, once each."""
         for instruction in self.computations.get(computation, {}).values():
             yield instruction
             for called in instruction.called:
                 yield from self.inside(called)
 
     def operands(self, instruction: Instruction) -> list[Instruction]:
-        """The instructions whose results it takes, in order."""
+        """The instructions whose results it uses, in order."""
         around = self.computations[instruction.computation]
         return [around[name] for name in instruction.operand_names if name in around]
 
     def scheduled(self, computation: str | None = None, times: int = 1) -> Iterator[Instruction]:
         """Every operation that the core runs: the entry's, and those of loops, calls and branches, with their count.
 
-        What a fusion holds inside is part of the fusion. A loop whose count the compiler does not know counts once.
+        Instructions within a fusion are part of the fusion. A loop of unknown count counts once.
         """
         for instruction in self.computations.get(computation or self.entry, {}).values():
             yield dataclasses.replace(instruction, times=times)
@@ -231,13 +231,13 @@ class Module:
                     yield from self.scheduled(called, inner)
 
     def unknown_loops(self) -> list[Instruction]:
-        """Loops whose count is not known, so that their bodies are counted once."""
+        """Loops of unknown count, whose bodies are counted once."""
         return [i for i in self.scheduled() if i.opcode == "while" and self.trips(i) is None]
 
     def trips(self, loop: Instruction) -> int | None:
-        """How often a loop's body runs: as the compiler says, or as its condition, `counter < constant`, does.
+        """How often a loop's body runs: by the compiler, or by its condition, `counter < constant`. None means unknown.
 
-        A counter starts at 0 here, as those of torch_xla, JAX and ourselves do.
+        The counter is assumed to start at 0, as in loops of torch_xla, JAX and this package.
         """
         stated = _TRIPS.search(loop.text)
         if stated:
@@ -255,7 +255,7 @@ class Module:
         return -(-int(found.group(1)) // step)
 
     def _increment(self, body: str, index: int) -> int:
-        """What a body adds to its counter; 1 where that cannot be seen (an unrolled loop adds more)."""
+        """What a body adds to its counter; 1 if that is not found (an unrolled loop adds more)."""
         around = self.computations.get(body, {})
         root = next((i for i in around.values() if i.is_root and i.opcode == "tuple"), None)
         if root is None or index >= len(root.operand_names):
@@ -268,5 +268,5 @@ class Module:
 
 
 def aliased_parameters(text: str) -> set[int]:
-    """Numbers of the arguments whose memory a result takes over, by the module's first line."""
+    """Numbers of the arguments whose memory a result reuses, by the module's first line."""
     return {int(number) for number in re.findall(r"\}: \((\d+), \{\}", text[: text.index("\n")])}

@@ -1,9 +1,9 @@
-"""Names for operations: which module, and which line of ours, each operation of the graph comes from, backward too.
+"""Names for operations: the module and the line of this package that each operation of the graph comes from, also backward.
 
-torch_xla records the innermost Python frame of an operation, which is a line of PyTorch for most, and `.backward()` for all of
-the backward pass. `SourceLines` opens a scope of its own around every PyTorch function instead, which XLA keeps in `op_name`:
-`blocks.3.attention.query in model/layers.py:31`. The nodes that autograd makes meanwhile open the same scope when they run
-backward, marked with `~`. It works from outside: model, step and optimizer know nothing of it.
+torch_xla records the innermost Python frame of an operation. That is a line of PyTorch for most operations, and `.backward()`
+for all of the backward pass. `SourceLines` instead opens a scope around every PyTorch function, which XLA keeps in `op_name`:
+`blocks.3.attention.query in model/layers.py:31`. The autograd nodes that the function creates open the same scope in the
+backward pass, marked with `~`. Model, step and optimizer need not know of it.
 
 Needs `XLA_IR_DEBUG=1` and `XLA_HLO_DEBUG=1` in the environment before torch_xla is imported.
 """
@@ -29,7 +29,7 @@ PACKAGE = os.path.dirname(os.path.abspath(pretrain_xla.__file__)) + os.sep
 SKIPPED = tuple(
     os.path.join(PACKAGE, *part.split("/")) for part in ("preflight/", "model/xla/saved.py", "runtime/xla/scan.py")
 )
-"""Files that compute on behalf of the lines that call them."""
+"""Files whose operations are attributed to the lines that call them."""
 
 
 class SourceLines(TorchFunctionMode):
@@ -38,17 +38,17 @@ class SourceLines(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self._modules: dict[nn.Module, str] = {}
-        # Node → its scope. Holding the nodes keeps their identity, by which they are found again.
+        # Node → its scope. The nodes are kept alive, because they are found by identity.
         self._nodes: dict[Any, str] = {}
 
     def __torch_function__(
         self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Run a PyTorch function inside its scope, and tag the autograd nodes that it made."""
+        """Run a PyTorch function inside its scope, and tag the autograd nodes that it creates."""
         return self._run(sys._getframe(1), function, *args, **(kwargs or {}))
 
     def __enter__(self) -> SourceLines:
-        """Also open a scope around autograd functions of our own, whose kernels call no PyTorch function."""
+        """Also open a scope around our own autograd functions, whose kernels call no PyTorch function."""
         entered = super().__enter__()
         original = Function.apply.__func__  # type: ignore[attr-defined]
 
@@ -79,7 +79,7 @@ class SourceLines(TorchFunctionMode):
         return result
 
     def _label(self, innermost: FrameType) -> str:
-        """`module in file:line` of the innermost frame of the package; nothing where there is none."""
+        """`module in file:line` of the innermost frame of the package; "" if there is none."""
         line, module, mark = "", "", ""
         frame: FrameType | None = innermost
         while frame is not None:
@@ -89,14 +89,14 @@ class SourceLines(TorchFunctionMode):
                 owner, node = frame.f_locals.get("self"), frame.f_locals.get("ctx")
                 if not module and isinstance(owner, nn.Module):
                     module = self._name(owner, frame)
-                # In an autograd function of our own, `ctx` is the node that was tagged in the forward pass.
+                # In our own autograd functions, `ctx` is the node that was tagged in the forward pass.
                 if node is not None and frame.f_code.co_name == "backward":
                     module, mark = module or self._nodes.get(node, "").partition(SCOPE)[0], BACKWARD
             frame = frame.f_back
         return f"{module.rstrip(BACKWARD)}{mark}{SCOPE}{line}" if line else ""
 
     def _name(self, module: nn.Module, frame: FrameType) -> str:
-        """The dotted name of a module within the outermost one that is being called."""
+        """The dotted name of a module within the outermost module being called."""
         if module not in self._modules:
             outermost = module
             above: FrameType | None = frame
@@ -108,7 +108,7 @@ class SourceLines(TorchFunctionMode):
         return self._modules.get(module, "")
 
     def _tag(self, node: Any, label: str) -> None:
-        """Give a new node, and those behind it that have none, this scope when they run backward."""
+        """Give this scope to a new node, and to its inputs' nodes that have none, for their backward pass."""
         waiting = [node]
         while waiting:
             node = waiting.pop()
@@ -116,7 +116,7 @@ class SourceLines(TorchFunctionMode):
                 continue
             self._nodes[node] = label
             module, _, line = label.partition(SCOPE)
-            module = module.rstrip(BACKWARD)  # made while something else ran backward: recomputation, or a loop's body
+            module = module.rstrip(BACKWARD)  # created during another backward pass: recomputation, or a loop's body
             scopes: list[Any] = []
 
             def enter(

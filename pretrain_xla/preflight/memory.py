@@ -1,8 +1,8 @@
 """Where a device's HBM goes.
 
-What goes into the step is known to the byte from the sharding table; the total is the compiler's. Between the two lie the
-temporaries: gradients, activations kept for the backward pass, and scratch. Which of them are alive at the fullest moment is
-read off the compiler's schedule.
+The sizes of the step's inputs follow exactly from the sharding table; the total is the compiler's. The difference is the
+temporaries: gradients, activations kept for the backward pass, and scratch. The compiler's schedule shows which of them are
+alive at the peak.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ SAME_MEMORY = frozenset(("bitcast", "get-tuple-element", "tuple", "while", "opt-
 
 @dataclasses.dataclass(frozen=True)
 class Buffer:
-    """Buffers alike. where: module and line. count: how many at once."""
+    """Equal buffers. where: module and line. count: how many at once."""
 
     bytes: int
     count: int
@@ -29,9 +29,9 @@ class Buffer:
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes of one device. padding: what layouts add to the inputs. outputs: results that take over no input's memory.
+    """Bytes of one device. padding: what layouts add to the inputs. outputs: results that do not reuse an input's memory.
 
-    total: as the compiler counts it; when it refuses the step, what it says it would need at least.
+    total: by the compiler; if it refuses the step, the minimum that it says it needs.
     """
 
     fits: bool
@@ -51,7 +51,7 @@ class Memory:
 
 
 def read_memory(result: CompileResult, module: Module | None, topology: Topology) -> Memory:
-    """The split of a compilation, whether it fitted or not."""
+    """The memory of a compilation, whether it fitted or not."""
     by_kind = Counter({"parameter": 0, "optimizer": 0, "batch": 0, "other": 0})
     for item in result.inputs:
         by_kind[item.kind] += item.device_bytes
@@ -64,7 +64,7 @@ def read_memory(result: CompileResult, module: Module | None, topology: Topology
         largest = _alive_at_peak(module) if module else ()
     else:
         assert shortage is not None
-        # A single buffer larger than the whole memory is refused before the rest is counted.
+        # A single buffer larger than the memory is refused before the rest is counted.
         padding, outputs, code = 0, 0, 0
         total = max(shortage.needed, inputs)
         temporaries = total - inputs
@@ -98,7 +98,7 @@ def _named(result: CompileResult) -> tuple[Buffer, ...]:
 
 
 def _alive_at_peak(module: Module, most: int = 6) -> tuple[Buffer, ...]:
-    """The largest groups of temporaries alive when most of HBM is in use, by the entry's schedule."""
+    """The largest groups of temporaries alive at the peak of HBM use, by the entry's schedule."""
     order = list(module.computations[module.entry].values())
     owner: dict[str, str] = {}
     last: dict[str, int] = {}
@@ -115,7 +115,7 @@ def _alive_at_peak(module: Module, most: int = 6) -> tuple[Buffer, ...]:
     for index, instruction in enumerate(order):
         if owner[instruction.name] == instruction.name and instruction.opcode not in ("parameter", "constant"):
             end = last.get(instruction.name, index)
-            # What ends in the results is written over a donated input.
+            # Values that become results are written over a donated input.
             if end < len(order) - 1 and _hbm(instruction):
                 alive[instruction.name] = instruction
                 ends.setdefault(end, []).append(instruction)
@@ -135,7 +135,7 @@ def _alive_at_peak(module: Module, most: int = 6) -> tuple[Buffer, ...]:
 
 
 def _origin(module: Module, instruction: Instruction) -> Label:
-    """Where a buffer's value comes from; a copy has no name of its own, but what it copies has."""
+    """Where a buffer's value comes from; for a copy, where the copied value comes from."""
     for _ in range(4):
         if instruction.label.line:
             break

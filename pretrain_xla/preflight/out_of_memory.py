@@ -1,7 +1,6 @@
-"""Reading the TPU compiler's refusal: how much was needed, and by what.
+"""Reads the TPU compiler's refusal: how much memory was needed, and by what.
 
-The message is text for people, so each part is taken where it is found, and what is not found is left out: an unknown wording
-costs detail, never the verdict.
+The message is meant for people, so every part of it is optional here: an unknown wording costs details, never the verdict.
 """
 
 from __future__ import annotations

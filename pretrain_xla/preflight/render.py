@@ -1,4 +1,4 @@
-"""The report as tables: with colour on a terminal, without it in a file."""
+"""The report as tables: in colour on a terminal, without colour in a file."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def duration(seconds: float) -> str:
 
 
 def table(title: str, *columns: str) -> Table:
-    """A table of the house's style: the first column to the left, figures to the right."""
+    """A table in the common style: the first column left-aligned, figures right-aligned."""
     made = Table(
         title=title, box=rich.box.SIMPLE_HEAD, title_justify="left", title_style="bold", show_header=bool(columns)
     )
@@ -173,6 +173,6 @@ def _finding(level: str, text: str) -> Text:
 
 
 def console(*, stderr: bool = False) -> Console:
-    """Where it goes: wide enough in a file that no line breaks."""
+    """The output; in a file it is so wide that no line is broken."""
     made = Console(stderr=stderr, highlight=False)
     return made if made.is_terminal else Console(stderr=stderr, highlight=False, width=160)

@@ -1,4 +1,4 @@
-"""Everything that preflight says of one configuration, as plain values: what `--json` prints and `render.py` draws."""
+"""The report on one configuration as plain values, which `--json` prints and `render.py` shows."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pretrain_xla.preflight.topology import Topology
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """The configured run at the estimated rates; dollars where a price was given. Neither validation nor restarts count."""
+    """The configured run at the estimated rates, without validation and restarts; dollars if a price was given."""
 
     steps: int
     tokens: int
@@ -31,7 +31,7 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """One configuration on one slice. estimate, collectives and run are missing when it does not fit."""
+    """One configuration on one slice. estimate, collectives and run are missing if it does not fit."""
 
     topology: str
     libtpu_topology: str
@@ -55,11 +55,11 @@ class Report:
 
     @property
     def fits(self) -> bool:
-        """Whether the compiler found room for the step."""
+        """Whether the step fits, by the compiler."""
         return self.memory.fits
 
     def to_tree(self) -> dict[str, Any]:
-        """As JSON holds it. The conservative figures are there under their former name, sober, too."""
+        """As values for JSON. It has the conservative figures also under their former name, sober."""
         tree: dict[str, Any] = {"fits": self.fits} | dataclasses.asdict(self)
         for section in (tree["estimate"], tree["run"]):
             if section is not None:
@@ -71,12 +71,12 @@ class Report:
 def make_report(
     config: RunConfig, topology: Topology, result: CompileResult, price_per_chip_hour: float | None
 ) -> Report:
-    """Read a compilation.
+    """The report on a compilation.
 
     Args:
-        config: what was compiled.
-        topology: for which slice.
-        result: the compiler's answer.
+        config: the config that was compiled.
+        topology: the slice.
+        result: the compiler's result.
         price_per_chip_hour: dollars, for the run's cost.
     """
     module = Module(result.compiled.hlo_text) if result.compiled else None
@@ -115,7 +115,7 @@ def make_report(
 
 
 def settings(config: RunConfig) -> dict[str, Any]:
-    """The settings that decide on memory and time."""
+    """The settings that determine memory and time."""
     train, model = config.train, config.model
     return {
         "seq_length": model.seq_length,

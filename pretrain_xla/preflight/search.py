@@ -1,8 +1,8 @@
 """The fastest configuration that fits, found by compiling: micro-batch, mesh, rematerialisation, loss chunk.
 
-The sequences of a step stay what they are: a smaller micro-batch means more accumulation, so that what is learnt is the same.
-The search takes one question after another, each with the best answers so far: which mesh; how large a micro-batch (doubling
-while it gets faster, since what does not fit will not fit larger); then whether memory spared buys a larger one still.
+The number of sequences in a step does not change: a smaller micro-batch means more accumulation, so the training result is the
+same. The search answers one question after another, each with the best answers so far: which mesh; how large a micro-batch
+(doubled while it gets faster; one that does not fit would not fit larger); then whether saved memory allows an even larger one.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pretrain_xla.preflight.suggestions import CHUNK
 from pretrain_xla.preflight.trials import Compiler, Trial
 
 FIRST_ROWS = 8
-"""Sequences a device with which the search starts: enough to fill the matrix unit at GPT-2's sizes."""
+"""Sequences per device at the start of the search: enough to fill the matrix unit at GPT-2's sizes."""
 
 
 class Search:
@@ -30,7 +30,7 @@ class Search:
 
     @property
     def best(self) -> Trial | None:
-        """The fastest that fits, by the conservative estimate."""
+        """The fastest trial that fits, by the conservative estimate. None means that none fits."""
         return max((trial for trial in self.tried if trial.fits), key=lambda t: t.tokens_per_second, default=None)
 
     def run(self) -> None:
@@ -39,7 +39,7 @@ class Search:
             mesh = self._best_mesh()
             rows = self._grow(mesh, {}, self._first_rows(mesh))
             for spare in ({"rematerialization": "selective"}, {"loss_chunk": CHUNK}, {"rematerialization": "full"}):
-                # Worth its time only with a micro-batch that does not fit, or is not faster, without it.
+                # Worth its time only for a micro-batch that does not fit, or is not faster, without it.
                 self._grow(mesh, spare, rows * 2)
         except _Spent:
             pass
@@ -51,7 +51,7 @@ class Search:
         trials = [self._try(mesh, {}, self._first_rows(mesh)) for mesh in meshes]
         fitting = [trial for trial in trials if trial is not None and trial.fits]
         if not fitting:
-            return meshes[-1]  # the one that needs the least memory
+            return meshes[-1]  # needs the least memory
         best = max(fitting, key=lambda trial: trial.tokens_per_second)
         return {leaf: best.changes[leaf] for leaf in ("mesh_data", "mesh_fsdp")}
 
@@ -92,7 +92,7 @@ class Search:
             rows *= 2
 
     def _changes(self, mesh: dict[str, Any], others: dict[str, Any], rows: int) -> dict[str, Any] | None:
-        """Leaves for so many sequences a device, or none where a step's sequences do not divide so."""
+        """Changes to settings for `rows` sequences per device. None means that the step's sequences do not divide so."""
         batch = rows * mesh["mesh_data"] * mesh["mesh_fsdp"]
         if self.config.sequences_per_step % batch:
             return None
@@ -115,4 +115,4 @@ class Search:
 
 
 class _Spent(Exception):
-    """No compilations are left."""
+    """All compilations are used up."""

@@ -1,4 +1,4 @@
-"""What to change when a step does not fit, each change tried by compiling it."""
+"""What to change if a step does not fit; each change is tried by compiling it."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pretrain_xla.preflight.report import Report
 from pretrain_xla.preflight.trials import Compiler, Trial
 
 CHUNK = 2048
-"""Tokens whose logits exist at one time, where chunking is tried: large enough for full matrix products."""
+"""Tokens whose logits exist at a time when chunking is tried: large enough for efficient matrix products."""
 
 
 def remedies(config: RunConfig, report: Report) -> Iterator[dict[str, Any]]:
-    """Changes that keep what is learnt and need less memory, the cheapest in time first. Leaf → value."""
+    """Changes (setting → value) that need less memory and do not change the training result, the fastest first."""
     train = config.train
     devices = report.mesh["data"] * report.mesh["fsdp"]
     rows = train.train_batch_size // devices
@@ -36,7 +36,7 @@ def remedies(config: RunConfig, report: Report) -> Iterator[dict[str, Any]]:
 
 
 def suggest(config: RunConfig, report: Report, compiler: Compiler) -> list[Trial]:
-    """Try each remedy alone; of the smaller batches only as many as it takes to find one that fits."""
+    """Try each remedy alone; smaller batches only until one fits."""
     tried: list[Trial] = []
     changes = list(remedies(config, report))
     compiler.expect(len(changes))

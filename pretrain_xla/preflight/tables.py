@@ -1,4 +1,4 @@
-"""Several configurations in one table: what was tried, and two side by side."""
+"""Tables of several configurations: the trials of a search, and two reports side by side."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def comparison(names: Sequence[str], reports: Sequence[Report]) -> Table:
 
 
 def _at(report: Report, path: str) -> float | None:
-    """A figure of a report by its dotted name; none where a part of it is missing."""
+    """A figure of a report by its dotted name. None means that a part of it is missing."""
     value: Any = report
     for name in path.split("."):
         value = None if value is None else getattr(value, name)

@@ -1,4 +1,4 @@
-"""Names of TPU slices, as people type them and as libtpu wants them.
+"""Names of TPU slices, as users type them and as libtpu needs them.
 
 `v5litepod-16`, `v3-8`, `v5p-128` (Google Cloud's accelerator types) and `v5e:4x4`, `v3:2x2`, `v4:2x2x1` (libtpu's: generation
 and chips along each dimension) mean a slice. A type's number counts cores on v2, v3, v4 and v5p and chips on v5e and v6e.
@@ -41,7 +41,7 @@ class Topology:
 
     @property
     def libtpu_options(self) -> dict[str, object]:
-        """What libtpu must be told besides: v4's cores as one device, and hosts smaller than the usual 2x2 chips."""
+        """Further options for libtpu: v4's cores as one device, and hosts smaller than the usual 2x2 chips."""
         options: dict[str, object] = {"chip_config_name": "megacore"} if self.chip.name == "v4" else {}
         if math.prod(self.shape) == 1:
             options["chips_per_host_bounds"] = (1, 1, 1)
@@ -49,7 +49,7 @@ class Topology:
 
     @property
     def chips(self) -> int:
-        """Chips that one pays for."""
+        """Chips of the slice, which are paid for."""
         return math.prod(self.shape)
 
     def links(self, chips: int) -> int:
@@ -75,7 +75,7 @@ def resolve_topology(name: str) -> Topology:
     """The slice that a name means.
 
     Raises:
-        UserError: no such generation, or a size that it is not sold in.
+        UserError: there is no such generation, or not in that size.
     """
     word = name.strip()
     match = re.fullmatch(r"(?:tpu[-_ ]?)?(v[0-9][a-z]*)(?:-([0-9]+)|:([0-9]+(?:x[0-9]+)+))", word.lower())

@@ -1,11 +1,11 @@
-"""The trainer's own step, traced into HLO with no weights in memory.
+"""The trainer's own step, traced to HLO without weights in memory.
 
-`AbstractRuntime` is the xla runtime with one difference: where that one copies a tensor to the devices, this one makes a
-placeholder of its shape and type, and records which input it is. Model, optimizer and `TrainStep` are the trainer's own. A
+`AbstractRuntime` is the xla runtime with one difference: instead of copying a tensor to the devices, it creates a placeholder
+of its shape and type, and records which input it is. Model, optimizer and `TrainStep` are the trainer's own. A
 step of 1.5B parameters over 256 devices is traced in a second.
 
-The process must have been started with `PJRT_DEVICE=CPU` and `CPU_NUM_DEVICES` set to the number of devices of the mesh:
-torch_xla reads both once, when it first touches a device.
+The process must be started with `PJRT_DEVICE=CPU` and `CPU_NUM_DEVICES` set to the number of devices of the mesh: torch_xla
+reads both once, when it first uses a device.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Argument:
     axes: tuple[Axis, ...]
 
     def device_bytes(self, mesh: dict[str, int]) -> int:
-        """Bytes of one device's share."""
+        """Bytes of one device's shard."""
         size = self.dtype.itemsize
         for length, axis in zip(self.shape, self.axes, strict=True):
             size *= -(-length // ways(axis, mesh))
@@ -50,10 +50,10 @@ class Argument:
 
 @dataclasses.dataclass(frozen=True)
 class TracedStep:
-    """A step as the compiler gets it.
+    """A step before compilation.
 
-    hlo: serialised HloModuleProto for the whole batch, before partitioning. arguments: input number → what it is; inputs
-    that are missing are scalars. results: for each output the argument that it replaces (donated), or none, and its axes.
+    hlo: serialised HloModuleProto for the whole batch, before partitioning. arguments: input number → input; missing ones are
+    scalars. results: for each output the argument that it replaces (donated), or None, and its axes.
     """
 
     hlo: bytes
@@ -67,15 +67,15 @@ class AbstractRuntime(XlaRuntime):
 
     def __init__(self, config: RunConfig, chip: str) -> None:
         super().__init__(config)
-        self._chip = chip  # whose kernels are traced, though no such device is here
+        self._chip = chip  # the kernels of this generation are traced, although the host has no such device
         self.placed: list[tuple[Argument, Tensor]] = []
 
     def placeholder(self, name: str, kind: str, shape: Iterable[int], dtype: torch.dtype, axes: Any) -> Tensor:
-        """A tensor on the device with no data behind it."""
+        """A tensor on the device without data."""
         argument = Argument(name, kind, tuple(shape), dtype, tuple(axes))
         tensor = xb.create_placeholder_tensor(argument.shape, dtype)
         self.placed.append((argument, tensor))
-        # The step gets a clone, which is the same value in the graph: an in-place update would take the handle with it.
+        # The step gets a clone, which is the same value in the graph: an in-place update would change this handle, too.
         return tensor.clone()
 
     def place_model(self, model: nn.Module) -> None:
@@ -98,7 +98,7 @@ def trace_step(config: RunConfig, chip: str) -> TracedStep:
     """Trace one training step of a run, as its trainer would on a generation of TPUs (`v5e`).
 
     Raises:
-        UserError: the batch or the model does not divide over the mesh.
+        UserError: the batch or the model is not divisible by the mesh.
     """
     with _many_devices():
         return _trace(config, chip)
@@ -106,7 +106,7 @@ def trace_step(config: RunConfig, chip: str) -> TracedStep:
 
 @contextmanager
 def _many_devices() -> Iterator[None]:
-    """Let torch_xla believe in more devices than PyTorch's autograd, which counts them in 8 bits, could bear."""
+    """Report more devices to torch_xla than PyTorch's autograd, which counts them in 8 bits, could handle."""
     count = int(os.environ.get("CPU_NUM_DEVICES", "1"))
     if count <= 127:
         yield
@@ -118,7 +118,7 @@ def _many_devices() -> Iterator[None]:
 
 def _trace(config: RunConfig, chip: str) -> TracedStep:
     runtime = AbstractRuntime(config, chip)
-    runtime.rows(config.train.train_batch_size)  # which refuses a batch that does not divide
+    runtime.rows(config.train.train_batch_size)  # refuses a batch that is not divisible
     with torch.device("meta"):
         plain = GPT(config.model, runtime.compute_dtype)
         model = runtime.prepare_model(plain, execution_of(config))

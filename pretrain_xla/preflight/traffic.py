@@ -1,8 +1,8 @@
-"""What an operation moves through HBM, and the matrix products that it holds.
+"""The HBM traffic of an operation, and the matrix products that it contains.
 
-HBM bytes: operands and results that do not live on the chip. A slice, and a fusion that only slices an operand, counts what it
-takes and not what it takes it from; an update in place counts the update; an asynchronous copy counts once, at its start.
-Buffers' padding is not counted.
+HBM bytes are those of operands and results that are not in on-chip memory. A slice, or a fusion that only slices an operand,
+counts the slice and not the operand. An in-place update counts the update. An asynchronous copy counts once, at its start.
+Padding of buffers is not counted.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ FREE = frozenset(
     "opt-barrier copy-done async-start async-update async-done slice-done send-done recv-done all-reduce-done "
     "all-gather-done collective-permute-done domain".split()
 )
-"""Bookkeeping, and the ends of what was counted at its start; loops and calls are counted by what they hold."""
+"""Bookkeeping, and the ends of operations that count at their start. Loops and calls count by their contents."""
 SLICES = frozenset(("slice", "dynamic-slice", "gather"))
 THROUGH = frozenset(("bitcast", "reshape", "copy", "convert", "transpose"))
 PRODUCTS = ("convolution", "dot")
@@ -36,7 +36,7 @@ def hbm_bytes(module: Module, instruction: Instruction) -> int:
         # ((source), slice, …): one copy of the slice, counted at each end that is in HBM.
         source, piece = instruction.results[:2]
         return piece.bytes * ((not source.on_chip) + (not piece.on_chip))
-    # Results of another asynchronous start are its target, and its source again.
+    # The results of other asynchronous starts are the target and the source.
     results = instruction.results[:1] if instruction.opcode.endswith("-start") else instruction.results
     written = sum(array.hbm_bytes for array in results)
     if instruction.opcode in SLICES:
@@ -70,9 +70,9 @@ def _fusion_bytes(module: Module, fusion: Instruction, operands: list[Instructio
 
 
 def _bytes_taken(module: Module, computation: str, number: int) -> int | None:
-    """Bytes of a parameter that a computation reads, if slices (of it, or inside of a fusion in it) are all it takes.
+    """Bytes of a parameter that a computation reads, if it only slices the parameter, itself or in a fusion.
 
-    An array that is updated in place is not read at all. None means the whole parameter is read.
+    An array that is updated in place is not read. None means that the whole parameter is read.
     """
     inner = module.computations.get(computation, {})
     parameter = next((i for i in inner.values() if i.opcode == "parameter" and _number(i) == number), None)
@@ -101,7 +101,7 @@ def _number(parameter: Instruction) -> int:
 
 
 def _behind(module: Module, instruction: Instruction | None) -> Instruction | None:
-    """The operation behind changes of shape and type."""
+    """The operation before changes of shape and type."""
     while instruction is not None and instruction.opcode in THROUGH:
         operands = module.operands(instruction)
         instruction = operands[0] if operands else None
@@ -109,7 +109,7 @@ def _behind(module: Module, instruction: Instruction | None) -> Instruction | No
 
 
 def products(module: Module, instruction: Instruction) -> list[Instruction]:
-    """The matrix products that one run of an operation makes."""
+    """The matrix products in one run of an operation."""
     if instruction.opcode in PRODUCTS:
         return [instruction]
     if instruction.opcode != "fusion":
@@ -118,7 +118,7 @@ def products(module: Module, instruction: Instruction) -> list[Instruction]:
 
 
 def product_flops(module: Module, product: Instruction) -> float:
-    """Operations of a matrix product (a multiply-add is 2), counted as XLA's own cost analysis does.
+    """Operations of a matrix product (a multiply-add is 2), counted like XLA's cost analysis.
 
     The TPU compiler writes all of them as convolutions; a batch of products is one whose window is mostly outside.
     """

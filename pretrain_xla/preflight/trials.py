@@ -1,4 +1,4 @@
-"""Trying configurations by compiling them: one at a time, each in its own process, with a word on what is being done."""
+"""Tries configurations by compiling them, one at a time, each in its own process, and shows progress."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pretrain_xla.preflight.topology import Topology
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """A configuration that was tried. changes: leaf → value, against the one asked for. error: why it could not be."""
+    """A configuration that was tried. changes: setting → value, relative to the requested one. error: why it is impossible."""
 
     changes: dict[str, Any]
     report: Report | None
@@ -29,12 +29,12 @@ class Trial:
 
     @property
     def fits(self) -> bool:
-        """Whether it was compiled and found room."""
+        """Whether it was compiled and fits."""
         return self.report is not None and self.report.fits
 
     @property
     def tokens_per_second(self) -> float:
-        """By the conservative estimate; 0 where it does not fit."""
+        """By the conservative estimate; 0 if it does not fit."""
         return self.report.estimate.conservative.tokens_per_second if self.report and self.report.estimate else 0.0
 
     @property
@@ -44,7 +44,7 @@ class Trial:
 
 
 def flag(leaf: str, value: Any) -> str:
-    """A leaf's value on a command line."""
+    """A setting's value as a flag."""
     name = "--" + leaf.replace("_", "-")
     if value is True:
         return name
@@ -54,10 +54,10 @@ def flag(leaf: str, value: Any) -> str:
 
 
 def changed(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
-    """A config with some leaves replaced.
+    """A config with some settings replaced.
 
     Raises:
-        UserError: the result is no possible configuration.
+        UserError: the result is not a valid config.
     """
     tree = config.model_dump()
     for leaf, value in changes.items():
@@ -66,13 +66,13 @@ def changed(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
 
 
 class Compiler:
-    """Compiles configurations for one slice, and shows it: a live line on a terminal, a line for each elsewhere (on stderr).
+    """Compiles configurations for one slice, and shows progress on stderr: a live line on a terminal, else a line for each.
 
     Args:
         topology: the slice.
         options: compiler options by name.
-        price_per_chip_hour: dollars, or none.
-        total: how many compilations to expect, for the progress bar. None means one.
+        price_per_chip_hour: dollars. None means that no cost is reported.
+        total: number of expected compilations, for the progress bar. None means one.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class Compiler:
         self._bar.stop()
 
     def expect(self, more: int) -> None:
-        """Raise the number of compilations to expect."""
+        """Expect `more` further compilations."""
         self._total = self.done + more
         self._bar.update(self._task, total=self._total)
 
@@ -120,7 +120,7 @@ class Compiler:
         """Compile one configuration.
 
         Raises:
-            UserError: it cannot be built or compiled for another reason than its size.
+            UserError: it cannot be built or compiled, for another reason than its size.
         """
         began = time.monotonic()
         if not self._console.is_terminal:
@@ -133,7 +133,7 @@ class Compiler:
         return make_report(config, self.topology, result, self.price_per_chip_hour)
 
     def attempt(self, base: RunConfig, changes: Mapping[str, Any]) -> Trial:
-        """Compile a changed configuration; what cannot be is a result too."""
+        """Compile a changed configuration; an impossible one is a result, too."""
         trial = Trial(dict(changes), None)
         try:
             return dataclasses.replace(trial, report=self.compile(changed(base, changes), trial.label))

@@ -1,7 +1,7 @@
 """The process that traces and compiles one step: `python -m pretrain_xla.preflight.worker FOLDER`, started by `client.py`.
 
-torch_xla takes its number of devices once in a process, libtpu may abort it, and both are large: so each compilation has a
-process of its own. FOLDER holds `request.json`; `stage` says what is being done; `compile_result.json` is left at the end.
+torch_xla fixes its number of devices once per process, libtpu may abort it, and both are large: so each compilation has its own
+process. FOLDER holds `request.json`; `stage` has the present stage; `compile_result.json` is written at the end.
 """
 
 from __future__ import annotations
@@ -72,5 +72,5 @@ def _compile(folder: Path, request: dict[str, object]) -> dict[str, object]:
 if __name__ == "__main__":
     work(Path(sys.argv[1]))
     sys.stdout.flush()
-    # Straight out: the XLA runtimes of two libraries take seconds to say goodbye to each other, and sometimes abort.
+    # Exit at once: the XLA runtimes of two libraries take seconds to shut down together, and sometimes abort.
     os._exit(0)

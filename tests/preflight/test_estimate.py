@@ -252,7 +252,7 @@ def test_a_step_that_barely_fits_is_a_warning(config: RunConfig, make_result: Ma
     [
         ({"model": {"num_heads": 2}}, "heads of width 64 leave 50%"),
         ({"model": {"vocab_size": 500}}, "padded to 512 rows"),
-        ({"model": {"vocab_size": 500, "vocab_multiple": 1}}, "no multiple of 128"),
+        ({"model": {"vocab_size": 500, "vocab_multiple": 1}}, "not a multiple of 128"),
         ({"model": {"d_ff": 200}}, "d_ff=200"),
         ({"train": {"mixed_precision": None}}, "computing in fp32"),
     ],

@@ -1,4 +1,4 @@
-"""A traced function as one compiled graph, and the watch over it: did it compile anew, did it fall back to the host, where."""
+"""A traced function as one compiled graph, and a watch over recompilations and host fallbacks with their source lines."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pretrain_xla.runtime.xla.compiler_warnings import compiler_warnings, in_wor
 
 
 class CompiledFunction:
-    """A function traced at each call and run as one graph; says where its graph changed, if it did."""
+    """A function traced at each call and run as one graph; reports where its graph changed."""
 
     def __init__(
         self,
@@ -29,14 +29,14 @@ class CompiledFunction:
         self._function, self._name, self._state = function, name, state
         self._counts, self._record = counts, record
         self._first_graph: list[str] = []
-        # On a recompilation, trace once more to find the line. That spends the state, so only a strict run does it.
+        # On a recompilation, trace once more to find the line. That invalidates the state, so only a strict run does it.
         self._explain = explain
-        # Gets what the compiler says of tensors that it cannot move over the mesh; none where there is no mesh.
+        # Called with the compiler's warnings on resharding. None means that there is no mesh.
         self._warn = warn
         self._settled = False
 
     def __call__(self, *arguments: Tensor) -> Tensor:
-        """Trace, run, and record what should not have happened."""
+        """Trace, run, and record unwanted events."""
         before, fallen = graphs.compilations(), graphs.fallbacks()
         result = self._function(*arguments)
         if not self._first_graph:
@@ -49,9 +49,9 @@ class CompiledFunction:
             for name in fell:
                 what = f"XLA cannot lower {name}, so the {self._name} step waits for the host"
                 self._record(GraphEvent("host fallback", lines.get(name, f"the {self._name} step"), what))
-        # A fallback or a transfer in the middle cuts the graph in two: the cause is reported, not the new graphs.
+        # A host fallback or transfer splits the graph: report the cause, not the new graphs.
         if added and not fell:
-            # The first call may have added none: its graph was there. Then the next new one is no first graph either.
+            # The first call may have added none, if its graph existed. Then the next new graph is a recompilation, too.
             if self._settled:
                 self._record(GraphEvent("recompilation", *self._explanation(arguments)))
             self._counts.graphs[self._name] = self._counts.graphs.get(self._name, 0) + added

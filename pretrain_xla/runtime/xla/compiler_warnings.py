@@ -1,8 +1,7 @@
-"""What XLA's compiler warns of while it compiles, once and in words.
+"""Warnings of XLA's compiler, summarised in one line.
 
-When a tensor is split over the mesh in one way and needed in another, and the partitioner knows no direct way between the two,
-it copies the whole of it to every device first. It says so in lines of its own: on stderr, but the TPU's compiler in a file of
-its log that nobody reads.
+If a tensor has one sharding, is needed with another, and the partitioner has no direct way between the two, it first replicates
+the tensor. It warns of that on stderr; the TPU's compiler does so in a log file, where nobody would read it.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ _BYTES = {"f64": 8, "s64": 8, "u64": 8, "f32": 4, "s32": 4, "u32": 4, "bf16": 2,
 
 
 def in_words(lines: Iterable[str], what: str) -> str | None:
-    """One line on all such warnings, or none where there is none; `what` was compiled, as `the train step`."""
+    """One line on all such warnings. None means that there are none. what: what was compiled, such as `the train step`."""
     marked = [line for line in lines if MARK in line]
     if not marked:
         return None
@@ -32,7 +31,7 @@ def in_words(lines: Iterable[str], what: str) -> str | None:
     named = f", the largest {largest[0]}[{largest[1]}] on one device" if largest else ""
     tensors = "1 tensor" if len(marked) == 1 else f"{len(marked)} tensors"
     return (
-        f"the compiler finds no direct way to bring {tensors} of {what} from one split over the mesh to another{named}: "
+        f"the compiler finds no direct way to reshard {tensors} of {what} over the mesh{named}: "
         "it copies them whole to every device first, which costs time and memory; another mesh may not need it"
     )
 
@@ -42,7 +41,7 @@ def _size(shape: tuple[str, ...]) -> int:
 
 
 def libtpu_log(folder: str | None = None) -> list[str]:
-    """Lines that the TPU's compiler has logged in this process as warnings."""
+    """Lines that the TPU's compiler has logged as warnings in this process."""
     folder = folder or os.environ.get("TPU_LOG_DIR", "/tmp/tpu_logs")
     lines: list[str] = []
     for path in sorted(glob.glob(os.path.join(glob.escape(folder), f"*.WARNING.*.{os.getpid()}"))):
@@ -53,9 +52,9 @@ def libtpu_log(folder: str | None = None) -> list[str]:
 
 @contextlib.contextmanager
 def compiler_warnings() -> Iterator[list[str]]:
-    """While it is open, take such warnings out of what the process writes to stderr, below Python; they end up in the list.
+    """While it is open, move such warnings from the process's stderr (below Python) to the list.
 
-    All else goes on to stderr at once, since a compiler that dies says why there.
+    All other output goes to stderr at once: a compiler that dies prints the reason there.
     """
     found: list[str] = []
     logged = len(libtpu_log())
@@ -77,7 +76,7 @@ def compiler_warnings() -> Iterator[list[str]]:
         if sys.stderr is not None:
             sys.stderr.flush()
         os.dup2(real, 2)
-        # A process started meanwhile may hold the other end for longer: the thread goes on to pass its lines.
+        # A process started meanwhile may hold the other end for longer: the thread continues to forward its lines.
         thread.join(timeout=1.0)
         found += [line for line in libtpu_log()[logged:] if MARK in line]
 

@@ -13,11 +13,11 @@ from pretrain_xla.runtime.xla.local_shards import backward_in_this_thread
 
 
 class TracedModel:
-    """A model as the step calls it. It is traced, and compiled as a part of the step.
+    """A model as the step calls it, traced and compiled as a part of the step.
 
     Args:
         model: traced over the global batch, with parameters and buffers of its own.
-        local: the same model traced over one device's shard of the batch, without values. None means it is never traced so.
+        local: the same model traced over one device's shard of the batch, without values. None means it is not traced so.
     """
 
     def __init__(self, model: nn.Module, local: nn.Module | None = None) -> None:
@@ -29,7 +29,7 @@ class TracedModel:
         return result
 
     def on(self, tensors: Mapping[str, Tensor], *, local: bool = False) -> Forward:
-        """The model on given parameters and buffers, by name. local: they are one device's."""
+        """The model on given parameters and buffers, by name. local: they are one device's local shards."""
         model = self.local if local else self.model
         assert model is not None
 
@@ -54,8 +54,8 @@ def accumulate(
     Args:
         loss: mean loss of one micro-batch.
         forward_on: the model on given tensors.
-        values: those tensors, `parameters` first, by which the loss is differentiated.
-        parameters: their number.
+        values: those tensors; the loss is differentiated by the first `parameters` of them.
+        parameters: number of parameters.
         tokens_BAS: the micro-batches.
         scale: factor on the loss before differentiation. None means 1.
         scan: runs the micro-batches.
@@ -78,6 +78,6 @@ def accumulate(
         return one(tokens_BAS[:, 0], values)
     zeros = [torch.zeros_like(tensor) for tensor in values[:parameters]]
     total = torch.zeros((), device=tokens_BAS.device)
-    # Divided after the loop: a plain sum in it lets the compiler move a reduction over devices out of it, too.
+    # Divided after the loop: with a plain sum inside, the compiler can also move a reduction over devices out of the loop.
     (total, *sums), _ = scan(body, [total, *zeros, *values], [tokens_BAS.transpose(0, 1)])
     return total / count, [gradient / count for gradient in sums[:parameters]]

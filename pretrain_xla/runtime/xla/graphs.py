@@ -1,10 +1,10 @@
-"""What the XLA compiler and the lazy tensors do without being asked, by source line.
+"""Recompilations and host transfers, by source line.
 
-Lazy tensors make two faults easy and silent. A Python value that changes between steps, or a shape, ends up in the traced
-graph, and the step compiles anew (minutes on a TPU). Reading a tensor on the host (`.item()`, `if tensor:`) cuts the graph and
-stops the device. `GraphWatch` counts both: transfers by a `TorchFunctionMode` (it sees each call from Python, and costs about
-a microsecond a call, hidden behind the device), recompilations by the runtime's own counters around each step. When a step has
-recompiled, its graph is traced once more with source lines on and compared with the graph of its first call.
+With lazy tensors two faults are easy to make, and silent. A Python value or a shape that changes between steps ends up in the
+traced graph, and the step is recompiled (minutes on a TPU). Reading a tensor on the host (`.item()`, `if tensor:`) splits the
+graph and stops the device. `HostTransferWatch` records transfers: a `TorchFunctionMode` that sees each call from Python, at
+about a microsecond a call, hidden behind the device. `CompiledFunction` finds recompilations by the runtime's counters around
+each step, traces the recompiled graph once more with source lines, and compares it with the graph of the first call.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class HostTransferWatch(TorchFunctionMode):
 
 
 class FallbackFinder(TorchFunctionMode):
-    """Finds the line of an operation that runs on the host, by looking at the counters after every call (slow)."""
+    """Finds the line of an operation that runs on the host, by reading the counters after every call (slow)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -74,18 +74,18 @@ class FallbackFinder(TorchFunctionMode):
 
 
 def compilations() -> int:
-    """Graphs that are new to this process since it began: compiled, or read from the folder of compiled programs."""
+    """Graphs that this process has compiled, or read from the compilation cache."""
     return sum(int(metrics.counter_value(name) or 0) for name in ("UncachedCompile", "PersistentCacheHit"))
 
 
 def compile_seconds() -> float:
-    """Seconds spent in the compiler since the process began."""
+    """Seconds that this process has spent in the compiler."""
     data = metrics.metric_data("CompileTime")
     return data[1] / 1e9 if data else 0.0
 
 
 def fallbacks() -> dict[str, int]:
-    """Operations that ran on the host because XLA has no lowering for them: name → times."""
+    """Operations that ran on the host because XLA has no lowering for them: name → count."""
     # _local_scalar_dense is `.item()` itself: the watch reports it with its line.
     names = [n for n in metrics.counter_names() if n.startswith("aten::") and n != "aten::_local_scalar_dense"]
     return {name: int(metrics.counter_value(name) or 0) for name in names}
@@ -97,21 +97,20 @@ def graph_text(tensors: Sequence[Tensor]) -> list[str]:
 
 
 def traced_with_lines(trace: Callable[[], Sequence[Tensor]]) -> list[str]:
-    """The graph of `trace()` with the source line of each operation (slow; once, when something is wrong)."""
+    """The graph of `trace()` with the source line of each operation (slow; used once, when something is wrong)."""
     torch_xla._XLAC._set_ir_debug(True)
     try:
-        with torch._C.DisableTorchFunction():  # or the innermost Python frame would be that of the watch
+        with torch._C.DisableTorchFunction():  # otherwise the innermost Python frame would be the watch
             return graph_text(trace())
     finally:
         torch_xla._XLAC._set_ir_debug(False)
 
 
 def first_difference(before: Sequence[str], after: Sequence[str]) -> tuple[str, str]:
-    """Where two traces of one function part: (`function@file:line`, what is new there).
+    """The first difference between two traces of one function: (`function@file:line`, what is new there).
 
-    Operations are compared by what they compute, that is by their text with their operands' in place of numbers, because
-    one more constant shifts the numbering of everything. The cause is an operation that the old graph does not have on
-    operands that it has.
+    Operations are compared by their text, with the operands' text in place of their numbers, because one more constant shifts
+    all numbers. The cause is an operation that the old graph does not have, on operands that it has.
 
     Args:
         before: `graph_text` of the first call.
@@ -126,7 +125,7 @@ def first_difference(before: Sequence[str], after: Sequence[str]) -> tuple[str, 
     ]
     if not causes:
         return "unknown line", "the same operations with another constant (a Python number that became 0, 1 or -1?)"
-    # An input has no line of its own; then the first operation on it that has one, which is new as well.
+    # An input has no line. Then use the first operation on it that has one, which is new, too.
     located = [line for line in causes if "location=" in line] or [
         line for number, line in _numbered(after) if computed[number] not in known and "location=" in line
     ]
@@ -146,7 +145,7 @@ def _numbered(graph: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def _operations(graph: Sequence[str]) -> dict[str, int]:
-    """Number of each operation → hash of what it computes, from its inputs on."""
+    """Number of each operation → hash of what it computes, including its operands."""
     hashes: dict[str, int] = {}
     for number, line in _numbered(graph):
         plain = re.sub(r", (scope|location|ROOT)=[^,]*", "", line)

@@ -1,8 +1,7 @@
 """Pallas kernels in the graph that torch_xla traces, and flash attention made of them.
 
-A kernel is a JAX function. JAX lowers it for TPUs once for each set of shapes, without a TPU being there, and the lowered
-computation is called from the traced graph. Interpreted, the same function lowers to plain operations, so that the tests run
-this file on a CPU.
+A kernel is a JAX function. JAX lowers it for TPUs once for each set of shapes, which needs no TPU, and the traced graph calls
+the lowered computation. Interpreted, the same function lowers to plain operations, so the tests run this file on a CPU.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ _computations: dict[Hashable, Any] = {}
 
 
 def call_jax(function: Callable[..., Any], key: Hashable, tensors: Sequence[Tensor], platform: str) -> list[Tensor]:
-    """The results of a JAX function on XLA tensors, as a part of the traced graph.
+    """Call a JAX function on XLA tensors, as a part of the traced graph.
 
     Args:
         function: takes arrays, returns a flat tuple of arrays.
@@ -63,8 +62,8 @@ def call_jax(function: Callable[..., Any], key: Hashable, tensors: Sequence[Tens
 class FlashAttention:
     """`model.xla.attention.AttentionKernel` on TPUs.
 
-    chip: generation, as `v5e`. mesh: of the devices over which queries, keys and values are split, by rows and heads. None:
-    the tensors are one device's. interpret: run without a TPU.
+    chip: generation, such as `v5e`. mesh: devices over which queries, keys and values are sharded, by rows and heads. None
+    means that the tensors are one device's. interpret: run without a TPU.
     """
 
     chip: str
@@ -86,7 +85,7 @@ class FlashAttention:
         return result
 
     def run(self, function: Any, heads: Heads, named: dict[str, Tensor | None], results: list[str]) -> list[Tensor]:
-        """Call a kernel with those tensors that are there, on each device's part of them."""
+        """Call a kernel with the tensors that are not None, on each device's local shards."""
         present = {name: tensor for name, tensor in named.items() if tensor is not None}
         names = tuple(present)
 
@@ -111,10 +110,10 @@ AXES: dict[str, tuple[Axis, ...]] = {
     **dict.fromkeys(("cos", "sin"), (None, None)),
     "segments": (BATCH, None),
     **dict.fromkeys(("query_norm", "key_norm"), (None,)),
-    # One row for each device, to be summed outside: what a device has summed is only its own share.
+    # One row for each device, to be summed outside: a device has the sum over its own shard only.
     **dict.fromkeys(("dquery_norm", "dkey_norm"), ((*BATCH, "tensor"), None)),
 }
-"""Mesh axes of each dimension of what goes into a kernel and comes out."""
+"""Mesh axes of each dimension of a kernel's inputs and outputs."""
 
 
 def _preparation(arrays: dict[str, Any]) -> Preparation:

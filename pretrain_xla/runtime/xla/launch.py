@@ -14,10 +14,10 @@ from pretrain_xla.runtime.xla.environment import no_such_device, prepare_environ
 
 
 class Replica:
-    """What runs in each process that `launch` starts.
+    """The function that runs in each process that `launch` starts.
 
-    torch_xla looks for the device's plugin there before it calls anything, and a plugin of ours is known only to the process
-    that registered it. Being unpickled comes first of all: then the environment is prepared.
+    torch_xla looks for the device's plugin there before it calls the function, and only the process that registered a plugin
+    knows it. Unpickling comes even before, so that is when the environment is prepared.
     """
 
     def __init__(self, main: Callable[[int], None], parallel: ParallelConfig) -> None:
@@ -48,12 +48,12 @@ def launch(config: RunConfig, main: Callable[[int], None]) -> None:
             "which runs on virtual CPU devices, or set CPU_NUM_DEVICES=1"
         )
     if os.environ["PJRT_DEVICE"] == "CPU":
-        main(0)  # one replica: the same code path without a process around it
+        main(0)  # one replica: the same code path, without another process
         return
     try:
         torch_xla.launch(Replica(main, parallel), start_method=parallel.mp_start_method or "spawn")
     except RuntimeError as error:
-        # The cause is the other process's trace: did it come as far as `Replica.__call__`?
+        # The cause holds the other process's trace: did it reach `Replica.__call__`?
         if os.path.basename(__file__) in str(error.__cause__):
             raise
         raise no_such_device(error) from None

@@ -1,7 +1,7 @@
-"""Code that each device runs on its own local shard of a tensor, and the way there and back.
+"""Code that each device runs on its own local shard of a tensor, and conversions between local and global tensors.
 
-What lies between `local_shard` and `global_tensor` is left alone by XLA's partitioner (manual sharding, JAX's `shard_map`):
-kernels, which it cannot split, and whatever should be reduced at a time of our choosing.
+XLA's partitioner does not touch what is between `local_shard` and `global_tensor` (manual sharding, as JAX's `shard_map`). It
+is used for kernels, which cannot be partitioned, and to reduce at a time of our choosing.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from pretrain_xla.runtime.sharding import BATCH, Axis, ways
 
 
 def backward_in_this_thread() -> AbstractContextManager[object]:
-    """While it is open, autograd traces backward passes in the thread that asks for them.
+    """While it is open, autograd runs backward passes in the calling thread.
 
-    Its own thread for the device frees the last tensors a little after it has handed over the gradients. A sync that comes
-    first takes them for results that somebody wants: the graph is another one, and compiled anew, or, where they come from the
-    placeholders of a loop's body, it runs on memory that is not there, and the process dies.
+    Autograd's own thread for the device frees the last tensors shortly after it returns the gradients. A sync before that takes
+    these tensors for results. Then the graph differs and is recompiled; or, if they come from the placeholders of a loop's
+    body, it runs on memory that does not exist, and the process dies.
     """
     return torch.autograd.set_multithreading_enabled(False)
 
 
 def local_shard(tensor: Tensor, axes: tuple[Axis, ...], mesh: xs.Mesh) -> Tensor:
-    """Each device's shard of a tensor that is split along `axes`."""
-    inner = _mark(tensor * 1, axes, mesh)  # a mark on an input of the graph would move its data
+    """Each device's shard of a tensor that is sharded along `axes`."""
+    inner = _mark(tensor * 1, axes, mesh)  # marking an input of the graph would move its data
     found: Tensor = torch_xla._XLAC._spmd_full_to_shard_shape(inner)
     return found
 
 
 def global_tensor(shard: Tensor, axes: tuple[Axis, ...], mesh: xs.Mesh) -> Tensor:
-    """The tensor of which every device holds a shard."""
+    """The global tensor of which every device holds a shard."""
     sizes = mesh.shape()
     shape = [length * ways(axis, sizes) for length, axis in zip(shard.shape, axes, strict=True)]
     mark_manual(shard)
@@ -47,19 +47,19 @@ def global_tensor(shard: Tensor, axes: tuple[Axis, ...], mesh: xs.Mesh) -> Tenso
 
 
 def mark_manual(tensor: Tensor) -> Tensor:
-    """The tensor, marked in place as each device's own: the partitioner leaves it alone."""
+    """The tensor, marked in place as manually sharded: the partitioner does not touch it."""
     torch_xla._XLAC._mark_manual_sharding(tensor, torch_xla._XLAC.OpSharding([], [], [], xs.ShardingType.MANUAL))
     return tensor
 
 
 def constrain_sharding(tensor: Tensor, axes: tuple[Axis, ...], mesh: xs.Mesh) -> Tensor:
-    """The tensor, and its gradient, split along `axes`."""
+    """The tensor, and its gradient, sharded along `axes`."""
     found: Tensor = _ConstrainSharding.apply(tensor, axes, mesh)
     return found
 
 
 AXIS: dict[Dimension, Axis] = {"batch": BATCH, "vocabulary": "tensor", "width": "fsdp", None: None}
-"""As the table in `sharding.py` has them."""
+"""The axes as in the table of `sharding.py`."""
 
 
 class MeshLayout:
@@ -69,7 +69,7 @@ class MeshLayout:
         self._mesh = mesh
 
     def shards(self, rows: int) -> int:
-        """See `Layout.shards`. Rows that do not divide over the devices, as no step has them, are one shard."""
+        """See `Layout.shards`. Rows that do not divide over the devices, which no step has, are one shard."""
         count = ways(BATCH, self._mesh.shape())
         return 1 if rows % count else count
 
@@ -91,8 +91,8 @@ class _ConstrainSharding(torch.autograd.Function):
 
 
 def _mark(tensor: Tensor, axes: tuple[Axis, ...], mesh: xs.Mesh) -> Tensor:
-    """What `xs.mark_sharding` does, less what takes it milliseconds at each call: looking for a package (torchax) that is not
-    there, and, for a mark with a gradient, writing the mesh out and reading it again.
+    """`xs.mark_sharding` without what takes it milliseconds at each call: looking for a package (torchax) that is not installed
+    and, for a mark with a gradient, serialising and parsing the mesh.
     """
     torch_xla._XLAC._xla_mark_sharding(tensor, mesh.get_op_sharding(axes))
     return tensor

@@ -1,7 +1,7 @@
 """TPU (and CPU) through PyTorch/XLA: SPMD over a mesh, or one replica a device in PJRT multiprocessing.
 
-Under SPMD one process a host sees one virtual device; parameters and batches carry shardings from `sharding.py` and the
-compiler writes the collectives. In multiprocessing each device has its own process (or thread), which computes on its own
+Under SPMD one process per host sees one virtual device; parameters and batches have the shardings of `sharding.py`, and the
+compiler inserts the collectives. With multiprocessing each device has its own process (or thread), which computes on its own
 rows and averages gradients explicitly. Both trace the whole step lazily and compile it as one graph.
 """
 
@@ -57,15 +57,15 @@ class XlaRuntime:
         parallel = config.parallel
         self.is_spmd = not parallel.is_multiprocess
         if self.is_spmd and not xr.is_spmd():
-            # Before anything touches a device: torch_xla crashes otherwise.
+            # Before any use of a device, or torch_xla crashes.
             xr.use_spmd()
         try:
             self.device = torch_xla.device()
-            xr.global_runtime_device_count()  # under SPMD the device is virtual, and only this opens the real ones
+            xr.global_runtime_device_count()  # under SPMD the device is virtual: only this opens the real devices
         except RuntimeError as error:
             raise no_such_device(error) from None
         precision = {"highest": "highest", "high": "high", "medium": "default"}[config.train.matmul_precision]
-        # It warns of a second call even at the first one.
+        # It warns of a second call even on the first.
         logging.getLogger("torch_xla.backends").setLevel(logging.ERROR)
         torch_xla.backends.set_mat_mul_precision(precision)
         kind = xr.device_type() or "CPU"
@@ -98,19 +98,19 @@ class XlaRuntime:
         self.mesh = {"data": data, "fsdp": fsdp, "tensor": tensor}
         self._mesh: xs.Mesh | None = None
         if self.is_spmd:
-            # One device too: what is not marked now gets a mark from its first graph, and the next one differs.
+            # With one device, too: an unmarked tensor would get its mark from the first graph, and the second would differ.
             self._mesh = xs.Mesh(np.arange(self.device_count), (data, fsdp, tensor), tuple(self.mesh))
-        # Where there are several devices to lay a batch over.
+        # Only if there are several devices to shard a batch over.
         self._spread = self._mesh if self.device_count > 1 else None
         self._scan, self._local_scan = XlaScan(), XlaScan(self._mesh)
-        # Dropout draws one mask for the whole batch, which devices on their own could not.
+        # Dropout draws one mask for the whole batch, which is impossible with local shards.
         self._replicates = self.is_spmd and self.device_count == data > 1 and config.model.dropout == 0
         plain = why_plain(config.model, self._chip, tensor)
         self.attention = f"plain: {plain}" if plain else f"the kernel for {self._chip}"
         self._uses_kernels = config.model.attention != "reference"
-        # A host may feed only its own rows when its devices hold whole rows, that is without a tensor axis.
+        # A host can feed only its own rows if its devices hold whole rows, that is, without a tensor axis.
         self._feeds_own_rows = not self.is_spmd or tensor == 1
-        # In the order in which torch_xla gives them their parts of what this process feeds.
+        # In the order in which torch_xla distributes what this process feeds.
         self._devices = device_numbers(torch_xla.real_devices()) if self.is_spmd else [self.process_index]
         self._strict = config.train.strict_graph
         self._counts = GraphCounts()
@@ -160,7 +160,7 @@ class XlaRuntime:
             return TracedModel(model, optimize_for_xla(plain, model.execution, self._context(local=True)))
 
     def _context(self, *, local: bool) -> XlaContext:
-        """What a model is traced in: over the global batch, or over one device's local shard of it."""
+        """The context in which a model is traced: over the global batch, or over one device's local shard of it."""
         if local:
             return XlaContext(self._local_scan, xla_barrier, ONE_DEVICE, self._kernel(None))
         layout = ONE_DEVICE if self._spread is None else MeshLayout(self._spread)
@@ -169,7 +169,7 @@ class XlaRuntime:
     def _kernel(self, mesh: xs.Mesh | None) -> AttentionKernel | None:
         """Attention's TPU kernel, on a generation that has one, unless the config asks for plain attention.
 
-        mesh: over which its inputs are split. None means they are one device's.
+        mesh: the mesh over which its inputs are sharded. None means they are one device's.
         """
         if self._chip is None or self._chip in WITHOUT_KERNELS or not self._uses_kernels:
             return None
@@ -183,7 +183,7 @@ class XlaRuntime:
         return FlashAttention(self._chip, mesh)
 
     def _constrain_activations(self, model: nn.Module) -> None:
-        """Under SPMD, constrain the sharding of what the modules named in the sharding table give, and of its gradient."""
+        """Under SPMD, constrain the sharding of the outputs of the modules in the sharding table, and of their gradients."""
         if self._mesh is None:
             return
         for name, module in model.named_modules():
@@ -231,7 +231,7 @@ class XlaRuntime:
         return RepeatedModule(module)
 
     def fuse(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function itself: the whole step is one graph already."""
+        """The function itself, since the whole step is one graph."""
         return function
 
     def gradients(
@@ -263,10 +263,10 @@ class XlaRuntime:
         tokens_BAS: Tensor,
         scale: Tensor | None,
     ) -> tuple[Tensor, list[Tensor | None]]:
-        """Under SPMD with weights that every device has: each takes the gradients of its own rows, and they are reduced once.
+        """Under SPMD with replicated weights: each device computes the gradients of its own rows, and they are reduced once.
 
-        Left to itself the partitioner reduces a gradient wherever one arises: twice for tied embeddings, and in every
-        micro-batch where it does not find out that the sum could wait.
+        The partitioner alone reduces a gradient wherever it arises: twice for tied embeddings, and in every micro-batch unless
+        it finds that the sum can wait.
         """
         assert self._mesh is not None
         mesh, buffers = self._mesh, dict(forward.model.named_buffers())
@@ -292,14 +292,14 @@ class XlaRuntime:
         return reduced
 
     def all_rows(self, rows: Tensor) -> Tensor:
-        """See `base.Runtime.all_rows`. Under SPMD the rows are there already, but may lie on another host's devices."""
+        """See `base.Runtime.all_rows`. Under SPMD the rows are global already, but may be on another host's devices."""
         if self._mesh is not None:
             return xs.mark_sharding_with_gradients(rows, self._mesh, (None,) * rows.dim())
         gathered: Tensor = xm.all_gather(rows) if self.process_count > 1 else rows
         return gathered
 
     def seed(self, seed: int) -> None:
-        """See `base.Runtime.seed`. The seed is an input of the graph, so that a new one compiles nothing."""
+        """See `base.Runtime.seed`. The seed is an input of the graph, so a new seed does not recompile."""
         offset = 0 if self.is_spmd else self.process_index * 0x9E3779B9
         xm.set_rng_state((seed + offset) % 2**63, str(self.device))
 

@@ -1,13 +1,11 @@
 """`Scan` as one XLA while loop: the body is traced once, whatever the number of iterations.
 
-The body may hold anything that can be traced, autograd included: it runs eagerly on placeholders, and what it computed is
-lowered to a computation of its own, which the loop calls with each iteration's slices. `torch_xla.experimental.scan` does the
-same around AOTAutograd, which differentiates the body as a whole; here the body decides what it differentiates and what it
-saves (figures: docs/LOG.md).
+The body may contain anything that can be traced, including autograd: it is traced on placeholders and lowered to a computation
+of its own, which the loop calls with each iteration's slices. `torch_xla.experimental.scan` does the same around AOTAutograd,
+which differentiates the body as a whole; here the body decides what it differentiates and saves (figures: docs/LOG.md).
 
-Tensors that the body uses without being passed them (tables, numbers) become loop invariants. Weights must be passed: finding
-one again in the graph gives its data another owner, and the next step would not update it in place. Random numbers: every
-iteration gets a seed of its own.
+Tensors that the body captures (tables, numbers) become loop invariants. Weights must be passed: a captured weight would get a
+second owner of its data, and the next step would not update it in place. Every iteration gets its own random seed.
 """
 
 from __future__ import annotations
@@ -28,14 +26,14 @@ from pretrain_xla.runtime.xla.local_shards import backward_in_this_thread, local
 
 
 class XlaScan:
-    """See `model.xla.context.Scan`. What comes out has no gradient history: a body that needs gradients takes them inside.
+    """See `model.xla.context.Scan`. Results have no gradient history: a body that needs gradients computes them inside.
 
-    mesh: that whose devices' local shards the traced code computes on. None means it computes on global tensors.
+    mesh: the traced code computes on the local shards of this mesh's devices. None means it computes on global tensors.
     """
 
     def __init__(self, mesh: xs.Mesh | None = None) -> None:
         self._mesh = mesh
-        self._depth = 0  # scans whose bodies are being traced, one in the other
+        self._depth = 0  # nested scans whose bodies are being traced
 
     def __call__(
         self,
@@ -71,18 +69,18 @@ class XlaScan:
         zeros = [torch.zeros((count, *result.shape), dtype=result.dtype, device=result.device) for result in results]
         stacked = [self._own(tensor) for tensor in zeros]
         inputs = [*carry, *sliced, *stacked, *(self._invariant(tensor) for tensor in invariants.values())]
-        # Where each parameter of the body's computation stands among the loop's inputs.
+        # Index of each parameter of the body's computation among the loop's inputs.
         place = {number: index for index, number in enumerate(number_of) if number != -1}
         place |= {number: n_carried + n_slices + n_results + index for index, number in enumerate(invariants)}
         layout = _Layout(
             count, n_carried, len(slices), len(backwards), len(before), n_results,
             tuple(place[number] for number in range(len(place))), None if seed is None else place[seed],
         )  # fmt: skip
-        # The body's hash as a graph, not that of its text: a weight that has been updated in place is transposed anew for each
-        # use, and the text of the second step would be another one.
+        # The hash of the body's graph, not of its text: a weight that has been updated in place is transposed again for each
+        # use, so the text of the second step would differ.
         key = torch_xla._XLAC._get_graph_hash(outputs), layout, tuple((t.shape, t.dtype) for t in inputs)
         if key not in _programs:
-            # An XLA computation has a name, and so a hash, of its own: the same loop must be the same object at each step.
+            # Each XLA computation has its own name and so its own hash: the same loop must be the same object at each step.
             _programs[key] = _build(xb.computation_from_module_proto("loop_body", context.hlo()), layout, inputs)
         final = torch_xla._XLAC._xla_user_computation("xla::loop", inputs, _programs[key])[1:]
         start = n_carried + n_slices
@@ -90,8 +88,8 @@ class XlaScan:
 
     def _trace(self, body: Body, carry: list[Tensor], slices: list[Tensor]) -> tuple[list[Tensor], int]:
         """The body on placeholders: the new carry and the results, and how many results there are."""
-        # Times 1, because marking a sharding replaces the data of a placeholder in place, and the loop would lose its input;
-        # the compiler drops it.
+        # Times 1, because marking a sharding replaces the data of a placeholder in place, and the loop would lose its input.
+        # The compiler removes the product.
         self._depth += 1
         try:
             with backward_in_this_thread():
@@ -101,17 +99,17 @@ class XlaScan:
         return [*new_carry, *results], len(results)
 
     def _own(self, tensor: Tensor) -> Tensor:
-        """A tensor that enters a loop, among local shards marked as one.
+        """A tensor that enters a loop; with local shards, it is marked as one.
 
-        The partitioner finds out by itself for what a calculation reads, but not for what enters a loop.
+        The partitioner infers that for operands of operations, but not for inputs of a loop.
         """
         return tensor if self._mesh is None else mark_manual(tensor.clone())
 
     def _invariant(self, tensor: Tensor) -> Tensor:
-        """A tensor of the graph that the body found by itself, on the device.
+        """A tensor that the body captured, on the device.
 
-        Among local shards, a number (a factor, an epsilon) becomes one device's own on its way into the outermost loop; of
-        weights the body itself has taken local shards.
+        With local shards, a number (a factor, an epsilon) is marked as one where it enters the outermost loop. Of weights the
+        body itself has taken local shards.
         """
         tensor = tensor.to(torch_xla.device())
         if self._mesh is None or tensor.dim() or self._depth:
@@ -121,7 +119,7 @@ class XlaScan:
 
 @dataclasses.dataclass(frozen=True)
 class _Layout:
-    """A loop without its tensors. Its inputs: what is carried, the slices, the stacked results, the invariants.
+    """A loop without its tensors. Its inputs are the carry, the slices, the stacked results and the invariants.
 
     arguments: for each parameter of the body, its input. seeds: the input that holds a seed for each iteration, if any.
     """
@@ -171,10 +169,10 @@ def _build(body: Any, layout: _Layout, inputs: Sequence[Tensor]) -> Any:
 
 
 def _fresh(value: xb.Op, iteration: xb.Op) -> xb.Op:
-    """A matrix, times a one of which the compiler does not know that it is one.
+    """A matrix, times a one that the compiler does not recognise as such.
 
-    Else it casts the stacked layers to the body's type before the loop, a copy that takes time and half of the weights' memory.
-    So the cast is a part of the product that reads the slice, which costs nothing.
+    Otherwise it casts the stacked layers to the body's type before the loop, a copy that takes time and half of the weights'
+    memory. With it, the cast is fused into the product that reads the slice, and costs nothing.
     """
     shape = value.shape()
     if len(shape.sizes) != 2 or shape.dtype != xb.Type.F32:
@@ -194,9 +192,9 @@ def _touch(tensor: Tensor) -> Tensor:
 
 
 def seed_parameter(context: torch_xla._XLAC.lowering.LoweringContext, invariants: Mapping[int, Tensor]) -> int | None:
-    """Number of the body's parameter that is the seed of random numbers, if it draws any.
+    """Number of the body's parameter that is the random seed. None means that it draws no random numbers.
 
-    It is what a number drawn now is computed from. By torch_xla's own id for it, it is found only without SPMD, and only once.
+    It is found by drawing a number and looking at its inputs. torch_xla's own id of it works only without SPMD, and only once.
     """
     if not any(tensor.dim() == 0 and tensor.dtype == torch.int64 for tensor in invariants.values()):
         return None

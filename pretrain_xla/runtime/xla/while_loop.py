@@ -1,10 +1,10 @@
-"""A module as the body of one compiled while loop that is traced once, for generation: no host between two tokens.
+"""A module as the body of one compiled while loop that is traced once, for generation: the host does nothing between tokens.
 
-`XlaScan` is part of a step and is traced with it, each time. Here the loop is the whole program, everything that it reads is
-handed to it, and a call costs the host one operation, whatever the size of the model. What it carries is updated in place: the
-buffers are donated, and a key/value cache is never copied. Random numbers are handed to it, too: its body draws none.
+`XlaScan` is part of a step and is traced with it, each time. Here the loop is the whole program, everything that it reads is an
+argument, and a call costs the host one operation, whatever the size of the model. The carry is updated in place: its buffers
+are donated, and a key/value cache is never copied. Random numbers are arguments, too: the body draws none.
 
-`torch_xla.experimental.fori_loop.while_loop` and `torch_xla.experimental.scan` trace their bodies anew at each call, which
+`torch_xla.experimental.fori_loop.while_loop` and `torch_xla.experimental.scan` trace their bodies again at each call, which
 takes the host longer than a small model takes for a token (`benchmarks/generate.py` measures this one).
 """
 
@@ -28,7 +28,7 @@ from pretrain_xla.runtime.xla.scan import element, seed_parameter, with_element
 class _MatrixFirst(TorchFunctionMode):
     """Linear layers as matrix x column instead of row x transposed matrix.
 
-    For one token XLA's CPU compiler copies the transposed matrix at every iteration, once a bias follows: four times the time.
+    For one token, XLA's CPU compiler copies the transposed matrix at every iteration if a bias follows: four times the time.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -65,13 +65,13 @@ class RepeatedModule:
     def _trace(
         self, carried: Sequence[Tensor], slices: Sequence[Tensor], fixed: Sequence[Tensor], iterations: Tensor
     ) -> tuple[Any, list[Tensor]]:
-        """The loop's program, and the tensors that its body found by itself (tables, numbers), which it takes last."""
+        """The loop's program, and the tensors that its body captured (tables, numbers), which are its last arguments."""
         names = [name for name, _ in self._module.named_parameters()]
         weights = [parameter.detach() for parameter in self._module.parameters()]
         shapes = [*carried, *(tensor[0] for tensor in slices), *fixed, *weights]
         fakes = [xb.create_placeholder_tensor(tensor.shape, tensor.dtype) for tensor in shapes]
         ends = (len(carried), len(carried) + len(slices), len(fakes) - len(weights))
-        # Tensors of their own, because the body may change what is carried in place, and a mark would replace a placeholder.
+        # Copies, because the body may update the carry in place, and marking a sharding would replace a placeholder.
         inner = [tensor * 1 if tensor.dtype != torch.bool else tensor | False for tensor in fakes]
         with torch.no_grad(), _MatrixFirst() if xr.device_type() == "CPU" else contextlib.nullcontext():
             state, results, going = torch.func.functional_call(
@@ -107,7 +107,7 @@ def _build(
     n_carried: int,
     n_slices: int,
 ) -> Any:
-    """The body while it is going, for at most `inputs[0]` iterations. It returns what is carried and the stacked results."""
+    """The body while it is going, for at most `inputs[0]` iterations. It returns the carry and the stacked results."""
     length = inputs[1 + n_carried].shape[0]
     builder = xb.create_builder("repeat")
     iterations, *given = (xb.mkparam(builder, index, xb.tensor_shape(tensor)) for index, tensor in enumerate(inputs))
