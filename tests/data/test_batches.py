@@ -16,7 +16,7 @@ from pretrain_xla.errors import UserError
 
 
 class Counting(TokenDataset):
-    """Shards in memory, whose tokens count up, so that a row tells where it is from."""
+    """Shards in memory whose tokens count up, so that a row shows where it is from."""
 
     def read(self, shards, starts, length):
         firsts = np.cumsum([0, *(shard.tokens for shard in self.shards)])
@@ -32,7 +32,7 @@ def make(lengths, **settings):
 
 
 def sequences(lengths, seq_length):
-    """First token of every sequence there is, by the definition."""
+    """First token of every sequence, by the definition."""
     firsts = np.cumsum([0, *lengths[:-1]]).tolist()
     return [
         first + number * seq_length
@@ -55,7 +55,7 @@ cases = st.fixed_dictionaries(
 
 @given(cases, st.integers(1, 3))
 @settings(max_examples=150)
-def test_every_sequence_once_an_epoch_and_epochs_run_on(case, epochs):
+def test_every_sequence_once_per_epoch_and_batches_continue_across_epochs(case, epochs):
     batches = make(**case)
     wanted = sequences(case["lengths"], case["seq_length"])
     total, size = len(wanted) * epochs, case["sequences_per_batch"]
@@ -72,7 +72,7 @@ def test_every_sequence_once_an_epoch_and_epochs_run_on(case, epochs):
 
 @given(cases, st.data())
 @settings(max_examples=60)
-def test_drop_last_leaves_out_only_the_tail(case, data):
+def test_drop_last_leaves_out_only_the_last_sequences(case, data):
     whole = len(sequences(case["lengths"], case["seq_length"])) // case["sequences_per_batch"]
     if not whole:
         with pytest.raises(UserError, match="drop_last leaves nothing"):
@@ -99,7 +99,7 @@ def test_rows_of_all_processes_make_up_the_global_batch(case, step, processes, r
 
 @given(cases)
 @settings(max_examples=30)
-def test_batch_does_not_depend_on_what_was_asked_before(case):
+def test_batch_does_not_depend_on_earlier_calls(case):
     batches = make(**case)
     forward = [batches.rows(step) for step in range(12)]
     for step in (7, 0, 11, 3):
@@ -127,7 +127,7 @@ def test_a_run_whose_batch_size_changes_neither_repeats_nor_skips_a_sequence(cas
 
 @given(cases, lives)
 @settings(max_examples=100)
-def test_with_drop_last_a_changed_batch_size_skips_only_what_fills_no_batch(case, lives):
+def test_with_drop_last_a_changed_batch_size_skips_only_incomplete_batches(case, lives):
     case.pop("sequences_per_batch")
     epoch = len(sequences(case["lengths"], case["seq_length"]))
     order = make(**case, sequences_per_batch=epoch * (1 + sum(steps for _, steps in lives))).rows(0)
@@ -156,7 +156,7 @@ def test_a_restart_at_any_step_changes_no_batch(case, start, steps, drop_last):
 
 @given(cases, st.integers(0, 3))
 @settings(max_examples=60)
-def test_data_that_are_read_once_end_in_padding(case, more):
+def test_data_that_are_read_once_end_with_padding(case, more):
     count = len(sequences(case["lengths"], case["seq_length"]))
     batches, size = make(**case, once=True, steps=99), case["sequences_per_batch"]
     rows = np.concatenate([batches.rows(step) for step in range(-(-count // size) + more)])
@@ -208,8 +208,8 @@ def test_permutation_is_a_bijection(size, key):
     assert sorted(permute(np.arange(size), size, key).tolist()) == list(range(size))
 
 
-def test_permutation_is_fixed_for_ever_and_looks_random():
-    """The first line is a golden value: should it change, runs cannot be resumed in the order they began in."""
+def test_permutation_never_changes_and_looks_random():
+    """The first line is a golden value: if it changes, runs cannot be resumed in their order."""
     assert permute(np.arange(10), 10, key_of(1, 2, 3)).tolist() == [8, 9, 5, 3, 2, 1, 6, 7, 4, 0]
     size = 1000
     orders = np.array([permute(np.arange(size), size, key_of(5, number)) for number in range(200)])
@@ -233,7 +233,7 @@ def test_real_shards_give_real_text(shared, write_shards):
     assert len(np.unique(shuffled, axis=0)) > 0.99 * batches.sequences_per_epoch
 
 
-def test_rows_are_copied_not_walked(write_shards):
+def test_rows_are_copied_without_a_loop_over_tokens(write_shards):
     """A loop over tokens in Python would take seconds; this takes milliseconds."""
     folder = write_shards(np.zeros(4_000_001, np.uint16))
     batches = Batches(open_dataset(folder, 1024, 2), sequences_per_batch=512, seq_length=1024, seed=1)

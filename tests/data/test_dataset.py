@@ -47,7 +47,7 @@ def test_shard_is_what_numpy_writes_and_reads(tmp_path, dtype):
 
 
 @pytest.mark.parametrize(("fault", "raised"), [(OSError(28, "No space left on device"), UserError), (Stop(), Stop)])
-def test_file_that_fails_midway_leaves_the_one_before(tmp_path, fault, raised):
+def test_failed_write_keeps_the_previous_file(tmp_path, fault, raised):
     def parts():
         yield b"half"
         raise fault
@@ -58,7 +58,7 @@ def test_file_that_fails_midway_leaves_the_one_before(tmp_path, fault, raised):
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a", "before")]
 
 
-def test_shards_of_others_need_no_manifest(write_shards):
+def test_shards_of_other_programs_need_no_manifest(write_shards):
     first, second = ids(50), ids(70)
     dataset = open_dataset(write_shards(first, second), 16, 100)
     assert (dataset.tokens, dataset.info, len(dataset.shards)) == (120, None, 2)
@@ -72,7 +72,7 @@ def test_shards_on_another_file_system():
     np.testing.assert_array_equal(dataset.gather(0, np.array([3, 40]), 5), [ids(50)[3:8], ids(50)[40:45]])
 
 
-def test_replaced_shard_is_not_taken_for_the_one_before(tmp_path):
+def test_replaced_shard_is_not_taken_for_the_previous_one(tmp_path):
     folder = str(tmp_path)
     for highest in (100, 50):
         write_shard(LOCAL, f"{folder}/0.npy", ids(50, highest))
@@ -120,7 +120,7 @@ def test_any_bytes_are_refused_in_one_line(tmp_path_factory, content, with_magic
     assert "\n" not in str(error.value)
 
 
-def test_ids_that_the_scan_at_start_passes_over_are_caught_when_read(write_shards, monkeypatch):
+def test_ids_that_the_scan_at_start_skips_are_caught_when_read(write_shards, monkeypatch):
     tokens = ids(1000)
     tokens[500] = 999
     monkeypatch.setattr(dataset_module, "SCANNED_TOKENS", 100)
@@ -205,7 +205,7 @@ def test_interrupted_dataset_is_not_trained_on(prepared):
 @pytest.mark.parametrize(
     ("asked", "meant"), [("test", "valid"), ("val", "valid"), ("training", "train"), ("trian", "train")]
 )
-def test_a_missing_split_is_answered_with_the_one_that_is_there(tmp_path, asked, meant):
+def test_the_error_on_a_missing_split_names_the_existing_one(tmp_path, asked, meant):
     for split in ("train", "valid"):
         (tmp_path / "set" / split).mkdir(parents=True)
         np.save(tmp_path / "set" / split / "0.npy", np.arange(100, dtype=np.uint16))

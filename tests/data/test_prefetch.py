@@ -75,7 +75,7 @@ def test_error_is_raised_where_its_item_would_have_come(kind, raised):
         next(items)
 
 
-def test_closes_early_whether_thread_is_waiting_or_at_work():
+def test_closes_early_whether_the_thread_waits_or_works():
     for depth in (1, 5):
         items = Prefetcher(lambda step: step, 0, 10**9, depth)
         next(items)
@@ -100,7 +100,7 @@ def test_break_and_exceptions_close_it():
         consume()
 
 
-def test_forgotten_one_is_closed_when_collected():
+def test_unclosed_one_is_closed_when_garbage_collected():
     items = Prefetcher(lambda step: step, 0, 10**9, 2)
     next(items)
     del items
@@ -108,7 +108,7 @@ def test_forgotten_one_is_closed_when_collected():
     assert threads() == 0
 
 
-def test_forgotten_one_does_not_keep_the_interpreter():
+def test_unclosed_one_does_not_keep_the_interpreter_alive():
     code = (
         "from pretrain_xla.data.prefetch import Prefetcher\n"
         "items = Prefetcher(lambda step: step, 0, 10**9, 2); next(items); print('done')"

@@ -1,4 +1,4 @@
-"""Shards that several threads ask for at a time, as the readers of a bucket do."""
+"""Shards that several threads need at a time, like the readers of a bucket."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def shards(tmp_path):
 
 @pytest.fixture
 def gate(monkeypatch):
-    """No shard is made ready before it is opened."""
+    """No shard is made ready before this is opened."""
     opened, make = threading.Event(), loader._Maker.make
 
     def wait_and_make(self, number, closing):
@@ -41,7 +41,7 @@ def gate(monkeypatch):
 
 
 def waiting_for(shards, number):
-    """A thread that waits for a shard, and what came of it: its first token, or an error."""
+    """A thread that waits for a shard, and its result: the first token, or an error."""
     found = []
 
     def wait():
@@ -71,7 +71,7 @@ def test_a_shard_that_one_thread_waits_for_is_not_dropped_by_the_plan_of_another
     assert list(shards._state.ready) == [2]  # nobody waits any more, so the first is let go
 
 
-def test_an_error_that_one_thread_waits_for_is_not_wiped_by_the_plan_of_another(shards, gate):
+def test_an_error_that_one_thread_waits_for_is_not_removed_by_the_plan_of_another(shards, gate):
     shards.plan([0], [])
     thread, found = waiting_for(shards, 0)
     with shards._state.changed:  # so that the plan comes before the thread wakes

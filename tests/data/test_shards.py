@@ -1,4 +1,4 @@
-"""Any format, recognised: what others write is read, what we write is read, and what is broken is named."""
+"""Formats are recognised: our shards and those of other programs are read, and broken ones are named."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def cached(tmp_path):
 
 
 def whole(path, cache):
-    """All ids of a shard, by way of a dataset."""
+    """All ids of a shard, read through a dataset."""
     dataset = open_shards(str(path), 2**32, settings=cache)
     return dataset.gather(0, np.array([0]), dataset.shards[0].tokens)[0]
 
@@ -91,7 +91,7 @@ def test_our_bin_is_that_of_other_projects(tmp_path):
 
 @pytest.mark.parametrize("format", sorted(WRITERS))
 def test_every_format_gives_the_same_batches(format, tmp_path, cached):
-    """And each token comes up once an epoch, whoever asks: the order is that of the tokens, not of the format."""
+    """And each token is read once per epoch by any process: the order does not depend on the format."""
     lengths = (1300, 640, 700)
     for folder, writer in (("npy", build_nano_gpt), (format, WRITERS[format])):
         (tmp_path / folder).mkdir()
@@ -117,8 +117,8 @@ def test_every_format_gives_the_same_batches(format, tmp_path, cached):
     assert sorted(firsts.tolist()) == expected
 
 
-def test_order_and_fingerprint_are_fixed_for_ever(tmp_path):
-    """Golden values: should they change, runs cannot be resumed in the order they began in."""
+def test_order_and_fingerprint_never_change(tmp_path):
+    """Golden values: if they change, runs cannot be resumed in their order."""
     for number, count in enumerate([5000, 3000, 9001, 2000, 7777]):
         np.save(tmp_path / f"{number:03d}.npy", (np.arange(count) * (number + 3) % 911).astype(np.uint16))
     dataset, seen = open_dataset(str(tmp_path), 16, 1000), hashlib.sha256()
@@ -160,13 +160,13 @@ def test_broken_bin_files_are_named(tmp_path):
 
 
 def text_like(dtype, vocab=50_257, count=3000):
-    """Ids as uneven as those of text."""
+    """Ids with a distribution like that of text."""
     return (vocab * np.random.default_rng(0).random(count) ** 4).astype(dtype)
 
 
 @pytest.mark.parametrize("dtype", ["<u2", "<u4", "<i8"])
 @pytest.mark.parametrize("name", ["a.bin", "a.npy", "a.ds"])
-def test_width_of_ids_without_a_header_is_seen(tmp_path, dtype, name):
+def test_width_of_ids_without_a_header_is_recognised(tmp_path, dtype, name):
     """OLMo names such files .npy; its newer ones, and Llama 3's vocabulary, take 32 bits."""
     ids = text_like(dtype, 50_257 if dtype == "<u2" else 128_256)
     ids.tofile(tmp_path / name)
@@ -194,7 +194,7 @@ def test_any_integers_of_npy_are_read_and_none_is_taken_for_another(tmp_path, dt
             open_shards(str(tmp_path), 100).gather(0, np.array([1490]), 20)
 
 
-def test_what_is_no_shard_is_not_told_to_raise_the_vocabulary(tmp_path):
+def test_the_error_on_a_file_that_is_not_a_shard_does_not_suggest_a_larger_vocabulary(tmp_path):
     (tmp_path / "a.bin").write_bytes(np.random.default_rng(0).bytes(10_000))
     with pytest.raises(UserError) as error:
         open_dataset(str(tmp_path), 16, 50_257)
@@ -304,7 +304,7 @@ def test_training_and_validation_files_in_one_folder(tmp_path):
     assert names(tmp_path / "only", "train") == ["val.bin"]
 
 
-def test_signs_in_a_folders_name_and_linked_shards(tmp_path):
+def test_special_characters_in_a_folders_name_and_linked_shards(tmp_path):
     (tmp_path / "data [v2]").mkdir()
     build_nano_gpt(tmp_path / "far.npy", list(range(100)))
     (tmp_path / "data [v2]" / "a_train_0.npy").symlink_to(tmp_path / "far.npy")
@@ -316,7 +316,7 @@ def test_signs_in_a_folders_name_and_linked_shards(tmp_path):
         open_dataset(f"{tmp_path}/data [v2]", 8, 100)
 
 
-def test_real_shards_are_read_as_they_are(shared):
+def test_real_shards_are_read_unchanged(shared):
     for name in ("openwebtext_val", "tinystories_val", "tinystories_test"):
         path = shared(f"text/en/{name}_gpt2_uint16.bin")
         dataset = open_dataset(str(path), 1024, 50257)

@@ -30,7 +30,7 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir() if path.name != ".lock")
 
 
-def test_made_once_and_evicted_by_last_use(tmp_path):
+def test_created_once_and_evicted_by_last_use(tmp_path):
     cache = ShardCache(str(tmp_path), 30)
     for key in "abc":
         assert cache.obtain(key, 10, writes(key.encode() * 10)).map()[:] == key.encode() * 10
@@ -42,7 +42,7 @@ def test_made_once_and_evicted_by_last_use(tmp_path):
     assert names(tmp_path) == ["e"]
 
 
-def test_what_is_in_use_stays_and_blocks(tmp_path):
+def test_entries_in_use_are_kept_and_block(tmp_path):
     cache = ShardCache(str(tmp_path), 30)
     used = cache.obtain("a", 20, writes(b"a" * 20))
     mapped = used.map()
@@ -58,7 +58,7 @@ def test_what_is_in_use_stays_and_blocks(tmp_path):
     assert names(tmp_path) == ["d"]
 
 
-def test_what_fails_leaves_nothing(tmp_path):
+def test_a_failed_entry_leaves_nothing(tmp_path):
     cache = ShardCache(str(tmp_path), 30)
 
     def fail(path):
@@ -73,13 +73,13 @@ def test_what_fails_leaves_nothing(tmp_path):
         ShardCache(str(tmp_path / "file" / "cache"), 30).obtain("a", 10, never)
 
 
-def test_another_size_is_not_taken_for_it(tmp_path):
+def test_a_file_of_another_size_is_not_taken_for_the_entry(tmp_path):
     cache = ShardCache(str(tmp_path), 100)
     cache.obtain("a", 10, writes(b"a" * 10)).close()
     assert cache.obtain("a", 12, writes(b"b" * 12)).map()[:] == b"b" * 12
 
 
-def test_many_who_want_the_same_make_it_once(tmp_path):
+def test_concurrent_requests_for_one_entry_create_it_once(tmp_path):
     made, seen = [], []
 
     def fill(path):
@@ -111,7 +111,7 @@ ShardCache(sys.argv[1], 100).obtain("a", 10, fill)
 """
 
 
-def test_a_killed_process_leaves_nothing_half_and_no_lock(tmp_path):
+def test_a_killed_process_leaves_no_partial_entry_and_no_lock(tmp_path):
     slow = subprocess.Popen([sys.executable, "-c", _SLOW, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert slow.stdout is not None
     assert slow.stdout.readline() == "begun\n"
@@ -130,7 +130,7 @@ def test_a_killed_process_leaves_nothing_half_and_no_lock(tmp_path):
     assert names(tmp_path) == ["a"]
 
 
-def test_what_a_killed_process_left_makes_room(tmp_path):
+def test_partial_files_of_a_killed_process_are_evicted(tmp_path):
     (tmp_path / "b.partial").write_bytes(b"x" * 90)
     ShardCache(str(tmp_path), 100).obtain("a", 20, writes(b"x" * 20)).close()
     assert names(tmp_path) == ["a"]
@@ -160,7 +160,7 @@ def test_an_entry_that_another_process_uses_is_not_evicted(tmp_path):
     assert names(tmp_path) == ["b"]
 
 
-def test_files_that_come_and_go_while_room_is_made_do_no_harm(tmp_path):
+def test_eviction_tolerates_files_that_appear_and_disappear(tmp_path):
     cache = ShardCache(str(tmp_path), 90)
     begin, errors = threading.Barrier(6), []
 

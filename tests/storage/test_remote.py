@@ -1,4 +1,4 @@
-"""Shards from a bucket and from the web: real gcsfs, a real emulator in its own process, and a proxy that does harm."""
+"""Shards from a bucket and from the web: real gcsfs, a real emulator in its own process, and a proxy that injects errors."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def emulator():
 
 @pytest.fixture
 def proxy(emulator, monkeypatch):
-    """In front of the emulator, harmless until a test says otherwise; `gs://` goes there."""
+    """In front of the emulator, without errors until a test injects some; `gs://` goes there."""
     with FaultyProxy(emulator) as server:
         monkeypatch.setitem(fsspec.config.conf, "gcs", {"token": "anon", "endpoint_url": server.address})
         yield server
@@ -70,7 +70,7 @@ def content(path):
     return "alt=media" in path
 
 
-def test_every_format_from_a_bucket_is_what_it_is_locally(proxy, emulator, local, tmp_path):
+def test_every_format_is_the_same_from_a_bucket_as_locally(proxy, emulator, local, tmp_path):
     near, far = batches(local, tmp_path / "a"), batches(upload(emulator, local, "all"), tmp_path / "b")
     assert far.dataset.fingerprint == near.dataset.fingerprint
     assert far.dataset.directory == f"gs://{BUCKET}/all"
@@ -85,7 +85,7 @@ def test_every_format_from_a_bucket_is_what_it_is_locally(proxy, emulator, local
 
 @pytest.mark.parametrize("mode", ["whole", "ranged"])
 def test_transient_errors_cost_time_and_nothing_else(proxy, emulator, local, tmp_path, short_retries, mode):
-    """Each part or range meets one fault, of each kind in turn, before it comes."""
+    """Each part or range fails once before it succeeds, with each kind of error in turn."""
     folder = tmp_path / "shards"
     folder.mkdir()
     for path in (path for path in local.iterdir() if path.suffix == ".npy"):
@@ -139,7 +139,7 @@ def test_permanent_errors_are_not_retried(proxy, tmp_path):
     assert time.monotonic() - begin < 5
 
 
-def test_each_process_asks_for_its_own_rows_only(proxy, emulator, local, tmp_path):
+def test_each_process_reads_only_its_own_rows(proxy, emulator, local, tmp_path):
     folder = tmp_path / "shards"
     folder.mkdir()
     for path in (path for path in local.iterdir() if path.suffix == ".npy"):
@@ -157,7 +157,7 @@ def test_each_process_asks_for_its_own_rows_only(proxy, emulator, local, tmp_pat
     assert not (tmp_path / "never").exists()
 
 
-def test_whole_or_ranged_is_chosen_by_what_is_needed(proxy, emulator, local, tmp_path):
+def test_whole_shards_or_ranges_are_chosen_by_need(proxy, emulator, local, tmp_path):
     npy = next(path for path in local.iterdir() if path.suffix == ".npy")
     (folder := tmp_path / "one").mkdir()
     (folder / "0.npy").write_bytes(npy.read_bytes())
@@ -182,7 +182,7 @@ def test_whole_or_ranged_is_chosen_by_what_is_needed(proxy, emulator, local, tmp
 
 
 def held(folder):
-    """Bytes of a folder in which files come and go meanwhile."""
+    """Bytes of a folder whose files are added and removed meanwhile."""
     total = 0
     for path in folder.iterdir():
         with contextlib.suppress(FileNotFoundError):
@@ -190,7 +190,7 @@ def held(folder):
     return total
 
 
-def test_the_next_window_is_fetched_ahead_and_the_last_let_go(proxy, emulator, tmp_path):
+def test_the_next_window_is_fetched_ahead_and_the_last_is_released(proxy, emulator, tmp_path):
     (folder := tmp_path / "shards").mkdir()
     for number in range(6):
         np.save(folder / f"{number}.npy", np.arange(6401).astype(np.uint16) % 1000)

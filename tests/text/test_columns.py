@@ -1,4 +1,4 @@
-"""Columns of text that Parquet and Arrow hold in other ways than as declared text."""
+"""Columns of text that Parquet and Arrow do not declare as text."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ BYTES = [text and text.encode() for text in TEXTS]
     ],
     ids=lambda column: str(column.type),
 )
-def test_bytes_and_numbered_texts_are_text(column: pa.Array, tmp_path: Path) -> None:
+def test_bytes_and_dictionary_encoded_texts_are_text(column: pa.Array, tmp_path: Path) -> None:
     table = pa.table({"text": column, "deep": pa.StructArray.from_arrays([column], ["text"])})
     pq.write_table(table, tmp_path / "a.parquet")
     with pa.ipc.new_stream(str(tmp_path / "a.arrow"), table.schema) as file:
@@ -38,7 +38,7 @@ def test_bytes_and_numbered_texts_are_text(column: pa.Array, tmp_path: Path) -> 
             assert [document.text for document in read] == [text for text in TEXTS if text]
 
 
-def test_bytes_that_are_no_text_are_a_bad_document_or_one_line(tmp_path: Path) -> None:
+def test_bytes_that_are_not_text_are_a_bad_document_or_one_line(tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
     pq.write_table(pa.table({"text": pa.array([b"one", b"\xff\xd8", b"two"])}), tmp_path / "set" / "a.parquet")
     path = str(tmp_path / "set" / "a.parquet")

@@ -55,7 +55,7 @@ def test_json_lines(tmp_path, name):
     assert list(read_documents(str(tmp_path / name))) == ["one", "two\nlines", "lone \ufffd surrogate"]
 
 
-def test_folder_is_read_in_order_of_names_and_leaves_out_what_is_not_text(tmp_path, caplog):
+def test_folder_is_read_in_order_of_name_without_files_that_are_not_text(tmp_path, caplog):
     (tmp_path / "sub" / ".git").mkdir(parents=True)
     (tmp_path / "sub" / ".git" / "config").write_text("hidden")
     (tmp_path / "b.md").write_text("third")
@@ -70,7 +70,7 @@ def test_folder_is_read_in_order_of_names_and_leaves_out_what_is_not_text(tmp_pa
 
 
 def test_zst_with_a_long_window(tmp_path):
-    """As `zstd --long=31` packs, and the dumps of Reddit are packed."""
+    """As compressed by `zstd --long=31`, like the dumps of Reddit."""
     long = zstandard.ZstdCompressionParameters.from_level(3, window_log=31)
     packer = zstandard.ZstdCompressor(compression_params=long)
     frames = []
@@ -91,7 +91,7 @@ def test_any_fsspec_url():
     assert list(read_documents("memory://corpus")) == list(read_documents("memory://corpus/a.txt")) == ["from memory"]
 
 
-def test_character_cut_by_the_text_check_is_forgiven(tmp_path):
+def test_character_cut_off_by_the_text_check_is_accepted(tmp_path):
     (tmp_path / "a.txt").write_text("x" * 8191 + "é")
     assert next(read_documents(str(tmp_path / "a.txt"))).endswith("é")
 
@@ -140,7 +140,7 @@ def test_bad_input_is_one_line_that_says_where(tmp_path, name, content, message)
     assert "\n" not in str(error.value)
 
 
-def test_what_is_missing_is_told_before_reading_starts(tmp_path):
+def test_missing_files_are_reported_before_reading_starts(tmp_path):
     with pytest.raises(UserError, match="no such file or folder"):
         read_documents(str(tmp_path / "none"))
     with pytest.raises(UserError, match="no files"):

@@ -1,4 +1,4 @@
-"""Line ends of Windows, and what lies beside the files of a folder: halves of downloads."""
+"""Line ends of Windows, and incomplete downloads in a folder."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ def read(path: Path) -> list[str]:
     return [document.text for document in open_text(str(path)).read()]
 
 
-def test_blank_lines_of_windows_are_cut_off_the_ends_of_a_record(tmp_path: Path) -> None:
+def test_blank_lines_with_windows_line_ends_are_removed_at_the_ends_of_a_record(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     texts = ["\r\n\r\none\r\ntwo\r\n", "\r\n", " three"]
     path.write_bytes(b"\r\n".join(json.dumps({"text": text}).encode() for text in texts))
     assert read(path) == ["one\r\ntwo", " three"]
 
 
-def test_a_long_document_is_cut_at_blank_lines_whatever_ends_them() -> None:
+def test_a_long_document_is_cut_at_blank_lines_with_any_line_ends() -> None:
     lines = [f"{number} {'word ' * 30}\n" + "\n" * (number % 20 == 19) for number in range(2 * LONG_DOCUMENT // 150)]
     document = "".join(lines)
     windows = document.replace("\n", "\r\n")
@@ -32,7 +32,7 @@ def test_a_long_document_is_cut_at_blank_lines_whatever_ends_them() -> None:
     assert all(text.endswith("\r\n\r\n") and len(text) >= PIECE for _, text in parts[:-1])
 
 
-def test_halves_of_downloads_are_left_out_of_a_folder_with_a_word(
+def test_incomplete_downloads_are_left_out_of_a_folder_with_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "a.txt").write_text("whole")

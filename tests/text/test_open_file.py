@@ -1,4 +1,4 @@
-"""Text from web servers that fail: read again where the server has ranges, one clear line where it does not."""
+"""Text from web servers that fail: retried if the server supports ranges, else an error in one line."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def folder(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "b.jsonl.zst", "c.txt", "d.parquet"])
-def test_each_block_meets_a_fault_and_the_text_is_whole(folder, name):
+def test_text_is_complete_although_each_block_fails_once(folder, name):
     kinds, met = itertools.cycle(KINDS), {}
 
     def fault(path, span):
@@ -52,7 +52,7 @@ def test_each_block_meets_a_fault_and_the_text_is_whole(folder, name):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["a.jsonl", "c.txt"])
-def test_server_without_ranges_that_breaks_off_is_one_line(folder, name, kind):
+def test_interrupted_server_without_ranges_is_one_line(folder, name, kind):
     count = itertools.count()
     with WebServer(folder, ranges=False) as server, FaultyProxy(server.address) as proxy:
         assert list(open_source(f"{proxy.address}/{name}").documents()) == TEXTS

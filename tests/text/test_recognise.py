@@ -49,7 +49,7 @@ def write(folder, **files):
 
 
 def named(value):
-    """A test's name: not by bytes, which hold the time at which they were packed."""
+    """A test's name, without the bytes, which hold the time of compression."""
     return value if isinstance(value, str) and value.isprintable() else "content"
 
 
@@ -79,7 +79,7 @@ def named(value):
     ],
     ids=named,
 )
-def test_files_are_read_as_what_they_hold(tmp_path, name, content):
+def test_files_are_read_by_their_content(tmp_path, name, content):
     write(tmp_path, **{name: content})
     assert texts(tmp_path / name) == texts(tmp_path) == ["one", "two"]
 
@@ -141,18 +141,18 @@ def test_keys_within_keys(tmp_path):
         texts(tmp_path / "lines", text_column="data.body")
 
 
-def test_nothing_is_no_document_in_parquet_and_json_lines_alike(tmp_path):
+def test_null_is_not_a_document_in_parquet_and_json_lines(tmp_path):
     write(tmp_path, **{"a.parquet": parquet("one", None, "", "two"), "b.jsonl": jsonl("one", None, "", "two")})
     assert texts(tmp_path) == ["one", "two"] * 2
 
 
-def test_a_document_a_line(tmp_path):
+def test_one_document_per_line(tmp_path):
     write(tmp_path, **{"a.txt": "one\n\n<|endoftext|>\r\ntwo"})
     assert texts(tmp_path / "a.txt", document_per_line=True) == ["one", "<|endoftext|>", "two"]
 
 
 def test_snapshot_of_a_dataset_is_its_training_data(tmp_path, caplog):
-    """README, LICENSE, metadata and test splits beside Parquet are none of it."""
+    """README, LICENSE, metadata and test splits next to Parquet are left out."""
     write(
         tmp_path,
         **{
@@ -176,7 +176,7 @@ def test_snapshot_of_a_dataset_is_its_training_data(tmp_path, caplog):
     assert texts(tmp_path / "data" / "test*") == ["held out"]  # by its name it can be had
 
 
-def test_splits_of_text_and_what_only_looks_like_them(tmp_path):
+def test_splits_of_text_and_files_that_only_look_like_splits(tmp_path):
     write(tmp_path / "a", **{"wiki.train.raw": "one", "wiki.valid.raw": "no", "wiki.test.raw": "no"})
     write(tmp_path / "b", **{"train.py": "one", "test.py": "two", "README.md": "three", "LICENSE": "four"})
     write(tmp_path / "c", **{"test.jsonl": jsonl("one")})
@@ -185,7 +185,7 @@ def test_splits_of_text_and_what_only_looks_like_them(tmp_path):
     assert texts(tmp_path / "c") == ["one"]
 
 
-def test_folder_that_save_to_disk_left(tmp_path):
+def test_folder_written_by_save_to_disk(tmp_path):
     datasets.DatasetDict(
         {name: datasets.Dataset.from_dict({"text": [name]}) for name in ("train", "test")}
     ).save_to_disk(tmp_path / "saved")
@@ -243,7 +243,7 @@ SEEDS = [
     ],
     ids=named,
 )
-def test_members_of_archives_are_read_where_they_are(tmp_path, name, content, caplog):
+def test_members_of_archives_are_read_without_unpacking(tmp_path, name, content, caplog):
     write(tmp_path / "x", **{name: content})
     before = sorted(tmp_path.rglob("*"))
     source = open_source(str(tmp_path / "x" / name))
@@ -261,7 +261,7 @@ def test_members_of_archives_are_read_where_they_are(tmp_path, name, content, ca
         assert "\n" not in str(error.value)
 
 
-def test_faults_of_members_say_which(tmp_path):
+def test_errors_name_the_member(tmp_path):
     write(tmp_path, **{"a.zip": zip_of({"x.jsonl": b"{oops\n"}), "b.tar": tar_of({"y.txt": b"x" * 9000 + b"\xff"})})
     with pytest.raises(UserError, match=r"a\.zip::x\.jsonl:1: not JSON"):
         texts(tmp_path / "a.zip")
@@ -280,8 +280,8 @@ def test_faults_of_members_say_which(tmp_path):
         texts(tmp_path / "c.tar")
 
 
-def test_version_is_as_ever_where_files_are_what_their_names_say(tmp_path):
-    """Datasets that are there stay up to date; raw syntax that was once trained on is not taken for documents."""
+def test_version_is_unchanged_if_files_are_what_their_names_say(tmp_path):
+    """Existing datasets stay up to date; raw syntax that was once trained on is not taken for documents."""
     files = {
         "a.txt": "plain text, and more",
         "b.jsonl": '{"text": "x"}\n',
@@ -364,7 +364,7 @@ def test_damaged_files_of_any_kind_are_read_or_one_line(tmp_path_factory, conten
 
 
 @pytest.mark.parametrize("folder", ["data [v2]", "a*b", "[x]"])
-def test_signs_in_a_folders_name(tmp_path, folder):
+def test_special_characters_in_a_folders_name(tmp_path, folder):
     write(tmp_path / folder, **{"a.txt": "one", "b.txt": "two", "[1].txt": "three"})
     write(tmp_path / "data v", **{"a.txt": "other"})
     assert texts(tmp_path / folder) == ["three", "one", "two"]

@@ -74,7 +74,7 @@ WRITERS = {
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A folder laid out as a dataset repository on the Hub is, which `datasets` reads in the same way."""
+    """A folder with the layout of a dataset repository on the Hub, which `datasets` reads in the same way."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     folder = tmp_path / "repository"
     folder.mkdir()
@@ -102,7 +102,7 @@ def test_every_kind_of_file_and_every_place_in_it(tmp_path, name):
         assert [document.text for document in rest] == TEXTS[stop + 1 :]
 
 
-def test_pattern_takes_files_that_fit_in_order_of_names(tmp_path):
+def test_pattern_takes_matching_files_in_order_of_name(tmp_path):
     for name, text in [("b-2.txt", "two"), ("b-1.txt", "one"), ("a.txt", "no"), ("sub/b-3.txt", "three")]:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
@@ -138,7 +138,7 @@ def test_dataset_by_name_config_and_split(hub, streaming):
     assert list(open_source(f"hf:{hub}:one:test", streaming=streaming).documents()) == TEXTS[:800]
 
 
-def test_streamed_and_downloaded_are_one_source(hub, tmp_path):
+def test_streamed_and_downloaded_are_the_same_source(hub, tmp_path):
     streamed = open_source(f"hf:{hub}:all", streaming=True)
     info = prepare(streamed, str(tmp_path / "out"), "bytes")
     assert prepare(open_source(f"hf:{hub}:all"), str(tmp_path / "out"), "bytes") == info
@@ -150,7 +150,7 @@ def test_streamed_and_downloaded_are_one_source(hub, tmp_path):
 
 
 @pytest.mark.parametrize("streaming", [True, False])
-def test_what_began_streamed_goes_on_downloaded_and_the_other_way_round(hub, streaming):
+def test_streaming_can_be_resumed_from_a_download_and_the_reverse(hub, streaming):
     begun, other = (open_source(f"hf:{hub}:all", streaming=way) for way in (streaming, not streaming))
     found = list(begun.read(None))
     for stop in (0, 799, 1023, 1024, 2100, 2399):
@@ -162,7 +162,7 @@ def test_what_began_streamed_goes_on_downloaded_and_the_other_way_round(hub, str
 
 
 @pytest.mark.parametrize("streaming", [True, False])
-def test_faults_of_datasets_are_one_line(hub, streaming):
+def test_errors_of_datasets_are_one_line(hub, streaming):
     cases = {
         f"hf:{hub}:none": "BuilderConfig 'none' not found. Available: ['all', 'one']",
         f"hf:{hub}:all:valid": "alid",
@@ -179,14 +179,14 @@ def test_faults_of_datasets_are_one_line(hub, streaming):
         next(open_source(f"hf:{hub}:all", streaming=streaming, text_column="body").read(None))
 
 
-def test_damaged_file_behind_a_dataset_is_told_what_it_is(tmp_path):
+def test_damaged_file_of_a_dataset_is_named(tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "train.jsonl").write_text('{"text": "one"}\n{"text": "tw')
     with pytest.raises(UserError, match=r"generating the dataset \(.*JSON parse error"):
         list(open_source(f"hf:{tmp_path}/data", cache_dir=str(tmp_path / "cache")).documents())
 
 
-def test_stream_that_breaks_with_an_error_of_whatever_library_is_one_line():
+def test_stream_that_fails_with_an_error_of_any_library_is_one_line():
     class Broken:
         def iter(self, rows):
             yield [1]
@@ -243,7 +243,7 @@ def text_source(name, lengths):
     weights=st.lists(st.floats(0.1, 10), min_size=4, max_size=4) | st.none(),
     max_documents=st.integers(1, 50) | st.none(),
 )
-def test_joined_sources_go_on_from_any_place(lengths, weights, max_documents):
+def test_joined_sources_resume_from_any_place(lengths, weights, max_documents):
     sources = [text_source("abcd"[number], part) for number, part in enumerate(lengths)]
     joined = join_sources(sources, weights[: len(sources)] if weights else (), max_documents)
     found = list(joined.read(None))
@@ -266,7 +266,7 @@ def test_weights_hold_at_every_point_until_one_source_ends():
     assert taken == {"a": 30_000, "b": 10_000}
 
 
-def test_what_joins_is_part_of_the_version():
+def test_joining_is_part_of_the_version():
     one, two = text_source("a", [9]), text_source("b", [9])
     versions = [
         join_sources(*arguments).version
@@ -288,7 +288,7 @@ def test_bad_weights(weights, message):
         join_sources([text_source("a", [9]), text_source("b", [9])], weights)
 
 
-def test_broken_stream_says_that_it_can_go_on(tmp_path):
+def test_interrupted_stream_says_that_it_can_be_resumed(tmp_path):
     def read(place):
         yield Document("one", 1)
         raise UserError("reading was interrupted: run the same command again to go on")
@@ -297,7 +297,7 @@ def test_broken_stream_says_that_it_can_go_on(tmp_path):
         prepare(Source("test", "1", read), str(tmp_path / "out"), "bytes")
 
 
-def test_prepare_door_with_several_sources_and_words(tmp_path):
+def test_prepare_command_with_several_sources_and_flags(tmp_path):
     write_parquet(tmp_path / "a.parquet", TEXTS)
     (tmp_path / "b.txt").write_text("\n<|endoftext|>\n".join(TEXTS))
     command = [sys.executable, "-m", "pretrain_xla", "prepare"]
@@ -319,7 +319,7 @@ def test_prepare_door_with_several_sources_and_words(tmp_path):
         assert message in fault.stderr
 
 
-def test_fineweb_door_without_a_network_is_one_line(tmp_path):
+def test_fineweb_script_without_a_network_is_one_line(tmp_path):
     command = [sys.executable, "scripts/prepare_fineweb.py", "--fineweb-edu", "--streaming", "--tokenizer", "bytes"]
     words = [
         "--overwrite",
