@@ -108,7 +108,7 @@ def test_pattern_takes_matching_files_in_order_of_name(tmp_path):
         (tmp_path / name).write_text(text)
     assert list(open_source(f"{tmp_path}/b-*.txt").documents()) == ["one", "two"]
     assert list(open_source(f"{tmp_path}/**/b-*.txt").documents()) == ["one", "two", "three"]
-    with pytest.raises(UserError, match="no file fits"):
+    with pytest.raises(UserError, match="no file matches this pattern"):
         open_source(f"{tmp_path}/c*")
 
 
