@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch_xla.amp.syncfree import AdamW as SyncfreeAdamW
 
 from pretrain_xla.config import OptimConfig
-from pretrain_xla.optim import AdamW
+from pretrain_xla.optim import make_optimizer
 
 LAYERS, WIDTH, STEPS, WARM = 12, 64, 30, 5
 
@@ -42,11 +42,8 @@ def _rate(step: Tensor) -> Tensor:
 def ours(device: torch.device) -> tuple[Callable[[int], object], Callable[[], int]]:
     """Our AdamW. Its schedule is part of the graph."""
     weights = parameters(device)
-    optimizer = AdamW(
-        [(str(index), weight) for index, weight in enumerate(weights)],
-        OptimConfig(weight_decay=0.1),
-        _rate,
-    )
+    names = [f"blocks.{index}.{'weight' if weight.dim() > 1 else 'bias'}" for index, weight in enumerate(weights)]
+    optimizer = make_optimizer(zip(names, weights, strict=True), OptimConfig(weight_decay=0.1), _rate)
     gradients: list[Tensor] = [weight.grad for weight in optimizer.parameters if weight.grad is not None]
     return lambda _step: optimizer.update(gradients), lambda: len(optimizer.state)
 

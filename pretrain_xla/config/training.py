@@ -8,20 +8,55 @@ from pydantic import Field, model_validator
 
 from pretrain_xla.config.section import NonNegative, NonNegativeFloat, Positive, PositiveFloat, Section
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
 
 class OptimConfig(Section):
     """The optimizer and the learning rate schedule."""
 
-    optim_type: Literal["adam", "adamw"] = "adamw"
-    """adamw: decoupled weight decay. adam: the decay is added to the gradient (L2 regularisation)."""
+    optim_type: Literal["adam", "adamw", "muon"] = "adamw"
+    """adamw: decoupled weight decay. adam: the decay is added to the gradient (L2 regularisation). muon: Muon for the matrices
+    of the blocks, AdamW for all else."""
     learning_rate: PositiveFloat = 6e-4
     """Peak learning rate, reached at the end of warm-up. noam: factor on the schedule."""
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
-    """Decay rates of the first and second moments."""
+    embedding_learning_rate: PositiveFloat | None = None
+    """Peak learning rate of the embeddings, and of the head where it is tied. None means learning_rate."""
+    head_learning_rate: PositiveFloat | None = None
+    """Peak learning rate of an untied head. None means learning_rate."""
+    scalar_learning_rate: PositiveFloat | None = None
+    """Peak learning rate of norms, biases and other parameters that are not matrices. None means learning_rate."""
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    """Decay rates of AdamW's first and second moments."""
+    embedding_betas: tuple[Beta, Beta] | None = None
+    """betas of the embeddings. None means betas."""
+    head_betas: tuple[Beta, Beta] | None = None
+    """betas of an untied head. None means betas."""
+    scalar_betas: tuple[Beta, Beta] | None = None
+    """betas of norms, biases and other parameters that are not matrices. None means betas."""
     adam_eps: PositiveFloat = 1e-8
     """Added to the square root of the second moment."""
     weight_decay: NonNegativeFloat = 0.0
-    """Weight decay of matrices and embeddings; biases and norms are not decayed."""
+    """Weight decay of matrices and embeddings, times the learning rate; biases and norms are not decayed."""
+    embedding_weight_decay: NonNegativeFloat | None = None
+    """Weight decay of embeddings and head. None means weight_decay."""
+    weight_decay_schedule: Literal["constant", "learning_rate"] = "constant"
+    """learning_rate: the weight decay itself follows the learning rate's schedule too, so that it ends with it."""
+    cautious_weight_decay: bool = False
+    """muon: decay only those weights that the update moves towards zero."""
+    muon_momentum: Beta = 0.95
+    """muon: decay rate of the momentum."""
+    muon_momentum_warmup: NonNegative = 0
+    """muon: steps in which the momentum rises from 0.85 to muon_momentum. 0 means none."""
+    muon_row_beta: Beta = 0.0
+    """muon: decay rate of the mean square of each row's update, by whose root the row is divided (NorMuon). 0 means none."""
+    muon_scale: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
+    """muon: factor on an update of R rows and C columns. match_rms_adamw: 0.2 * sqrt(max(R, C)), which suits learning rates
+    and weight decays of AdamW. original: sqrt(max(1, R / C)), for learning rates around 0.02."""
+    muon_iterations: Annotated[int, Field(ge=1, le=20)] = 5
+    """muon: Newton-Schulz iterations."""
+    muon_polynomials: Literal["polar_express", "quintic"] = "polar_express"
+    """muon: what an iteration does. quintic: the same polynomial each time, as in torch.optim.Muon."""
     max_grad_norm: NonNegativeFloat = 0.0
     """Clip the global gradient norm to this. 0 means no clipping."""
     decay_method: Literal["cosine", "linear", "noam", "constant", "wsd"] = "cosine"
@@ -30,21 +65,37 @@ class OptimConfig(Section):
     """Steps of linear warm-up from 0."""
     min_lr: NonNegativeFloat = 6e-5
     """Learning rate at decay_steps and after. Not used by noam and constant."""
+    min_lr_fraction: Fraction | None = None
+    """The same as a fraction of learning_rate. None means min_lr."""
     decay_steps: Positive = 20000
     """Step at which the learning rate reaches min_lr. Not used by noam and constant."""
     cooldown_steps: Positive = 2000
     """wsd: steps of the final linear decay, which ends at decay_steps."""
+    cooldown_fraction: Fraction | None = None
+    """wsd: the same as a fraction of decay_steps. None means cooldown_steps."""
+
+    @property
+    def cooldown(self) -> int:
+        """Steps of wsd's final decay."""
+        return (
+            self.cooldown_steps if self.cooldown_fraction is None else round(self.cooldown_fraction * self.decay_steps)
+        )
+
+    @property
+    def floor(self) -> float:
+        """Learning rate at decay_steps, as a fraction of the peak."""
+        return self.min_lr / self.learning_rate if self.min_lr_fraction is None else self.min_lr_fraction
 
     @model_validator(mode="after")
     def _check(self) -> OptimConfig:
         if self.decay_method in ("cosine", "linear", "wsd"):
-            fall_starts = self.decay_steps - self.cooldown_steps if self.decay_method == "wsd" else self.decay_steps
+            fall_starts = self.decay_steps - self.cooldown if self.decay_method == "wsd" else self.decay_steps
             if self.warmup_steps > fall_starts:
                 raise ValueError(
                     f"warmup_steps={self.warmup_steps} goes past step {fall_starts}, where the decay of {self.decay_method} "
-                    "starts: lower warmup_steps or cooldown_steps, or raise decay_steps"
+                    "starts: lower warmup_steps or the cooldown, or raise decay_steps"
                 )
-            if self.min_lr > self.learning_rate:
+            if self.min_lr_fraction is None and self.min_lr > self.learning_rate:
                 raise ValueError(f"min_lr={self.min_lr} is above learning_rate={self.learning_rate}: lower min_lr")
         if self.decay_method == "noam" and self.warmup_steps == 0:
             raise ValueError("warmup_steps=0 with decay_method=noam divides by zero: use at least 1")

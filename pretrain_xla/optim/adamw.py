@@ -7,22 +7,14 @@ traces in half the time of PyTorch's and in three times that of syncfree's fused
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
+from itertools import groupby
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pretrain_xla.config import OptimConfig
-
-
-def decayed(parameter: Tensor) -> bool:
-    """Whether weight decay applies: to matrices (embeddings included), not to biases and norms."""
-    return parameter.dim() >= 2
-
-
-def _zeros(name: str, parameter: Tensor) -> Tensor:
-    zeros = torch.zeros((), dtype=torch.int32) if name == "step" else torch.zeros(parameter.shape)
-    return zeros.to(parameter.device)
+from pretrain_xla.optim.parameters import Place, zeros
 
 
 class AdamW:
@@ -30,80 +22,49 @@ class AdamW:
 
     Attributes:
         names, parameters: the parameters and their names, in the order in which `update` takes gradients.
-        step: 0-d int32 device tensor, number of updates so far.
-        state: name (`step`, `first_moment.<parameter>`, `second_moment.<parameter>`) → tensor.
     """
 
     def __init__(
         self,
-        named_parameters: Iterable[tuple[str, nn.Parameter]],
+        parameters: Sequence[tuple[str, Tensor, float]],
         config: OptimConfig,
-        schedule: Callable[[Tensor], Tensor],
-        place: Callable[[str, Tensor], Tensor] | None = None,
-        decays: Callable[[str, Tensor], bool] | None = None,
+        rate_factor: float = 1.0,
+        betas: tuple[float, float] | None = None,
+        place: Place = zeros,
     ) -> None:
         """Create the state.
 
         Args:
-            named_parameters: already on their devices.
-            config: type, betas, epsilon, weight decay.
-            schedule: 0-d step → 0-d learning rate.
-            place: (name, parameter) → initial state tensor; for `step`, the first parameter is passed. None means zeros.
-            decays: (name, parameter) → whether weight decay applies. None means `decayed`.
+            parameters: name, tensor on its devices, and weight decay of each.
+            config: type, epsilon, schedule of the weight decay.
+            rate_factor: factor on the learning rate.
+            betas: None means the config's.
+            place: makes each tensor of the state.
         """
-        place = place or _zeros
-        decays = decays or (lambda _name, parameter: decayed(parameter))
-        named = list(named_parameters)
-        # Decayed parameters first, so that each group is one contiguous list for the foreach operations.
-        named.sort(key=lambda item: not decays(*item))
-        self.config = config
-        self.schedule = schedule
-        self.names = [name for name, _ in named]
-        self.parameters: list[Tensor] = [parameter for _, parameter in named]
-        self.decayed_count = sum(decays(name, parameter) for name, parameter in named)
-        self.first_moments = [place(f"first_moment.{name}", parameter) for name, parameter in named]
-        self.second_moments = [place(f"second_moment.{name}", parameter) for name, parameter in named]
-        self.step = place("step", self.parameters[0])
+        # By weight decay, so that each decay is for one contiguous list for the foreach operations.
+        ordered = sorted(parameters, key=lambda item: -item[2])
+        self.config, self.rate_factor = config, rate_factor
+        self.betas = config.betas if betas is None else betas
+        self.names = [name for name, _, _ in ordered]
+        self.parameters = [parameter for _, parameter, _ in ordered]
+        self.decays = [(decay, len(list(run))) for decay, run in groupby(decay for _, _, decay in ordered)]
+        self.first_moments = [place(f"first_moment.{name}", p.shape, p) for name, p, _ in ordered]
+        self.second_moments = [place(f"second_moment.{name}", p.shape, p) for name, p, _ in ordered]
 
     @property
     def state(self) -> dict[str, Tensor]:
-        """Every tensor that the next update depends on, except the parameters."""
-        tensors = {"step": self.step}
+        """`first_moment.<parameter>` and `second_moment.<parameter>`."""
+        tensors = {}
         for name, first, second in zip(self.names, self.first_moments, self.second_moments, strict=True):
             tensors[f"first_moment.{name}"] = first
             tensors[f"second_moment.{name}"] = second
         return tensors
 
-    @torch.no_grad()
-    def update(self, gradients: Sequence[Tensor], skip: Tensor | None = None) -> Tensor:
-        """One update of the parameters in place; returns the learning rate used (0-d float32).
-
-        Args:
-            gradients: in the order of `parameters`, already reduced over replicas and clipped.
-            skip: 0-d bool tensor; if true, nothing changes, not even the step (fp16 overflow).
-        """
-        rate = self.schedule(self.step)
-        new_step = self.step + 1 if skip is None else self.step + (~skip).to(torch.int32)
-        if skip is None:
-            self._update(list(gradients), rate, new_step)
-        else:
-            tensors = [*self.parameters, *self.first_moments, *self.second_moments]
-            before = [tensor.clone() for tensor in tensors]
-            self._update(list(gradients), rate, self.step + 1)
-            for tensor, old in zip(tensors, before, strict=True):
-                tensor.copy_(torch.where(skip, old, tensor))
-        self.step.copy_(new_step)
-        return rate
-
-    def _update(self, gradients: list[Tensor], rate: Tensor, new_step: Tensor) -> None:
-        beta1, beta2 = self.config.betas
-        count = self.decayed_count
-        weight_decay = self.config.weight_decay
-        if weight_decay and self.config.optim_type == "adam":
-            decay = torch._foreach_mul(self.parameters[:count], weight_decay)
-            gradients = [*torch._foreach_add(gradients[:count], decay), *gradients[count:]]
-        elif weight_decay and count:
-            torch._foreach_mul_(self.parameters[:count], 1.0 - rate * weight_decay)
+    def update(self, gradients: list[Tensor], rate: Tensor, step: Tensor) -> None:
+        """See `Rule.update`."""
+        beta1, beta2 = self.betas
+        rate = rate if self.rate_factor == 1.0 else rate * self.rate_factor
+        gradients = self._decay(gradients, rate)
 
         # Products and sums: tracing lerp and addcmul on XLA takes as long as the rest of the update.
         torch._foreach_mul_(self.first_moments, beta1)
@@ -111,7 +72,7 @@ class AdamW:
         torch._foreach_mul_(self.second_moments, beta2)
         torch._foreach_add_(self.second_moments, torch._foreach_mul(gradients, gradients), alpha=1.0 - beta2)
 
-        position = new_step.to(torch.float32)
+        position = step.to(torch.float32)
         correction1 = 1.0 - torch.pow(beta1, position)
         correction2 = 1.0 - torch.pow(beta2, position)
         denominators = torch._foreach_sqrt(self.second_moments)
@@ -120,3 +81,18 @@ class AdamW:
         updates = torch._foreach_div(self.first_moments, denominators)
         torch._foreach_mul_(updates, rate / correction1)
         torch._foreach_sub_(self.parameters, list(updates))
+
+    def _decay(self, gradients: list[Tensor], rate: Tensor) -> list[Tensor]:
+        """Decay the parameters; the gradients, with the decay added for `adam`."""
+        begin = 0
+        for decay, count in self.decays:
+            group = slice(begin, begin + count)
+            begin += count
+            if not decay:
+                continue
+            if self.config.optim_type == "adam":
+                decays = torch._foreach_mul(self.parameters[group], decay)
+                gradients[group] = torch._foreach_add(gradients[group], decays)
+            else:
+                torch._foreach_mul_(self.parameters[group], 1.0 - rate * decay)
+        return gradients

@@ -30,11 +30,11 @@ def learning_rate(step: Tensor, config: OptimConfig, d_model: int) -> Tensor:
         curve = torch.minimum(position.rsqrt(), position * config.warmup_steps**-1.5)
         return curve * (config.learning_rate * d_model**-0.5)
 
-    floor = config.min_lr / config.learning_rate
+    floor = config.floor
     if config.decay_method == "constant":
         factor = torch.ones_like(position)
     else:
-        length = config.cooldown_steps if config.decay_method == "wsd" else config.decay_steps - config.warmup_steps
+        length = config.cooldown if config.decay_method == "wsd" else config.decay_steps - config.warmup_steps
         done = ((position - (config.decay_steps - length)) / max(length, 1)).clamp(0.0, 1.0)
         fall = 0.5 * (1.0 + torch.cos(math.pi * done)) if config.decay_method == "cosine" else 1.0 - done
         factor = floor + (1.0 - floor) * fall

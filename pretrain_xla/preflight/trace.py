@@ -122,15 +122,13 @@ def _trace(config: RunConfig, chip: str) -> TracedStep:
     with torch.device("meta"):
         plain = GPT(config.model, runtime.compute_dtype)
         model = runtime.prepare_model(plain, execution_of(config))
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
 
-    def place(name: str, _parameter: Tensor) -> Tensor:
-        parameter = name.partition(".")[2]
-        if parameter not in shapes:
-            return runtime.placeholder(name, "optimizer", (), torch.int32, ())
-        return runtime.placeholder(name, "optimizer", shapes[parameter], torch.float32, parameter_axes(parameter))
+    def place(name: str, shape: torch.Size, like: Tensor) -> Tensor:
+        dtype = torch.int32 if name == "step" else torch.float32
+        axes = parameter_axes(name.partition(".")[2]) if shape == like.shape else (None,) * len(shape)
+        return runtime.placeholder(name, "optimizer", shape, dtype, axes)
 
-    optimizer = build_optimizer(config, model, place)
+    optimizer = build_optimizer(config, model, place, runtime.map_matrices)
     step = TrainStep(model, optimizer, runtime, config, build_examples(config, None))
     batch = (config.train.train_batch_size, config.train.gradient_accum_step, config.model.seq_length + 1)
     tokens = runtime.placeholder("tokens", "batch", batch, torch.int32, (BATCH, None, None))

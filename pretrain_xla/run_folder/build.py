@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from torch import Tensor
-
 from pretrain_xla.config import RunConfig
 from pretrain_xla.data.dataset import TokenDataset
 from pretrain_xla.errors import UserError
 from pretrain_xla.model import GPT, Execution
 from pretrain_xla.model.documents import Examples
-from pretrain_xla.model.xla.stacked import is_stacked
-from pretrain_xla.optim import AdamW, learning_rate
-from pretrain_xla.optim.adamw import decayed
+from pretrain_xla.optim import MapMatrices, Optimizer, learning_rate, make_optimizer
+from pretrain_xla.optim.parameters import Place
 
 
 def execution_of(config: RunConfig) -> Execution:
@@ -21,16 +16,11 @@ def execution_of(config: RunConfig) -> Execution:
     return Execution(config.train.rematerialization, config.train.scan_layers, config.train.loss_chunk)
 
 
-def build_optimizer(config: RunConfig, model: GPT, place: Callable[[str, Tensor], Tensor]) -> AdamW:
-    """The optimizer over a placed model; `place` makes each tensor of its state, by name and parameter."""
+def build_optimizer(config: RunConfig, model: GPT, place: Place, map_matrices: MapMatrices) -> Optimizer:
+    """The optimizer over a placed model; `place` makes each tensor of its state, `map_matrices` is the runtime's."""
     width = config.model.d_model
-
-    def decays(name: str, parameter: Tensor) -> bool:
-        return decayed(parameter[0] if is_stacked(name) else parameter)
-
-    return AdamW(
-        model.named_parameters(), config.optim, lambda step: learning_rate(step, config.optim, width), place, decays
-    )
+    schedule = lambda step: learning_rate(step, config.optim, width)  # noqa: E731
+    return make_optimizer(model.named_parameters(), config.optim, schedule, place, map_matrices)
 
 
 def build_examples(config: RunConfig, dataset: TokenDataset | None) -> Examples:

@@ -156,6 +156,9 @@ class Runtime(Protocol):
     def all_rows(self, rows: Tensor) -> Tensor:
         """The rows of all processes, in the order of the batch, on every process; call it within a compiled function."""
 
+    def map_matrices(self, function: Callable[[Tensor], Tensor], matrices: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A function of each of many matrices, the work split over the devices; see `optim.MapMatrices`."""
+
     def seed(self, seed: int) -> None:
         """Set the state of the device's random numbers; replicas draw different ones."""
 

@@ -24,6 +24,7 @@ from pretrain_xla.config import ModelConfig, RunConfig
 from pretrain_xla.errors import UserError
 from pretrain_xla.model import GPT, Execution
 from pretrain_xla.model.torch_rewrite import optimize_for_torch
+from pretrain_xla.optim.matrices import map_stacks, pad_stack
 from pretrain_xla.runtime.base import Forward, GraphCounts, GraphEvent, Loss, Repeat
 from pretrain_xla.runtime.launched import RENDEZVOUS, launched
 from pretrain_xla.runtime.peak_flops import gpu_peak
@@ -223,6 +224,18 @@ class TorchRuntime:
         gathered = rows.new_empty((self.process_count * len(rows), *rows.shape[1:]))
         dist.all_gather_into_tensor(gathered, rows.contiguous())
         return gathered
+
+    def map_matrices(self, function: Callable[[Tensor], Tensor], matrices: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """See `base.Runtime.map_matrices`; each process takes a share of every stack, and they gather the results."""
+        if not self.distributed:
+            return map_stacks(function, matrices)
+
+        def share(stack_NRC: Tensor) -> Tensor:
+            padded_NRC = pad_stack(stack_NRC, self.process_count)
+            own_NRC = function(padded_NRC.chunk(self.process_count)[self.process_index])
+            return self.all_rows(own_NRC)[: len(stack_NRC)]
+
+        return map_stacks(share, matrices)
 
     def seed(self, seed: int) -> None:
         """See `base.Runtime.seed`."""

@@ -50,20 +50,19 @@ class Start:
         check_names(state, model.state_dict(), self.where)
         model.load_state_dict(state, strict=True)
 
-    def optimizer_tensor(self, name: str, parameter: Tensor) -> Tensor:
-        """The saved optimizer tensor with that name, or zeros of the parameter's shape (0-d for `step`) for a new run, for
+    def optimizer_tensor(self, name: str, shape: torch.Size) -> Tensor:
+        """The saved optimizer tensor with that name, or zeros of that shape for a new run, for
         imported weights and for an evaluation.
 
         Raises:
             UserError: it is missing although there are others or updates were made, or it is of another shape.
         """
         saved = stack_layers(f"optimizer.{name}", self.tensors)
-        shape = () if name == "step" else tuple(parameter.shape)
         if self.evaluates or (
             saved is None and self.step == 0 and not any(n.startswith("optimizer.") for n in self.tensors)
         ):
             return torch.zeros(shape, dtype=torch.int32 if name == "step" else torch.float32)
-        if saved is None or tuple(saved.shape) != shape:
+        if saved is None or saved.shape != shape:
             wrong = f"lacks optimizer.{name}" if saved is None else f"holds optimizer.{name} in another shape"
             raise UserError(
                 f"{self.where} {wrong}, without which update {self.step + 1} would differ: remove that folder to continue "

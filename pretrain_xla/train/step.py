@@ -14,7 +14,7 @@ from torch import Tensor
 from pretrain_xla.config import RunConfig
 from pretrain_xla.model import GPT
 from pretrain_xla.model.documents import Examples
-from pretrain_xla.optim import AdamW
+from pretrain_xla.optim import Optimizer
 from pretrain_xla.optim.clipping import clip_by_global_norm
 from pretrain_xla.runtime import Runtime
 from pretrain_xla.train.loss_scale import LossScale
@@ -37,7 +37,7 @@ class TrainStep:
     """
 
     def __init__(
-        self, model: GPT, optimizer: AdamW, runtime: Runtime, config: RunConfig, examples: Examples | None = None
+        self, model: GPT, optimizer: Optimizer, runtime: Runtime, config: RunConfig, examples: Examples | None = None
     ) -> None:
         self.model = model
         self.optimizer = optimizer

@@ -73,7 +73,8 @@ class Trainer:
         self.optimizer = build_optimizer(
             config,
             self.model,
-            lambda name, parameter: runtime.place_like(self.start.optimizer_tensor(name, parameter), parameter),
+            lambda name, shape, like: runtime.place_like(self.start.optimizer_tensor(name, shape), like),
+            runtime.map_matrices,
         )
         self.step = TrainStep(self.model, self.optimizer, runtime, config, build_examples(config, train_data))
         self.start.load_loss_scale(self.step.loss_scale)

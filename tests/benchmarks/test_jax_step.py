@@ -12,7 +12,7 @@ import torch
 from benchmarks import jax_model, jax_step
 from pretrain_xla.config import RunConfig, build_config
 from pretrain_xla.model import GPT, initialize
-from pretrain_xla.optim import AdamW, learning_rate
+from pretrain_xla.optim import learning_rate, make_optimizer
 from pretrain_xla.optim.clipping import clip_by_global_norm
 
 GPT2 = {"num_heads": 4}
@@ -65,7 +65,7 @@ def draw_tokens(config: RunConfig, steps: int) -> np.ndarray:
 
 def torch_steps(config: RunConfig, model: GPT, tokens_NBS: np.ndarray) -> tuple[list[float], list[float]]:
     """Losses and gradient norms of our step, computed as `TrainStep` does."""
-    optimizer = AdamW(
+    optimizer = make_optimizer(
         model.named_parameters(), config.optim, lambda step: learning_rate(step, config.optim, config.model.d_model)
     )
     losses, norms = [], []

@@ -10,6 +10,9 @@ from pretrain_xla.model import GPT, Execution, initialize
 from pretrain_xla.model.attention import Heads
 from pretrain_xla.model.xla import XlaContext, optimize_for_xla
 from pretrain_xla.model.xla.stacked import StackedBlocks, is_stacked, stack_layers, unstack_layers
+from pretrain_xla.optim.adamw import AdamW
+from pretrain_xla.optim.matrices import map_stacks
+from pretrain_xla.optim.parameters import zeros
 from pretrain_xla.run_folder.build import build_optimizer
 from pretrain_xla.runtime.sharding import parameter_axes
 
@@ -81,10 +84,11 @@ def test_names_on_disk_are_those_of_the_layers() -> None:
 
 def test_optimizer_and_mesh_take_a_layer_for_what_it_is() -> None:
     model = make(stacked=True)
-    optimizer = build_optimizer(
-        RunConfig(model=CONFIG, optim=OptimConfig()), model, lambda _name, parameter: torch.zeros_like(parameter)
-    )
-    decayed = set(optimizer.names[: optimizer.decayed_count])
+    optimizer = build_optimizer(RunConfig(model=CONFIG, optim=OptimConfig(weight_decay=0.1)), model, zeros, map_stacks)
+    (rule,) = optimizer.rules
+    assert isinstance(rule, AdamW)
+    decayed = set(rule.names[: rule.decays[0][1]])
+    assert [decay for decay, _ in rule.decays] == [0.1, 0.0]
     assert "blocks.all.attention.query.weight" in decayed
     assert not decayed & {"blocks.all.attention_norm.weight", "blocks.all.attention.query.bias"}
     assert is_stacked("first_moment.blocks.all.feed_forward.up.weight")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pretrain_xla.config import RunConfig
 from pretrain_xla.model import GPT, initialize
 from pretrain_xla.model.documents import Examples
-from pretrain_xla.optim import AdamW, learning_rate
+from pretrain_xla.optim import learning_rate, make_optimizer
 from pretrain_xla.runtime.torch_runtime import TorchRuntime
 from pretrain_xla.train.step import METRICS, TrainStep
 
@@ -35,7 +35,7 @@ def make_step(
 ) -> TrainStep:
     model = model or make_model(config)
     schedule = lambda step: learning_rate(step, config.optim, config.model.d_model)  # noqa: E731
-    return TrainStep(model, AdamW(model.named_parameters(), config.optim, schedule), runtime, config, examples)
+    return TrainStep(model, make_optimizer(model.named_parameters(), config.optim, schedule), runtime, config, examples)
 
 
 def batches(config: RunConfig) -> list[Tensor]:

@@ -32,6 +32,7 @@ from pretrain_xla.model import GPT, Execution
 from pretrain_xla.model.xla import XlaContext, XlaGPT, optimize_for_xla
 from pretrain_xla.model.xla.attention import AttentionKernel
 from pretrain_xla.model.xla.context import ONE_DEVICE
+from pretrain_xla.optim.matrices import map_stacks
 from pretrain_xla.runtime.base import GraphCounts, GraphEvent, Loss
 from pretrain_xla.runtime.peak_flops import tpu_peak
 from pretrain_xla.runtime.rows import device_numbers, rows_of
@@ -42,6 +43,7 @@ from pretrain_xla.runtime.xla.compiled import CompiledFunction
 from pretrain_xla.runtime.xla.environment import no_such_device, prepare_environment
 from pretrain_xla.runtime.xla.gradients import TracedModel, accumulate
 from pretrain_xla.runtime.xla.local_shards import MeshLayout, constrain_sharding, global_tensor, local_shard
+from pretrain_xla.runtime.xla.matrices import map_on_mesh, map_on_processes
 from pretrain_xla.runtime.xla.scan import XlaScan, xla_barrier
 from pretrain_xla.runtime.xla.while_loop import RepeatedModule
 
@@ -100,6 +102,9 @@ class XlaRuntime:
         if self.is_spmd:
             # With one device, too: an unmarked tensor would get its mark from the first graph, and the second would differ.
             self._mesh = xs.Mesh(np.arange(self.device_count), (data, fsdp, tensor), tuple(self.mesh))
+        # One of several processes: its number as data on the device, by which it finds its share.
+        alone = self.is_spmd or self.process_count == 1
+        self._process_index = None if alone else self._send(torch.tensor([self.process_index]))
         # Only if there are several devices to shard a batch over.
         self._spread = self._mesh if self.device_count > 1 else None
         self._scan, self._local_scan = XlaScan(), XlaScan(self._mesh)
@@ -297,6 +302,14 @@ class XlaRuntime:
             return xs.mark_sharding_with_gradients(rows, self._mesh, (None,) * rows.dim())
         gathered: Tensor = xm.all_gather(rows) if self.process_count > 1 else rows
         return gathered
+
+    def map_matrices(self, function: Callable[[Tensor], Tensor], matrices: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """See `base.Runtime.map_matrices`."""
+        if self._spread is not None:
+            return map_on_mesh(function, matrices, self._spread)
+        if self._process_index is not None:
+            return map_on_processes(function, matrices, self._process_index, self.process_count)
+        return map_stacks(function, matrices)
 
     def seed(self, seed: int) -> None:
         """See `base.Runtime.seed`. The seed is an input of the graph, so a new seed does not recompile."""

@@ -1,0 +1,73 @@
+"""Which group a parameter belongs to, by a table of names, as `runtime/sharding.py` has one for shardings.
+
+A group has a rule (AdamW, or Muon for the matrices of the blocks), a learning rate, betas and a weight decay of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from pretrain_xla.config import OptimConfig
+
+Group = Literal["embedding", "head", "matrix", "scalar"]
+
+GROUPS: dict[str, Group] = {
+    "embedding.weight": "embedding",
+    "position_embedding.weight": "embedding",
+    "head.weight": "head",
+    "*norm.weight": "scalar",
+    "*.bias": "scalar",
+    "blocks.*.weight": "matrix",
+}
+"""Pattern (`fnmatch`) → group; the first match wins, and every parameter must match one. A tied embedding is `embedding`."""
+
+Place = Callable[[str, torch.Size, Tensor], Tensor]
+"""(name, shape, parameter) → a tensor of the optimizer's state on the devices: saved or zero, int32 for `step` and fp32 for
+all else, sharded as the parameter where it has its shape, else replicated."""
+
+
+@dataclass(frozen=True)
+class GroupSettings:
+    """How the parameters of a group are updated. rate_factor: of the schedule's learning rate."""
+
+    rate_factor: float
+    betas: tuple[float, float]
+    weight_decay: float
+
+
+def group_of(name: str) -> Group:
+    """The group of a parameter.
+
+    Raises:
+        KeyError: the table has no row for it (a defect of ours).
+    """
+    for pattern, group in GROUPS.items():
+        if fnmatchcase(name, pattern):
+            return group
+    raise KeyError(f"no row for parameter {name!r} in optim/parameters.py")
+
+
+def group_settings(group: Group, config: OptimConfig) -> GroupSettings:
+    """Settings of a group: its own where the config has them, else those of all."""
+    rate, betas, decay = config.learning_rate, config.betas, config.weight_decay
+    if group == "embedding":
+        rate, betas = config.embedding_learning_rate or rate, config.embedding_betas or betas
+    elif group == "head":
+        rate, betas = config.head_learning_rate or rate, config.head_betas or betas
+    elif group == "scalar":
+        rate, betas, decay = config.scalar_learning_rate or rate, config.scalar_betas or betas, 0.0
+    if group in ("embedding", "head") and config.embedding_weight_decay is not None:
+        decay = config.embedding_weight_decay
+    return GroupSettings(rate / config.learning_rate, betas, decay)
+
+
+def zeros(name: str, shape: torch.Size, parameter: Tensor) -> Tensor:
+    """A `Place` for a new run on one device."""
+    dtype = torch.int32 if name == "step" else torch.float32
+    return torch.zeros(shape, dtype=dtype, device=parameter.device)
