@@ -30,10 +30,7 @@ class Muon:
 
     Attributes:
         names, parameters: the parameters and their names, in the order in which `update` takes gradients.
-        dtype: of the products of the orthogonalization.
     """
-
-    dtype = torch.bfloat16
 
     def __init__(
         self,
@@ -41,6 +38,7 @@ class Muon:
         config: OptimConfig,
         place: Place = zeros,
         map_matrices: MapMatrices = map_stacks,
+        dtype: torch.dtype = torch.bfloat16,
     ) -> None:
         """Create the state.
 
@@ -49,8 +47,9 @@ class Muon:
             config: momentum, polynomials, scale, weight decay.
             place: makes each tensor of the state.
             map_matrices: runs the orthogonalization.
+            dtype: of its products.
         """
-        self.config, self.map_matrices = config, map_matrices
+        self.config, self.map_matrices, self.dtype = config, map_matrices, dtype
         self.names = [name for name, _ in parameters]
         self.parameters = [parameter for _, parameter in parameters]
         self.momenta = [place(f"momentum.{name}", parameter.shape, parameter) for name, parameter in parameters]

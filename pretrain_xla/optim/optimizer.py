@@ -93,6 +93,7 @@ def make_optimizer(
     schedule: Callable[[Tensor], Tensor],
     place: Place = zeros,
     map_matrices: MapMatrices = map_stacks,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> Optimizer:
     """The optimizer that a config describes, over parameters that are grouped by the table in `parameters.py`.
 
@@ -102,12 +103,13 @@ def make_optimizer(
         schedule: 0-d step → 0-d learning rate.
         place: makes each tensor of the state.
         map_matrices: runs Muon's orthogonalization.
+        dtype: of its products.
     """
     grouped = [(group_of(name), name, parameter) for name, parameter in named_parameters]
     rules: list[Rule] = []
     if config.optim_type == "muon":
         matrices = [(name, parameter) for group, name, parameter in grouped if group == "matrix"]
-        rules += [Muon(matrices, config, place, map_matrices)] if matrices else []
+        rules += [Muon(matrices, config, place, map_matrices, dtype)] if matrices else []
         grouped = [item for item in grouped if item[0] != "matrix"]
     # Groups that differ in weight decay alone are one rule, so that each foreach operation covers more; scalars come last.
     members: dict[tuple[float, tuple[float, float]], list[tuple[str, Tensor, float]]] = {}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from pretrain_xla.config import RunConfig
 from pretrain_xla.data.dataset import TokenDataset
 from pretrain_xla.errors import UserError
@@ -20,7 +22,9 @@ def build_optimizer(config: RunConfig, model: GPT, place: Place, map_matrices: M
     """The optimizer over a placed model; `place` makes each tensor of its state, `map_matrices` is the runtime's."""
     width = config.model.d_model
     schedule = lambda step: learning_rate(step, config.optim, width)  # noqa: E731
-    return make_optimizer(model.named_parameters(), config.optim, schedule, place, map_matrices)
+    # fp16 has no room for the sums of an orthogonalization.
+    dtype = torch.float32 if config.train.mixed_precision is None else torch.bfloat16
+    return make_optimizer(model.named_parameters(), config.optim, schedule, place, map_matrices, dtype)
 
 
 def build_examples(config: RunConfig, dataset: TokenDataset | None) -> Examples:

@@ -26,6 +26,12 @@ MODERN = {
     "qk_norm": True,
     "post_norm": True,
     "tie_weights": True,
+    # Muon, and AdamW for embeddings and norms.
+    "optim_type": "muon",
+    "muon_row_beta": 0.9,
+    "muon_momentum_warmup": 10,
+    "cautious_weight_decay": True,
+    "embedding_learning_rate": 2e-3,
 }
 XLA = {"PJRT_DEVICE": "CPU"}
 FOUR = XLA | {"CPU_NUM_DEVICES": "4"}

@@ -30,9 +30,9 @@ def gradients(seed: int) -> list[Tensor]:
     return [torch.randn(shape, generator=generator) for shape in SHAPES.values()]
 
 
-def make(named: dict[str, nn.Parameter], **changes: Any) -> Muon:
+def make(named: dict[str, nn.Parameter], dtype: torch.dtype = torch.bfloat16, **changes: Any) -> Muon:
     config = OptimConfig.model_validate({"optim_type": "muon", "muon_scale": "original"} | changes)
-    return Muon(list(named.items()), config)
+    return Muon(list(named.items()), config, dtype=dtype)
 
 
 @torch.no_grad()
@@ -52,8 +52,7 @@ def test_it_steps_as_pytorch_does(
     # PyTorch's knows only bf16, whose rounding hides small differences: the same steps are compared in fp32 as well.
     monkeypatch.setattr(torch.Tensor, "bfloat16", lambda tensor: tensor.to(dtype))
     named, reference = matrices(), matrices()
-    rule = make(named, muon_polynomials="quintic", muon_scale=scale, weight_decay=weight_decay)
-    rule.dtype = dtype
+    rule = make(named, dtype, muon_polynomials="quintic", muon_scale=scale, weight_decay=weight_decay)
     theirs = torch.optim.Muon(
         list(reference.values()), lr=float(RATE), weight_decay=weight_decay, momentum=0.95, adjust_lr_fn=scale
     )
