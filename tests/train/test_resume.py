@@ -107,7 +107,9 @@ def test_a_missing_tensor_is_not_replaced_by_zeros(make_config: Make) -> None:
 def test_weights_from_elsewhere_have_no_optimizer(make_config: Make) -> None:
     config = make_config()
     weight = torch.ones(3, 2)
-    assert not save_and_find_start(config, {"model.x": weight}, 0).optimizer_tensor("first_moment.x", weight.shape).any()
+    assert (
+        not save_and_find_start(config, {"model.x": weight}, 0).optimizer_tensor("first_moment.x", weight.shape).any()
+    )
 
 
 def test_other_data_is_reported(make_config: Make) -> None:
