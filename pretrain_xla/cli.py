@@ -155,6 +155,8 @@ def unused_flags(config: RunConfig, given: frozenset[str]) -> list[str]:
     """A note for each given flag that has no effect in this run."""
     xla, schedule = config.parallel.runtime == "xla", config.optim.decay_method
     decays = schedule not in ("noam", "constant")
+    muon = config.optim.optim_type == "muon"
+    of_muon = [leaf for leaf in type(config.optim).model_fields if leaf.startswith(("muon_", "cautious_"))]
     rules = {
         "compile": (not xla, "the xla runtime always compiles the whole step"),
         "device": (not xla, "the xla runtime takes its device from PJRT_DEVICE"),
@@ -167,8 +169,19 @@ def unused_flags(config: RunConfig, given: frozenset[str]) -> list[str]:
             "nothing is compiled without --compile, and nothing waits for a CPU",
         ),
         "use_syncfree_optim": (False, "the optimizer never synchronises with the host"),
-        "cooldown_steps": (schedule == "wsd", "only --decay-method wsd has a cooldown"),
-        "min_lr": (decays, f"--decay-method {schedule} does not use it"),
+        **dict.fromkeys(of_muon, (muon, "only --optim-type muon uses it")),
+        "head_learning_rate": (not config.model.tie_weights, "the head is the embedding (--tie-weights)"),
+        "head_betas": (not config.model.tie_weights, "the head is the embedding (--tie-weights)"),
+        "cooldown_steps": (
+            schedule == "wsd" and config.optim.cooldown_fraction is None,
+            "only --decay-method wsd has a cooldown" if schedule != "wsd" else "--cooldown-fraction is given",
+        ),
+        "cooldown_fraction": (schedule == "wsd", "only --decay-method wsd has a cooldown"),
+        "min_lr": (
+            decays and config.optim.min_lr_fraction is None,
+            "--min-lr-fraction is given" if decays else f"--decay-method {schedule} does not use it",
+        ),
+        "min_lr_fraction": (decays, f"--decay-method {schedule} does not use it"),
         "decay_steps": (decays, f"--decay-method {schedule} does not use it"),
         "eval_tasks": (
             config.train.mode != "evaluate",
