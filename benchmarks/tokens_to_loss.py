@@ -1,0 +1,268 @@
+"""Tokens to the same loss, by recipe: `python benchmarks/tokens_to_loss.py --text FILE…`, about three hours on two cores.
+
+Small models of one size are trained on real text through XLA, each by a recipe of `recipes.py`, with several seeds, and
+validated on the same 65,536 tokens of documents that no recipe trains on. The other recipes train for the size's full budget.
+`ours` trains for several shares of it, each run with a schedule of its own length; between two of them the share that reaches a
+loss is interpolated, over the logarithm of the tokens.
+
+It prints each recipe's loss, tokens, operations and wall-clock time, and the share of each other recipe's tokens that `ours`
+needs for its loss: mean over the seeds, least and most. `loss.png` shows the losses over the tokens.
+
+Every finished run is a line of `results.jsonl` in the output folder, and is not run again. `--sweep RECIPE RATE…` tries
+learning rates on seed 0, which no reported run uses. `--ablate` takes the ingredients of `ours` out, one at a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import itertools
+import json
+import math
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.recipes import (  # noqa: E402
+    ABLATIONS,
+    CONTESTANTS,
+    SIZES,
+    TOKENS_PER_STEP,
+    VOCAB_SIZE,
+    Size,
+    Tree,
+    ablated,
+    recipe,
+)
+from pretrain_xla.config import build_config  # noqa: E402
+from pretrain_xla.model.flops import flops_per_token, parameter_count  # noqa: E402
+
+TUNING_SEED = 0
+
+
+class Runs:
+    """Runs of configs, each once: what is in `results.jsonl` is not run again."""
+
+    def __init__(self, folder: Path, data: Path) -> None:
+        self.folder, self.data = folder, data
+        self.file = folder / "results.jsonl"
+        lines = self.file.read_text(encoding="utf-8").splitlines() if self.file.exists() else []
+        self.done: dict[str, dict[str, Any]] = {row["key"]: row for row in map(json.loads, lines)}
+
+    def result(self, name: str, tree: Tree, seed: int) -> dict[str, Any]:
+        """The result of a config with a seed: `loss` (validation, inf where it diverged), `tokens`, `seconds`, `flops` …"""
+        key = hashlib.sha256(json.dumps([tree, seed], sort_keys=True).encode()).hexdigest()[:16]
+        if key not in self.done:
+            self.done[key] = {"key": key, "name": name, "seed": seed} | self._run(key, name, tree, seed)
+            with self.file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(self.done[key]) + "\n")
+        return self.done[key]
+
+    def loss(self, name: str, tree: Tree, seed: int) -> float:
+        """Final validation loss of a config with a seed."""
+        return float(self.result(name, tree, seed)["loss"])
+
+    def _run(self, key: str, name: str, tree: Tree, seed: int) -> dict[str, Any]:
+        run_dir, file = self.folder / f"run_{key}", self.folder / f"{key}.yaml"
+        tree = {
+            **tree,
+            "train": tree["train"] | {"seed": seed},
+            "data": {"train_dir": str(self.data / "train"), "valid_dir": str(self.data / "valid")},
+            "logging": tree["logging"] | {"run_dir": str(run_dir)},
+        }
+        config = build_config(tree, name)
+        file.write_text(yaml.safe_dump(tree), encoding="utf-8")
+        steps = config.train.train_steps
+        print(f"{time.strftime('%H:%M')} {name}, seed {seed}, {steps} steps …", file=sys.stderr, flush=True)
+        began = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, "run_pretrain_xla.py", "--config", str(file)],
+            cwd=ROOT,
+            env=os.environ | {"PJRT_DEVICE": "CPU"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        seconds = time.perf_counter() - began
+        diverged = done.returncode != 0 and ("nan" in done.stdout.lower() or "finite" in done.stdout)
+        if done.returncode and not diverged:
+            raise SystemExit(f"{name} failed:\n{done.stdout[-3000:]}")
+        loss = math.inf if diverged else _last_valid_loss(run_dir)
+        shutil.rmtree(run_dir)
+        file.unlink()
+        print(f"      {loss:.4f} in {seconds:.0f} s", file=sys.stderr, flush=True)
+        tokens = steps * TOKENS_PER_STEP
+        return {
+            "loss": loss,
+            "steps": steps,
+            "tokens": tokens,
+            "flops": flops_per_token(config.model) * tokens,
+            "parameters": parameter_count(config.model),
+            "seconds": round(seconds, 1),
+            "model": tree["model"],
+            "optim": tree["optim"],
+        }
+
+
+def _last_valid_loss(run_dir: Path) -> float:
+    rows = map(json.loads, (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    return [float(row["valid_loss"]) for row in rows if "valid_loss" in row][-1]
+
+
+def prepare_text(texts: Sequence[str], folder: Path) -> Path:
+    """Tokenize the text once, with a byte-level BPE that is trained on it; documents are held out by their hash."""
+    data = folder / f"data_{hashlib.sha256(' '.join(texts).encode()).hexdigest()[:8]}"
+    sources = list(texts) or ["quickstart"]
+    weights = ["--weights", ":".join("1" * len(sources))] if len(sources) > 1 else []
+    options = [*weights, "--train-vocab-size", str(VOCAB_SIZE), "--valid-fraction", "0.02"]
+    command = [sys.executable, "-m", "pretrain_xla", "prepare", *sources, str(data), *options]
+    subprocess.run(command, cwd=ROOT, check=True, stdout=sys.stderr)
+    return data
+
+
+def share_needed(target: float, points: Sequence[tuple[float, float]]) -> float:
+    """The share at which a loss is reached, between (share, loss) points of falling loss; inf where none reaches it.
+
+    Over the logarithm of the share, and never below the first point: what is not measured is not claimed.
+    """
+    ordered = sorted(points)
+    if ordered[0][1] <= target:
+        return ordered[0][0]
+    for (left, above), (right, below) in itertools.pairwise(ordered):
+        if below <= target < above:
+            part = (above - target) / (above - below)
+            return math.exp(math.log(left) + part * (math.log(right) - math.log(left)))
+    return math.inf
+
+
+def spread(values: Iterable[float]) -> str:
+    """Mean, least and most."""
+    known = list(values)
+    return f"{statistics.fmean(known):.3f} ({min(known):.3f} to {max(known):.3f})"
+
+
+def compare(runs: Runs, size: Size, seeds: Sequence[int]) -> bool:
+    """Run all recipes, print the tables, draw the plot; whether `ours` reaches every target."""
+    others = {
+        name: [runs.result(name, recipe(name, size, size.steps), seed) for seed in seeds] for name in CONTESTANTS[:-1]
+    }
+    ours = {
+        share: [runs.result(f"ours {share:g}", recipe("ours", size, round(size.steps * share)), seed) for seed in seeds]
+        for share in size.budgets
+    }
+    rows = others | {f"ours, {share:g} of the tokens": results for share, results in ours.items()}
+    print(f"{'recipe':28s} {'parameters':>10s} {'steps':>6s} {'tokens':>10s} {'operations':>11s} {'minutes':>8s}  loss")
+    for name, results in rows.items():
+        one, minutes = results[0], statistics.fmean(result["seconds"] for result in results) / 60
+        print(
+            f"{name:28s} {one['parameters']:10,d} {one['steps']:6d} {one['tokens']:10,d} {one['flops']:11.2e} {minutes:8.1f}  "
+            + spread(result["loss"] for result in results)
+        )
+    print("\nshare of a recipe's tokens that ours needs for its loss")
+    reached = True
+    for (name, results), target in zip(others.items(), size.targets, strict=True):
+        shares = [
+            share_needed(results[index]["loss"], [(share, ours[share][index]["loss"]) for share in size.budgets])
+            for index in range(len(seeds))
+        ]
+        reached &= statistics.fmean(shares) <= target
+        print(f"{name:28s} {spread(shares)}; at most {target:g} wanted")
+    draw(runs.folder / "loss.png", rows.values(), list(rows))
+    return reached
+
+
+def sweep(runs: Runs, size: Size, contestant: str, rates: Sequence[float], share: float) -> None:
+    """Print the loss at each learning rate, on the seed that is for tuning."""
+    for rate in rates:
+        tree = recipe(contestant, size, round(size.steps * share), rate)
+        print(f"{contestant} at {rate:g}: {runs.loss(f'{contestant} {rate:g}', tree, TUNING_SEED):.4f}", flush=True)
+
+
+def ablate(runs: Runs, size: Size, ingredients: Sequence[str], seeds: Sequence[int]) -> None:
+    """Print the loss without each ingredient, and the tokens that `ours` needs for that loss, as a share of the ablation's."""
+    points = {
+        seed: [(s, runs.loss(f"ours {s:g}", recipe("ours", size, round(size.steps * s)), seed)) for s in size.budgets]
+        for seed in seeds
+    }
+    share = size.budgets[-2]
+    whole = [dict(points[seed])[share] for seed in seeds]
+    print(f"{'ours':28s} {spread(whole)}")
+    for name in ingredients:
+        tree = ablated(name, size, round(size.steps * share))
+        losses = [runs.loss(f"without {name}", tree, seed) for seed in seeds]
+        saved = [share_needed(loss, points[seed]) / share for loss, seed in zip(losses, seeds, strict=True)]
+        print(
+            f"{'without ' + name:28s} {spread(losses)}; ours gets there with {spread(saved)} of the tokens", flush=True
+        )
+
+
+def draw(path: Path, results: Iterable[Sequence[dict[str, Any]]], names: Sequence[str]) -> None:
+    """Plot the losses over the tokens, a point for each run."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.5))
+    curve: list[tuple[float, float]] = []
+    for name, runs in zip(names, results, strict=True):
+        tokens, losses = [run["tokens"] for run in runs], [run["loss"] for run in runs]
+        is_ours = name.startswith("ours")
+        axes.scatter(
+            tokens,
+            losses,
+            s=18,
+            color="C3" if is_ours else None,
+            label=None if is_ours and curve else name.split(",")[0],
+        )
+        if is_ours:
+            curve.append((tokens[0], statistics.fmean(losses)))
+        else:
+            axes.axhline(statistics.fmean(losses), linewidth=0.6, color="0.7", zorder=0)
+    axes.plot(*zip(*curve, strict=True), color="C3", linewidth=1)
+    axes.set(xscale="log", xlabel="tokens trained on", ylabel="validation loss (nats per token)")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--text", nargs="*", default=[], metavar="FILE", help="default: the documentation inside Python"
+    )
+    parser.add_argument("--size", choices=tuple(SIZES), default="2M", help="parameters of GPT-2's architecture")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--output", type=Path, default=ROOT / "runs" / "tokens_to_loss")
+    parser.add_argument("--sweep", nargs="+", metavar=("RECIPE", "RATE"), help="learning rates to try on seed 0")
+    parser.add_argument("--share", type=float, default=1.0, help="--sweep: steps as a share of the budget")
+    parser.add_argument("--ablate", nargs="*", metavar="INGREDIENT", help=f"of {', '.join(ABLATIONS)}; none named: all")
+    flags = parser.parse_args()
+    size = SIZES[flags.size]
+    folder = flags.output.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    runs = Runs(folder, prepare_text(flags.text, folder))
+    jobs: list[Callable[[], object]] = []
+    if flags.sweep:
+        jobs.append(lambda: sweep(runs, size, flags.sweep[0], [float(rate) for rate in flags.sweep[1:]], flags.share))
+    if flags.ablate is not None:
+        jobs.append(lambda: ablate(runs, size, flags.ablate or list(ABLATIONS), flags.seeds))
+    for job in jobs:
+        job()
+    if not jobs and not compare(runs, size, flags.seeds):
+        raise SystemExit("ours does not reach every target")
+
+
+if __name__ == "__main__":
+    main()
