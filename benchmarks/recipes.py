@@ -65,7 +65,8 @@ MODERN = {"activation": "silu", "gated": True, "norm": "rmsnorm", "positions": "
 OURS = {
     "optim_type": "muon",
     "muon_scale": "original",
-    "embedding_learning_rate": 0.008,
+    "embedding_learning_rate": 0.3,
+    "head_learning_rate": 0.008,
     "scalar_learning_rate": 0.008,
     "betas": [0.9, 0.95],
     "decay_method": "wsd",
@@ -82,7 +83,7 @@ def recipe(contestant: str, size: Size, steps: int, learning_rate: float | None 
     if contestant in ("modern", "ours"):
         tree["model"] |= MODERN | {"d_ff": size.gated_d_ff}
     if contestant == "ours":
-        tree["model"] |= {"init": "fan_in"}
+        tree["model"] |= {"init": "mup", "tie_weights": False, "embedding_norm": True}
         tree["optim"] |= OURS
         return tree
     tree["optim"] |= {
@@ -101,7 +102,10 @@ ABLATIONS: dict[str, Tree] = {
     "polar_express": {"optim": {"muon_polynomials": "quintic"}},
     "long_cooldown": {"optim": {"cooldown_fraction": 0.2}},
     "no_warmup": {"optim": {"warmup_steps": 8}},
-    "zero_residual_init": {"model": {"init": "gpt2"}},
+    "zero_init": {"model": {"init": "gpt2"}},
+    "untied_head": {"model": {"tie_weights": True}, "optim": {"embedding_learning_rate": 0.008}},
+    "embedding_norm": {"model": {"embedding_norm": False}},
+    "embedding_rate": {"optim": {"embedding_learning_rate": 0.008}},
 }
 """Name of an ingredient of `ours` → what the config has without it."""
 

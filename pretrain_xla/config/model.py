@@ -60,13 +60,16 @@ class ModelConfig(Section):
     """Soft cap on the output logits: cap * tanh(logit / cap). None means no cap."""
     scale_embeddings: bool = False
     """Multiply token embeddings by sqrt(d_model)."""
+    embedding_norm: bool = False
+    """Normalise token embeddings before anything is added to them. `export` folds it into the table of an untied embedding."""
     tie_weights: bool = False
     """Share the weights of the token embedding and the output layer."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout probability on embeddings, attention weights and both residual branches."""
-    init: Literal["gpt2", "normal", "fan_in"] = "gpt2"
+    init: Literal["gpt2", "normal", "fan_in", "mup"] = "gpt2"
     """gpt2: std 0.02, residual projections divided by sqrt(2 * num_layers). normal: std 0.02 everywhere. fan_in: std
-    1/sqrt(fan-in), residual projections zero."""
+    1/sqrt(fan-in), residual projections zero. mup: the same, with std 1 for the embeddings and zero for the output layer,
+    unless they share weights."""
     attention: Literal["sdpa", "reference"] = "sdpa"
     """sdpa: a fused kernel if there is one for these heads (on TPUs our flash attention, elsewhere PyTorch's), else as
     reference. reference: plain matrix products and an fp32 softmax."""

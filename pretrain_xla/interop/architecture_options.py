@@ -26,6 +26,7 @@ PLAIN: dict[str, tuple[Any, ...] | Callable[[Any], bool]] = {
     "attention_softcap": (None,),
     "logit_softcap": (None,),
     "scale_embeddings": (False,),
+    "embedding_norm": (False,),
     "num_kv_heads": (None,),
     "head_dim": (None,),
     "heads_dim": ANY,

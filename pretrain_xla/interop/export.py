@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from typing import Any
@@ -16,6 +17,7 @@ from pretrain_xla.interop.model_card import model_card
 from pretrain_xla.interop.special_tokens import before_text
 from pretrain_xla.interop.tensors import to_hugging_face
 from pretrain_xla.interop.tokenizer_files import write_tokenizer
+from pretrain_xla.model.layers import make_norm
 from pretrain_xla.run_folder.tensor_checks import check_finite
 from pretrain_xla.tokenizers.load import known_tokenizers, load_tokenizer
 from pretrain_xla.tokenizers.tokenizer import Tokenizer
@@ -41,6 +43,7 @@ def export_model(
     Raises:
         UserError: no architecture computes this model, its weights hold NaN or infinity, or the folder cannot be written.
     """
+    loaded = fold_embedding_norm(loaded)
     config = loaded.config
     family = choose_family(config)
     check_finite(loaded.tensors, loaded.where)
@@ -70,6 +73,25 @@ def export_model(
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error.strerror or error}): name another folder") from None
     return notes
+
+
+def fold_embedding_norm(loaded: LoadedModel) -> LoadedModel:
+    """The same model without a norm after the embedding, where there is one: with each row of the table normalised.
+
+    A tied head reads the rows as they are, so there the norm stays, and no architecture of transformers has it.
+    """
+    config = loaded.config
+    if not config.embedding_norm or config.tie_weights:
+        return loaded
+    norm = make_norm(config, torch.float32)
+    own = {name: value for name, value in loaded.tensors.items() if name.startswith("embedding_norm.")}
+    norm.load_state_dict({name.removeprefix("embedding_norm."): value for name, value in own.items()})
+    with torch.no_grad():
+        table_VD = norm(loaded.tensors["embedding.weight"])
+    tensors = {name: value for name, value in loaded.tensors.items() if name not in own} | {
+        "embedding.weight": table_VD
+    }
+    return dataclasses.replace(loaded, config=config.model_copy(update={"embedding_norm": False}), tensors=tensors)
 
 
 def _tokenizer(loaded: LoadedModel) -> tuple[Tokenizer | None, list[str]]:

@@ -16,7 +16,7 @@ def parameter_count(config: ModelConfig) -> int:
     block = _block_matrices(config) + (_block_biases(config) if config.bias else 0) + block_norms
     vocabulary = config.vocab_size * config.d_model * (1 if config.tie_weights else 2)
     positions = config.seq_length * config.d_model if config.positions == "learned" else 0
-    return vocabulary + positions + config.num_layers * block + norm
+    return vocabulary + positions + config.num_layers * block + norm * (2 if config.embedding_norm else 1)
 
 
 def forward_flops_per_token(config: ModelConfig) -> int:

@@ -70,6 +70,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config, self.compute_dtype = config, compute_dtype
         self.embedding = Embedding(config.padded_vocab_size, config.d_model)
+        self.embedding_norm = make_norm(config, torch.float32) if config.embedding_norm else None
         learned = config.positions == "learned"
         self.position_embedding = Embedding(config.seq_length, config.d_model) if learned else None
         self.blocks: nn.Module = Blocks(Block(config, compute_dtype) for _ in range(config.num_layers))
@@ -95,10 +96,10 @@ class GPT(nn.Module):
         positions: of the tokens [T], or [B, T] where they differ by row. None means 0 … T - 1; learned ones are then counted
             within each document (rotary attention sees differences only, which are the same within a document).
         """
-        length = tokens_BT.shape[1]
-        if length > self.config.seq_length:
+        if (length := tokens_BT.shape[1]) > self.config.seq_length:
             raise ValueError(f"{length} tokens are longer than seq_length={self.config.seq_length}: cut them")
         x_BTD = self.embedding(tokens_BT)
+        x_BTD = x_BTD if self.embedding_norm is None else self.embedding_norm(x_BTD)
         if self.config.scale_embeddings:
             x_BTD = x_BTD * math.sqrt(self.config.d_model)
         if self.position_embedding is not None:

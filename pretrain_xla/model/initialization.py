@@ -14,6 +14,7 @@ from pretrain_xla.config import ModelConfig
 from pretrain_xla.model.gpt import GPT
 
 RESIDUAL_PROJECTIONS = ("attention.output.weight", "feed_forward.down.weight")
+EMBEDDINGS = ("embedding.weight", "position_embedding.weight")
 VOCABULARY_TABLES = ("embedding.weight", "head.weight")
 
 
@@ -23,7 +24,9 @@ def initialize(model: GPT, seed: int) -> None:
 
     gpt2 is GPT-2's (Radford et al. 2019): normal(0.02), the projections that write to the residual stream divided by
     sqrt(2 * layers). normal is normal(0.02) throughout. fan_in is normal(1 / sqrt(last dimension)), for the embeddings
-    too, and zero for the residual projections, so that each block starts as the identity. Always: biases 0, norms the
+    too, and zero for the residual projections, so that each block starts as the identity. mup is fan_in with normal(1) for
+    untied embeddings and zero for the head, so that neither the residual stream nor the first update of the logits depends on
+    the width (Yang et al. 2022, table 8). Always: biases 0, norms the
     identity, padding rows of the vocabulary 0.
     """
     for name, parameter in model.named_parameters():
@@ -50,7 +53,9 @@ def _is_zero_centered(config: ModelConfig) -> bool:
 
 def _standard_deviation(name: str, shape: torch.Size, config: ModelConfig) -> float:
     residual = name.endswith(RESIDUAL_PROJECTIONS)
-    if config.init == "fan_in":
+    if config.init == "mup" and not config.tie_weights and name in (*EMBEDDINGS, "head.weight"):
+        return 1.0 if name in EMBEDDINGS else 0.0
+    if config.init in ("fan_in", "mup"):
         return 0.0 if residual else 1.0 / math.sqrt(shape[-1])
     if config.init == "gpt2" and residual:
         return 0.02 / math.sqrt(2 * config.num_layers)

@@ -193,6 +193,17 @@ def test_random_options(tmp_path: Path) -> None:
     assert refused > 10
 
 
+@pytest.mark.parametrize("norm", ["rmsnorm", "layernorm"])
+def test_a_norm_of_untied_embeddings_is_folded_into_them(norm: str, tmp_path: Path) -> None:
+    config = tiny(**(EXAMPLES["qwen3"] if norm == "rmsnorm" else {}), embedding_norm=True)
+    model = build(config.model_copy(update={"tie_weights": False}))
+    assert_same_logits(model, open_in_transformers(export(model, tmp_path / "folded")))
+    again = load_model(str(tmp_path / "folded"))
+    assert not again.config.embedding_norm
+    with pytest.raises(UserError, match="embedding_norm=True stands in the way"):
+        export(build(config.model_copy(update={"tie_weights": True})), tmp_path / "tied")
+
+
 @pytest.mark.parametrize(
     ("options", "says", "fix", "then"),
     [
