@@ -45,6 +45,14 @@ def map_stacks_of(
     return results
 
 
+def own_share(stack_NRC: Tensor, index: Tensor, count: int) -> Tensor:
+    """One process's share of a stack, padded with zeros to divide. index: of the process, int64, one element.
+
+    The index is a tensor so that a compiled program is the same in every process.
+    """
+    return pad_stack(stack_NRC, count).unflatten(0, (count, -1)).index_select(0, index)[0]
+
+
 def pad_stack(stack_NRC: Tensor, devices: int) -> Tensor:
     """The stack with matrices of zeros behind it, so that it divides over the devices."""
     missing = -len(stack_NRC) % devices

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from pretrain_xla.config import ModelConfig, OptimConfig
 from pretrain_xla.model import GPT
 from pretrain_xla.optim import make_optimizer
+from pretrain_xla.optim.matrices import own_share
 from pretrain_xla.optim.muon import Muon
 from pretrain_xla.optim.newton_schulz import QUINTIC, SAFETY, orthogonalize, polar_express
 from pretrain_xla.optim.parameters import GROUPS, group_of
@@ -154,6 +155,16 @@ def test_momentum_warms_up() -> None:
         update(rule, given, torch.tensor(step))
         for old, new, gradient in zip(before, rule.momenta, given, strict=True):
             torch.testing.assert_close(new, momentum * old + (1 - momentum) * gradient)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 8])
+def test_shares_of_all_processes_are_the_stack(processes: int) -> None:
+    stack_NRC = torch.randn(6, 4, 5)
+    shares = [own_share(stack_NRC, torch.tensor([index]), processes) for index in range(processes)]
+    assert len({share.shape for share in shares}) == 1, "one program for all"
+    together_NRC = torch.cat([orthogonalize(share, polar_express(5)) for share in shares])
+    assert torch.equal(together_NRC[:6], orthogonalize(stack_NRC, polar_express(5)))
+    assert not together_NRC[6:].any()
 
 
 def test_groups_have_rates_betas_and_decays_of_their_own() -> None:

@@ -8,7 +8,7 @@ import torch_xla.core.xla_model as xm
 import torch_xla.distributed.spmd as xs
 from torch import Tensor
 
-from pretrain_xla.optim.matrices import map_stacks, map_stacks_of, pad_stack
+from pretrain_xla.optim.matrices import map_stacks, map_stacks_of, own_share, pad_stack
 from pretrain_xla.runtime.sharding import Axis, parameter_axes, ways
 from pretrain_xla.runtime.xla.local_shards import constrain_sharding
 
@@ -41,13 +41,10 @@ def map_on_mesh(
 def map_on_processes(
     function: Callable[[Tensor], Tensor], matrices: Mapping[str, Tensor], index: Tensor, count: int
 ) -> dict[str, Tensor]:
-    """`MapMatrices` of one process a device. index: of this process (int64, one element), on the device: as a number in the
-    program it would make another program in each process.
-    """
+    """`MapMatrices` of one process a device. index: see `own_share`; on the device."""
 
     def share(stack_NRC: Tensor) -> Tensor:
-        shares = pad_stack(stack_NRC, count).unflatten(0, (count, -1))
-        gathered: Tensor = xm.all_gather(function(shares.index_select(0, index)[0]))
+        gathered: Tensor = xm.all_gather(function(own_share(stack_NRC, index, count)))
         return gathered[: len(stack_NRC)]
 
     return map_stacks(share, matrices)
