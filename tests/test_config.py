@@ -151,6 +151,11 @@ IMPOSSIBLE: dict[str, tuple[dict[str, Any], list[str], dict[str, Any]]] = {
         ["warmup_steps=401", "step 400", "wsd", "cooldown_steps"],
         {"optim": {"warmup_steps": 400, "decay_steps": 500, "cooldown_steps": 100, "decay_method": "wsd"}},
     ),
+    "warm-up past the start of a fractional cool-down": (
+        {"optim": {"warmup_steps": 401, "decay_steps": 500, "cooldown_fraction": 0.2, "decay_method": "wsd"}},
+        ["warmup_steps=401", "step 400", "wsd", "cooldown_fraction"],
+        {"optim": {"warmup_steps": 400, "decay_steps": 500, "cooldown_fraction": 0.2, "decay_method": "wsd"}},
+    ),
     "floor above the top": (
         {"optim": {"learning_rate": 1e-5, "min_lr": 2e-5}},
         ["min_lr=2e-05", "learning_rate=1e-05", "lower min_lr"],

@@ -90,10 +90,11 @@ class OptimConfig(Section):
     def _check(self) -> OptimConfig:
         if self.decay_method in ("cosine", "linear", "wsd"):
             fall_starts = self.decay_steps - self.cooldown if self.decay_method == "wsd" else self.decay_steps
+            cooldown = " or cooldown_steps" if self.cooldown_fraction is None else " or cooldown_fraction"
             if self.warmup_steps > fall_starts:
                 raise ValueError(
                     f"warmup_steps={self.warmup_steps} goes past step {fall_starts}, where the decay of {self.decay_method} "
-                    "starts: lower warmup_steps or the cooldown, or raise decay_steps"
+                    f"starts: lower warmup_steps{cooldown if self.decay_method == 'wsd' else ''}, or raise decay_steps"
                 )
             if self.min_lr_fraction is None and self.min_lr > self.learning_rate:
                 raise ValueError(f"min_lr={self.min_lr} is above learning_rate={self.learning_rate}: lower min_lr")

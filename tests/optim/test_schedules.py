@@ -44,6 +44,16 @@ def test_warm_up_is_linear_and_its_first_update_counts(method: str) -> None:
     assert rate(WARMUP - 1, config(method)) == pytest.approx(PEAK, rel=1e-6)
 
 
+def test_lengths_and_floors_can_be_fractions() -> None:
+    fractions = config(
+        "wsd", cooldown_fraction=COOLDOWN / END, cooldown_steps=1, min_lr_fraction=FLOOR / PEAK, min_lr=0.0
+    )
+    for step in (0, 500, 799, 800, 900, 998, 999, 1200):
+        assert rate(step, fractions) == pytest.approx(rate(step, config("wsd")), rel=1e-6)
+    assert rate(499, config("wsd", cooldown_fraction=1.0, warmup_steps=0)) == pytest.approx((PEAK + FLOOR) / 2)
+    assert rate(END - 1, config("cosine", min_lr_fraction=0.0)) == pytest.approx(0.0, abs=1e-9)
+
+
 def test_without_warm_up_the_first_update_is_at_the_top() -> None:
     assert rate(0, config("constant", warmup_steps=0)) == pytest.approx(PEAK, rel=1e-6)
     assert rate(0, config("wsd", warmup_steps=0)) == pytest.approx(PEAK, rel=1e-6)
