@@ -14,8 +14,10 @@ import pytest
 from .conftest import ROOT, environment, metrics, run, summary
 
 ENTRY_POINTS = {"torch": ("run_pretrain.py", {}), "xla": ("run_pretrain_xla.py", {"PJRT_DEVICE": "CPU"})}
+# AdamW for some parameters and Muon for the others, with all of its state.
+MUON: dict[str, Any] = {"optim_type": "muon", "muon_row_beta": 0.9, "muon_momentum_warmup": 15}
 # Dropout, accumulation and several epochs: everything that the next step depends on.
-CHANGES: dict[str, Any] = {
+CHANGES: dict[str, Any] = MUON | {
     "dropout": 0.1,
     "train_batch_size": 4,
     "gradient_accum_step": 2,
@@ -86,7 +88,7 @@ def test_sigterm_saves_a_checkpoint(runtime: str, tmp_path: Path, flags: Callabl
 def test_checkpoints_move_between_runtimes(tmp_path: Path, flags: Callable[..., list[str]]) -> None:
     """A run that moves from torch to XLA (a mesh, stacked layers) and back has the loss curve of one that stays on torch."""
     stayed, moved = tmp_path / "stayed", tmp_path / "moved"
-    assert run("run_pretrain.py", *flags(stayed)).status == 0
+    assert run("run_pretrain.py", *flags(stayed, **MUON)).status == 0
     four = {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": "4"}
     sharded = {"mesh_fsdp": 2, "mesh_tensor": 2, "scan_layers": True, "strict_graph": True}
     for steps, entry_point, changes, extra in (
@@ -94,7 +96,7 @@ def test_checkpoints_move_between_runtimes(tmp_path: Path, flags: Callable[..., 
         (15, "run_pretrain_xla.py", sharded, four),
         (20, "run_pretrain.py", {}, {}),
     ):
-        done = run(entry_point, *flags(moved, train_steps=steps, decay_steps=20, **changes), **extra)
+        done = run(entry_point, *flags(moved, train_steps=steps, decay_steps=20, **MUON, **changes), **extra)
         assert done.status == 0, done.errors
     after = [[row["loss"] for row in metrics(d) if "loss" in row and row["step"] > 10] for d in (stayed, moved)]
     assert len(after[0]) == 10
