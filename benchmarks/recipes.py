@@ -30,7 +30,7 @@ class Size:
         steps: budget of all recipes but `ours`.
         budgets: of `ours`, as shares of it.
         targets: largest shares of the tokens of `baseline`, `baseline_tuned` and `modern` that `ours` may need.
-        learning_rates: best ones of a sweep on seed 0.
+        learning_rates: to be replaced by the best ones of a sweep on seed 0; only a few have been tried (docs/LOG.md).
     """
 
     d_model: int

@@ -1,4 +1,4 @@
-"""Tokens to the same loss, by recipe: `python benchmarks/tokens_to_loss.py --text FILE…`, about three hours on two cores.
+"""Tokens to the same loss, by recipe: `python benchmarks/tokens_to_loss.py --text FILE…`, hours on two cores.
 
 Small models of one size are trained on real text through XLA, each by a recipe of `recipes.py`, with several seeds, and
 validated on the same 65,536 tokens of documents that no recipe trains on. The other recipes train for the size's full budget.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pretrain_xla.config import OptimConfig
-from pretrain_xla.optim.parameters import Place, zeros
+from pretrain_xla.optim.parameters import Place, scheduled_decay, zeros
 
 
 class AdamW:
@@ -28,8 +28,8 @@ class AdamW:
         self,
         parameters: Sequence[tuple[str, Tensor, float]],
         config: OptimConfig,
-        rate_factor: float = 1.0,
-        betas: tuple[float, float] | None = None,
+        rate_factor: float,
+        betas: tuple[float, float],
         place: Place = zeros,
     ) -> None:
         """Create the state.
@@ -38,13 +38,12 @@ class AdamW:
             parameters: name, tensor on its devices, and weight decay of each.
             config: type, epsilon, schedule of the weight decay.
             rate_factor: factor on the learning rate.
-            betas: None means the config's.
+            betas: decay rates of the moments.
             place: makes each tensor of the state.
         """
         # By weight decay, so that each decay is for one contiguous list for the foreach operations.
         ordered = sorted(parameters, key=lambda item: -item[2])
-        self.config, self.rate_factor = config, rate_factor
-        self.betas = config.betas if betas is None else betas
+        self.config, self.rate_factor, self.betas = config, rate_factor, betas
         self.names = [name for name, _, _ in ordered]
         self.parameters = [parameter for _, parameter, _ in ordered]
         self.decays = [(decay, len(list(run))) for decay, run in groupby(decay for _, _, decay in ordered)]
@@ -63,8 +62,8 @@ class AdamW:
     def update(self, gradients: list[Tensor], rate: Tensor, step: Tensor) -> None:
         """See `Rule.update`."""
         beta1, beta2 = self.betas
-        rate = rate if self.rate_factor == 1.0 else rate * self.rate_factor
-        gradients = self._decay(gradients, rate)
+        own_rate = rate if self.rate_factor == 1.0 else rate * self.rate_factor
+        gradients = self._decay(gradients, rate, own_rate)
 
         # Products and sums: tracing lerp and addcmul on XLA takes as long as the rest of the update.
         torch._foreach_mul_(self.first_moments, beta1)
@@ -79,20 +78,21 @@ class AdamW:
         torch._foreach_mul_(denominators, correction2.rsqrt())
         torch._foreach_add_(denominators, self.config.adam_eps)
         updates = torch._foreach_div(self.first_moments, denominators)
-        torch._foreach_mul_(updates, rate / correction1)
+        torch._foreach_mul_(updates, own_rate / correction1)
         torch._foreach_sub_(self.parameters, list(updates))
 
-    def _decay(self, gradients: list[Tensor], rate: Tensor) -> list[Tensor]:
-        """Decay the parameters; the gradients, with the decay added for `adam`."""
+    def _decay(self, gradients: list[Tensor], rate: Tensor, own_rate: Tensor) -> list[Tensor]:
+        """Decay the parameters; the gradients, with the decay added for `adam`. rate: of the schedule. own_rate: of these."""
         begin = 0
-        for decay, count in self.decays:
+        for group_decay, count in self.decays:
             group = slice(begin, begin + count)
             begin += count
-            if not decay:
+            if not group_decay:
                 continue
+            decay = scheduled_decay(group_decay, rate, self.config)
             if self.config.optim_type == "adam":
-                decays = torch._foreach_mul(self.parameters[group], decay)
-                gradients[group] = torch._foreach_add(gradients[group], decays)
+                added = torch._foreach_mul(self.parameters[group], decay)
+                gradients[group] = torch._foreach_add(gradients[group], added)
             else:
-                torch._foreach_mul_(self.parameters[group], 1.0 - rate * decay)
+                torch._foreach_mul_(self.parameters[group], 1.0 - own_rate * decay)
         return gradients

@@ -45,6 +45,20 @@ def map_stacks_of(
     return results
 
 
+def map_shares(
+    function: Callable[[Tensor], Tensor],
+    matrices: Mapping[str, Tensor],
+    index: Tensor,
+    count: int,
+    gather: Callable[[Tensor], Tensor],
+) -> dict[str, Tensor]:
+    """A `MapMatrices` for one process a device: each takes its share of every stack. index, count: see `own_share`.
+
+    gather: (n, R, C) of each process → (count * n, R, C).
+    """
+    return map_stacks(lambda stack: gather(function(own_share(stack, index, count)))[: len(stack)], matrices)
+
+
 def own_share(stack_NRC: Tensor, index: Tensor, count: int) -> Tensor:
     """One process's share of a stack, padded with zeros to divide. index: of the process, int64, one element.
 

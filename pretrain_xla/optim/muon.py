@@ -19,7 +19,7 @@ from torch import Tensor
 from pretrain_xla.config import OptimConfig
 from pretrain_xla.optim.matrices import MapMatrices, map_stacks
 from pretrain_xla.optim.newton_schulz import QUINTIC, orthogonalize, polar_express
-from pretrain_xla.optim.parameters import Place, zeros
+from pretrain_xla.optim.parameters import Place, scheduled_decay, zeros
 
 FIRST_MOMENTUM = 0.85
 """Where the momentum's warm-up begins."""
@@ -56,11 +56,8 @@ class Muon:
         self.row_moments: list[Tensor] = []
         if config.muon_row_beta:
             self.row_moments = [place(f"row_moment.{name}", p.shape[:-1], p) for name, p in parameters]
-        polynomials = {
-            "polar_express": polar_express(config.muon_iterations),
-            "quintic": (QUINTIC,) * config.muon_iterations,
-        }
-        self.polynomials = polynomials[config.muon_polynomials]
+        quintic, iterations = config.muon_polynomials == "quintic", config.muon_iterations
+        self.polynomials = (QUINTIC,) * iterations if quintic else polar_express(iterations)
 
     @property
     def state(self) -> dict[str, Tensor]:
@@ -73,9 +70,7 @@ class Muon:
     def update(self, gradients: list[Tensor], rate: Tensor, step: Tensor) -> None:
         """See `Rule.update`."""
         directions = self.map_matrices(self._orthogonalize, self._momentum_steps(gradients, step))
-        decay = self.config.weight_decay * rate
-        if self.config.weight_decay_schedule == "learning_rate":
-            decay = decay * (rate / self.config.learning_rate)
+        decay = scheduled_decay(self.config.weight_decay, rate, self.config) * rate
         for index, (name, parameter) in enumerate(zip(self.names, self.parameters, strict=True)):
             direction_RC = directions[name]
             factor = rate * self.shape_factor(parameter)

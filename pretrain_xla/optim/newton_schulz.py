@@ -20,6 +20,8 @@ Polynomial = tuple[float, float, float]
 """Coefficients of s, s^3 and s^5."""
 
 QUINTIC: Polynomial = (3.4445, -4.7750, 2.0315)
+SMALLEST = 1e-3
+"""Singular values below this are not brought to 1; the paper's choice for bf16."""
 SAFETY = 1.01
 """Each polynomial of `polar_express` is made for singular values this much larger: rounding may carry them past the bound, and
 there the iteration would diverge."""
@@ -55,15 +57,9 @@ def orthogonalize(
 
 
 @cache
-def polar_express(iterations: int, smallest: float = 1e-3) -> tuple[Polynomial, ...]:
-    """Polynomials for matrices whose singular values lie between `smallest` and 1.
-
-    Raises:
-        ValueError: `smallest` is not between 0 and 1.
-    """
-    if not 0 < smallest < 1:
-        raise ValueError(f"smallest={smallest}: singular values lie between 0 and 1")
-    low, high = smallest, 1.0
+def polar_express(iterations: int) -> tuple[Polynomial, ...]:
+    """Polynomials for matrices whose singular values lie between `SMALLEST` and 1."""
+    low, high = SMALLEST, 1.0
     found = []
     for _ in range(iterations):
         a, b, c = _best_quintic(max(low, CUSHION * high), high)

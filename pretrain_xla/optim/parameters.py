@@ -67,6 +67,11 @@ def group_settings(group: Group, config: OptimConfig) -> GroupSettings:
     return GroupSettings(rate / config.learning_rate, betas, decay)
 
 
+def scheduled_decay(decay: float, rate: Tensor, config: OptimConfig) -> Tensor | float:
+    """A weight decay at a learning rate of the schedule, by `weight_decay_schedule`."""
+    return decay if config.weight_decay_schedule == "constant" else decay * (rate / config.learning_rate)
+
+
 def zeros(name: str, shape: torch.Size, parameter: Tensor) -> Tensor:
     """A `Place` for a new run on one device."""
     dtype = torch.int32 if name == "step" else torch.float32

@@ -24,7 +24,7 @@ from pretrain_xla.config import ModelConfig, RunConfig
 from pretrain_xla.errors import UserError
 from pretrain_xla.model import GPT, Execution
 from pretrain_xla.model.torch_rewrite import optimize_for_torch
-from pretrain_xla.optim.matrices import map_stacks, pad_stack
+from pretrain_xla.optim.matrices import map_shares, map_stacks
 from pretrain_xla.runtime.base import Forward, GraphCounts, GraphEvent, Loss, Repeat
 from pretrain_xla.runtime.launched import RENDEZVOUS, launched
 from pretrain_xla.runtime.peak_flops import gpu_peak
@@ -92,6 +92,8 @@ class TorchRuntime:
                 ) from error
         if kind == "cuda":
             torch.cuda.set_device(self.device)
+        # On the device from the start: copied in each step, it would make the host wait.
+        self._process_number = torch.tensor([self.process_index], device=self.device)
         if torch.get_float32_matmul_precision() != config.train.matmul_precision:
             torch.set_float32_matmul_precision(config.train.matmul_precision)
         self.is_main = self.process_index == 0
@@ -229,13 +231,7 @@ class TorchRuntime:
         """See `base.Runtime.map_matrices`; each process takes a share of every stack, and they gather the results."""
         if not self.distributed:
             return map_stacks(function, matrices)
-
-        def share(stack_NRC: Tensor) -> Tensor:
-            padded_NRC = pad_stack(stack_NRC, self.process_count)
-            own_NRC = function(padded_NRC.chunk(self.process_count)[self.process_index])
-            return self.all_rows(own_NRC)[: len(stack_NRC)]
-
-        return map_stacks(share, matrices)
+        return map_shares(function, matrices, self._process_number, self.process_count, self.all_rows)
 
     def seed(self, seed: int) -> None:
         """See `base.Runtime.seed`."""

@@ -25,6 +25,7 @@ MODERN = {
     "bias": False,
     "qk_norm": True,
     "post_norm": True,
+    "embedding_norm": True,
     "tie_weights": True,
     # Muon, and AdamW for embeddings and norms.
     "optim_type": "muon",

@@ -147,6 +147,22 @@ def test_weight_decay_can_follow_the_learning_rate() -> None:
         torch.testing.assert_close(change, -0.05 * 0.4 * 0.5 * matrices()[name].detach())
 
 
+@pytest.mark.parametrize("kind", ["adamw", "adam"])
+def test_adamws_weight_decay_can_follow_the_learning_rate(kind: str) -> None:
+    """At half the peak rate, half the decay: the same update as with half the decay throughout."""
+    half = OptimConfig.model_validate({"optim_type": kind, "learning_rate": 0.1, "weight_decay": 0.2})
+    follows = half.model_copy(update={"weight_decay": 0.4, "weight_decay_schedule": "learning_rate"})
+    results = []
+    for config in (half, follows):
+        named = matrices()
+        optimizer = make_optimizer(named.items(), config, lambda step: RATE + 0 * step)
+        optimizer.update(gradients(0))
+        results.append(list(named.values()))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)
+    assert not torch.equal(results[0][0], matrices()[next(iter(SHAPES))])
+
+
 def test_momentum_warms_up() -> None:
     rule = make(matrices(), muon_momentum_warmup=10)
     for step, momentum in ((1, 0.85), (6, 0.9), (11, 0.95), (50, 0.95)):

@@ -1,14 +1,13 @@
-"""Muon's orthogonalization on several XLA devices: each takes a share of the matrices, and the results are gathered."""
+"""Muon's orthogonalization on a mesh: each device takes a share of the matrices, and the results are gathered."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-import torch_xla.core.xla_model as xm
 import torch_xla.distributed.spmd as xs
 from torch import Tensor
 
-from pretrain_xla.optim.matrices import map_stacks, map_stacks_of, own_share, pad_stack
+from pretrain_xla.optim.matrices import map_stacks_of, pad_stack
 from pretrain_xla.runtime.sharding import Axis, parameter_axes, ways
 from pretrain_xla.runtime.xla.local_shards import constrain_sharding
 
@@ -36,15 +35,3 @@ def map_on_mesh(
         return constrain_sharding(result_NRC[: len(stack_NRC)], (None, *axes), mesh)
 
     return map_stacks_of(spread, matrices, kind=axes_of)
-
-
-def map_on_processes(
-    function: Callable[[Tensor], Tensor], matrices: Mapping[str, Tensor], index: Tensor, count: int
-) -> dict[str, Tensor]:
-    """`MapMatrices` of one process a device. index: see `own_share`; on the device."""
-
-    def share(stack_NRC: Tensor) -> Tensor:
-        gathered: Tensor = xm.all_gather(function(own_share(stack_NRC, index, count)))
-        return gathered[: len(stack_NRC)]
-
-    return map_stacks(share, matrices)

@@ -32,7 +32,7 @@ from pretrain_xla.model import GPT, Execution
 from pretrain_xla.model.xla import XlaContext, XlaGPT, optimize_for_xla
 from pretrain_xla.model.xla.attention import AttentionKernel
 from pretrain_xla.model.xla.context import ONE_DEVICE
-from pretrain_xla.optim.matrices import map_stacks
+from pretrain_xla.optim.matrices import map_shares, map_stacks
 from pretrain_xla.runtime.base import GraphCounts, GraphEvent, Loss
 from pretrain_xla.runtime.peak_flops import tpu_peak
 from pretrain_xla.runtime.rows import device_numbers, rows_of
@@ -43,7 +43,7 @@ from pretrain_xla.runtime.xla.compiled import CompiledFunction
 from pretrain_xla.runtime.xla.environment import no_such_device, prepare_environment
 from pretrain_xla.runtime.xla.gradients import TracedModel, accumulate
 from pretrain_xla.runtime.xla.local_shards import MeshLayout, constrain_sharding, global_tensor, local_shard
-from pretrain_xla.runtime.xla.matrices import map_on_mesh, map_on_processes
+from pretrain_xla.runtime.xla.matrices import map_on_mesh
 from pretrain_xla.runtime.xla.scan import XlaScan, xla_barrier
 from pretrain_xla.runtime.xla.while_loop import RepeatedModule
 
@@ -308,7 +308,7 @@ class XlaRuntime:
         if self._spread is not None:
             return map_on_mesh(function, matrices, self._spread)
         if self._process_index is not None:
-            return map_on_processes(function, matrices, self._process_index, self.process_count)
+            return map_shares(function, matrices, self._process_index, self.process_count, self.all_rows)
         return map_stacks(function, matrices)
 
     def seed(self, seed: int) -> None:
