@@ -121,7 +121,7 @@ def test_an_impossible_configuration_gives_one_line() -> None:
     ("arguments", "expected"),
     [
         (("--topology", "v9-8"), "expected one of v2, v3"),
-        (("--topology", "v5e-8", "--price-per-chip-hour", "-1"), "below 0"),
+        (("--topology", "v5e-8", "--price-per-chip-hour", "-1"), "--price-per-chip-hour -1.0: must not be negative"),
         (("--topology", "v5e-8", "--max-compiles", "0"), "at least 1"),
         (("--topology", "v5e-8", "--compiler-option", "x"), "NAME=VALUE"),
         (("--topology", "v5e-8", "--tpology", "x"), "did you mean --topology"),
