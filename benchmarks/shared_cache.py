@@ -53,7 +53,7 @@ def read(way: str, url: str, folder: str) -> bytes:
         loader = ShardLoader(
             [shard], {}, DataConfig(cache_dir=folder, cache_gb=2.5 * BYTES / 1e9, remote_reads="whole")
         )
-        found: Any = loader.tokens(0)
+        found: Any = loader.tokens(0).rows(np.array([0]), shard.tokens)  # type: ignore[union-attr]
     else:
         options: dict[str, object] = {"cache_storage": folder}
         if way != "simplecache":

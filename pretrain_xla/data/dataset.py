@@ -27,6 +27,7 @@ from pretrain_xla.data.find_shards import Split, find_shards, is_pattern
 from pretrain_xla.data.manifest import DatasetInfo, dataset_info, is_unfinished
 from pretrain_xla.data.shard_loader import ShardLoader
 from pretrain_xla.data.shards import Shard, checksum_of, fetch, narrow, open_shard
+from pretrain_xla.data.token_file import differs
 from pretrain_xla.errors import UserError
 from pretrain_xla.storage.files import filesystem, is_local, url
 from pretrain_xla.storage.remote import REQUESTS_AT_A_TIME, concurrently, read_range
@@ -88,9 +89,7 @@ class TokenDataset:
             if tokens is None:
                 far |= here
                 continue
-            # One copy for each row, which converts to int32: from the mapped file to its place in the batch.
-            for row, start in zip(np.flatnonzero(here).tolist(), starts[here].tolist(), strict=True):
-                out[row] = narrow(tokens[start : start + length])
+            out[here] = narrow(tokens.rows(starts[here], length))
         if far.any():
             rows = np.empty((int(far.sum()), length), np.int32)
             fetch([self.shards[number] for number in shards[far].tolist()], starts[far], rows)
@@ -180,7 +179,7 @@ def verify_checksums(directory: str) -> None:
             if not fs.isfile(path):
                 raise UserError(f"{url(fs, path)}: missing, though dataset.json lists it: prepare the dataset again")
             if checksum_of(fs, path) != shard.sha256:
-                raise UserError(f"{url(fs, path)}: differs from its checksum: copy it again or prepare again")
+                raise differs(url(fs, path))
 
 
 def listed_max_ids(dataset: TokenDataset) -> dict[str, int]:

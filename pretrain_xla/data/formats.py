@@ -10,7 +10,7 @@
 | `megatron` | the first id; an .idx of the same name                   | by the index      | Megatron-LM                |
 | `parquet`  | `PAR1`; a column `input_ids` of lists                   | any integer       | tokenisation by `datasets` |
 
-All but the last are a row of numbers after a header, and can be mapped into memory. Parquet is compressed, and has to be
+All but the last are a row of numbers after a header, and can be read by position. Parquet is compressed, and has to be
 decoded first (`parquet`). A file without a header could be anything, so signs of other kinds of files are looked for: a header
 with an unknown magic number, the first bytes of other formats, text, an odd length (`headerless`).
 """
@@ -45,7 +45,7 @@ _MOST_BIN_TOKENS = 2**31 - 1  # the count is an int32
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the ids are in a file that can be mapped."""
+    """Where the ids are in a file that can be read by position."""
 
     format: Format
     dtype: np.dtype[Any]

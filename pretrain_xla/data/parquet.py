@@ -3,7 +3,7 @@
 Rows are blocks of one length, as tokenisation with `datasets` writes them; the last may be shorter. Rows of different lengths
 are refused: they are separate documents without end-of-text, and concatenation would run one into the next. Ranges of tokens
 cannot be read efficiently from a compressed file, so a Parquet shard is decoded once into the cache (see `shard_loader`) and
-mapped there.
+read there.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Loads shards ahead of use: each is made local, checked and mapped before the batches need it, and released afterwards.
+"""Loads shards ahead of use: each is made local, checked and opened before the batches need it, and released afterwards.
 
 The batches say which shards they read now and which are next (`plan`). Local shards without checksum cost nothing: they are
-mapped. For the others one thread works ahead. It fetches a remote shard into the cache, in several parts at a time. It
-compares checksums if a manifest has them (of local shards once per process, at about a second for each GB). It decodes
+opened. For the others one thread works ahead. It fetches a remote shard into the cache, in several parts at a time. It
+compares checksums if a manifest has them (of local shards once per process, at about half a second for each GB). It decodes
 Parquet. No token of a shard is used before that is done; a batch waits for a shard that is not ready.
 
 Whole shards or ranges? Sequences of a window of shards are shuffled together, so a single process soon needs all of each
@@ -13,6 +13,7 @@ checksum), and so does every process if the cache cannot hold the shards of two 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -22,11 +23,10 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from pretrain_xla.config import DataConfig
 from pretrain_xla.data import parquet
-from pretrain_xla.data.shards import Shard, checksum_of, map_shard
+from pretrain_xla.data.shards import Shard, open_tokens
+from pretrain_xla.data.token_file import TokenFile, differs, is_verified
 from pretrain_xla.errors import UserError
 from pretrain_xla.storage.cache import CacheFullError, Entry, ShardCache
 from pretrain_xla.storage.files import filesystem
@@ -34,16 +34,7 @@ from pretrain_xla.storage.remote import concurrently, read_range
 
 WHOLE_SHARE = 0.25
 PART_BYTES, PARTS_AT_A_TIME = 2**23, 8  # of a download: bounds the memory that it needs
-
-_verified: set[tuple[object, ...]] = set()  # shards whose checksum this process has compared
-
-
-@dataclass
-class _Mapped:
-    """Mapped tokens, or None if they are read by ranges; and their entry in the cache."""
-
-    tokens: np.ndarray | None
-    entry: Entry | None = None
+_LONGEST_NAME = 100  # characters of a shard's name in that of its cached copy
 
 
 @dataclass
@@ -55,7 +46,8 @@ class _State:
     """Shards in the order in which they are needed."""
     now: set[int] = field(default_factory=set)
     """Those that are read now, so the cache must hold them."""
-    ready: dict[int, _Mapped] = field(default_factory=dict)
+    ready: dict[int, TokenFile | None] = field(default_factory=dict)
+    """None if a shard is read by ranges. A file of the cache is kept there while it is open."""
     errors: dict[int, BaseException] = field(default_factory=dict)
     postponed: set[int] = field(default_factory=set)
     """Not needed yet, and the cache has no room yet."""
@@ -120,13 +112,13 @@ class ShardLoader:
             for number in [number for number in state.errors if number not in state.awaited]:
                 del state.errors[number]  # a shard that failed ahead of use is tried again
             for number in [number for number in state.ready if number not in state.wanted]:
-                _release(state.ready.pop(number))
+                del state.ready[number]
             state.changed.notify_all()
         if any(self._needs_work(number) for number in state.wanted):
             self._start()
 
-    def tokens(self, number: int) -> np.ndarray | None:
-        """A shard's tokens, once they are mapped. None means that they are read by ranges.
+    def tokens(self, number: int) -> TokenFile | None:
+        """A shard's tokens, once they are open. None means that they are read by ranges.
 
         Raises:
             UserError: it cannot be read, or differs from its checksum.
@@ -134,9 +126,9 @@ class ShardLoader:
         state = self._state
         with state.changed:
             if number not in state.ready and not self._needs_work(number):
-                state.ready[number] = _Mapped(
-                    None if self._shards[number].is_remote else map_shard(self._shards[number])
-                )
+                shard = self._shards[number]
+                checksum = self._maker.checksum(shard)  # already compared, or there is none
+                state.ready[number] = None if shard.is_remote else open_tokens(shard, checksum)
             elif number not in state.ready:
                 state.now.add(number)
                 state.postponed.discard(number)
@@ -149,7 +141,7 @@ class ShardLoader:
             state.awaited -= Counter([number])  # removes entries that reach zero
             if number in state.errors:
                 raise state.errors[number]
-            return state.ready[number].tokens
+            return state.ready[number]
 
     def _needs_work(self, number: int) -> bool:
         shard = self._shards[number]
@@ -164,34 +156,37 @@ class ShardLoader:
 
 
 class _Maker:
-    """Makes a shard ready: fetched, checked, decoded, mapped."""
+    """Makes a shard ready: fetched, checked, decoded, opened."""
 
     def __init__(self, shards: Sequence[Shard], checksums: Mapping[str, str], cache: ShardCache) -> None:
         self._shards, self._checksums, self._cache = shards, checksums, cache
 
+    def checksum(self, shard: Shard) -> str | None:
+        """SHA-256 by the manifest."""
+        return self._checksums.get(shard.name)
+
     def has_work(self, number: int) -> bool:
-        """Whether a shard needs more than being mapped."""
+        """Whether a shard needs more than being opened."""
         shard = self._shards[number]
-        checksum = self._checksums.get(shard.name)
-        unverified = checksum is not None and (shard.path, shard.stamp, checksum) not in _verified
+        checksum = self.checksum(shard)
+        unverified = checksum is not None and not is_verified(shard.path, shard.stamp, checksum)
         return shard.is_remote or shard.format == "parquet" or unverified
 
-    def make(self, number: int, closing: threading.Event) -> _Mapped:
+    def make(self, number: int, closing: threading.Event) -> TokenFile:
         """Raises `CacheFullError` and `UserError`."""
         shard = self._shards[number]
-        checksum = self._checksums.get(shard.name)
-        key = hashlib.sha256(json.dumps([shard.path, shard.size, shard.stamp, checksum]).encode()).hexdigest()[:20]
+        checksum = self.checksum(shard)
+        if not shard.is_remote and shard.format != "parquet":
+            return open_tokens(shard, checksum)
+        tree = [shard.path, shard.size, shard.stamp, checksum]
+        key = f"{hashlib.sha256(json.dumps(tree).encode()).hexdigest()[:20]}-{shard.name[-_LONGEST_NAME:]}"
         if shard.format == "parquet":
-            name, size = f"{key}-{shard.name}.ids", shard.tokens * shard.dtype.itemsize
-            entry = self._cache.obtain(name, size, lambda path: self._decode(shard, key, checksum, path, closing))
-            return _mapped_entry(shard, entry, 0)
-        if shard.is_remote:
-            entry = self._fetch(shard, key, checksum, closing)
-            return _mapped_entry(shard, entry, shard.offset)
-        self._verify(shard, shard.path, checksum)
-        return _Mapped(map_shard(shard))
+            size = shard.tokens * shard.dtype.itemsize
+            decode = functools.partial(self._decode, shard, key, checksum, closing)
+            return _open_entry(shard, self._cache.obtain(f"{key}.ids", size, decode), 0)
+        return _open_entry(shard, self._fetch(shard, key, checksum, closing), shard.offset)
 
-    def without_cache(self, number: int) -> _Mapped:
+    def without_cache(self, number: int) -> None:
         """While other shards in use fill the cache: read this one by ranges.
 
         Raises:
@@ -200,35 +195,27 @@ class _Maker:
         shard = self._shards[number]
         if shard.format == "parquet":
             raise UserError(f"{self._cache.directory}: full of shards in use, no room for {shard.path}: raise cache_gb")
-        return _Mapped(None)
 
     def _fetch(self, shard: Shard, key: str, checksum: str | None, closing: threading.Event) -> Entry:
-        def fill(path: str) -> None:
-            _download(shard, path, closing)
-            self._verify(shard, path, checksum)
+        def check(sha256: str) -> None:
+            if checksum not in (None, sha256):
+                raise differs(shard.path)
 
-        return self._cache.obtain(f"{key}-{shard.name}", shard.size, fill)
+        return self._cache.obtain(key, shard.size, functools.partial(_download, shard, closing), check)
 
-    def _decode(self, shard: Shard, key: str, checksum: str | None, path: str, closing: threading.Event) -> None:
+    def _decode(self, shard: Shard, key: str, checksum: str | None, closing: threading.Event, path: str) -> None:
         raw = self._fetch(shard, key, checksum, closing) if shard.is_remote else None
-        if raw is None:
-            self._verify(shard, shard.path, checksum)
+        local = None if raw else open_tokens(shard, checksum)
         with open(path, "r+b") as file:
             for ids in parquet.blocks(shard.path, raw.path if raw else shard.path, shard.dtype):
                 file.write(ids.data)
             written = file.tell()
         if raw:
             raw.close()
+        if local:
+            local.verify()
         if written != shard.tokens * shard.dtype.itemsize:
             raise UserError(f"{shard.path}: {parquet.COLUMN} has empty or missing rows: tokenise it again")
-
-    def _verify(self, shard: Shard, path: str, checksum: str | None) -> None:
-        if checksum is None or (shard.path, shard.stamp, checksum) in _verified:
-            return
-        if checksum_of(*filesystem(path)) != checksum:
-            raise UserError(f"{shard.path}: differs from its checksum in dataset.json: copy it again or prepare again")
-        if not shard.is_remote:  # a remote shard may be fetched again, and differ
-            _verified.add((shard.path, shard.stamp, checksum))
 
 
 def default_cache() -> str:
@@ -241,13 +228,11 @@ def _cached_bytes(shard: Shard) -> int:
     return decoded + (shard.size if shard.is_remote else 0)
 
 
-def _mapped_entry(shard: Shard, entry: Entry, offset: int) -> _Mapped:
-    if not shard.tokens:
-        return _Mapped(np.empty(0, shard.dtype), entry)
-    return _Mapped(np.frombuffer(entry.map(), shard.dtype, shard.tokens, offset), entry)
+def _open_entry(shard: Shard, entry: Entry, offset: int) -> TokenFile:
+    return TokenFile(entry.path, shard.path, shard.dtype, offset, descriptor=entry.descriptor)
 
 
-def _download(shard: Shard, path: str, closing: threading.Event) -> None:
+def _download(shard: Shard, closing: threading.Event, path: str) -> None:
     """Download a remote shard into an existing file, several parts at a time."""
     fs, source = filesystem(shard.path)
     descriptor = os.open(path, os.O_WRONLY)
@@ -281,10 +266,9 @@ def _work(state: _State, maker: _Maker) -> None:
                     state.postponed.add(number)
             elif error is not None:
                 state.errors[number] = error
-            elif made is not None and number in state.wanted:
+            elif number in state.wanted:
                 state.ready[number] = made
-            elif made is not None:
-                _release(made)
+            made = None  # or it would stay open, and in the cache
             state.changed.notify_all()
 
 
@@ -293,24 +277,21 @@ def _next(state: _State) -> int | None:
     return next((number for number in state.wanted if not any(number in part for part in done)), None)
 
 
-def _try(maker: _Maker, number: int, state: _State) -> tuple[_Mapped | None, BaseException | None]:
+def _try(maker: _Maker, number: int, state: _State) -> tuple[TokenFile | None, BaseException | None]:
     try:
         try:
             return maker.make(number, state.closing), None
         except CacheFullError as full:
-            return (maker.without_cache(number), None) if number in state.now else (None, full)
+            if number not in state.now:
+                return None, full
+            maker.without_cache(number)
+            return None, None
     except BaseException as error:  # any error is passed to the thread that waits for the shard
         return None, error
-
-
-def _release(mapped: _Mapped) -> None:
-    if mapped.entry is not None:
-        mapped.entry.close()
 
 
 def _close(state: _State) -> None:
     state.closing.set()
     with state.changed:
-        for mapped in state.ready.values():
-            _release(mapped)
+        state.ready.clear()
         state.changed.notify_all()

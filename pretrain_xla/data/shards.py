@@ -1,6 +1,6 @@
 """One shard: a file of token ids in any of the formats of `formats`; and a writer of shards.
 
-A local file other than Parquet is memory-mapped: opening it costs nothing, and what was read is in the page cache, which all
+A local file other than Parquet is read in place: opening it costs nothing, and what was read is in the page cache, which all
 processes of the host share. Other shards are made local by `shard_loader`, or read by ranges.
 """
 
@@ -18,6 +18,7 @@ import numpy as np
 from pretrain_xla.data import parquet
 from pretrain_xla.data.formats import DTYPES, HEAD_BYTES, Format, header, is_parquet, layout, suffix
 from pretrain_xla.data.manifest import ShardInfo, SplitInfo
+from pretrain_xla.data.token_file import TokenFile
 from pretrain_xla.errors import UserError
 from pretrain_xla.storage.files import VERSION_KEYS, filesystem, is_local, url, write_atomically
 from pretrain_xla.storage.remote import RefusedError, call, concurrently, read_range
@@ -138,13 +139,10 @@ class Shard:
             length: tokens of a range.
         """
         assert self.format != "parquet"
+        if not self.is_remote:
+            return open_tokens(self).rows(starts, length)
         out = np.empty((len(starts), length), self.dtype)
-        if self.is_remote:
-            fetch([self] * len(starts), starts, out)
-        else:
-            tokens = map_shard(self)
-            for row, start in zip(out, starts.tolist(), strict=True):
-                row[:] = tokens[start : start + length]
+        fetch([self] * len(starts), starts, out)
         return out
 
 
@@ -183,10 +181,19 @@ def fetch(shards: list[Shard], starts: np.ndarray, out: np.ndarray) -> None:
     concurrently(read, requests)
 
 
-def map_shard(shard: Shard) -> np.ndarray:
-    """The tokens of a local shard, mapped into memory until the array is forgotten."""
-    array = np.memmap(shard.path, shard.dtype, mode="r", offset=shard.offset, shape=(shard.tokens,))
-    return array.view(np.ndarray)  # slicing the subclass costs several times as much
+def open_tokens(shard: Shard, checksum: str | None = None) -> TokenFile:
+    """Open a local shard other than Parquet.
+
+    Args:
+        shard: its header.
+        checksum: SHA-256 of the file, which is compared, at about half a second for each GB; None compares nothing.
+
+    Raises:
+        UserError: it is gone, was changed since its header was read, or differs from its checksum.
+    """
+    return TokenFile(
+        shard.path, shard.path, shard.dtype, shard.offset, size=shard.size, stamp=shard.stamp, checksum=checksum
+    )
 
 
 def open_shard(fs: Any, path: str, known: Mapping[str, Any] | None = None) -> Shard:

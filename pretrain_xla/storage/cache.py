@@ -5,6 +5,9 @@ that wants the same entry waits for that lock instead of downloading it again. I
 lock, and the next process starts over. A process that uses an entry holds a shared lock on it. Only unlocked entries are
 evicted, the least recently used first. The locks are `flock`, so the folder must be on a local disk.
 
+An entry's name ends with a checksum of its content, which each process compares once before it uses the entry, at about half a
+second for each GB. A damaged entry is removed and made again.
+
 fsspec's caches do not replace it: none bounds its size or shares a download between processes, and of four processes that
 read one shard at once some got it wrong through `filecache` and `simplecache` (docs/LOG.md, "A cache that processes share").
 """
@@ -13,7 +16,9 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import mmap
+import glob
+import hashlib
+import logging
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,7 +26,11 @@ from pathlib import Path
 from pretrain_xla.errors import UserError
 from pretrain_xla.storage.files import PARTIAL
 
+logger = logging.getLogger(__name__)
+
 _SPACE_LOCK = ".lock"  # locked while sizes are added up and entries are evicted
+_DIGEST_DIGITS = 32  # of the SHA-256 in an entry's name
+_verified: set[tuple[str, int]] = set()  # (path, inode) of the entries whose checksum this process has compared
 
 
 class CacheFullError(Exception):
@@ -29,22 +38,19 @@ class CacheFullError(Exception):
 
 
 class Entry:
-    """A complete file of the cache. It is not evicted before it is closed or collected, or its process ends."""
+    """A complete file of the cache. It is not evicted before it is closed or collected, or its process ends.
+
+    It is read through `descriptor`. A duplicate of that keeps the entry, too, until it is closed.
+    """
 
     def __init__(self, path: str, descriptor: int) -> None:
-        self.path = path
-        self._descriptor: int | None = descriptor
-
-    def map(self) -> mmap.mmap:
-        """The content, memory-mapped. It stays readable if the file is deleted. An empty file cannot be mapped."""
-        assert self._descriptor is not None
-        return mmap.mmap(self._descriptor, 0, access=mmap.ACCESS_READ)
+        self.path, self.descriptor = path, descriptor
 
     def close(self) -> None:
-        """Allow eviction. Existing maps of the content stay readable, and keep the entry until they are collected."""
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
+        """Allow eviction."""
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1
 
     def __del__(self) -> None:
         self.close()
@@ -61,18 +67,21 @@ class ShardCache:
     def __init__(self, directory: str, capacity: int) -> None:
         self.directory, self.capacity = os.path.abspath(os.path.expanduser(directory)), capacity
 
-    def obtain(self, key: str, size: int, fill: Callable[[str], None]) -> Entry:
+    def obtain(
+        self, key: str, size: int, fill: Callable[[str], None], check: Callable[[str], None] = lambda sha256: None
+    ) -> Entry:
         """The entry of a key, created if it is missing.
 
         Args:
             key: a file name. It must change when the content changes.
             size: size of the content in bytes.
             fill: writes the content to the path that it is given, an existing file of `size` bytes.
+            check: raises an error if that content's SHA-256, in hex, is not as expected.
 
         Raises:
             CacheFullError: the entries in use leave no room.
             UserError: the folder cannot be written.
-            Exception: whatever `fill` raises.
+            Exception: whatever `fill` or `check` raises.
         """
         path = f"{self.directory}/{key}"
         try:
@@ -88,10 +97,14 @@ class ShardCache:
                     if size:
                         os.posix_fallocate(descriptor, 0, size)
                 fill(path + PARTIAL)
+                sha256 = _sha256(descriptor)
+                check(sha256)
                 os.fsync(descriptor)
-                os.rename(path + PARTIAL, path)
+                complete = f"{path}.{sha256[:_DIGEST_DIGITS]}"
+                os.rename(path + PARTIAL, complete)
                 fcntl.flock(descriptor, fcntl.LOCK_SH)
-                return Entry(path, os.dup(descriptor))
+                _verified.add((complete, os.fstat(descriptor).st_ino))
+                return Entry(complete, os.dup(descriptor))
         except OSError as error:
             raise UserError(
                 f"{self.directory}: cannot keep shards here: {error.strerror or error}: free some space, or choose "
@@ -99,13 +112,17 @@ class ShardCache:
             ) from None
 
     def _existing(self, path: str, size: int) -> Entry | None:
-        with contextlib.suppress(FileNotFoundError):
-            descriptor = os.open(path, os.O_RDWR)
-            fcntl.flock(descriptor, fcntl.LOCK_SH)
-            if _is_at(descriptor, path) and os.fstat(descriptor).st_size == size:
-                os.utime(descriptor)  # eviction goes by the time of last use
-                return Entry(path, descriptor)
-            os.close(descriptor)
+        for complete in glob.glob(f"{glob.escape(path)}.{'[0-9a-f]' * _DIGEST_DIGITS}"):
+            with contextlib.suppress(FileNotFoundError):
+                entry = Entry(complete, os.open(complete, os.O_RDWR))
+                fcntl.flock(entry.descriptor, fcntl.LOCK_SH)
+                if not _is_at(entry.descriptor, complete):
+                    continue  # evicted meanwhile
+                if _is_undamaged(entry, size):
+                    os.utime(entry.descriptor)  # eviction goes by the time of last use
+                    return entry
+                logger.warning("%s: a damaged copy in the cache, which is made again", complete)
+                os.unlink(complete)
         return None
 
     @contextlib.contextmanager
@@ -149,6 +166,23 @@ class ShardCache:
         while True:
             with contextlib.suppress(FileNotFoundError):
                 return [(path.stat(), path) for path in Path(self.directory).iterdir() if path.name != _SPACE_LOCK]
+
+
+def _is_undamaged(entry: Entry, size: int) -> bool:
+    status = os.fstat(entry.descriptor)
+    if status.st_size != size:
+        return False
+    if (entry.path, status.st_ino) not in _verified:
+        if not entry.path.endswith(f".{_sha256(entry.descriptor)[:_DIGEST_DIGITS]}"):
+            return False
+        _verified.add((entry.path, status.st_ino))
+    return True
+
+
+def _sha256(descriptor: int) -> str:
+    with open(os.dup(descriptor), "rb") as file:
+        file.seek(0)
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _is_at(descriptor: int, path: str) -> bool:

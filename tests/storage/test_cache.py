@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import re
 import subprocess
 import sys
 import threading
@@ -9,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from pretrain_xla.errors import UserError
+from pretrain_xla.storage import cache as storage_cache
 from pretrain_xla.storage.cache import CacheFullError, ShardCache
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,13 +30,19 @@ def never(path):
 
 
 def names(folder):
-    return sorted(path.name for path in folder.iterdir() if path.name != ".lock")
+    """Without the checksums."""
+    found = [path.name for path in folder.iterdir() if path.name != ".lock"]
+    return sorted(re.sub(r"\.[0-9a-f]{32}$", "", name) for name in found)
+
+
+def content(entry):
+    return os.pread(entry.descriptor, 1000, 0)
 
 
 def test_created_once_and_evicted_by_last_use(tmp_path):
     cache = ShardCache(str(tmp_path), 30)
     for key in "abc":
-        assert cache.obtain(key, 10, writes(key.encode() * 10)).map()[:] == key.encode() * 10
+        assert content(cache.obtain(key, 10, writes(key.encode() * 10))) == key.encode() * 10
         time.sleep(0.01)
     cache.obtain("a", 10, never).close()
     cache.obtain("d", 10, writes(b"d" * 10)).close()
@@ -45,7 +54,7 @@ def test_created_once_and_evicted_by_last_use(tmp_path):
 def test_entries_in_use_are_kept_and_block(tmp_path):
     cache = ShardCache(str(tmp_path), 30)
     used = cache.obtain("a", 20, writes(b"a" * 20))
-    mapped = used.map()
+    kept = os.dup(used.descriptor)
     cache.obtain("b", 10, writes(b"b" * 10)).close()
     cache.obtain("c", 10, writes(b"c" * 10)).close()
     assert names(tmp_path) == ["a", "c"]
@@ -53,7 +62,7 @@ def test_entries_in_use_are_kept_and_block(tmp_path):
         cache.obtain("d", 20, never)
     assert names(tmp_path) == ["a"]
     used.close()
-    mapped.close()
+    os.close(kept)
     cache.obtain("d", 20, writes(b"d" * 20)).close()
     assert names(tmp_path) == ["d"]
 
@@ -76,7 +85,30 @@ def test_a_failed_entry_leaves_nothing(tmp_path):
 def test_a_file_of_another_size_is_not_taken_for_the_entry(tmp_path):
     cache = ShardCache(str(tmp_path), 100)
     cache.obtain("a", 10, writes(b"a" * 10)).close()
-    assert cache.obtain("a", 12, writes(b"b" * 12)).map()[:] == b"b" * 12
+    assert content(cache.obtain("a", 12, writes(b"b" * 12))) == b"b" * 12
+
+
+@pytest.mark.parametrize("damage", [lambda raw: b"A" + raw[1:], lambda raw: raw[:-1], lambda raw: b""])
+def test_a_damaged_entry_is_made_again(tmp_path, damage, caplog):
+    cache = ShardCache(str(tmp_path), 100)
+    cache.obtain("a", 10, writes(b"a" * 10)).close()
+    (path,) = (path for path in tmp_path.iterdir() if path.name != ".lock")
+    whole = path.read_bytes()
+    path.write_bytes(damage(whole))
+    storage_cache._verified.clear()  # as in a new process
+    assert content(cache.obtain("a", 10, writes(b"a" * 10))) == whole
+    assert "a damaged copy in the cache" in caplog.text
+    assert content(cache.obtain("a", 10, never)) == whole
+
+
+def test_an_unexpected_checksum_leaves_nothing(tmp_path):
+    def check(sha256):
+        assert len(sha256) == 64
+        raise UserError("differs")
+
+    with pytest.raises(UserError, match="differs"):
+        ShardCache(str(tmp_path), 30).obtain("a", 10, writes(b"a" * 10), check)
+    assert names(tmp_path) == []
 
 
 def test_concurrent_requests_for_one_entry_create_it_once(tmp_path):
@@ -88,7 +120,7 @@ def test_concurrent_requests_for_one_entry_create_it_once(tmp_path):
         writes(b"x" * 10)(path)
 
     def want():
-        seen.append(ShardCache(str(tmp_path), 100).obtain("a", 10, fill).map()[:])
+        seen.append(content(ShardCache(str(tmp_path), 100).obtain("a", 10, fill)))
 
     threads = [threading.Thread(target=want) for _ in range(8)]
     for thread in threads:
@@ -118,7 +150,7 @@ def test_a_killed_process_leaves_no_partial_entry_and_no_lock(tmp_path):
     assert names(tmp_path) == ["a.partial"]
     done = []
     waiting = threading.Thread(
-        target=lambda: done.append(ShardCache(str(tmp_path), 100).obtain("a", 10, writes(b"x" * 10)).map()[:])
+        target=lambda: done.append(content(ShardCache(str(tmp_path), 100).obtain("a", 10, writes(b"x" * 10))))
     )
     waiting.start()
     time.sleep(0.2)
@@ -169,7 +201,7 @@ def test_eviction_tolerates_files_that_appear_and_disappear(tmp_path):
         try:
             for turn in range(150):
                 key = f"{thread}_{turn % 4}"
-                assert cache.obtain(key, 10, writes(key.encode().ljust(10))).map()[:] == key.encode().ljust(10)
+                assert content(cache.obtain(key, 10, writes(key.encode().ljust(10)))) == key.encode().ljust(10)
         except BaseException as error:
             errors.append(error)
 
