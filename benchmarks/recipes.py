@@ -136,8 +136,9 @@ def _base(size: Size, steps: int) -> Tree:
             "train_steps": steps,
             "valid_steps": 16,
             "valid_interval": 10**6,
+            "mixed_precision": "bf16",
+            "compile": True,
         },
-        "parallel": {"runtime": "xla"},
         "checkpoint": {"save_interval": 10**6},
         "logging": {"log_interval": 10, "tensorboard": False},
     }

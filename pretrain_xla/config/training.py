@@ -26,6 +26,9 @@ class OptimConfig(Section):
     """Peak learning rate of an untied head. None means learning_rate."""
     scalar_learning_rate: PositiveFloat | None = None
     """Peak learning rate of norms, biases and other parameters that are not matrices. None means learning_rate."""
+    base_d_model: Positive | None = None
+    """d_model for which the learning rates were chosen. A model of another width has the head's learning rate, and AdamW's of
+    the blocks' matrices, divided by the ratio of the widths, and the weight decay times it. None means the model's own."""
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     """Decay rates of AdamW's first and second moments."""
     embedding_betas: tuple[Beta, Beta] | None = None

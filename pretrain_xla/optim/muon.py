@@ -19,7 +19,7 @@ from torch import Tensor
 from pretrain_xla.config import OptimConfig
 from pretrain_xla.optim.matrices import MapMatrices, map_stacks
 from pretrain_xla.optim.newton_schulz import QUINTIC, orthogonalize, polar_express
-from pretrain_xla.optim.parameters import Place, scheduled_decay, zeros
+from pretrain_xla.optim.parameters import GroupSettings, Place, scheduled_decay, zeros
 
 FIRST_MOMENTUM = 0.85
 """Where the momentum's warm-up begins."""
@@ -36,6 +36,7 @@ class Muon:
         self,
         parameters: Sequence[tuple[str, Tensor]],
         config: OptimConfig,
+        settings: GroupSettings,
         place: Place = zeros,
         map_matrices: MapMatrices = map_stacks,
         dtype: torch.dtype = torch.bfloat16,
@@ -44,12 +45,14 @@ class Muon:
 
         Args:
             parameters: names and matrices (R, C), or (L, R, C) of L layers.
-            config: momentum, polynomials, scale, weight decay.
+            config: momentum, polynomials, scale, what the weight decay does.
+            settings: of the group: factor on the learning rate, weight decay.
             place: makes each tensor of the state.
             map_matrices: runs the orthogonalization.
             dtype: of its products.
         """
-        self.config, self.map_matrices, self.dtype = config, map_matrices, dtype
+        self.config, self.settings = config, settings
+        self.map_matrices, self.dtype = map_matrices, dtype
         self.names = [name for name, _ in parameters]
         self.parameters = [parameter for _, parameter in parameters]
         self.momenta = [place(f"momentum.{name}", parameter.shape, parameter) for name, parameter in parameters]
@@ -70,14 +73,15 @@ class Muon:
     def update(self, gradients: list[Tensor], rate: Tensor, step: Tensor) -> None:
         """See `Rule.update`."""
         directions = self.map_matrices(self._orthogonalize, self._momentum_steps(gradients, step))
-        decay = scheduled_decay(self.config.weight_decay, rate, self.config) * rate
+        own_rate = rate if self.settings.rate_factor == 1.0 else rate * self.settings.rate_factor
+        decay = scheduled_decay(self.settings.weight_decay, rate, self.config) * own_rate
         for index, (name, parameter) in enumerate(zip(self.names, self.parameters, strict=True)):
             direction_RC = directions[name]
-            factor = rate * self.shape_factor(parameter)
+            factor = own_rate * self.shape_factor(parameter)
             if self.row_moments:
                 factor = factor * self._row_factors(index, direction_RC)[..., None]
             change_RC = direction_RC.float() * factor
-            if self.config.weight_decay:
+            if self.settings.weight_decay:
                 shrink_RC = parameter * decay
                 if self.config.cautious_weight_decay:
                     shrink_RC = torch.where(direction_RC * parameter > 0, shrink_RC, 0.0)

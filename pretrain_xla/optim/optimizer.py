@@ -94,6 +94,7 @@ def make_optimizer(
     place: Place = zeros,
     map_matrices: MapMatrices = map_stacks,
     dtype: torch.dtype = torch.bfloat16,
+    d_model: int | None = None,
 ) -> Optimizer:
     """The optimizer that a config describes, over parameters that are grouped by the table in `parameters.py`.
 
@@ -104,17 +105,19 @@ def make_optimizer(
         place: makes each tensor of the state.
         map_matrices: runs Muon's orthogonalization.
         dtype: of its products.
+        d_model: the model's width, for `base_d_model`. None means that the learning rates hold as they are.
     """
     grouped = [(group_of(name), name, parameter) for name, parameter in named_parameters]
     rules: list[Rule] = []
     if config.optim_type == "muon":
         matrices = [(name, parameter) for group, name, parameter in grouped if group == "matrix"]
-        rules += [Muon(matrices, config, place, map_matrices, dtype)] if matrices else []
+        own = group_settings("matrix", config, d_model)
+        rules += [Muon(matrices, config, own, place, map_matrices, dtype)] if matrices else []
         grouped = [item for item in grouped if item[0] != "matrix"]
     # Groups that differ in weight decay alone are one rule, so that each foreach operation covers more; scalars come last.
     members: dict[tuple[float, tuple[float, float]], list[tuple[str, Tensor, float]]] = {}
     for group, name, parameter in sorted(grouped, key=lambda item: item[0] == "scalar"):
-        own = group_settings(group, config)
+        own = group_settings(group, config, d_model)
         members.setdefault((own.rate_factor, own.betas), []).append((name, parameter, own.weight_decay))
     rules += [AdamW(group, config, rate, betas, place) for (rate, betas), group in members.items()]
     return Optimizer(rules, schedule, place)

@@ -5,6 +5,7 @@ A group has a rule (AdamW, or Muon for the matrices of the blocks), a learning r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -53,8 +54,29 @@ def group_of(name: str) -> Group:
     raise KeyError(f"no row for parameter {name!r} in optim/parameters.py")
 
 
-def group_settings(group: Group, config: OptimConfig) -> GroupSettings:
-    """Settings of a group: its own where the config has them, else those of all."""
+def width_factor(group: Group, config: OptimConfig, d_model: int | None) -> float:
+    """Factor on a group's learning rate at a width, so that the best rate at `base_d_model` is the best at every width.
+
+    AdamW moves every weight by about the learning rate, and an output of a matrix sums over its inputs. The output would move
+    more the wider the model, so that this learning rate is divided by the ratio of the widths (Yang et al. 2022, table 8). An
+    embedding's row and a norm's weight are not summed over. Muon's update moves the output as much at every width if its scale
+    is `original`; the scale `match_rms_adamw` grows with the square root of the width. This holds for an untied head, `init: mup`
+    or `fan_in`, and attention heads of one size at all widths.
+    """
+    ratio = d_model / config.base_d_model if d_model and config.base_d_model else 1.0
+    if group in ("embedding", "scalar"):
+        return 1.0
+    if group == "matrix" and config.optim_type == "muon":
+        return 1.0 if config.muon_scale == "original" else 1.0 / math.sqrt(ratio)
+    return 1.0 / ratio
+
+
+def group_settings(group: Group, config: OptimConfig, d_model: int | None) -> GroupSettings:
+    """Settings of a group at a width: its own where the config has them, else those of all.
+
+    The product of learning rate and decoupled weight decay, which sets for how many steps a weight remembers an update, is the
+    same at every width (Wang and Aitchison 2024, https://arxiv.org/abs/2405.13698).
+    """
     rate, betas, decay = config.learning_rate, config.betas, config.weight_decay
     if group == "embedding":
         rate, betas = config.embedding_learning_rate or rate, config.embedding_betas or betas
@@ -64,7 +86,9 @@ def group_settings(group: Group, config: OptimConfig) -> GroupSettings:
         rate, betas, decay = config.scalar_learning_rate or rate, config.scalar_betas or betas, 0.0
     if group in ("embedding", "head") and config.embedding_weight_decay is not None:
         decay = config.embedding_weight_decay
-    return GroupSettings(rate / config.learning_rate, betas, decay)
+    factor = width_factor(group, config, d_model)
+    decay = decay if config.optim_type == "adam" else decay / factor
+    return GroupSettings(rate / config.learning_rate * factor, betas, decay)
 
 
 def scheduled_decay(decay: float, rate: Tensor, config: OptimConfig) -> Tensor | float:

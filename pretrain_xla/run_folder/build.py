@@ -24,7 +24,7 @@ def build_optimizer(config: RunConfig, model: GPT, place: Place, map_matrices: M
     schedule = lambda step: learning_rate(step, config.optim, width)  # noqa: E731
     # fp16 has no room for the sums of an orthogonalization.
     dtype = torch.float32 if config.train.mixed_precision is None else torch.bfloat16
-    return make_optimizer(model.named_parameters(), config.optim, schedule, place, map_matrices, dtype)
+    return make_optimizer(model.named_parameters(), config.optim, schedule, place, map_matrices, dtype, width)
 
 
 def build_examples(config: RunConfig, dataset: TokenDataset | None) -> Examples:

@@ -14,7 +14,7 @@ from pretrain_xla.optim import make_optimizer
 from pretrain_xla.optim.matrices import own_share
 from pretrain_xla.optim.muon import Muon
 from pretrain_xla.optim.newton_schulz import QUINTIC, SAFETY, orthogonalize, polar_express
-from pretrain_xla.optim.parameters import GROUPS, group_of
+from pretrain_xla.optim.parameters import GROUPS, group_of, group_settings
 
 SHAPES = {"blocks.0.wide.weight": (6, 20), "blocks.0.tall.weight": (20, 6), "blocks.1.wide.weight": (6, 20)}
 RATE = torch.tensor(0.05)
@@ -33,7 +33,7 @@ def gradients(seed: int) -> list[Tensor]:
 
 def make(named: dict[str, nn.Parameter], dtype: torch.dtype = torch.bfloat16, **changes: Any) -> Muon:
     config = OptimConfig.model_validate({"optim_type": "muon", "muon_scale": "original"} | changes)
-    return Muon(list(named.items()), config, dtype=dtype)
+    return Muon(list(named.items()), config, group_settings("matrix", config, None), dtype=dtype)
 
 
 @torch.no_grad()
@@ -224,6 +224,39 @@ def test_groups_have_rates_betas_and_decays_of_their_own() -> None:
                 assert f"momentum.{name}" in optimizer.state
             else:
                 torch.testing.assert_close(named[name], reference[name], rtol=0, atol=1e-5, msg=f"{kind} {name}")
+
+
+@pytest.mark.parametrize(
+    ("kind", "scale", "matrix"), [("adamw", "original", 4), ("muon", "original", 1), ("muon", "match_rms_adamw", 2)]
+)
+def test_rates_follow_the_width(kind: str, scale: str, matrix: float) -> None:
+    """At four times `base_d_model` an update is that of rates divided as muP says; what decays a weight stays."""
+    groups = {
+        "embedding.weight": 1.0,
+        "head.weight": 4.0,
+        "blocks.0.attention.query.weight": matrix,
+        "norm.weight": 1.0,
+    }
+    base = {"optim_type": kind, "muon_scale": scale, "learning_rate": 0.05, "weight_decay": 0.1, "base_d_model": 2}
+    config = OptimConfig.model_validate(base)
+    values = {name: torch.full((8, 8) if "norm" not in name else (8,), 0.5) for name in groups}
+    given = {name: torch.randn_like(value) for name, value in values.items()}
+
+    def changes(config: OptimConfig, d_model: int | None) -> dict[str, Tensor]:
+        named = {name: nn.Parameter(value.clone()) for name, value in values.items()}
+        optimizer = make_optimizer(named.items(), config, lambda step: RATE + 0 * step, d_model=d_model)
+        optimizer.update([given[name] for name in optimizer.names])
+        return {name: parameter.detach() - values[name] for name, parameter in named.items()}
+
+    whole, same, none = (
+        changes(config, 8),
+        changes(config, 2),
+        changes(config.model_copy(update={"base_d_model": None}), 8),
+    )
+    decayed = {name: torch.zeros(()) if "norm" in name else -0.05 * 0.1 * values[name] for name in groups}
+    for name, divisor in groups.items():
+        torch.testing.assert_close(same[name], none[name], rtol=0, atol=0)
+        torch.testing.assert_close(whole[name] - decayed[name], (none[name] - decayed[name]) / divisor)
 
 
 def test_a_parameter_without_a_group_is_a_defect() -> None:
