@@ -60,7 +60,7 @@ def width_factor(group: Group, config: OptimConfig, d_model: int | None) -> floa
     AdamW moves every weight by about the learning rate, and an output of a matrix sums over its inputs. The output would move
     more the wider the model, so that this learning rate is divided by the ratio of the widths (Yang et al. 2022, table 8). An
     embedding's row and a norm's weight are not summed over. Muon's update moves the output as much at every width if its scale
-    is `original`; the scale `match_rms_adamw` grows with the square root of the width. This holds for an untied head, `init: mup`
+    is `original`; `match_rms_adamw` grows with the square root of the width. This holds for an untied head, `init: mup`
     or `fan_in`, and attention heads of one size at all widths.
     """
     ratio = d_model / config.base_d_model if d_model and config.base_d_model else 1.0
