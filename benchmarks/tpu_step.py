@@ -35,7 +35,7 @@ from pretrain_xla.preflight.compile_result import Compiled  # noqa: E402
 from pretrain_xla.preflight.hlo import Module  # noqa: E402
 from pretrain_xla.preflight.topology import resolve_topology  # noqa: E402
 
-CONFIGS = ("gpt2_124m", "modern_124m")
+CONFIGS = ("gpt2_124m", "modern_124m_adamw")
 SEQUENCES = 8
 SHORT = {"float32": "fp32", "bfloat16": "bf16"}
 

@@ -18,6 +18,11 @@ MODELS = [
     "gpt2_1558m",
     "gpt25_124m",
     "modern_124m",
+    "modern_124m_adamw",
+    "modern_355m",
+    "modern_774m",
+    "modern_1558m",
+    "speedrun_124m",
     "moderngpt2_small",
     "moderngpt2_medium",
     "moderngpt2_large",
@@ -52,7 +57,10 @@ def test_header_tells_the_truth(name):
     with torch.device("meta"):
         model = GPT(config.model.model_copy(update={"vocab_multiple": 1}))
     assert stated == sum(parameter.numel() for parameter in model.parameters())
-    assert stated == pytest.approx(SIZES.get(name.rsplit("_", 1)[1], 1.55e9), rel=0.2 if name.endswith("_1m") else 0.03)
+    head = 0 if config.model.tie_weights else config.model.vocab_size * config.model.d_model
+    assert not head or f"{head:,} of them are the untied head." in text
+    size = next((SIZES[part] for part in name.split("_") if part in SIZES), 1.55e9)
+    assert stated - head == pytest.approx(size, rel=0.2 if name.endswith("_1m") else 0.03)
     for part in (f"Run: python run_pretrain_xla.py --config configs/{name}.yaml$", "Needs: ", "Time: ", "Loss: "):
         assert re.search(f"^{part}", text, re.MULTILINE), part
     assert config.run_dir == f"runs/{name}"
@@ -75,3 +83,18 @@ def test_comments_on_tokens_tell_the_truth(name):
 def test_gpt2_sizes_are_the_published_ones():
     counts = [parameter_count(load(name).model) for name in MODELS[:4]]
     assert counts == [124_439_808, 354_823_168, 774_030_080, 1_557_611_200]
+
+
+def test_one_dial_sets_all_sizes_of_the_recommended_model():
+    """The settings of modern_124m, for another width and number of steps, by the rule of docs/recipe.md."""
+    small = load("modern_124m")
+    for name in ("modern_355m", "modern_774m", "modern_1558m"):
+        large = load(name)
+        steps = large.train.train_steps
+        decay = small.optim.weight_decay * small.train.train_steps / steps
+        assert large.optim.weight_decay == pytest.approx(decay, rel=0.05)
+        same = {"base_d_model": small.model.d_model, "decay_steps": steps, "weight_decay": large.optim.weight_decay}
+        assert large.optim == small.optim.model_copy(update=same)
+        shape = {key: getattr(large.model, key) for key in ("d_model", "num_layers", "num_heads", "d_ff")}
+        assert large.model == small.model.model_copy(update=shape)
+        assert large.model.num_heads * 128 == large.model.d_model

@@ -76,7 +76,7 @@ def test_the_command(capsys):
     assert "…tive" not in shown
     main(["trace", "--config", "configs/modern_124m.yaml", "--json"])
     tree = json.loads(capsys.readouterr().out)["model"]
-    assert tree["parameters"] == 123_554_304
+    assert tree["parameters"] == 162_152_448
     with pytest.raises(SystemExit):
         main(["trace", "--num-heads", "5"])
     assert "d_model" in capsys.readouterr().err
