@@ -92,7 +92,7 @@ class Server:
 
 class FaultyProxy(Server):
     """Forwards requests, with a fault where `fault` names one: "503", "429", "stall", "broken" (the connection ends midway),
-    "short" (a complete answer with half the body)."""
+    "short" (a complete answer with half the body), "flipped" (one bit of the body is wrong)."""
 
     def __init__(self, upstream: str, fault: Callable[[str, str | None], str | None] = lambda path, span: None) -> None:
         super().__init__(_Proxied)
@@ -131,6 +131,8 @@ class _Proxied(BaseHTTPRequestHandler):
         kept = {key: value for key, value in answer.getheaders() if key.lower() not in dropped}
         if fault == "short":
             content = content[: len(content) // 2]
+        if fault == "flipped":
+            content = content[:-1] + bytes([content[-1] ^ 1])
         # The emulator does not implement renaming (501), which gcsfs would try six times in half a minute.
         self._answer(405 if answer.status == 501 else answer.status, kept, content, broken=fault == "broken")
 

@@ -18,7 +18,8 @@ import zstandard
 
 from pretrain_xla.config import build_config
 from pretrain_xla.config_file import load_yaml
-from pretrain_xla.data.dataset import open_dataset, verify_checksums
+from pretrain_xla.data.checksums import verify_checksums
+from pretrain_xla.data.dataset import open_dataset
 from pretrain_xla.data.formats import layout
 from pretrain_xla.data.manifest import dataset_info
 from pretrain_xla.errors import UserError

@@ -98,7 +98,7 @@ class Batches:
         self._end = min([*ends, self.sequences_per_epoch] if once else ends, default=None)
         self._announced: list[tuple[int, int]] = []
         reached = 1.0 if shuffle or self._end is None else min(1.0, (self._end - start) / self.sequences_per_epoch)
-        dataset.loader.choose(share * reached, shuffle_window)
+        dataset.loader.choose(share * reached, shuffle_window, seq_length + 1)
 
     @property
     def threads(self) -> int:

@@ -9,25 +9,27 @@ What is checked, when, and what it costs:
   shard of a large one, and nothing of a remote one. So a wrong tokenizer is found at once.
 - Ids against the vocabulary, whenever tokens are read, at about 1% of the time of reading. So no id out of range reaches the
   device, where training would silently go on.
-- Checksums, if a manifest has them: of each shard when it is opened, ahead of use (see `shard_loader`), and of all shards on
-  request (`verify_checksums`).
+- Checksums, if they are recorded (see `checksums`): of each shard when it is opened, ahead of use (see `shard_loader`), of the
+  blocks that are read if it is read by ranges, and of all shards on request (`verify_checksums`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import posixpath
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
 
 from pretrain_xla.config import DataConfig
+from pretrain_xla.data.block_checksums import decode
+from pretrain_xla.data.checksums import CHECKSUMS, listed_shards
 from pretrain_xla.data.find_shards import Split, find_shards, is_pattern
-from pretrain_xla.data.manifest import DatasetInfo, dataset_info, is_unfinished
+from pretrain_xla.data.manifest import DatasetInfo, ShardInfo, dataset_info, is_unfinished
 from pretrain_xla.data.shard_loader import ShardLoader
-from pretrain_xla.data.shards import Shard, checksum_of, fetch, narrow, open_shard
-from pretrain_xla.data.token_file import differs
+from pretrain_xla.data.shards import Shard, fetch, narrow, open_shard
 from pretrain_xla.errors import UserError
 from pretrain_xla.storage.files import filesystem, is_local, url
 from pretrain_xla.storage.remote import REQUESTS_AT_A_TIME, concurrently, read_range
@@ -44,6 +46,8 @@ class TokenDataset:
     vocab_size: int
     info: DatasetInfo | None
     """The manifest, if there is one."""
+    listed: Mapping[str, ShardInfo] = field(default_factory=dict)
+    """Name → what is recorded of each shard, in the manifest or in `checksums.json`."""
     settings: DataConfig = field(default_factory=DataConfig)
     is_whole: bool = True
     """Whether it has all shards of the folder."""
@@ -56,7 +60,7 @@ class TokenDataset:
     @cached_property
     def loader(self) -> ShardLoader:
         """Loads the shards."""
-        return ShardLoader(self.shards, _checksums(self.info, self.directory), self.settings)
+        return ShardLoader(self.shards, {name: shard.sha256 for name, shard in self.listed.items()}, self.settings)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -64,7 +68,7 @@ class TokenDataset:
 
         Content means the manifest's checksums; without a manifest, the first and last 4096 tokens of each shard.
         """
-        checksums = _checksums(self.info, self.directory)
+        checksums = {name: shard.sha256 for name, shard in self.listed.items()} if self.info is not None else {}
         sampled = [shard for shard in self.shards if shard.name not in checksums]
         checksums |= dict(zip([s.name for s in sampled], concurrently(_sample_checksum, sampled), strict=True))
         lines = [f"{s.name} {s.tokens} {checksums[s.name]}" for s in self.shards]
@@ -155,54 +159,46 @@ def open_shards(
     threads = 1 if is_local(fs) else REQUESTS_AT_A_TIME
     shards = concurrently(lambda file: open_shard(fs, *file), list(files.items()), threads)
     where = url(fs, folder)
-    return TokenDataset(where, tuple(shards), vocab_size, dataset_info(where), settings or DataConfig(), folder == root)
+    info = dataset_info(where)
+    listed = listed_shards(where, info)
+    known = tuple(_with_blocks(shard, listed.get(shard.name)) for shard in shards)
+    return TokenDataset(where, known, vocab_size, info, listed, settings or DataConfig(), folder == root)
 
 
-def verify_checksums(directory: str) -> None:
-    """Read every shard that a dataset's manifest lists, and compare checksums; about a second for each GB.
-
-    Args:
-        directory: a dataset's folder, or one of its splits.
-
-    Raises:
-        UserError: there is no manifest, or a shard is missing or differs; the message names it.
-    """
-    info = dataset_info(directory)
-    if info is None:
+def _with_blocks(shard: Shard, listed: ShardInfo | None) -> Shard:
+    """A remote shard with the checksums of its blocks, if they are recorded."""
+    if not shard.is_remote or listed is None or listed.crc32 is None or listed.tokens != shard.tokens:
+        return shard
+    crc32 = decode(listed.crc32, shard.size)
+    if crc32 is None:
         raise UserError(
-            f"{directory}: has no dataset.json, nor has the folder above, so there are no checksums to compare with"
+            f"{shard.path}: the checksums of its blocks are damaged: copy dataset.json again, or prepare again"
         )
-    fs, root = filesystem(info.root)
-    for split, listed in info.splits.items():
-        for shard in listed.shards:
-            path = f"{root}/{split}/{shard.name}"
-            if not fs.isfile(path):
-                raise UserError(f"{url(fs, path)}: missing, though dataset.json lists it: prepare the dataset again")
-            if checksum_of(fs, path) != shard.sha256:
-                raise differs(url(fs, path))
+    return replace(shard, crc32=crc32)
 
 
 def listed_max_ids(dataset: TokenDataset) -> dict[str, int]:
-    """Highest id of each shard by the manifest, after a check that it lists exactly the shards of the folder.
+    """Highest id of each recorded shard, after a check that exactly the shards of the folder are recorded.
 
     Raises:
         UserError: a shard is missing, not listed, or of another length.
     """
-    if dataset.info is None:
+    listed, source = dataset.listed, CHECKSUMS if dataset.info is None else "dataset.json"
+    if dataset.info is None and not listed:
         return {}
-    split = dataset.info.splits.get(posixpath.basename(dataset.directory))
-    listed = {shard.name: shard for shard in split.shards} if split else {}
     found = {shard.name: shard for shard in dataset.shards}
     for name in sorted(listed.keys() - found.keys()) if dataset.is_whole else ():
-        raise UserError(f"{dataset.directory}/{name}: missing, though dataset.json lists it: prepare the dataset again")
+        raise UserError(
+            f"{dataset.directory}/{name}: missing, though {source} lists it: copy it again or prepare again"
+        )
     for name, shard in found.items():
         if name not in listed:
             raise UserError(
-                f"{shard.path}: not listed in the dataset.json of its folder: remove it, or remove dataset.json to use all"
+                f"{shard.path}: not listed in the {source} of its folder: remove it, or remove {source} to use all"
             )
         if shard.tokens != listed[name].tokens:
             raise UserError(
-                f"{shard.path}: {shard.tokens:,} tokens where dataset.json says {listed[name].tokens:,}: prepare again"
+                f"{shard.path}: {shard.tokens:,} tokens where {source} says {listed[name].tokens:,}: prepare again"
             )
     return {name: shard.max_id for name, shard in listed.items()}
 
@@ -244,8 +240,3 @@ def _sample_checksum(shard: Shard) -> str:
         return hashlib.sha256(b"".join(ends)).hexdigest()
     length = min(shard.tokens, 4096)
     return hashlib.sha256(shard.gather(np.array([0, shard.tokens - length]), length).tobytes()).hexdigest()
-
-
-def _checksums(info: DatasetInfo | None, directory: str) -> dict[str, str]:
-    split = info.splits.get(posixpath.basename(directory)) if info else None
-    return {shard.name: shard.sha256 for shard in split.shards} if split else {}

@@ -1,21 +1,23 @@
 """`dataset.json`: the description of a dataset, written next to its shards when all of them are complete.
 
-Until then there is a `dataset.json.partial` instead. A folder that has only that was left by an interrupted preparation, and
-is not trained on.
+It has checksums of every shard, and of itself. Until it is written there is a `dataset.json.partial` instead. A folder that has
+only that was left by an interrupted preparation, and is not trained on.
 """
 
 from __future__ import annotations
 
 import posixpath
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from pretrain_xla.errors import UserError
+from pretrain_xla.storage.checked_json import CHECKSUM, is_intact, with_checksum
 from pretrain_xla.storage.files import PARTIAL, filesystem, url, write_atomically
 from pretrain_xla.storage.remote import RefusedError, call
-from pretrain_xla.untrusted import is_inside
+from pretrain_xla.untrusted import is_inside, parse_object
 
+Model = TypeVar("Model", bound=BaseModel)
 MANIFEST = "dataset.json"
 UNFINISHED = MANIFEST + PARTIAL
 SPLITS = ("train", "valid")
@@ -52,6 +54,8 @@ class ShardInfo(_Record):
     """Its highest token id: makes the check against the model's vocabulary free."""
     sha256: str
     """Checksum of the whole file."""
+    crc32: str | None = None
+    """Checksums of its blocks, see `block_checksums`; None in datasets from before they existed."""
 
 
 class SplitInfo(_Record):
@@ -136,7 +140,7 @@ def write_manifest(fs: Any, root: str, info: DatasetInfo) -> None:
     Raises:
         UserError: it cannot be written.
     """
-    write_atomically(fs, f"{root}/{MANIFEST}", [info.model_dump_json(indent=2, exclude={"root"}).encode()])
+    write_atomically(fs, f"{root}/{MANIFEST}", [with_checksum(info.model_dump(mode="json", exclude={"root"}))])
 
 
 def _read(fs: Any, root: str) -> DatasetInfo | None:
@@ -147,10 +151,37 @@ def _read(fs: Any, root: str) -> DatasetInfo | None:
         raw = call(fs, "cat_file", path)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, RefusedError):
         return None  # some servers refuse access to files that they do not have
+    where = url(fs, path)
+    return parse_checked(DatasetInfo, raw, where, "prepare the dataset again").model_copy(
+        update={"root": url(fs, root)}
+    )
+
+
+def parse_checked(model: type[Model], raw: bytes, where: str, fix: str) -> Model:
+    """Parse the content of a file that `with_checksum` wrote, or that was written before it had a checksum.
+
+    Args:
+        model: what it holds.
+        raw: the content.
+        where: the file, for messages.
+        fix: what to do if it is damaged.
+
+    Raises:
+        UserError: it is damaged, or of another version.
+    """
     try:
-        return DatasetInfo.model_validate_json(raw).model_copy(update={"root": url(fs, root)})
+        info, tree = model.model_validate_json(raw), parse_object(raw, where)
     except ValidationError as error:
         fault = error.errors()[0]
         key = ".".join(map(str, fault["loc"]))
         why = fault["msg"].removeprefix("Value error, ")
-        raise UserError(f"{url(fs, path)}: damaged ({key}: {why}): prepare the dataset again") from None
+        raise UserError(f"{where}: damaged ({key}: {why}): {fix}") from None
+    intact = is_intact(tree)
+    if intact is None and (unknown := tree.keys() - model.model_fields):
+        raise UserError(f"{where}: damaged (unknown key {min(unknown)[:40]!r}, and no checksum): {fix}")
+    if intact is False:
+        raise UserError(
+            f"{where}: differs from its own checksum: copy it again, or {fix}; after a change by hand, remove the key "
+            f"{CHECKSUM!r}"
+        )
+    return info

@@ -7,8 +7,8 @@ Parquet. No token of a shard is used before that is done; a batch waits for a sh
 
 Whole shards or ranges? Sequences of a window of shards are shuffled together, so a single process soon needs all of each
 shard. One of many hosts needs little of each, and a validation a small part of one. So, with remote_reads=auto, a process
-that will read less than `WHOLE_SHARE` of the bytes requests only the ranges that it needs (which cannot be compared with a
-checksum), and so does every process if the cache cannot hold the shards of two windows.
+that will request less than `WHOLE_SHARE` of the bytes requests only the ranges that it needs, in whole blocks where the
+manifest has checksums of blocks. So does every process if the cache cannot hold the shards of two windows.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import logging
 import os
 import threading
 import weakref
@@ -25,12 +26,15 @@ from dataclasses import dataclass, field
 
 from pretrain_xla.config import DataConfig
 from pretrain_xla.data import parquet
-from pretrain_xla.data.shards import Shard, open_tokens
+from pretrain_xla.data.block_checksums import BLOCK_BYTES
+from pretrain_xla.data.shards import Shard, open_tokens, read_bytes
 from pretrain_xla.data.token_file import TokenFile, differs, is_verified
 from pretrain_xla.errors import UserError
+from pretrain_xla.redact import redacted
 from pretrain_xla.storage.cache import CacheFullError, Entry, ShardCache
-from pretrain_xla.storage.files import filesystem
-from pretrain_xla.storage.remote import concurrently, read_range
+from pretrain_xla.storage.remote import concurrently
+
+logger = logging.getLogger(__name__)
 
 WHOLE_SHARE = 0.25
 PART_BYTES, PARTS_AT_A_TIME = 2**23, 8  # of a download: bounds the memory that it needs
@@ -75,12 +79,13 @@ class ShardLoader:
         """Whether remote shards are read by ranges."""
         weakref.finalize(self, _close, self._state)
 
-    def choose(self, share: float, window: int) -> None:
+    def choose(self, share: float, window: int, length: int) -> None:
         """Decide between whole shards and ranges.
 
         Args:
-            share: fraction of all bytes that this process will read in the run.
+            share: fraction of all sequences that this process will read in the run.
             window: shards that are in use at a time.
+            length: tokens of a sequence.
 
         Raises:
             UserError: remote_reads is impossible with these shards or this cache.
@@ -99,8 +104,15 @@ class ShardLoader:
                 f"{self._cache.directory}: cache_gb={self._settings.cache_gb:g} is too small for two windows of shards, "
                 f"{needed / 1e9:.3g} GB: raise cache_gb or lower shuffle_window={window}"
             )
-        small = share < WHOLE_SHARE or needed > self._cache.capacity
+        bytes_asked = max(_bytes_asked(shard, length) for shard in cached)
+        small = share * bytes_asked < WHOLE_SHARE or needed > self._cache.capacity
         self.ranged = mode == "ranged" or (mode == "auto" and small and packed is None)
+        unchecked = next((shard for shard in cached if shard.crc32 is None), None)
+        if self.ranged and unchecked:
+            logger.warning(
+                "%s: read by ranges, which are not compared with checksums: `inspect --write-checksums` records them",
+                redacted(unchecked.path),
+            )
 
     def plan(self, now: Iterable[int], soon: Iterable[int]) -> None:
         """Say which shards are read from now on; load the next ones meanwhile, and release all others."""
@@ -198,9 +210,10 @@ class _Maker:
 
     def _fetch(self, shard: Shard, key: str, checksum: str | None, closing: threading.Event) -> Entry:
         def check(sha256: str) -> None:
-            if checksum not in (None, sha256):
+            if expected not in (None, sha256):
                 raise differs(shard.path)
 
+        expected = checksum or (shard.stated[1] if shard.stated and shard.stated[0] == "sha256" else None)
         return self._cache.obtain(key, shard.size, functools.partial(_download, shard, closing), check)
 
     def _decode(self, shard: Shard, key: str, checksum: str | None, closing: threading.Event, path: str) -> None:
@@ -228,27 +241,35 @@ def _cached_bytes(shard: Shard) -> int:
     return decoded + (shard.size if shard.is_remote else 0)
 
 
+def _bytes_asked(shard: Shard, length: int) -> float:
+    """Bytes that are requested for each byte of a sequence: more than one if whole blocks are compared with checksums."""
+    return 1.0 if shard.crc32 is None else 1 + BLOCK_BYTES / (length * shard.dtype.itemsize)
+
+
 def _open_entry(shard: Shard, entry: Entry, offset: int) -> TokenFile:
     return TokenFile(entry.path, shard.path, shard.dtype, offset, descriptor=entry.descriptor)
 
 
 def _download(shard: Shard, closing: threading.Event, path: str) -> None:
     """Download a remote shard into an existing file, several parts at a time."""
-    fs, source = filesystem(shard.path)
     descriptor = os.open(path, os.O_WRONLY)
 
     def fetch(begin: int) -> None:
         if closing.is_set():
             raise InterruptedError("closing")
-        data = read_range(fs, source, begin, min(begin + PART_BYTES, shard.size))
-        os.pwrite(descriptor, data, begin)
+        os.pwrite(descriptor, read_bytes(shard, begin, min(begin + PART_BYTES, shard.size)), begin)
 
     try:
         concurrently(fetch, range(0, shard.size, PART_BYTES), PARTS_AT_A_TIME)
-    except FileNotFoundError:
-        raise UserError(f"{shard.path}: existed when the run started and is gone: put it back") from None
     finally:
         os.close(descriptor)
+    if shard.crc32 is None and shard.stated and shard.stated[0] == "md5":
+        with open(path, "rb") as file:
+            if hashlib.file_digest(file, "md5").hexdigest() != shard.stated[1]:
+                raise UserError(
+                    f"{shard.path}: what came differs from the checksum that its server states: start again; if that does "
+                    "not help, copy the shard there again"
+                )
 
 
 def _work(state: _State, maker: _Maker) -> None:

@@ -6,9 +6,11 @@ processes of the host share. Other shards are made local by `shard_loader`, or r
 
 from __future__ import annotations
 
-import hashlib
+import base64
+import contextlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -16,9 +18,10 @@ from typing import Any, Literal
 import numpy as np
 
 from pretrain_xla.data import parquet
+from pretrain_xla.data.block_checksums import block_checksums, read_checked, widened
 from pretrain_xla.data.formats import DTYPES, HEAD_BYTES, Format, header, is_parquet, layout, suffix
 from pretrain_xla.data.manifest import ShardInfo, SplitInfo
-from pretrain_xla.data.token_file import TokenFile
+from pretrain_xla.data.token_file import TokenFile, differs, gone
 from pretrain_xla.errors import UserError
 from pretrain_xla.storage.files import VERSION_KEYS, filesystem, is_local, url, write_atomically
 from pretrain_xla.storage.remote import RefusedError, call, concurrently, read_range
@@ -48,10 +51,9 @@ def write_shard(fs: Any, path: str, tokens: np.ndarray, format: WrittenFormat = 
         parts: list[Any] = [parquet.encode(tokens)]
     else:
         parts = [header(format, tokens), np.ascontiguousarray(tokens).data.cast("B")]
-    checksum = write_atomically(fs, path, parts)
-    return ShardInfo(
-        name=path.rpartition("/")[2], tokens=len(tokens), max_id=int(tokens.max(initial=0)), sha256=checksum
-    )
+    checksum, name = write_atomically(fs, path, parts), path.rpartition("/")[2]
+    highest = int(tokens.max(initial=0))
+    return ShardInfo(name=name, tokens=len(tokens), max_id=highest, sha256=checksum, crc32=block_checksums(parts))
 
 
 class ShardWriter:
@@ -125,6 +127,10 @@ class Shard:
     """Size of the file in bytes."""
     max_id: int | None = None
     """Highest id, if the file states it."""
+    crc32: bytes | None = None
+    """Checksums of the blocks of a remote shard, if they are known: ranges of it are compared with them."""
+    stated: tuple[str, str] | None = None
+    """Checksum of a remote file by its server: the name of the algorithm, and hexadecimal digits."""
 
     @property
     def is_remote(self) -> bool:
@@ -149,13 +155,15 @@ class Shard:
 def fetch(shards: list[Shard], starts: np.ndarray, out: np.ndarray) -> None:
     """Read ranges of remote shards into the rows of `out`, with one request for each or, if they are adjacent, for several.
 
+    Where checksums of blocks are known, whole blocks are requested and compared.
+
     Args:
         shards: [rows] the shard of each range.
         starts: [rows] position of its first token in the shard.
         out: [rows, tokens of a range], any integer type.
 
     Raises:
-        UserError: one cannot be read.
+        UserError: one cannot be read, or is damaged.
     """
     length = out.shape[1]
     # Stretches that follow one another become one request: [shard, first byte, byte after the last, rows].
@@ -164,6 +172,8 @@ def fetch(shards: list[Shard], starts: np.ndarray, out: np.ndarray) -> None:
         shard = shards[row]
         begin = shard.offset + int(starts[row]) * shard.dtype.itemsize
         end = begin + length * shard.dtype.itemsize
+        if shard.crc32 is not None:
+            begin, end = widened(begin, end, shard.size)
         if requests and requests[-1][0] is shard and begin <= requests[-1][2]:
             first = requests.pop()
             requests.append((shard, first[1], max(end, first[2]), [*first[3], row]))
@@ -172,13 +182,30 @@ def fetch(shards: list[Shard], starts: np.ndarray, out: np.ndarray) -> None:
 
     def read(request: tuple[Shard, int, int, list[int]]) -> None:
         shard, begin, end, rows = request
-        fs, path = filesystem(shard.path)
-        tokens = np.frombuffer(_present(shard.path, lambda: read_range(fs, path, begin, end)), shard.dtype)
-        first = (begin - shard.offset) // shard.dtype.itemsize
+        data = read_bytes(shard, begin, end)
         for row in rows:
-            out[row] = narrow(tokens[int(starts[row]) - first :][:length])
+            position = shard.offset + int(starts[row]) * shard.dtype.itemsize - begin
+            out[row] = narrow(np.frombuffer(data, shard.dtype, length, position))
 
     concurrently(read, requests)
+
+
+def read_bytes(shard: Shard, begin: int, end: int) -> bytes:
+    """Bytes of a remote shard, compared with the checksums of its blocks if they are known; then `begin` begins a block.
+
+    Raises:
+        UserError: they cannot be read, or are damaged.
+    """
+    fs, path = filesystem(shard.path)
+    try:
+        if shard.crc32 is None:
+            return read_range(fs, path, begin, end)
+        data = read_checked(lambda first, last: read_range(fs, path, first, last), begin, end, shard.crc32)
+    except FileNotFoundError:
+        raise gone(shard.path) from None
+    if data is None:
+        raise differs(shard.path)
+    return data
 
 
 def open_tokens(shard: Shard, checksum: str | None = None) -> TokenFile:
@@ -207,7 +234,7 @@ def open_shard(fs: Any, path: str, known: Mapping[str, Any] | None = None) -> Sh
     Raises:
         UserError: the format is unknown, it does not hold integers, or it is shorter or longer than its header says.
     """
-    where = url(fs, path)
+    where, stated = url(fs, path), None
     try:
         if is_local(fs):
             status = os.stat(path)
@@ -216,17 +243,19 @@ def open_shard(fs: Any, path: str, known: Mapping[str, Any] | None = None) -> Sh
             with open(path, "rb") as file:
                 head = file.read(HEAD_BYTES)
         else:
-            size, stamp = _remote_size(fs, path, where, known)
+            size, stamp, stated = _remote_size(fs, path, where, known)
             head = read_range(fs, path, 0, min(size, HEAD_BYTES)) if size else b""
         name = path.rpartition("/")[2]
         if is_parquet(head):
             footer = parquet.summarise(where, size, lambda begin, end: read_range(fs, path, begin, end))
-            return Shard(where, name, footer.tokens, footer.dtype, 0, stamp, "parquet", size, footer.max_id)
+            return Shard(
+                where, name, footer.tokens, footer.dtype, 0, stamp, "parquet", size, footer.max_id, None, stated
+            )
     except OSError as error:
         reason = "no such file" if isinstance(error, FileNotFoundError) else error.strerror or error
         raise UserError(f"{where}: cannot be read: {reason}") from None
     found = layout(where, size, head, lambda other: read_sibling(fs, path.rpartition("/")[0], other))
-    return Shard(where, name, found.tokens, found.dtype, found.offset, stamp, found.format, size)
+    return Shard(where, name, found.tokens, found.dtype, found.offset, stamp, found.format, size, stated=stated)
 
 
 def read_sibling(fs: Any, folder: str, name: str) -> bytes | None:
@@ -245,26 +274,23 @@ def narrow(tokens: np.ndarray) -> np.ndarray:
     return np.clip(tokens, None if tokens.dtype.kind == "u" else -1, 2**31 - 1)
 
 
-def _remote_size(fs: Any, path: str, where: str, known: Mapping[str, Any] | None) -> tuple[int, tuple[int | str, ...]]:
-    """Size of a remote file in bytes, and its version by the server."""
+def _remote_size(
+    fs: Any, path: str, where: str, known: Mapping[str, Any] | None
+) -> tuple[int, tuple[int | str, ...], tuple[str, str] | None]:
+    """Size of a remote file in bytes, and its version and checksum by the server."""
     info = known if known and known.get("size") is not None else call(fs, "info", path)
     if info.get("size") is None:
         raise UserError(f"{where}: its server does not report its size: copy it to a disk or a bucket")
     stamp = tuple(json.dumps([key, info[key]], default=str) for key in VERSION_KEYS if info.get(key) is not None)
-    return int(info["size"]), stamp
+    return int(info["size"]), stamp, _stated_checksum(info)
 
 
-def checksum_of(fs: Any, path: str) -> str:
-    """SHA-256 of a file's bytes, in hex; about a second for each GB of a local one."""
-    checksum = hashlib.sha256()
-    with fs.open(path, "rb") as file:
-        while block := file.read(2**22):
-            checksum.update(block)
-    return checksum.hexdigest()
-
-
-def _present(where: str, read: Any) -> Any:
-    try:
-        return read()
-    except FileNotFoundError:
-        raise UserError(f"{where}: existed when the run started and is gone: put it back") from None
+def _stated_checksum(info: Mapping[str, Any]) -> tuple[str, str] | None:
+    """The checksum in a listing: MD5 of Google Cloud Storage, or SHA-256 of the Hub. S3's ETag need not be one."""
+    lfs = info.get("lfs")
+    if isinstance(lfs, Mapping) and re.fullmatch(r"[0-9a-f]{64}", str(lfs.get("sha256"))):
+        return "sha256", str(lfs["sha256"])
+    with contextlib.suppress(ValueError):
+        raw = base64.b64decode(str(info.get("md5Hash") or ""), validate=True)
+        return ("md5", raw.hex()) if len(raw) == 16 else None
+    return None

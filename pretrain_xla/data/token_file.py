@@ -60,7 +60,7 @@ class TokenFile:
         try:
             self._descriptor = os.open(path, os.O_RDONLY) if descriptor is None else os.dup(descriptor)
         except FileNotFoundError:
-            raise UserError(f"{where}: existed when the run started and is gone: put it back, {_AGAIN}") from None
+            raise gone(where) from None
         except OSError as error:
             self._fail(error)
         if size is not None:
@@ -141,6 +141,11 @@ class TokenFile:
         if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
             raise error  # no fault of the file: `system_faults` explains it
         raise UserError(f"{self._where}: cannot be read: {error.strerror or error}: mend that, {_AGAIN}") from None
+
+
+def gone(where: str) -> UserError:
+    """The error of a shard that was there when the run started."""
+    return UserError(f"{where}: existed when the run started and is gone: put it back, {_AGAIN}")
 
 
 def differs(where: str) -> UserError:

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from pretrain_xla.config import DataConfig
-from pretrain_xla.data.dataset import TokenDataset, listed_max_ids, open_shards, verify_checksums
+from pretrain_xla.data.checksums import verify_checksums, write_checksums
+from pretrain_xla.data.dataset import TokenDataset, listed_max_ids, open_shards
 from pretrain_xla.data.index_files import META, Meta, read_meta
 from pretrain_xla.data.shards import read_sibling
 from pretrain_xla.errors import UserError
@@ -45,6 +46,8 @@ class Inspection:
     documents: list[str] = field(default_factory=list)
     """The first documents, decoded and truncated."""
     faults: list[str] = field(default_factory=list)
+    recorded: str | None = None
+    """The file that checksums were written to."""
 
     def as_dict(self) -> dict[str, Any]:
         """For `--json`: plain numbers, and percentiles instead of arrays."""
@@ -68,6 +71,7 @@ class Inspection:
             "most_frequent_ids": [[int(token), int(self.counts[token])] for token in top if self.counts[token]],
             "first_documents": self.documents,
             "faults": self.faults,
+            "recorded": self.recorded,
         }
 
 
@@ -77,6 +81,7 @@ def inspect(
     *,
     documents: int = 3,
     verify: bool = False,
+    record: bool = False,
     settings: DataConfig | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Inspection:
@@ -87,14 +92,17 @@ def inspect(
         tokenizer: to decode with, and to check ids against; None means the manifest's, or, without a manifest and if all ids
             are GPT-2's, gpt2.
         documents: how many documents to decode, from the first one.
-        verify: also compare all checksums of the manifest, including those of other splits.
+        verify: also compare all recorded checksums, including those of the manifest's other splits.
+        record: record checksums if all shards can be read (see `write_checksums`).
         settings: where and how to cache remote shards.
         progress: called with tokens read and tokens in total.
 
     Raises:
-        UserError: there are no shards, or they cannot be opened.
+        UserError: there are no shards, they cannot be opened, or the checksums cannot be written.
     """
     dataset = open_shards(path, 2**32, settings=settings)
+    if record and not dataset.is_whole:
+        raise UserError(f"{path}: checksums are recorded for all shards of a folder: name {dataset.directory}")
     keys = ("name", "format", "tokens")
     shards = [{key: getattr(shard, key) for key in keys} | {"dtype": shard.dtype.name} for shard in dataset.shards]
     result = Inspection(path, shards, tokens=dataset.tokens)
@@ -103,6 +111,8 @@ def inspect(
     except UserError as error:
         result.faults.append(str(error))
     first = _read(dataset, result, progress)
+    if record and not result.faults:
+        result.recorded = write_checksums(dataset.directory, dataset.shards, _max_ids(result))
     meta = _meta(dataset, result) if tokenizer is None and dataset.info is None else None
     chosen = None if meta else _tokenizer(dataset, result, tokenizer)
     if meta is not None:
@@ -116,6 +126,10 @@ def inspect(
         except UserError as error:
             result.faults.append(str(error))
     return result
+
+
+def _max_ids(result: Inspection) -> dict[str, int]:
+    return {str(shard["name"]): int(shard.get("max_id", 0)) for shard in result.shards}
 
 
 def blocks(dataset: TokenDataset, faults: list[str]) -> Iterator[tuple[int, np.ndarray]]:

@@ -38,7 +38,10 @@ class InspectFlags:
     documents: int = 3
     """Number of documents to show."""
     verify: bool = False
-    """Compare the checksums of all shards that the manifest lists, including other splits."""
+    """Compare all recorded checksums: those of dataset.json, including other splits, or of checksums.json."""
+    write_checksums: bool = False
+    """Record checksums, which runs compare, if all shards can be read: in checksums.json next to shards of other programs, in
+    a dataset.json that has none of blocks."""
     plot: str | None = None
     """Save the histograms as this PNG file, one for each split; None means no plot."""
     json: bool = False
@@ -58,8 +61,8 @@ def inspect_command(arguments: Sequence[str]) -> int:
         check_plot(flags.plot)
     splits = _splits(flags.path)
     found = {
-        split: _inspect(flags, path, verify=flags.verify and not number)  # once checks all splits
-        for number, (split, path) in enumerate(splits.items())
+        split: _inspect(flags, path, flags.verify and not number, flags.write_checksums and not number)
+        for number, (split, path) in enumerate(splits.items())  # the first checks or records all splits
     }
     plots = {split: _plot_of(split, flags.plot) for split in found}
     for split, plotted in plots.items():
@@ -92,7 +95,7 @@ def _plot_of(split: str, plot: str | None) -> str | None:
     return f"{name}.{split}{suffix}"
 
 
-def _inspect(flags: InspectFlags, path: str, verify: bool) -> Inspection:
+def _inspect(flags: InspectFlags, path: str, verify: bool, record: bool) -> Inspection:
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("reading", total=None)
@@ -101,6 +104,7 @@ def _inspect(flags: InspectFlags, path: str, verify: bool) -> Inspection:
             flags.tokenizer,
             documents=flags.documents,
             verify=verify,
+            record=record,
             settings=DataConfig(cache_dir=flags.cache_dir),
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
@@ -138,6 +142,8 @@ def show(found: Inspection, plotted: str | None) -> None:
         print(f"fault: {redacted(fault)}")
     if not found.faults:
         print("none failed: headers and lengths, ids, checksums where there are any, end-of-text")
+    if found.recorded:
+        print(f"checksums recorded in {redacted(found.recorded)}")
     if plotted:
         print(f"histograms: {plotted}")
 

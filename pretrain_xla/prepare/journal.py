@@ -8,17 +8,22 @@ writing, and a kill costs the time for one shard.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
-from pretrain_xla.data.manifest import UNFINISHED, FileName, Recipe, SplitInfo
+from pretrain_xla.data.checksums import checksum_of
+from pretrain_xla.data.manifest import UNFINISHED, FileName, Recipe, SplitInfo, parse_checked
 from pretrain_xla.data.shards import ShardWriter, open_shard, write_shard
+from pretrain_xla.data.token_file import differs
 from pretrain_xla.errors import UserError
-from pretrain_xla.storage.files import is_local, remove, write_atomically
+from pretrain_xla.storage.checked_json import with_checksum
+from pretrain_xla.storage.files import is_local, remove, url, write_atomically
 
 PARTS = "unfinished"  # folder
 
@@ -33,6 +38,8 @@ class SplitProgress(BaseModel):
     """Files in `unfinished/` that hold, in this order, the tokens buffered after the last shard."""
     waiting: int
     """Number of tokens in `parts`."""
+    checksums: tuple[str, ...] = ()
+    """SHA-256 of each of `parts`."""
 
 
 class Progress(BaseModel):
@@ -54,10 +61,9 @@ def read_progress(fs: Any, root: str) -> Progress | None:
     path = f"{root}/{UNFINISHED}"
     if not fs.isfile(path):
         return None
-    try:
-        return Progress.model_validate_json(fs.cat_file(path))
-    except ValidationError:
-        return None
+    with contextlib.suppress(UserError):
+        return parse_checked(Progress, fs.cat_file(path), url(fs, path), "start again")
+    return None
 
 
 class Journal:
@@ -83,10 +89,13 @@ class Journal:
                 for shard in saved.written.shards:
                     if open_shard(self._fs, f"{self._root}/{split}/{shard.name}").tokens != shard.tokens:
                         return False
-                waiting[split] = np.concatenate([self._writers[split].waiting(), *map(self._read_part, saved.parts)])
+                pairs = zip(saved.parts, saved.checksums, strict=True)
+                waiting[split] = np.concatenate(
+                    [self._writers[split].waiting(), *itertools.starmap(self._read_part, pairs)]
+                )
                 if len(waiting[split]) != saved.waiting:
                     return False
-        except UserError:
+        except (UserError, ValueError):  # ValueError: from before there were checksums
             return False
         for split, saved in progress.splits.items():
             self._writers[split].restore(saved.written, waiting[split])
@@ -112,7 +121,7 @@ class Journal:
         before = {part for saved in self._splits.values() for part in saved.parts}
         self._splits = {split: self._save(split, writer) for split, writer in self._writers.items()}
         progress = Progress(recipe=self._recipe, place=place, skipped=skipped, splits=self._splits)
-        write_atomically(self._fs, f"{self._root}/{UNFINISHED}", [progress.model_dump_json(indent=2).encode()])
+        _write(self._fs, self._root, progress)
         kept = {part for saved in self._splits.values() for part in saved.parts}
         remove(self._fs, [self._part(name) for name in before - kept])
 
@@ -123,17 +132,20 @@ class Journal:
         """Write the buffered tokens to a new part: those not saved yet, or all, once the old parts are in a shard."""
         tokens, before = writer.waiting(), self._splits.get(split)
         parts: tuple[str, ...] = ()
+        checksums: tuple[str, ...] = ()
         saved = 0
         if before is not None and before.written.shards == writer.written.shards:
-            parts, saved = before.parts, before.waiting
+            parts, checksums, saved = before.parts, before.checksums, before.waiting
         if len(tokens) > saved:
             name = f"{self._number:06d}.{split}.npy"
             self._number += 1
-            write_shard(self._fs, self._part(name), tokens[saved:])
-            parts = (*parts, name)
-        return SplitProgress(written=writer.written, parts=parts, waiting=len(tokens))
+            made = write_shard(self._fs, self._part(name), tokens[saved:])
+            parts, checksums = (*parts, name), (*checksums, made.sha256)
+        return SplitProgress(written=writer.written, parts=parts, waiting=len(tokens), checksums=checksums)
 
-    def _read_part(self, name: str) -> np.ndarray:
+    def _read_part(self, name: str, checksum: str) -> np.ndarray:
+        if checksum_of(self._fs, self._part(name)) != checksum:
+            raise differs(name)
         shard = open_shard(self._fs, self._part(name))
         return shard.gather(np.array([0]), shard.tokens)[0]
 
@@ -147,7 +159,11 @@ def write_start(fs: Any, root: str, recipe: Recipe) -> None:
     Raises:
         UserError: the folder cannot be written.
     """
-    write_atomically(fs, f"{root}/{UNFINISHED}", [Progress(recipe=recipe).model_dump_json(indent=2).encode()])
+    _write(fs, root, Progress(recipe=recipe))
+
+
+def _write(fs: Any, root: str, progress: Progress) -> None:
+    write_atomically(fs, f"{root}/{UNFINISHED}", [with_checksum(progress.model_dump(mode="json"))])
 
 
 def clear_journal(fs: Any, root: str) -> None:

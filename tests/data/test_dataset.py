@@ -9,11 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pretrain_xla.data import dataset as dataset_module
-from pretrain_xla.data.dataset import open_dataset, verify_checksums
+from pretrain_xla.data.checksums import verify_checksums, write_checksums
+from pretrain_xla.data.dataset import open_dataset
 from pretrain_xla.data.manifest import dataset_info
 from pretrain_xla.data.shards import open_shard, write_shard
 from pretrain_xla.errors import UserError
 from pretrain_xla.prepare.dataset import prepare
+from pretrain_xla.prepare.inspect_command import inspect_command
 from pretrain_xla.storage.files import filesystem, write_atomically
 from pretrain_xla.text.sources import source_of
 
@@ -195,6 +197,77 @@ def test_damaged_manifest_is_one_line(prepared):
     for damage in ("{", json.dumps({**tree, "version": 2}), json.dumps({**tree, "vocab_size": "many"})):
         (prepared / "dataset.json").write_text(damage)
         refused("dataset.json: damaged", str(prepared / "train"), 16, 257)
+
+
+def test_a_manifest_that_is_still_valid_but_has_changed_is_refused(prepared):
+    """By its own checksum, which does not depend on how it is written; without one, as in older datasets, it is accepted."""
+    path, train = prepared / "dataset.json", str(prepared / "train")
+    tree = json.loads(path.read_text())
+    for key, value in (
+        ("vocab_size", 258),
+        ("end_of_text", 10),
+        ("tokenizer_fingerprint", "0"),
+        ("skipped_documents", 7),
+    ):
+        assert tree[key] != value
+        path.write_text(json.dumps(tree | {key: value}))
+        refused("dataset.json: differs from its own checksum: copy it again", train, 16, 257)
+    older = {key: value for key, value in tree.items() if key != "checksum"}
+    path.write_text(json.dumps(older | {"chfcksum": tree["checksum"]}))
+    refused("dataset.json: damaged (unknown key 'chfcksum', and no checksum)", train, 16, 257)
+    for same in (dict(reversed(tree.items())), older):
+        path.write_text(json.dumps(same, separators=(",", ":")))
+        info = open_dataset(train, 16, 257).info
+        assert info is not None
+        assert info.vocab_size == 257
+
+
+def test_checksums_of_shards_of_other_programs(write_shards, tmp_path, capsys):
+    """`inspect --write-checksums` records them; from then on a flipped bit is found when the shard is opened."""
+    folder = write_shards(ids(500), ids(700))
+    before = open_dataset(folder, 16, 100)
+    with pytest.raises(UserError, match=r"no checksums\.json, so there are no checksums to compare with"):
+        verify_checksums(folder)
+    with pytest.raises(UserError, match=f"checksums are recorded for all shards of a folder: name {folder}"):
+        inspect_command([f"{folder}/000.npy", "--write-checksums"])
+    assert inspect_command([folder, "--write-checksums", "--tokenizer", "bytes"]) == 1  # no end-of-text in it
+    assert f"checksums recorded in {folder}/checksums.json" in capsys.readouterr().out
+    verify_checksums(folder)
+    after = open_dataset(folder, 16, 100)
+    assert after.listed["001.npy"].max_id == 99
+    assert after.fingerprint == before.fingerprint
+    assert after.gather(0, np.array([0]), 500).shape == (1, 500)
+    assert open_dataset(f"{folder}/000.npy", 16, 100).fingerprint  # one of them is still found
+    assert before.info is after.info is None
+    path = tmp_path / "shards" / "000.npy"
+    raw = bytearray(path.read_bytes())
+    raw[-9] ^= 1
+    path.write_bytes(raw)
+    bad = open_dataset(folder, 16, 100)
+    with pytest.raises(UserError, match=r"000\.npy: differs from its checksum"):
+        bad.gather(0, np.array([0]), 9)
+    with pytest.raises(UserError, match=r"000\.npy: differs from its checksum"):
+        verify_checksums(folder)
+    path.unlink()
+    refused("000.npy: missing, though checksums.json lists it", folder, 16, 100)
+    (tmp_path / "shards" / "checksums.json").write_text("{}")
+    refused(
+        "checksums.json: damaged (shards: Field required): run `inspect --write-checksums` again", folder, 16, 50257
+    )
+
+
+def test_an_older_dataset_gets_checksums_of_blocks(prepared):
+    path = prepared / "dataset.json"
+    new = path.read_text()
+    tree = json.loads(new)
+    del tree["checksum"]
+    for split in tree["splits"].values():
+        for shard in split["shards"]:
+            del shard["crc32"]
+    path.write_text(json.dumps(tree))
+    shards = open_dataset(str(prepared / "train"), 16, 257).shards
+    assert write_checksums(str(prepared / "train"), shards, {}) == f"{prepared}/dataset.json"
+    assert path.read_text() == new
 
 
 def test_interrupted_dataset_is_not_trained_on(prepared):

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pretrain_xla.data.dataset import open_dataset, verify_checksums
+from pretrain_xla.data.checksums import verify_checksums
+from pretrain_xla.data.dataset import open_dataset
 from pretrain_xla.errors import UserError
 from pretrain_xla.prepare.dataset import prepare
 from pretrain_xla.text.sources import source_of

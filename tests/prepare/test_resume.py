@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -139,6 +140,24 @@ def test_damaged_files_are_made_again(tmp_path, damage):
     prepare(source(), str(tmp_path / "a"), "bytes", shard_size=3000, num_workers=1)
     prepare(source(), str(tmp_path / "b"), "bytes", shard_size=3000, num_workers=1)
     assert tree(tmp_path / "a") == tree(tmp_path / "b")
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_a_flipped_bit_in_what_was_left_is_not_taken_over(tmp_path):
+    """Neither in the tokens that wait for the next shard nor in the place where to go on."""
+    prepare(source(), str(tmp_path / "b"), "bytes", shard_size=3000, num_workers=1)
+    for number, change in enumerate(("unfinished", "dataset.json.partial")):
+        interrupt(folder := tmp_path / str(number))
+        path = folder / change
+        if path.is_dir():
+            path = max(path.iterdir(), key=lambda part: part.stat().st_size)
+            raw = bytearray(path.read_bytes())
+            raw[-2] ^= 1
+            path.write_bytes(raw)
+        else:
+            path.write_text(re.sub(r'"place": (\d+)', lambda match: f'"place": {int(match[1]) - 1}', path.read_text()))
+        prepare(source(), str(folder), "bytes", shard_size=3000, num_workers=1)
+        assert tree(folder) == tree(tmp_path / "b")
 
 
 def test_full_disk_is_one_line_and_leaves_only_complete_shards(tmp_path):

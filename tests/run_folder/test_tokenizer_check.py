@@ -84,9 +84,9 @@ def test_other_shards_are_accepted_and_another_tokenizer_is_refused(
             with pytest.raises(UserError, match=r"trained with another tokenizer than .*other/") as refusal:
                 find_start(config_of("other", **changes), "another", messages.append)
         assert f"prepare --tokenizer {tmp_path}/run/tokenizer" in str(refusal.value)
-        remove_keys(marker, "tokenizer")
+        remove_keys(marker, "tokenizer", "checksum")
         for name in ("one", "again", "other"):
-            remove_keys(datasets / name / "dataset.json", "tokenizer_fingerprint")
+            remove_keys(datasets / name / "dataset.json", "tokenizer_fingerprint", "checksum")
     elsewhere = from_it | {"train": {"from_checkpoint": str(tmp_path / "export")}}
     export_model(load_model(str(tmp_path / "run")), elsewhere["train"]["from_checkpoint"])
     assert find_start(config_of("again", **elsewhere), "another", messages.append).step == 0

@@ -17,13 +17,14 @@ import pytest
 from pretrain_xla.config import DataConfig
 from pretrain_xla.data import shard_loader
 from pretrain_xla.data.batches import Batches
+from pretrain_xla.data.block_checksums import BLOCK_BYTES
 from pretrain_xla.data.dataset import open_dataset, open_shards
 from pretrain_xla.data.manifest import dataset_info
 from pretrain_xla.errors import UserError
 from pretrain_xla.prepare.dataset import prepare
-from pretrain_xla.storage import remote
+from pretrain_xla.storage import cache, remote
 from pretrain_xla.storage.files import filesystem
-from pretrain_xla.text.sources import open_source
+from pretrain_xla.text.sources import open_source, source_of
 from tests.servers import BUCKET, FaultyProxy, WebServer, free_port, gcs_emulator, process, upload
 from tests.shard_writers import WRITERS
 
@@ -59,8 +60,8 @@ def short_retries(monkeypatch):
     monkeypatch.setattr(remote, "RETRY_LIMITS", remote.RetryLimits(1.0, 2.5, 0.05, 0.2))
 
 
-def batches(target, cache, **settings):
-    mode = {"cache_dir": str(cache), **settings.pop("data", {})}
+def batches(target, cache_dir, **settings):
+    mode = {"cache_dir": str(cache_dir), **settings.pop("data", {})}
     dataset = open_dataset(str(target), 64, 1000, settings=DataConfig(**mode))
     chosen = {"sequences_per_batch": 32, "seq_length": 64, "seed": 3, "shuffle_window": 2, **settings}
     return Batches(dataset, **chosen)
@@ -250,6 +251,68 @@ def test_checksums_are_compared_before_a_token_is_used(proxy, emulator, tmp_path
         batch = Batches(bad, sequences_per_batch=bad.tokens // 64, seq_length=64, seed=1)
         with pytest.raises(UserError, match=r"train/000000\.npy: differs from its checksum"):
             batch.rows(0)
+
+
+def flip(path, position=-1):
+    raw = bytearray(path.read_bytes())
+    raw[position] ^= 1
+    path.write_bytes(raw)
+
+
+@pytest.mark.parametrize("mode", ["whole", "ranged"])
+def test_damage_on_the_way_is_fetched_again_and_damage_in_the_bucket_is_named(proxy, emulator, tmp_path, mode):
+    """By checksums of blocks, whether whole shards or ranges are read."""
+    documents = [f"document {number} " * 40 for number in range(300)]
+    folder = tmp_path / "set"
+    prepare(source_of("t", "1", lambda: documents), str(folder), "bytes", valid_fraction=0.1, shard_size=90_000)
+    target = f"{upload(emulator, folder, f'blocks_{mode}')}/train"
+    near, far = batches(folder / "train", tmp_path), batches(target, tmp_path / "a", data={"remote_reads": mode})
+    met = set()
+
+    def fault(path, span):
+        first = content(path) and (path, span) not in met
+        met.add((path, span))
+        return "flipped" if first else None
+
+    proxy.fault = fault
+    proxy.requests.clear()
+    rows = slice(0, 6) if mode == "ranged" else slice(None)
+    np.testing.assert_array_equal(far.rows(0, rows), near.rows(0, rows))
+    if mode == "ranged":
+        assert proxy.bytes_requested <= 2 * 6 * 2 * BLOCK_BYTES  # each twice
+    proxy.fault = lambda path, span: None
+    flip(folder / "train" / "000000.npy", 20_000)
+    upload(emulator, folder, f"blocks_{mode}")
+    far = batches(target, tmp_path / "b", data={"remote_reads": mode})
+    with pytest.raises(UserError, match=rf"gs://.*blocks_{mode}/train/000000\.npy: differs from its checksum"):
+        [far.rows(step) for step in range(far.sequences_per_epoch // 32)]
+
+
+def test_without_recorded_checksums_the_buckets_own_is_compared(proxy, emulator, local, tmp_path, caplog):
+    target = upload(emulator, local, "own")
+    proxy.fault = lambda path, span: "flipped" if content(path) and span and span.startswith("bytes=0-6") else None
+    far = batches(f"{target}/3_build_nano_gpt.npy", tmp_path / "a")
+    with pytest.raises(UserError, match=r"gpt\.npy: what came differs from the checksum that its server states"):
+        far.rows(0)
+    assert not caplog.text
+    batches(target + "/*.npy", tmp_path / "b", data={"remote_reads": "ranged"})
+    assert "read by ranges, which are not compared with checksums: `inspect --write-checksums`" in caplog.text
+
+
+def test_a_damaged_copy_in_the_cache_is_fetched_again(proxy, emulator, local, tmp_path):
+    target = upload(emulator, local, "copies")
+    near, far = batches(local, tmp_path / "a"), batches(target, tmp_path / "b")
+    expected = near.rows(0)
+    np.testing.assert_array_equal(far.rows(0), expected)
+    del far
+    gc.collect()
+    for path in (tmp_path / "b").iterdir():
+        if path.name != ".lock":
+            flip(path)
+    cache._verified.clear()  # as in a new process
+    far = batches(target, tmp_path / "b")
+    for step in range(far.sequences_per_epoch // 32):
+        np.testing.assert_array_equal(far.rows(step), near.rows(step))
 
 
 def test_a_replaced_object_is_fetched_again(proxy, emulator, tmp_path):

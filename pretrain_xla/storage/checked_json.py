@@ -1,0 +1,36 @@
+"""JSON files that hold a checksum of themselves, so that a damaged one is not taken for another's content.
+
+The checksum is the key `checksum`: the SHA-256 of all other keys, written in one fixed way. So it does not depend on line ends
+or indentation, and a file that was changed by hand is accepted after its `checksum` is removed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+CHECKSUM = "checksum"
+
+
+def with_checksum(tree: dict[str, Any]) -> bytes:
+    """The content of a file: the tree and its checksum.
+
+    Args:
+        tree: plain values, as `json.loads` returns them.
+    """
+    return json.dumps(tree | {CHECKSUM: _checksum_of(tree)}, indent=2).encode()
+
+
+def is_intact(tree: dict[str, Any]) -> bool | None:
+    """Whether a file's content has the checksum that it states. None means that it states none.
+
+    Args:
+        tree: the parsed file.
+    """
+    return None if CHECKSUM not in tree else bool(tree[CHECKSUM] == _checksum_of(tree))
+
+
+def _checksum_of(tree: dict[str, Any]) -> str:
+    others = {key: value for key, value in tree.items() if key != CHECKSUM}
+    return hashlib.sha256(json.dumps(others, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
