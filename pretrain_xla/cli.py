@@ -188,6 +188,7 @@ def unused_flags(config: RunConfig, given: frozenset[str]) -> list[str]:
             "--mode evaluate only prints the validation loss; use evaluate.py for tasks",
         ),
         "eval_interval": (bool(config.evaluation.eval_tasks), "--eval-tasks is not given"),
+        "spike_window": (config.train.spike_sigma is not None, "--spike-sigma is not given"),
         "scan_layers": (xla, "only the xla runtime compiles a loop over the layers"),
         "overlap_gradients": (xla, "it is an option of the TPU compiler"),
         "compile_cache": (xla, "only the xla runtime uses it"),

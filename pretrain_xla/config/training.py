@@ -152,5 +152,13 @@ class TrainConfig(Section):
     tokens of a micro-batch."""
     loss_ignore_tokens: tuple[NonNegative, ...] = ()
     """Targets with these token ids do not count in the training and validation loss."""
+    max_skipped_updates: Positive = 10
+    """Stop the run after this many skipped updates in a row. An update is skipped if its loss or its gradient is NaN or
+    infinite, or a spike (spike_sigma). Overflows by which fp16 finds its loss scale do not count."""
+    spike_sigma: PositiveFloat | None = None
+    """Also skip an update whose loss or gradient norm lies more than this many standard deviations above the mean of the last
+    spike_window steps; 6 is usual. None means that no finite update is skipped."""
+    spike_window: Annotated[int, Field(ge=4, le=100_000)] = 128
+    """Steps whose losses and gradient norms spike_sigma compares with. Nothing is skipped before half as many."""
     strict_graph: bool = False
     """Stop the run if, after the first step, a step recompiles, falls back to the host or waits for the device."""

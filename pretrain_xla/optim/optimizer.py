@@ -63,28 +63,22 @@ class Optimizer:
 
         Args:
             gradients: in the order of `parameters`, already reduced over replicas and clipped.
-            skip: 0-d bool tensor; if true, nothing changes, not even the step (fp16 overflow).
+            skip: 0-d bool tensor; if true, nothing changes, not even the step, whatever the gradients are. A compiler makes
+                one pass of the update and the choice; without one, each rule's tensors are copied before its update.
         """
         rate = self.schedule(self.step)
-        if skip is None:
-            new_step = self.step + 1
-            self._update(gradients, rate, new_step)
-        else:
-            new_step = self.step + (~skip).to(torch.int32)
-            tensors = [*self.parameters, *(tensor for rule in self.rules for tensor in rule.state.values())]
-            before = [tensor.clone() for tensor in tensors]
-            self._update(gradients, rate, self.step + 1)
-            for tensor, old in zip(tensors, before, strict=True):
-                tensor.copy_(torch.where(skip, old, tensor))
-        self.step.copy_(new_step)
-        return rate
-
-    def _update(self, gradients: Sequence[Tensor], rate: Tensor, step: Tensor) -> None:
         begin = 0
         for rule in self.rules:
             end = begin + len(rule.parameters)
-            rule.update(list(gradients[begin:end]), rate, step)
+            tensors = [] if skip is None else [*rule.parameters, *rule.state.values()]
+            before = [tensor.clone() for tensor in tensors]
+            rule.update(list(gradients[begin:end]), rate, self.step + 1)
+            for tensor, old in zip(tensors, before, strict=True):
+                assert skip is not None
+                tensor.copy_(torch.where(skip, old, tensor))
             begin = end
+        self.step.add_(1 if skip is None else (~skip).to(torch.int32))
+        return rate
 
 
 def make_optimizer(

@@ -130,12 +130,17 @@ def _trace(config: RunConfig, chip: str) -> TracedStep:
 
     optimizer = build_optimizer(config, model, place, runtime.map_matrices)
     step = TrainStep(model, optimizer, runtime, config, build_examples(config, None))
+    for tensors in (step.guard.state, step.guard.diagnosis):
+        for name, tensor in tensors.items():
+            axes = (None,) * tensor.dim()
+            tensors[name] = runtime.placeholder(f"guard.{name}", "other", tensor.shape, tensor.dtype, axes)
     batch = (config.train.train_batch_size, config.train.gradient_accum_step, config.model.seq_length + 1)
     tokens = runtime.placeholder("tokens", "batch", batch, torch.int32, (BATCH, None, None))
     history = (config.logging.log_interval, len(METRICS))
     new_history = step(tokens, runtime.placeholder("metrics", "other", history, torch.float32, (None, None)))
 
-    state = [*model.named_parameters(), *((name, tensor) for name, tensor in optimizer.state.items())]
+    guard = {**step.guard.state, **step.guard.diagnosis}
+    state = [*model.named_parameters(), *optimizer.state.items(), *((f"guard.{name}", guard[name]) for name in guard)]
     context = torch_xla._XLAC.lowering.LoweringContext("train_step")
     context.build([new_history, *(tensor for _, tensor in state)])
     arguments = {context.tensor_parameter_id(tensor): argument for argument, tensor in runtime.placed}

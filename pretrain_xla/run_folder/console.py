@@ -83,6 +83,8 @@ class Console:
         if summary["tokens_per_second"]:
             share = f", {summary['mfu']:.1%} of peak" if summary["mfu"] else ""
             table.add_row("rate", f"{summary['tokens_per_second']:,.0f} tokens/s{share}")
+        if summary["skipped_updates"]:
+            table.add_row("skipped updates", f"{summary['skipped_updates']:,}")
         table.add_row("graphs compiled", f"{graphs}; {summary['compile_seconds']:.0f} s")
         table.add_row(
             "graph guard",

@@ -9,7 +9,7 @@ from pretrain_xla.config import DataConfig, RunConfig
 from pretrain_xla.config_file import to_yaml
 from pretrain_xla.data.manifest import dataset_info
 from pretrain_xla.errors import UserError
-from pretrain_xla.run_folder.metrics import metrics_path, read_metrics, rewrite
+from pretrain_xla.run_folder.metrics import metrics_path, read_rows, rewrite
 from pretrain_xla.tokenizers.load import known_tokenizers, load_tokenizer, stored_tokenizer
 from pretrain_xla.tokenizers.tokenizer import is_stored
 
@@ -29,7 +29,8 @@ def set_aside(run_dir: str) -> str | None:
         The subfolder (`earlier_1` …), which TensorBoard shows as a separate run, or None if there was nothing to move.
     """
     path = metrics_path(run_dir)
-    if not os.path.exists(path) or not any(row["step"] > 0 for row in read_metrics(path)):
+    rows, damaged = read_rows(path) if os.path.exists(path) else ([], [])
+    if not damaged and not any(row["step"] > 0 for row in rows):
         return None
     number = 1
     while os.path.exists(aside := os.path.join(run_dir, f"earlier_{number}")):

@@ -1,17 +1,20 @@
 """Metrics of a run: `metrics.jsonl`, passed on to TensorBoard and Weights & Biases.
 
 `metrics.jsonl` has one line for each step, each validation and each evaluation. When a run resumes at step s, lines of later
-steps (written after the last checkpoint) and a truncated last line are dropped; `samples.txt` is treated likewise. A full disk
-does not end the run (`appender.py`).
+steps (written after the last checkpoint) and a truncated last line are dropped; `samples.txt` is treated likewise. Neither a
+full disk (`appender.py`) nor a damaged file ends the run: damaged lines are left out, with a warning, and a copy of the file is
+kept.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
 import math
 import os
+import shutil
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -21,8 +24,12 @@ from pretrain_xla.run_folder.appender import Appender
 from pretrain_xla.run_folder.trackers import Row, TensorBoard, WandB
 from pretrain_xla.system_faults import disk_fault
 
-__all__ = ["MetricLog", "Row", "metrics_path", "read_metrics", "rewrite", "to_json"]
+__all__ = ["MetricLog", "Row", "metrics_path", "read_metrics", "read_rows", "rewrite", "to_json"]
 
+DAMAGED = ".damaged"
+"""Suffix of a copy of a file that was damaged."""
+LARGEST = 2**63
+"""A whole number beyond this is none that a run writes, and nothing that draws it can take it."""
 SAMPLES_FILE = "samples.txt"
 _HEADING = "--- step "
 
@@ -41,18 +48,45 @@ def _without_nan(value: Any) -> Any:
 
 
 def read_metrics(path: str) -> list[Row]:
-    """Rows of a `metrics.jsonl`, with NaN for null; a truncated line is left out."""
-    rows = []
-    with open(path, encoding="utf-8") as file:
-        for line in file:
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue
-            if not isinstance(row, dict) or "step" not in row:
-                continue  # a truncated line can be valid JSON, such as a number
-            rows.append({name: math.nan if value is None else value for name, value in row.items()})
-    return rows
+    """Rows of a `metrics.jsonl`, with NaN for null; see `read_rows`."""
+    return read_rows(path)[0]
+
+
+def read_rows(path: str) -> tuple[list[Row], list[int]]:
+    """Rows of a `metrics.jsonl`, with NaN for null, and the numbers of its damaged lines, from 1.
+
+    A last line that was cut off (by a kill) is neither.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    rows, damaged = [], []
+    try:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                if (row := _row(line)) is not None:
+                    rows.append(row)
+                elif line.endswith(b"\n"):
+                    damaged.append(number)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+    return rows, damaged
+
+
+def _row(line: bytes) -> Row | None:
+    """The row of a line: a step, and numbers by name. None if it is anything else."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):  # not UTF-8, not JSON, or JSON of a great depth
+        return None
+    if not isinstance(row, dict) or not isinstance(step := row.get("step"), int) or step < 0:
+        return None
+    found = {name: math.nan if value is None else value for name, value in row.items()}
+    return found if all(map(_is_number, found.values())) else None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, float) or (type(value) is int and abs(value) < LARGEST)
 
 
 def metrics_path(run_dir: str) -> str:
@@ -79,7 +113,10 @@ class MetricLog:
         self.path, samples = metrics_path(config.run_dir), os.path.join(config.run_dir, SAMPLES_FILE)
         kept: list[Row] = []
         if resumed_step and os.path.exists(self.path):
-            kept = [row for row in read_metrics(self.path) if row["step"] <= resumed_step]
+            rows, damaged = read_rows(self.path)
+            kept = [row for row in rows if row["step"] <= resumed_step]
+            if (loss := what_is_lost(kept, damaged, resumed_step)) is not None:
+                warn(f"{self.path}: {loss}; the file as it was is {_keep_copy(self.path)}")
         rewrite(self.path, [to_json(row) + "\n" for row in kept])
         if os.path.exists(samples):
             rewrite(samples, samples_until(samples, resumed_step))
@@ -107,6 +144,34 @@ class MetricLog:
             self._samples().close()
         for tracker in self._trackers:
             tracker.close()
+
+
+def what_is_lost(kept: list[Row], damaged: list[int], resumed_step: int) -> str | None:
+    """What a file of metrics lacks up to a step: damaged lines, and steps without a row. None means nothing.
+
+    A run may begin at any step (`--from-checkpoint`), so steps before the first row are not missed.
+    """
+    there = {row["step"] for row in kept if "loss" in row}
+    missing = resumed_step - min(there, default=1) + 1 - len(there)
+    parts = [f"{len(damaged):,} damaged lines are left out, the first is line {damaged[0]}"] if damaged else []
+    if missing > 0:
+        parts.append(f"{missing:,} of the steps up to {resumed_step:,} have no row")
+    return " and ".join(parts) or None
+
+
+def _keep_copy(path: str) -> str:
+    """Copy a file aside, under a name that is free; returns that.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    names = itertools.chain([path + DAMAGED], (f"{path}{DAMAGED}_{number}" for number in itertools.count(2)))
+    copy = next(name for name in names if not os.path.exists(name))
+    try:
+        shutil.copyfile(path, copy)
+    except OSError as error:
+        raise UserError(f"{copy} cannot be written: {disk_fault(error) or error.strerror or error}") from None
+    return copy
 
 
 def rewrite(path: str, lines: Iterable[str]) -> None:
@@ -140,7 +205,7 @@ def samples_until(path: str, step: int) -> list[str]:
             if (
                 line.startswith(_HEADING)
                 and (number := line[len(_HEADING) :].strip()).isdecimal()
-                and int(number) > step
+                and (len(number) > 18 or int(number) > step)  # Python refuses to read numbers of thousands of digits
             ):
                 break
             kept.append(line)

@@ -7,10 +7,11 @@ import json
 import math
 import os
 import statistics
+from collections.abc import Callable
 from typing import Any
 
 from pretrain_xla.errors import UserError
-from pretrain_xla.run_folder.metrics import Row, metrics_path, read_metrics, rewrite, to_json
+from pretrain_xla.run_folder.metrics import Row, metrics_path, read_rows, rewrite, to_json
 from pretrain_xla.system_faults import disk_fault
 
 
@@ -30,22 +31,26 @@ def summarise(rows: list[Row]) -> dict[str, Any]:
         "last_valid_loss": valid[-1]["valid_loss"] if valid else None,
         "best_valid_loss": best["valid_loss"] if best else None,
         "best_valid_step": best["step"] if best else None,
+        "skipped_updates": sum(row.get("skipped", 0) for row in train) if train else None,
         "scores": {name: value for name, value in scores[-1].items() if name != "step"} if scores else None,
         "tokens_per_second": statistics.median(rates) if rates else None,
         "mfu": statistics.median(shares) if shares else None,
     }
 
 
-def write_report(run_dir: str, figures: dict[str, Any]) -> dict[str, Any]:
+def write_report(run_dir: str, figures: dict[str, Any], warn: Callable[[str], None] = print) -> dict[str, Any]:
     """Write `loss.png` and `summary.json` of a run from its metrics and the given figures; returns the summary.
 
-    The summary is written last: if it is missing, the same command writes both again.
+    The summary is written last: if it is missing, the same command writes both again. `warn` is called with a line if lines
+    of the metrics are damaged.
 
     Raises:
         UserError: one of them cannot be written.
     """
     path = metrics_path(run_dir)
-    rows = read_metrics(path) if os.path.exists(path) else []
+    rows, damaged = read_rows(path) if os.path.exists(path) else ([], [])
+    if damaged:
+        warn(f"{path}: {len(damaged):,} damaged lines are not in the summary, the first is line {damaged[0]}")
     summary = {**figures, **summarise(rows)}
     plot_loss(run_dir, rows, f"{summary['parameters'] / 1e6:.1f}M parameters, {run_dir}")
     write_summary(run_dir, summary)
@@ -66,7 +71,7 @@ def summarised_steps(run_dir: str) -> int | None:
     try:
         with open(os.path.join(run_dir, "summary.json"), encoding="utf-8") as file:
             steps = json.load(file).get("steps")
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return None
     return steps if isinstance(steps, int) else None
 
@@ -92,7 +97,7 @@ def plot_loss(run_dir: str, rows: list[Row], title: str) -> None:
         values = [row["loss"] for row in train]
         losses.plot(steps, values, color="tab:blue", alpha=0.25, linewidth=0.8, label="training, each step")
         losses.plot(steps, _smoothed(values), color="tab:blue", linewidth=1.5, label="training, smoothed")
-        rates.plot(steps, [row["learning_rate"] for row in train], color="tab:green", linewidth=1.2)
+        rates.plot(steps, [row.get("learning_rate", math.nan) for row in train], color="tab:green", linewidth=1.2)
     if valid:
         losses.plot(
             [row["step"] for row in valid],

@@ -1,6 +1,6 @@
 """Metrics fetched from the device without waiting for it, several steps at a time, with throughput over these steps.
 
-A fetch is requested and collected later. Rows are recorded before they are checked, so that the rows before a NaN loss can be
+A fetch is requested and collected later. Rows are recorded before they are checked, so that the rows that led to a stop can be
 inspected.
 """
 
@@ -36,6 +36,7 @@ class DeferredMetrics:
         runtime: fetches values from the device.
         first: number of updates when the run starts.
         record: called with the rows of each fetch, in order.
+        check: called with the same rows after that; may stop the run.
         tokens: step → tokens trained on after it.
     """
 
@@ -45,12 +46,13 @@ class DeferredMetrics:
         runtime: Runtime,
         first: int,
         record: Callable[[list[Row]], None],
+        check: Callable[[list[Row]], None],
         tokens: Callable[[int], int],
     ) -> None:
         self.read_until = first
         self.clock = Clock()
         self.input_seconds: Callable[[], float] = lambda: 0.0
-        self._config, self._runtime, self._record, self._tokens = config, runtime, record, tokens
+        self._config, self._runtime, self._record, self._check, self._tokens = config, runtime, record, check, tokens
         self._pending: deque[_Fetch] = deque()
 
     def request(self, history_NM: Tensor, done: int) -> None:
@@ -61,13 +63,9 @@ class DeferredMetrics:
             self.read_until = done
 
     def collect(self, leave: int = 0) -> None:
-        """Wait for all fetches but the newest `leave`, and record them.
-
-        Raises:
-            UserError: a loss or a gradient norm is NaN or infinite; its rows are recorded.
-        """
+        """Wait for all fetches but the newest `leave`, record and check them."""
         while len(self._pending) > leave:
-            check_rows(self._take(), self._config.checkpoints_dir)
+            self._check(self._take())
 
     def record_all(self) -> None:
         """Record all requested rows without checking them."""
@@ -78,10 +76,7 @@ class DeferredMetrics:
         fetch = self._pending.popleft()
         with self._runtime.planned():
             values_NM = fetch.future.result()[-fetch.count :].tolist()
-        rows = [
-            {"step": fetch.before + 1 + index, **dict(zip(METRICS, values, strict=True))}
-            for index, values in enumerate(values_NM)
-        ]
+        rows = [_row(fetch.before + 1 + index, values) for index, values in enumerate(values_NM)]
         self._add_rates(rows[-1], fetch.arrived)
         self._record(rows)
         return rows
@@ -102,21 +97,25 @@ class DeferredMetrics:
         row["compile_seconds"] = round(self._runtime.graph_counts().compile_seconds, 3)
 
 
-def check_rows(rows: list[Row], checkpoints_dir: str) -> None:
-    """Stop at the first row with NaN or infinity: the weights are unusable from there on.
+def _row(step: int, values: list[float]) -> Row:
+    """A step's metrics; those of skipped updates only where there are any."""
+    row: Row = {"step": step, **dict(zip(METRICS, values, strict=True))}
+    counts = {name: int(row.pop(name)) for name in ("skipped", "skipped_in_a_row")}
+    return row | {name: count for name, count in counts.items() if count}
+
+
+def check_validation(row: Row, checkpoints_dir: str) -> None:
+    """Stop if the validation loss is not finite: the weights are unusable.
 
     Raises:
-        UserError: a training or validation loss or a gradient norm is NaN or infinite.
+        UserError: it is NaN or infinite.
     """
-    words = {"loss": "loss", "grad_norm": "gradient norm", "valid_loss": "validation loss"}
-    for row in rows:
-        for name, word in words.items():
-            if not math.isfinite(row.get(name, 0.0)):
-                raise UserError(
-                    f"step {row['step']}: the {word} is {row[name]}: lower --learning-rate, raise --warmup-steps or set "
-                    f"--max-grad-norm 1.0; the run then continues from the newest checkpoint in {checkpoints_dir}, which is "
-                    "from before; if it comes back at once, remove that one, too"
-                )
+    if not math.isfinite(row["valid_loss"]):
+        raise UserError(
+            f"step {row['step']}: the validation loss is {row['valid_loss']}: lower --learning-rate, raise --warmup-steps or "
+            f"set --max-grad-norm 1.0; the run then continues from the newest checkpoint in {checkpoints_dir}, which is from "
+            "before; if it comes back at once, remove that one, too"
+        )
 
 
 class _Fetch:

@@ -1,8 +1,9 @@
 """Dynamic loss scaling for fp16, without a host synchronisation.
 
 fp16 gradients underflow, so the loss is multiplied by a scale and the gradients are divided by it. If one overflows, the update
-is skipped and the scale halved; after `GROWTH_INTERVAL` steps without overflow it doubles (Micikevicius et al. 2018, section
-3.2). Ours stays next to `torch.amp.GradScaler` because that one decides on the host; here the decision is a mask on the device.
+is skipped (`update_guard.py`) and the scale halved; after `GROWTH_INTERVAL` steps without overflow it doubles (Micikevicius et
+al. 2018, section 3.2). Ours stays next to `torch.amp.GradScaler` because that one decides on the host; here it is done on the
+device.
 """
 
 from __future__ import annotations
@@ -29,18 +30,19 @@ class LossScale:
         return {"scale": self.scale, "good_steps": self.good_steps}
 
     @torch.no_grad()
-    def unscale(self, gradients: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
-        """Gradients divided by the scale, and whether any overflowed (0-d bool); if so, all gradients are zeros."""
-        unscaled = torch._foreach_mul(list(gradients), 1.0 / self.scale)
-        overflow = ~torch.stack([torch.isfinite(gradient).all() for gradient in unscaled]).all()
-        clean = [torch.where(overflow, torch.zeros_like(gradient), gradient) for gradient in unscaled]
-        return clean, overflow
+    def unscale(self, gradients: Sequence[Tensor]) -> list[Tensor]:
+        """Gradients divided by the scale."""
+        return list(torch._foreach_mul(list(gradients), 1.0 / self.scale))
 
     @torch.no_grad()
-    def adjust(self, overflow: Tensor) -> None:
-        """Halve the scale after an overflow, double it after `GROWTH_INTERVAL` steps without one."""
-        good_steps = torch.where(overflow, 0, self.good_steps + 1)
+    def adjust(self, skip: Tensor, overflow: Tensor) -> None:
+        """Halve the scale after an overflow, double it after `GROWTH_INTERVAL` steps without one.
+
+        Args:
+            skip: whether the update is skipped, for any reason; without an overflow nothing changes then.
+            overflow: whether the gradients overflowed, though the loss did not.
+        """
+        good_steps = torch.where(overflow, 0, self.good_steps + torch.where(skip, 0, 1))
         grow = good_steps >= GROWTH_INTERVAL
-        factor = torch.where(overflow, 0.5, torch.where(grow, 2.0, 1.0))
-        self.scale.mul_(factor)
+        self.scale.mul_(torch.where(overflow, 0.5, torch.where(grow, 2.0, 1.0)))
         self.good_steps.copy_(torch.where(grow, 0, good_steps))

@@ -70,6 +70,11 @@ class Start:
             )
         return saved
 
+    def guard_tensor(self, name: str, new: Tensor) -> Tensor:
+        """The saved tensor of the update guard with that name, or `new` if there is none, or one for other settings."""
+        saved = self.tensors.get(f"guard.{name}")
+        return new if self.evaluates or saved is None or saved.shape != new.shape else saved
+
     def load_loss_scale(self, loss_scale: LossScale | None) -> None:
         """Restore the saved loss scale, if there is one.
 

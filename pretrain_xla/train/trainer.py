@@ -36,11 +36,12 @@ from pretrain_xla.run_folder.report import perplexity, shown, summarised_steps, 
 from pretrain_xla.run_folder.tokenizer_check import tokenizer_of_run
 from pretrain_xla.run_folder.trackers import WandB
 from pretrain_xla.runtime import Runtime
-from pretrain_xla.train.deferred_metrics import DeferredMetrics, check_rows
+from pretrain_xla.train.deferred_metrics import DeferredMetrics, check_validation
 from pretrain_xla.train.evaluations import build_evaluation, build_validation
 from pretrain_xla.train.graph_guard import GraphGuard
 from pretrain_xla.train.resume import Start, find_start
 from pretrain_xla.train.samples import Samples
+from pretrain_xla.train.skipped_updates import SkippedUpdates
 from pretrain_xla.train.step import METRICS, TrainStep, step_seed
 from pretrain_xla.train.stop_signal import StopSignal
 
@@ -76,8 +77,10 @@ class Trainer:
             lambda name, shape, like: runtime.place_like(self.start.optimizer_tensor(name, shape), like),
             runtime.map_matrices,
         )
-        self.step = TrainStep(self.model, self.optimizer, runtime, config, build_examples(config, train_data))
+        examples = build_examples(config, train_data)
+        self.step = TrainStep(self.model, self.optimizer, runtime, config, examples, self.start.guard_tensor)
         self.start.load_loss_scale(self.step.loss_scale)
+        self.skipped = SkippedUpdates(self.step.guard, runtime, config, self.console.warn)
         self._train_step = runtime.compile(self.step, "train", state=self.step.state)
         share = self._share(train.eval_batch_size)
         self.validation = build_validation(config, self.step, runtime, valid_data, share)
@@ -138,7 +141,12 @@ class Trainer:
         self._done, self._under_way = first, 0
         self._measured: tuple[int, float | None] = (first, None)  # the step of the last validation, and its loss
         self.metrics = DeferredMetrics(
-            self.config, self.runtime, first, self._record, tokens=lambda step: self._data_position(step).tokens
+            self.config,
+            self.runtime,
+            first,
+            self._record,
+            check=lambda rows: self.skipped.check(rows, self._done),
+            tokens=lambda step: self._data_position(step).tokens,
         )
         self.console.header(self.config, self.runtime, first)
         with ExitStack() as stack:
@@ -249,7 +257,7 @@ class Trainer:
         if self.log is not None:
             self.log.write([row], kind="validation")
         self.console.validation(row)
-        check_rows([row], self.config.checkpoints_dir)
+        check_validation(row, self.config.checkpoints_dir)
 
     def _evaluate(self, done: int) -> None:
         """Score the tasks of the config; the metrics name a score `task/score`."""
@@ -271,6 +279,12 @@ class Trainer:
         """Write the state after update `done`. Metrics up to there are on disk before the checkpoint is complete."""
         self.metrics.request(self._history, done)
         self.metrics.collect()
+        if self.skipped.in_a_row and self._measured[0] != done:
+            self.console.warn(
+                f"the checkpoint of step {done} is left out: its last update was skipped, so nothing shows yet that the "
+                "weights are good"
+            )
+            return
         host = self.runtime.gather(self.step.named_state())
         if self.runtime.is_main:
             config = redacted_tree(self.config.model_dump(mode="json"))
@@ -330,7 +344,7 @@ class Trainer:
             "mesh": self.runtime.mesh,
             **self.guard.summary(),
         }
-        return write_report(self.config.run_dir, summary)
+        return write_report(self.config.run_dir, summary, self.console.warn)
 
 
 def _open(config: RunConfig, directory: str, split: Split) -> TokenDataset:

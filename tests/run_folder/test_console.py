@@ -24,6 +24,7 @@ SUMMARY: dict[str, Any] = {
     "seconds": 61.4,
     "tokens_per_second": 3500.0,
     "mfu": 0.415,
+    "skipped_updates": 2,
     "compile_seconds": 7.0,
     "recompilations": 0,
     "host_fallbacks": 0,

@@ -13,7 +13,9 @@ import pytest
 
 from pretrain_xla.config import RunConfig
 from pretrain_xla.errors import UserError
-from pretrain_xla.run_folder.metrics import MetricLog, read_metrics
+from pretrain_xla.run_folder.files import set_aside
+from pretrain_xla.run_folder.metrics import MetricLog, read_metrics, read_rows
+from pretrain_xla.run_folder.report import write_report
 from pretrain_xla.run_folder.trackers import WandB
 
 Make = Callable[..., RunConfig]
@@ -118,3 +120,84 @@ def test_tensorboard_shows_repeated_steps_once(make_config: Make, path: Path) ->
 def test_wandb_that_is_not_installed(make_config: Make) -> None:
     with pytest.raises(UserError, match="pip install wandb, or leave out --wandb-logging"):
         WandB(make_config(logging={"wandb_logging": True}), print)
+
+
+STRANGE = {
+    "not UTF-8": b'{"step": 3, "loss": 3.0, "\xff": 1}',
+    "no step": b'{"loss": 3.0}',
+    "a step that is no number": b'{"step": "3", "loss": 3.0}',
+    "a step that is NaN": b'{"step": null, "loss": 3.0}',
+    "a loss that is no number": b'{"step": 3, "loss": [3.0]}',
+    "a boolean": b'{"step": 3, "loss": true}',
+    "a number too large to draw": b'{"step": 3, "loss": 1' + b"0" * 400 + b"}",
+    "a number too large to read": b'{"step": 3, "loss": 1' + b"0" * 5000 + b"}",
+    "JSON of a great depth": b'{"step": 3, "loss": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+    "a row that was cut": b'{"step": 3, "lo',
+    "zeros": b"\0" * 64,
+    "no object": b"3",
+    "an empty line": b"",
+}
+
+
+@pytest.mark.parametrize("strange", STRANGE.values(), ids=STRANGE)
+def test_a_damaged_line_is_said_and_stops_nothing(strange: bytes, make_config: Make, path: Path) -> None:
+    write(make_config(), 0, rows(1, 5))
+    lines = path.read_bytes().splitlines()
+    lines[2] = strange
+    damaged = b"\n".join(lines) + b"\n"
+    path.write_bytes(damaged)
+    assert read_rows(str(path)) == ([*rows(1, 2), *rows(4, 5)], [3])
+    said = list[str]()
+    log = MetricLog(make_config(), 4, said.append)
+    log.close()
+    assert said == [
+        f"{path}: 1 damaged lines are left out, the first is line 3 and 1 of the steps up to 4 have no row; the file as it "
+        f"was is {path}.damaged"
+    ]
+    assert read_rows(str(path)) == ([*rows(1, 2), *rows(4, 4)], [])
+    assert (path.parent / "metrics.jsonl.damaged").read_bytes() == damaged
+
+
+def test_a_summary_of_a_damaged_file_says_so(path: Path) -> None:
+    path.write_bytes(
+        b"".join(json.dumps(row).encode() + b"\n\xff\n" for row in [{"step": 1, "loss": 3.0}, *rows(2, 3)])
+    )
+    said = list[str]()
+    summary = write_report(str(path.parent), {"parameters": 1, "steps": 3}, said.append)
+    assert said == [f"{path}: 3 damaged lines are not in the summary, the first is line 2"]
+    assert (summary["first_train_loss"], summary["last_train_loss"]) == (3.0, 3.0)
+
+
+def test_rows_that_are_missing_are_said(make_config: Make, path: Path) -> None:
+    write(make_config(), 0, rows(1, 9))
+    whole = path.read_bytes()
+    path.write_bytes(b"".join(whole.splitlines(keepends=True)[:5]))  # as a host that crashed may leave it
+    said = list[str]()
+    MetricLog(make_config(), 8, said.append).close()
+    MetricLog(make_config(), 8, said.append).close()
+    assert said == [
+        f"{path}: 3 of the steps up to 8 have no row; the file as it was is {path}.damaged{number}"
+        for number in ("", "_2")
+    ]
+    path.write_bytes(b"".join(whole.splitlines(keepends=True)[3:]))  # as of a run that began at step 3
+    MetricLog(make_config(), 8, lambda line: pytest.fail(line)).close()
+
+
+def test_a_file_of_metrics_that_cannot_be_read_is_an_error_of_one_line(make_config: Make, path: Path) -> None:
+    path.mkdir()
+    with pytest.raises(UserError, match=r"metrics.jsonl cannot be read: Is a directory"):
+        MetricLog(make_config(), 3)
+
+
+def test_a_new_run_keeps_a_file_of_which_nothing_can_be_read(path: Path) -> None:
+    path.write_bytes(b"\xff\n" * 3)
+    aside = set_aside(str(path.parent))
+    assert aside is not None
+    assert (path.parent / "earlier_1" / "metrics.jsonl").read_bytes() == b"\xff\n" * 3
+
+
+def test_a_damaged_file_of_samples_stops_nothing(make_config: Make, path: Path) -> None:
+    samples = path.parent / "samples.txt"
+    samples.write_bytes(b"--- step 2\n\xff text\n--- step " + b"9" * 5000 + b"\nlater\n")
+    MetricLog(make_config(), 3).close()
+    assert samples.read_text() == "--- step 2\n\ufffd text\n"

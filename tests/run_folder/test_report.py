@@ -37,6 +37,7 @@ def test_a_summary_has_first_last_best_and_the_median_rate() -> None:
         "scores": {"piqa/acc": 0.75, "piqa/acc_norm": 0.25},
         "tokens_per_second": 3500.0,
         "mfu": pytest.approx(0.035),
+        "skipped_updates": 0,
     }
 
 
