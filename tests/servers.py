@@ -91,12 +91,14 @@ class Server:
 
 
 class FaultyProxy(Server):
-    """Forwards requests, with a fault where `fault` names one: "503", "429", "stall", "broken" (the connection ends midway),
+    """Forwards requests, with a fault where `fault` names one: a status, "stall", "broken" (the connection ends midway),
     "short" (a complete answer with half the body), "flipped" (one bit of the body is wrong)."""
 
     def __init__(self, upstream: str, fault: Callable[[str, str | None], str | None] = lambda path, span: None) -> None:
         super().__init__(_Proxied)
         self.upstream, self.fault = upstream, fault
+        self.faulty = {"GET"}
+        """Methods of requests that have faults."""
         self.stalled = threading.Event()
 
 
@@ -110,12 +112,12 @@ class _Proxied(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         if self.command == "GET":
             owner.note(self)
-        fault = owner.fault(self.path, self.headers.get("Range")) if self.command == "GET" else None
+        fault = owner.fault(self.path, self.headers.get("Range")) if self.command in owner.faulty else None
         if fault == "stall":
             owner.stalled.wait(60)
             self.close_connection = True
             return
-        if fault in ("503", "429"):
+        if fault and fault.isdigit():
             self._answer(int(fault), {}, b"not now")
             return
         host = owner.upstream.removeprefix("http://")

@@ -14,7 +14,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 from pretrain_xla.errors import UserError
 from pretrain_xla.storage.checked_json import CHECKSUM, is_intact, with_checksum
 from pretrain_xla.storage.files import PARTIAL, filesystem, url, write_atomically
-from pretrain_xla.storage.remote import RefusedError, call
+from pretrain_xla.storage.find import path_type
+from pretrain_xla.storage.remote import call
+from pretrain_xla.storage.retries import RefusedError
 from pretrain_xla.untrusted import is_inside, parse_object
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -129,9 +131,17 @@ def dataset_info(directory: str) -> DatasetInfo | None:
 def is_unfinished(fs: Any, directory: str) -> bool:
     """Whether a dataset's folder, or a split's, was left by an interrupted `prepare`."""
     return any(
-        fs.exists(f"{folder}/{UNFINISHED}") and not fs.exists(f"{folder}/{MANIFEST}")
+        _exists(fs, f"{folder}/{UNFINISHED}") and not _exists(fs, f"{folder}/{MANIFEST}")
         for folder in (directory, posixpath.split(directory)[0])
     )
+
+
+def _exists(fs: Any, path: str) -> bool:
+    """fsspec's own answer is no whenever a bucket fails."""
+    try:
+        return path_type(fs, path) is not None
+    except RefusedError:
+        return False  # some servers refuse access to files that they do not have
 
 
 def write_manifest(fs: Any, root: str, info: DatasetInfo) -> None:

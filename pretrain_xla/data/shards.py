@@ -24,7 +24,8 @@ from pretrain_xla.data.manifest import ShardInfo, SplitInfo
 from pretrain_xla.data.token_file import TokenFile, differs, gone
 from pretrain_xla.errors import UserError
 from pretrain_xla.storage.files import VERSION_KEYS, filesystem, is_local, url, write_atomically
-from pretrain_xla.storage.remote import RefusedError, call, concurrently, read_range
+from pretrain_xla.storage.remote import call, concurrently, read_range
+from pretrain_xla.storage.retries import RefusedError
 
 WrittenFormat = Literal["npy", "bin", "parquet"]
 _OVERFULL = 1.1  # the last shard may be larger by this factor, so that no tiny one follows

@@ -20,6 +20,7 @@ from pretrain_xla.redact import redacted, redacted_tree
 from pretrain_xla.run_folder.checkpoint import CheckpointInfo, CheckpointStore
 from pretrain_xla.run_folder.files import CONFIG_FILE, TOKENIZER_FOLDER
 from pretrain_xla.run_folder.tensor_checks import check_finite
+from pretrain_xla.tokenizers.checksums import recording_checksums
 from pretrain_xla.tokenizers.load import known_tokenizers, load_tokenizer
 from pretrain_xla.tokenizers.tokenizer import is_stored
 
@@ -121,8 +122,10 @@ def write_run(loaded: LoadedModel, folder: str) -> None:
         raise UserError(f"{folder}: cannot be written ({error.strerror}): name another folder") from None
     tokenizer = load_tokenizer(name) if name is not None else None
     if tokenizer is not None and is_stored(tokenizer):
-        tokenizer.save(os.path.join(folder, TOKENIZER_FOLDER))
-        write_special_tokens(os.path.join(folder, TOKENIZER_FOLDER), adds_bos=loaded.adds_bos, eos_ids=loaded.eos_ids)
+        inside = os.path.join(folder, TOKENIZER_FOLDER)
+        with recording_checksums(inside):
+            tokenizer.save(inside)
+            write_special_tokens(inside, adds_bos=loaded.adds_bos, eos_ids=loaded.eos_ids)
     store = CheckpointStore(config.checkpoints_dir, limit=1)
     tensors = {f"model.{name}": tensor for name, tensor in loaded.tensors.items()}
     try:

@@ -25,6 +25,7 @@ from pretrain_xla.storage.files import filesystem, remove
 from pretrain_xla.text.source import Source
 from pretrain_xla.text.sources import open_source
 from pretrain_xla.text.split import LONG_DOCUMENT, split_document
+from pretrain_xla.tokenizers.checksums import recording_checksums
 from pretrain_xla.tokenizers.fingerprint import fingerprint
 from pretrain_xla.tokenizers.load import known_tokenizers, load_tokenizer, stored_tokenizer
 from pretrain_xla.tokenizers.tokenizer import END_OF_TEXT, Tokenizer, is_stored
@@ -152,9 +153,11 @@ def _own_tokenizer(choice: Tokenizer | int, source: Source, recipe: Recipe, fold
             for document in source.documents()
             for part in split_document(document, recipe.valid_fraction, recipe.seed)
         )
-        return train_tokenizer((text for split, text in parts if split == "train"), choice, folder)
+        with recording_checksums(folder):
+            return train_tokenizer((text for split, text in parts if split == "train"), choice, folder)
     if is_stored(choice) and not kept:
-        choice.save(folder)
+        with recording_checksums(folder):
+            choice.save(folder)
     return choice
 
 

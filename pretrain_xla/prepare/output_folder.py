@@ -24,6 +24,7 @@ from pretrain_xla.storage.files import (
     remove_empty,
     url,
 )
+from pretrain_xla.tokenizers.checksums import CHECKSUMS_FILE
 from pretrain_xla.tokenizers.load import known_tokenizers
 from pretrain_xla.tokenizers.tokenizer import SPECIALS_FILE, TOKENIZER_FILES
 
@@ -170,7 +171,7 @@ class OutputFolder:
             return False
 
     def _tokenizer_files(self) -> list[str]:
-        paths = (f"{self.root}/{TOKENIZER_FOLDER}/{file}" for file in (*TOKENIZER_FILES, SPECIALS_FILE))
+        paths = (f"{self.root}/{TOKENIZER_FOLDER}/{file}" for file in (*TOKENIZER_FILES, SPECIALS_FILE, CHECKSUMS_FILE))
         return [path for path in paths if self.fs.exists(path)]
 
 

@@ -10,6 +10,7 @@ from pretrain_xla.config_file import to_yaml
 from pretrain_xla.data.manifest import dataset_info
 from pretrain_xla.errors import UserError
 from pretrain_xla.run_folder.metrics import metrics_path, read_rows, rewrite
+from pretrain_xla.tokenizers.checksums import recording_checksums
 from pretrain_xla.tokenizers.load import known_tokenizers, load_tokenizer, stored_tokenizer
 from pretrain_xla.tokenizers.tokenizer import is_stored
 
@@ -53,7 +54,9 @@ def write_run_files(config: RunConfig) -> None:
     if name and name not in known_tokenizers():
         tokenizer = load_tokenizer(name)
         if is_stored(tokenizer):
-            tokenizer.save(os.path.join(config.run_dir, TOKENIZER_FOLDER))
+            folder = os.path.join(config.run_dir, TOKENIZER_FOLDER)
+            with recording_checksums(folder):
+                tokenizer.save(folder)
 
 
 def tokenizer_of(data: DataConfig) -> str:

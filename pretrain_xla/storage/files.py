@@ -17,6 +17,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from pretrain_xla.errors import UserError
 from pretrain_xla.redact import redacted
+from pretrain_xla.storage.retries import with_retries
 
 _CREDENTIALS_OF_BUCKET = re.compile(r"(^|::)(s3a?|gs|gcs)://[^/@]*:[^@]*@")
 PARTIAL = ".partial"  # suffix of a file while it is being written
@@ -69,28 +70,35 @@ def write_atomically(fs: Any, path: str, parts: Iterable[bytes | memoryview]) ->
     """Write a file under a temporary name, then rename it; returns the SHA-256 of its bytes in hex.
 
     A missing folder is created. Locally, the data is flushed to the disk before the rename. In a bucket the rename is a copy
-    within the bucket: the price of never leaving a part of a file when writing fails.
+    within the bucket: the price of never leaving a part of a file when writing fails. There, transient errors are retried.
 
     Raises:
         UserError: the folder or the file cannot be written (no permission, disk full, ...); nothing is left behind.
     """
-    partial, checksum = path + PARTIAL, hashlib.sha256()
     make_folder(fs, path.rpartition("/")[0])
     try:
-        with fs.open(partial, "wb") as file:
-            for part in parts:
-                file.write(part)
-                checksum.update(part)
-            if is_local(fs):
-                file.flush()
-                os.fsync(file.fileno())
-        fs.mv(partial, path)
+        if is_local(fs):
+            return _write(fs, path, parts)
+        kept = list(parts)
+        return with_retries(url(fs, path), lambda: _write(fs, path, kept), "written")
     except BaseException as error:
         with contextlib.suppress(Exception):
-            fs.rm_file(partial)
-        if not isinstance(error, _faults(fs)):
+            fs.rm_file(path + PARTIAL)
+        if isinstance(error, UserError) or not isinstance(error, _faults(fs)):
             raise
         raise _not_written(fs, path, error) from None
+
+
+def _write(fs: Any, path: str, parts: Iterable[bytes | memoryview]) -> str:
+    partial, checksum = path + PARTIAL, hashlib.sha256()
+    with fs.open(partial, "wb") as file:
+        for part in parts:
+            file.write(part)
+            checksum.update(part)
+        if is_local(fs):
+            file.flush()
+            os.fsync(file.fileno())
+    fs.mv(partial, path)
     return checksum.hexdigest()
 
 

@@ -1,70 +1,34 @@
 """Reading, with retries, from buckets, the Hub and web servers.
 
-Each request has its own time limit, so a stalled one is given up while others go on. A transient error (429, 5xx, a timeout, a
-broken connection, a body that is too short) is retried after 0.5, 1, 2, ... 16 seconds plus a random time, until
-`RetryLimits.give_up_seconds` after the first failure; then the error names the URL. A permanent error (no such file, no
-permission, no credentials) is not retried. Concurrent requests run in daemon threads, which never keep a process from ending.
+Each request has its own time limit, so a stalled one is given up while others go on. `retries` says which errors are retried,
+and for how long. Concurrent requests run in daemon threads, which never keep a process from ending.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import random
 import threading
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import aiohttp
 from fsspec.asyn import AsyncFileSystem, sync
 
-from pretrain_xla.errors import UserError
+from pretrain_xla.storage import retries
 from pretrain_xla.storage.files import is_local, url
+from pretrain_xla.storage.retries import with_retries
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 REQUESTS_AT_A_TIME = 16
-_NO_USE = (
-    FileNotFoundError,
-    PermissionError,
-    IsADirectoryError,
-    NotADirectoryError,
-    ValueError,
-    TypeError,
-    LookupError,
-    AttributeError,
-    NotImplementedError,
-    ImportError,
-)
 logging.getLogger("gcsfs").addHandler(
     logging.NullHandler()
 )  # otherwise it prints a stack trace for each error that it raises
 
 
-@dataclass(frozen=True)
-class RetryLimits:
-    """How long a remote read may take."""
-
-    attempt_seconds: float = 45.0  # gcsfs makes six attempts of its own within 35
-    """A request that takes longer is given up."""
-    give_up_seconds: float = 120.0
-    """No new attempt starts this long after the first failure."""
-    first_delay: float = 0.5
-    longest_delay: float = 16.0
-
-
-RETRY_LIMITS = RetryLimits()
-
-
 class TruncatedError(OSError):
     """A body shorter than the requested range."""
-
-
-class RefusedError(UserError):
-    """A permanent error: another attempt would fail, too."""
 
 
 def call(fs: Any, method: str, path: str, **options: Any) -> Any:
@@ -133,69 +97,6 @@ def _once(fs: Any, method: str, path: str, **options: Any) -> Any:
         return getattr(fs, method)(path, **options)
 
     async def bounded() -> Any:
-        return await asyncio.wait_for(getattr(fs, f"_{method}")(path, **options), RETRY_LIMITS.attempt_seconds)
+        return await asyncio.wait_for(getattr(fs, f"_{method}")(path, **options), retries.RETRY_LIMITS.attempt_seconds)
 
     return sync(fs.loop, bounded)
-
-
-def with_retries(where: str, attempt: Callable[[], Result]) -> Result:
-    """The result of `attempt`, retried after transient errors.
-
-    Raises:
-        FileNotFoundError: from the attempt.
-        UserError: it fails permanently, or for longer than `RETRY_LIMITS`.
-    """
-    failures, first_failure, delay = 0, 0.0, RETRY_LIMITS.first_delay
-    while True:
-        try:
-            return attempt()
-        except FileNotFoundError:
-            raise
-        except Exception as error:
-            failures += 1
-            now = time.monotonic()
-            first_failure = first_failure if failures > 1 else now
-            if not _is_transient(error):
-                raise RefusedError(f"{where}: cannot be read: {describe(error)}") from None
-            if now - first_failure + delay > RETRY_LIMITS.give_up_seconds:
-                raise UserError(
-                    f"{where}: cannot be read: {describe(error)}; gave up after {failures} attempts in "
-                    f"{now - first_failure:.0f} s: check the network and the bucket, then start again"
-                ) from None
-        time.sleep(delay * random.uniform(0.8, 1.2))
-        delay = min(2 * delay, RETRY_LIMITS.longest_delay)
-
-
-def _status(error: BaseException | None) -> int | None:
-    """HTTP status of an error of aiohttp, gcsfs, botocore, requests or httpx. None means that it has none."""
-    while error is not None and not isinstance(
-        error, aiohttp.ClientPayloadError
-    ):  # its cause is a 400 that aiohttp invents
-        response = getattr(error, "response", None)
-        if isinstance(response, dict):
-            found = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-        else:
-            found = getattr(response, "status_code", None)
-        for candidate in (found, getattr(error, "status", None), getattr(error, "code", None)):
-            if isinstance(candidate, int | str) and str(candidate).isdigit():
-                return int(candidate)
-        error = error.__cause__
-    return None
-
-
-def _is_transient(error: BaseException) -> bool:
-    status = _status(error)
-    if status is not None and status >= 400:
-        return status in (408, 425, 429) or status >= 500
-    # gcsfs turns a 403 into an OSError without a number.
-    refused = str(error).startswith("Forbidden") or "credential" in type(error).__name__.lower()
-    return not refused and not isinstance(error, _NO_USE)
-
-
-def describe(error: BaseException) -> str:
-    """An error of any library, shortened to one line, with its HTTP status if it has one."""
-    status = _status(error)
-    text = " ".join(str(error).split()) or type(error).__name__
-    if isinstance(error, TimeoutError | asyncio.TimeoutError):
-        text = f"no answer within {RETRY_LIMITS.attempt_seconds:g} s"
-    return f"{f'status {status}, ' if status and str(status) not in text else ''}{text[:200]}"

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from pretrain_xla.errors import UserError
-from pretrain_xla.storage.remote import describe
+from pretrain_xla.storage.retries import describe
 from pretrain_xla.text.open_file import UNPACK_ERRORS, packing, unpacked
 from pretrain_xla.text.reading import Bad, Reading
 from pretrain_xla.text.recognise import kind_by_name, look

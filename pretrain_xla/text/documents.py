@@ -21,7 +21,8 @@ from pretrain_xla.errors import UserError
 from pretrain_xla.redact import redacted
 from pretrain_xla.storage.files import VERSION_KEYS, filesystem, is_local, url
 from pretrain_xla.storage.find import find_files, path_type
-from pretrain_xla.storage.remote import REQUESTS_AT_A_TIME, call, concurrently, describe
+from pretrain_xla.storage.remote import REQUESTS_AT_A_TIME, call, concurrently
+from pretrain_xla.storage.retries import describe
 from pretrain_xla.text.archives import read_tar, read_zip
 from pretrain_xla.text.open_file import UNPACK_ERRORS, bare_name, open_file, packing, unpacked
 from pretrain_xla.text.readers.columns import read_column

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from pretrain_xla.errors import UserError
-from pretrain_xla.storage.remote import describe
+from pretrain_xla.storage.retries import describe
 from pretrain_xla.text.documents import Document, cleaned
 from pretrain_xla.text.readers.columns import ROWS, check_column, texts_of
 from pretrain_xla.text.source import Source

@@ -23,7 +23,8 @@ from fsspec.implementations.http import HTTPFileSystem
 
 from pretrain_xla.errors import UserError
 from pretrain_xla.storage.files import is_local, url
-from pretrain_xla.storage.remote import call, describe, read_range, with_retries
+from pretrain_xla.storage.remote import call, read_range
+from pretrain_xla.storage.retries import describe, with_retries
 
 BLOCK_BYTES = 2**22  # of a remote file in one request
 LONGEST_LINE = 2**28

@@ -16,6 +16,7 @@ from pretrain_xla.git_lfs import refuse_pointer
 from pretrain_xla.storage.files import filesystem
 from pretrain_xla.tokenizers.bitbpe import BitBPETokenizer
 from pretrain_xla.tokenizers.bytes_tokenizer import BytesTokenizer
+from pretrain_xla.tokenizers.checksums import check_checksums
 from pretrain_xla.tokenizers.json_tokenizer import JsonTokenizer, is_panic, is_stochastic
 from pretrain_xla.tokenizers.regex_check import check_patterns
 from pretrain_xla.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
@@ -51,7 +52,8 @@ def load_tokenizer(name: str) -> Tokenizer:
             a folder that holds one (write `./gpt2` for a folder that has the name of an encoding).
 
     Raises:
-        UserError: unknown name, no end-of-text token, a damaged file, or an encoding that cannot be downloaded.
+        UserError: unknown name, no end-of-text token, a damaged file, one that differs from the checksum that a dataset or a
+            run recorded, or an encoding that cannot be downloaded.
     """
     if name == "bytes":
         return BytesTokenizer()
@@ -97,6 +99,7 @@ def _encoding(name: str) -> tiktoken.Encoding:
 
 
 def _load_file(name: str, fs: Any, path: str) -> Tokenizer:
+    check_checksums(name, fs, path.rpartition("/")[0])
     if path.endswith(BITBPE_FILE):
         return _load_bitbpe(name, fs, path)
     if path.endswith(".model"):

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import gc
 import gzip
+import hashlib
 import itertools
 import json
+import re
 import threading
 import time
 
@@ -22,8 +24,8 @@ from pretrain_xla.data.dataset import open_dataset, open_shards
 from pretrain_xla.data.manifest import dataset_info
 from pretrain_xla.errors import UserError
 from pretrain_xla.prepare.dataset import prepare
-from pretrain_xla.storage import cache, remote
-from pretrain_xla.storage.files import filesystem
+from pretrain_xla.storage import cache, remote, retries
+from pretrain_xla.storage.files import filesystem, write_atomically
 from pretrain_xla.text.sources import open_source, source_of
 from tests.servers import BUCKET, FaultyProxy, WebServer, free_port, gcs_emulator, process, upload
 from tests.shard_writers import WRITERS
@@ -57,7 +59,7 @@ def local(tmp_path_factory):
 
 @pytest.fixture
 def short_retries(monkeypatch):
-    monkeypatch.setattr(remote, "RETRY_LIMITS", remote.RetryLimits(1.0, 2.5, 0.05, 0.2))
+    monkeypatch.setattr(retries, "RETRY_LIMITS", retries.RetryLimits(1.0, 2.5, 0.05, 0.2, 0.3))
 
 
 def batches(target, cache_dir, **settings):
@@ -129,6 +131,31 @@ def test_a_clear_error_when_retries_end(proxy, emulator, local, tmp_path, short_
     while left() and time.monotonic() - begin < 120:
         time.sleep(0.05)  # shards that come later are given up, too, in threads of their own
     assert not left()
+
+
+def test_an_outage_is_said_in_one_line_and_its_end_in_another(proxy, emulator, local, tmp_path, short_retries, caplog):
+    """Many requests fail, as when a bucket answers 503 for a minute. Status 425 is one that gcsfs does not retry by itself."""
+    target = upload(emulator, local, "outage")
+    near, far = batches(local, tmp_path / "a"), batches(target, tmp_path / "b")
+    begin = time.monotonic()
+    proxy.fault = lambda path, span: "425" if time.monotonic() - begin < 1 else None
+    np.testing.assert_array_equal(far.rows(0), near.rows(0))
+    said = [record.getMessage() for record in caplog.records if "pretrain_xla" in record.name]
+    assert len(said) == 2
+    assert re.fullmatch(r"gs://tokens/outage/\S+: .*425.*; trying again, for up to 2 s", said[0])
+    assert re.fullmatch(r"gs://tokens/outage/\S+: answers again, after \d s", said[1])
+
+
+def test_writing_outlives_an_outage(proxy, emulator, short_retries, caplog):
+    fs, path = filesystem(f"gs://{BUCKET}/written/a.json")
+    begin, proxy.faulty = time.monotonic(), {"POST"}
+    proxy.fault = lambda path, span: "425" if time.monotonic() - begin < 1 else None
+    checksum = write_atomically(fs, path, (part for part in (b"a", b"b")))
+    assert (fs.cat_file(path), checksum) == (b"ab", hashlib.sha256(b"ab").hexdigest())
+    assert "trying again, for up to 2 s" in caplog.text
+    proxy.fault = lambda path, span: "425"
+    with pytest.raises(UserError, match=rf"gs://{BUCKET}/written/b: cannot be written: .*; gave up after \d+ attempts"):
+        write_atomically(fs, path.replace("a.json", "b"), [b"b"])
 
 
 def test_permanent_errors_are_not_retried(proxy, tmp_path):

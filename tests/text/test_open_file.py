@@ -13,7 +13,7 @@ import pytest
 import zstandard
 
 from pretrain_xla.errors import UserError
-from pretrain_xla.storage import remote
+from pretrain_xla.storage import retries
 from pretrain_xla.text import open_file
 from pretrain_xla.text.sources import open_source
 from tests.servers import FaultyProxy, WebServer
@@ -24,7 +24,7 @@ KINDS = ["503", "429", "broken", "short"]
 
 @pytest.fixture(autouse=True)
 def short_retries(monkeypatch):
-    monkeypatch.setattr(remote, "RETRY_LIMITS", remote.RetryLimits(1.0, 2.5, 0.05, 0.2))
+    monkeypatch.setattr(retries, "RETRY_LIMITS", retries.RetryLimits(1.0, 2.5, 0.05, 0.2, 0.3))
     monkeypatch.setattr(open_file, "BLOCK_BYTES", 2**13)
 
 

@@ -20,6 +20,7 @@ from tokenizers import models
 from pretrain_xla.errors import UserError
 from pretrain_xla.prepare.command import train_tokenizer_command
 from pretrain_xla.prepare.dataset import prepare
+from pretrain_xla.text.sources import source_of
 from pretrain_xla.tokenizers.json_tokenizer import JsonTokenizer
 from pretrain_xla.tokenizers.load import _warn_deterministic, load_tokenizer
 from pretrain_xla.tokenizers.tokenizer import decode_after, is_stored
@@ -394,3 +395,25 @@ def test_stochastic_encoding_is_turned_off_and_said(tmp_path, caplog, kind):
         "dropout" not in tokenizer.content.decode()
         or json.loads(tokenizer.tokenizer.to_str())["model"]["dropout"] is None
     )
+
+
+def test_a_damaged_copy_of_a_datasets_tokenizer_is_refused(tmp_path, trained):
+    """Also where a fingerprint says nothing: in the entry of a rare word."""
+    text = source_of("t", "1", lambda: ["ein Text ", "a text"] * 50)
+    prepare(text, str(tmp_path / "d"), trained.name, valid_fraction=0.3, num_workers=1)
+    folder = tmp_path / "d" / "tokenizer"
+    loaded = load_tokenizer(str(folder))
+    for name in ("tokenizer.json", "special_tokens_map.json"):
+        raw = (folder / name).read_bytes()
+        at = raw.rindex(b"t")
+        (folder / name).write_bytes(raw[:at] + b"u" + raw[at + 1 :])
+        for named in (folder, folder / "tokenizer.json"):
+            with pytest.raises(
+                UserError, match=rf"{name} is missing, or differs from its checksum in SHA256SUMS: copy"
+            ):
+                load_tokenizer(str(named))
+        (folder / name).write_bytes(raw)
+    assert load_tokenizer(str(folder)).content == loaded.content
+    subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=folder, check=True)
+    prepare(text, str(tmp_path / "d"), "bytes", valid_fraction=0.3, num_workers=1, overwrite=True)
+    assert not list(folder.parent.glob("tokenizer/*"))  # nothing of the former is left
