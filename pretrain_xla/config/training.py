@@ -160,5 +160,8 @@ class TrainConfig(Section):
     spike_window steps; 6 is usual. None means that no finite update is skipped."""
     spike_window: Annotated[int, Field(ge=4, le=100_000)] = 128
     """Steps whose losses and gradient norms spike_sigma compares with. Nothing is skipped before half as many."""
+    hang_timeout: PositiveFloat | None = 1800.0
+    """Seconds without progress after which the run prints the stack of every thread and exits with status 75, for a supervisor
+    to start it again. Must be longer than the longest compilation. None means that it may hang."""
     strict_graph: bool = False
     """Stop the run if, after the first step, a step recompiles, falls back to the host or waits for the device."""

@@ -44,6 +44,7 @@ from pretrain_xla.train.samples import Samples
 from pretrain_xla.train.skipped_updates import SkippedUpdates
 from pretrain_xla.train.step import METRICS, TrainStep, step_seed
 from pretrain_xla.train.stop_signal import StopSignal
+from pretrain_xla.train.watchdog import Watchdog
 
 
 class Trainer:
@@ -155,6 +156,7 @@ class Trainer:
             self.start.store.unwritten = self.console.warn
             stop = stack.enter_context(StopSignal(enabled=self.runtime.process_count == 1, doing=self._finishing))
             self._bar = stack.enter_context(self.console.training(first, last))
+            self.watchdog = stack.enter_context(Watchdog(train.hang_timeout, lambda: f"step {self._under_way}"))
             if first == 0:
                 self._validate(0)
             if stop.signal is not None:
@@ -182,6 +184,7 @@ class Trainer:
     def _one_step(self, done: int, tokens: Tensor) -> None:
         """Make update number `done` (from 1), and what is due after it."""
         self._under_way = done
+        self.watchdog.beat()
         train = self.config.train
         if self.config.model.dropout > 0:
             self.runtime.seed(step_seed(train.seed, done))
@@ -251,7 +254,7 @@ class Trainer:
             self.metrics.record_all()
 
     def _validate(self, done: int) -> None:
-        loss = self.validation()
+        loss = self.validation(lambda _batch: self.watchdog.beat())
         self._measured = (done, loss)
         row = {"step": done, "valid_loss": loss, "valid_perplexity": perplexity(loss)}
         if self.log is not None:
@@ -262,7 +265,7 @@ class Trainer:
     def _evaluate(self, done: int) -> None:
         """Score the tasks of the config; the metrics name a score `task/score`."""
         assert self.evaluation is not None
-        results = self.evaluation(self._bar.progress)
+        results = self.evaluation(self.watchdog.beating(self._bar.progress))
         scores = {f"{result.task}/{name}": value for result in results for name, value in result.scores.items()}
         row: Row = {"step": done, **scores}
         if self.log is not None:

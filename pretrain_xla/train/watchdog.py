@@ -1,0 +1,98 @@
+"""A watchdog: a run that stops making progress says where every thread is, and exits for its supervisor to start it again.
+
+A step can hang for ever: a device that no longer answers, a collective that another host never joins, a bucket that never
+replies. Nothing raises an error then. So a thread looks at when the loop last gave a sign of life. It runs while the others
+wait in C++ for a device or the network, because such calls release Python's lock. A call that hangs and holds the lock is not
+seen.
+
+Time in which the process itself was stopped (Ctrl-Z, SIGSTOP, a suspended machine) does not count.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from types import TracebackType
+
+HUNG = 75
+"""Exit status (EX_TEMPFAIL of sysexits.h): the same command can succeed again."""
+
+Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
+"""(label, total) → a context that yields a function of how much is done so far."""
+
+
+class Watchdog:
+    """Context in which `beat` must be called at least every `seconds`, or the process ends.
+
+    Args:
+        seconds: None means that nothing is watched.
+        doing: returns what the run is doing, for the report, such as `step 7`.
+    """
+
+    def __init__(self, seconds: float | None, doing: Callable[[], str]) -> None:
+        self._seconds, self._doing = seconds, doing
+        self._left = threading.Event()
+        self._thread: threading.Thread | None = None
+        self.beat()
+
+    def beat(self) -> None:
+        """Sign of life: the loop has made progress."""
+        self._last = time.monotonic()
+
+    def beating(self, progress: Progress) -> Progress:
+        """The same progress bar, each of whose advances is a sign of life."""
+
+        @contextlib.contextmanager
+        def watched(what: str, total: int) -> Iterator[Callable[[int], None]]:
+            with progress(what, total) as advance:
+
+                def beat_and_advance(done: int) -> None:
+                    self.beat()
+                    advance(done)
+
+                yield beat_and_advance
+
+        return watched
+
+    def __enter__(self) -> Watchdog:
+        self.beat()
+        if self._seconds is not None:
+            self._thread = threading.Thread(target=self._watch, args=(self._seconds,), name="watchdog", daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._left.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _watch(self, seconds: float) -> None:
+        tick = min(seconds / 10, 5.0)
+        looked = time.monotonic()
+        while not self._left.wait(tick):
+            now = time.monotonic()
+            if now - looked > 3 * tick + 1.0:  # this process did not run
+                self._last += now - looked
+            looked = now
+            if now - self._last > seconds:
+                self._end(seconds)
+
+    def _end(self, seconds: float) -> None:
+        """Print every thread's stack and end the process at once: whatever is asked to end in order may hang, too."""
+        line = (
+            f"{self._doing()} has made no progress for {seconds:g} s (--hang-timeout); the stack of every thread follows, and "
+            f"the run ends with status {HUNG}; the same command continues from the newest checkpoint\n"
+        )
+        with contextlib.suppress(OSError):  # a closed terminal must not keep the process from ending
+            sys.stdout.flush()
+            os.write(2, line.encode())
+            faulthandler.dump_traceback(2, all_threads=True)
+        os._exit(HUNG)
