@@ -317,6 +317,21 @@ def test_a_regular_expression_that_does_not_finish_is_one_line(tmp_path):
             action()
 
 
+def test_replacements_that_lengthen_the_text_without_limit(tmp_path):
+    """Ten that each make ten characters of one would make 10**10 of it."""
+    train_tokenizer(["abc " * 9], 260, str(tmp_path), min_frequency=1)
+    path = tmp_path / "tokenizer.json"
+    tree = json.loads(path.read_text())
+    for key, list_key in (("normalizer", "normalizers"), ("decoder", "decoders")):
+        steps = [{"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 10}] * 10
+        path.write_text(json.dumps(tree | {key: {"type": "Sequence", list_key: steps}}))
+        with pytest.raises(UserError, match="its replacements of text fail, or take unlimited time or memory"):
+            load_tokenizer(str(path))
+    steps = [{"type": "Replace", "pattern": {"String": f"b{n}"}, "content": "c" * 10} for n in range(10)]
+    path.write_text(json.dumps(tree | {"normalizer": {"type": "Sequence", "normalizers": steps}}))
+    assert load_tokenizer(str(path)).encode("abc")  # none makes another's text
+
+
 def test_a_sentencepiece_model_without_byte_tokens_is_a_file_like_another(shared, tmp_path):
     t5 = load_tokenizer(str(shared("tokenizers/sentencepiece_32000.model")))
     with pytest.raises(UserError, match="no token for each single byte"):
