@@ -66,13 +66,19 @@ def write_summary(run_dir: str, summary: dict[str, Any]) -> None:
     rewrite(os.path.join(run_dir, "summary.json"), [to_json(summary, indent=2) + "\n"])
 
 
-def summarised_steps(run_dir: str) -> int | None:
-    """Number of steps in the folder's `summary.json`, or None if it cannot be read."""
+def read_summary(run_dir: str) -> dict[str, Any]:
+    """Content of the folder's `summary.json`; empty if it cannot be read."""
     try:
         with open(os.path.join(run_dir, "summary.json"), encoding="utf-8") as file:
-            steps = json.load(file).get("steps")
-    except (OSError, ValueError, AttributeError, RecursionError):
-        return None
+            summary = json.load(file)
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return summary if isinstance(summary, dict) else {}
+
+
+def summarised_steps(run_dir: str) -> int | None:
+    """Number of steps in the folder's `summary.json`, or None if it cannot be read."""
+    steps = read_summary(run_dir).get("steps")
     return steps if isinstance(steps, int) else None
 
 

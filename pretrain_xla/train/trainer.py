@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from pretrain_xla.config import RunConfig
 from pretrain_xla.data.batches import Batches, sequences_of
 from pretrain_xla.data.dataset import TokenDataset, open_dataset
 from pretrain_xla.data.find_shards import Split
-from pretrain_xla.data.prefetch import pipeline
+from pretrain_xla.data.prefetch import Prefetcher, pipeline
 from pretrain_xla.errors import UserError
 from pretrain_xla.interop.upload import Uploader
 from pretrain_xla.model import GPT, initialize, parameter_count
@@ -138,7 +138,7 @@ class Trainer:
             self._already_done(first, last)
             return
         self.log = MetricLog(self.config, first, self.console.warn, self.wandb) if self.runtime.is_main else None
-        self._history = self.runtime.place_like(torch.zeros(self.config.logging.log_interval, len(METRICS)), None)
+        self._history = self.new_history()
         self._done, self._under_way = first, 0
         self._measured: tuple[int, float | None] = (first, None)  # the step of the last validation, and its loss
         self.metrics = DeferredMetrics(
@@ -161,9 +161,7 @@ class Trainer:
                 self._validate(0)
             if stop.signal is not None:
                 stop.leave("stopped before the first step; the same command starts there")
-            depth, threads = self.config.data.prefetch_batches, self.batches.threads
-            ahead = pipeline(self._read, self.runtime.place_batch, first, last, depth, threads)
-            batches = stack.enter_context(ahead)
+            batches = stack.enter_context(self.batches_ahead(last))
             stack.push(self._record_rest)
             self.metrics.input_seconds = lambda: batches.seconds_waited
             stack.enter_context(self.runtime.watch())
@@ -181,14 +179,28 @@ class Trainer:
             return "stopping before the first step"
         return f"finishing step {self._under_way} and saving"
 
+    def new_history(self) -> Tensor:
+        """Room for the metrics of `log_interval` steps; see `TrainStep`."""
+        return self.runtime.place_like(torch.zeros(self.config.logging.log_interval, len(METRICS)), None)
+
+    def batches_ahead(self, last: int) -> AbstractContextManager[Prefetcher[Tensor]]:
+        """The batches of the steps from the present one to `last`, read and placed by threads ahead of them."""
+        depth, threads = self.config.data.prefetch_batches, self.batches.threads
+        return pipeline(self._read, self.runtime.place_batch, self.start.step, last, depth, threads)
+
+    def update(self, done: int, tokens: Tensor, history_NM: Tensor) -> Tensor:
+        """Make update number `done` (from 1), and nothing else; returns the new history."""
+        if self.config.model.dropout > 0:
+            self.runtime.seed(step_seed(self.config.train.seed, done))
+        result: Tensor = self._train_step(tokens, history_NM)
+        return result
+
     def _one_step(self, done: int, tokens: Tensor) -> None:
         """Make update number `done` (from 1), and what is due after it."""
         self._under_way = done
         self.watchdog.beat()
         train = self.config.train
-        if self.config.model.dropout > 0:
-            self.runtime.seed(step_seed(train.seed, done))
-        self._history = self._train_step(tokens, self._history)
+        self._history = self.update(done, tokens, self._history)
         self._done = done
         validates = self._due(train.valid_interval, done)
         evaluates = self.evaluation is not None and self._due(self.config.evaluation.eval_interval, done)
