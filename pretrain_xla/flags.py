@@ -31,7 +31,7 @@ USUAL = tuple(
     valid_interval valid_steps eval_batch_size rematerialization scan_layers strict_graph compile
     learning_rate warmup_steps decay_steps min_lr decay_method weight_decay max_grad_norm betas optim_type
     run_dir log_interval
-    checkpoints_dir save_interval saved_checkpoint_limit resume hub_repo
+    checkpoints_dir save_interval saved_checkpoint_limit keep_interval resume hub_repo
     mesh_data mesh_fsdp mesh_tensor topology
     d_model num_layers num_heads d_ff seq_length vocab_size dropout activation tie_weights
     eval_tasks eval_interval

@@ -15,6 +15,8 @@ class CheckpointConfig(Section):
     checkpoint, so use a multiple of valid_interval."""
     saved_checkpoint_limit: Positive = 10
     """Number of newest checkpoints to keep. The one with the best validation loss is kept as well."""
+    keep_interval: Positive | None = None
+    """Checkpoints of steps that are a multiple of this are kept for good. None means that none are."""
     resume: bool = True
     """Continue from the newest complete checkpoint in checkpoints_dir, if there is one."""
     hub_repo: str | None = None

@@ -25,7 +25,8 @@ from pretrain_xla.interop.special_tokens import adds_bos_token, eos_token_ids
 from pretrain_xla.interop.weights_file import weights_file_source
 from pretrain_xla.model import GPT
 from pretrain_xla.redact import is_redacted
-from pretrain_xla.run_folder.checkpoint import MARKER, CheckpointInfo, open_checkpoint
+from pretrain_xla.run_folder.checkpoint import MARKER, CheckpointInfo
+from pretrain_xla.run_folder.checkpoint_open import open_checkpoint
 from pretrain_xla.run_folder.files import find_tokenizer
 from pretrain_xla.run_folder.tensor_checks import check_names
 
@@ -119,7 +120,7 @@ def _checkpoint(path: str, which: str) -> ModelSource:
 
     def read() -> dict[str, Tensor]:
         prefix = "model."
-        tensors = {n.removeprefix(prefix): t for n, t in store.load(step).items() if n.startswith(prefix)}
+        tensors = {name.removeprefix(prefix): tensor for name, tensor in store.load(step, prefix).items()}
         with torch.device("meta"):
             check_names(tensors, GPT(config).state_dict(), folder)
         return tensors

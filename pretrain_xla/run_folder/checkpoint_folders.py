@@ -6,12 +6,15 @@ import os
 import re
 
 from pretrain_xla.errors import UserError
+from pretrain_xla.run_folder.checkpoint_index import INDEX
 from pretrain_xla.run_folder.checkpoint_marker import MARKER
 from pretrain_xla.storage.files import filesystem, is_local
 
 PREFIX = "step_"
 # Files that DCP and we write; a folder with any other file is not removed.
-PARTS = re.compile(rf"\.metadata(\.tmp)?|__\d+_\d+\.distcp|{re.escape(MARKER)}(\.partial)?")
+PARTS = re.compile(
+    rf"(\.metadata|{re.escape(MARKER)}|{re.escape(INDEX)}|__\d+_\d+\.(distcp|part\.json))(\.partial|\.tmp)?"
+)
 
 
 def step_of(name: str) -> int | None:
@@ -71,6 +74,13 @@ class CheckpointFolders:
             return False
         names = {entry.rstrip("/").rsplit("/", 1)[-1] for entry in self.files.ls(self.path(step), detail=False)}
         return MARKER not in names and all(PARTS.fullmatch(name) for name in names)
+
+    def remove_marker(self, step: int) -> None:
+        """Remove the marker of a folder, if there is one: it is no checkpoint any more. A symbolic link is removed itself."""
+        if self._is_link(step):
+            os.unlink(self.path(step))
+        elif self.files.exists(self.marker(step)):
+            self.files.rm(self.marker(step))
 
     def remove(self, step: int) -> None:
         """Remove a folder if it exists; if it is a symbolic link, only the link."""

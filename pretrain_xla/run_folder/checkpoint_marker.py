@@ -1,23 +1,27 @@
 """`checkpoint.json`, the marker that a checkpoint is complete, with its metadata.
 
 It is written last and atomically, so that a run may be killed at any moment: on a disk under a temporary name, synced and
-renamed; a put to a bucket is atomic. A folder whose marker cannot be parsed is not a checkpoint; other checkpoints stay usable.
+renamed; a put to a bucket is atomic. It carries a checksum of itself and that of `index.json`, which has those of the tensors:
+of a checkpoint, no byte can change unnoticed. A folder whose marker is damaged is not a checkpoint; others stay usable.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from pretrain_xla.errors import UserError
+from pretrain_xla.run_folder import checked_json
 from pretrain_xla.storage.files import is_local, write_atomically
+from pretrain_xla.untrusted import parse_object
 
 MARKER = "checkpoint.json"
-VERSION = 2
-"""Marker format: 1 had the last validation loss, of any step; 2 has the loss of exactly these weights, or null."""
+VERSION = 3
+"""Marker format: 1 had the last validation loss, of any step; 2 has the loss of exactly these weights, or null; 3 has checksums
+of the marker and of the index."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +48,9 @@ class CheckpointInfo:
     """Content of `checkpoint.json`.
 
     step: updates so far. valid_loss: of exactly these weights; None means not measured. data: fingerprint of the shards.
-    checksums: tensor name → CRC-32. seen: position in the data. tokenizer: fingerprint of the tokenizer that made the data.
-    The last three are None in older checkpoints.
+    checksums: tensor name → CRC-32 of its values, only in version 2. seen: position in the data. tokenizer: fingerprint of the
+    tokenizer that made the data. index: CRC-32 of `index.json`. code: versions of the code that made it. What older
+    checkpoints lack is None.
     """
 
     step: int
@@ -56,6 +61,8 @@ class CheckpointInfo:
     checksums: dict[str, int] | None = None
     seen: DataPosition | None = None
     tokenizer: str | None = None
+    index: int | None = None
+    code: str | None = None
 
 
 class DamagedMarker(Exception):
@@ -75,34 +82,76 @@ def read_marker(files: Any, path: str, step: int) -> CheckpointInfo:
         step: step in the folder's name.
 
     Raises:
-        DamagedMarker: it is truncated, or not a marker of this step.
-        NewerMarker: it has unknown fields.
+        DamagedMarker: it was truncated or changed, or is not a marker of this step.
+        NewerMarker: a later version of this package wrote it.
         OSError: it cannot be read.
     """
+    with files.open(path, "rb") as file:
+        content = file.read()
     try:
-        with files.open(path, "rb") as file:
-            content = json.loads(file.read())
-        if isinstance(content, dict) and (unknown := content.keys() - {field.name for field in fields(CheckpointInfo)}):
-            raise NewerMarker(f"a later version of pretrain_xla wrote it: {min(unknown)} is not known here")
-        if isinstance(content, dict) and content.get("seen") is not None:
-            content["seen"] = DataPosition(**content["seen"])
-        info = CheckpointInfo(**content)
+        info = _parse(content)
     except (ValueError, TypeError, RecursionError) as error:
         raise DamagedMarker(" ".join(str(error).split())[:200]) from None
-    if info.step != step or not isinstance(info.config, dict) or not isinstance(info.data, str):
-        raise DamagedMarker(f"it is not of step {step}")
-    if not isinstance(info.version, int):
-        raise DamagedMarker("its version is not a number")
-    if not isinstance(info.valid_loss, int | float | None) or not isinstance(info.checksums, dict | None):
-        raise DamagedMarker("its valid_loss or its checksums have the wrong type")
-    if not isinstance(info.tokenizer, str | None):
-        raise DamagedMarker("its tokenizer has the wrong type")
+    if info.step != step:
+        raise DamagedMarker(f"it is of step {info.step}, and its folder is named after step {step}")
     return info if _measured_here(info) else replace(info, valid_loss=None)
+
+
+def _parse(content: bytes) -> CheckpointInfo:
+    """The content of a marker.
+
+    Raises:
+        ValueError, TypeError: it is damaged.
+        NewerMarker: a later version of this package wrote it.
+    """
+    if checked_json.has_checksum(content):
+        tree = checked_json.decode(content)
+        version = tree.get("version")
+        unknown = tree.keys() - {field.name for field in fields(CheckpointInfo)}
+        if unknown or type(version) is not int or version > VERSION:
+            what = f"{min(unknown)} is not known here" if unknown else f"its version is {version!r}"
+            raise NewerMarker(f"a later version of pretrain_xla wrote it: {what}")
+        if type(tree.get("index")) is not int:
+            raise ValueError("the checksum of its index is missing")
+    else:
+        tree = _parse_old(content)
+    if tree.get("seen") is not None:
+        tree["seen"] = DataPosition(**tree["seen"])
+    info = CheckpointInfo(**tree)
+    for name, wanted in _TYPES.items():
+        if isinstance(value := getattr(info, name), bool) or not isinstance(value, wanted):
+            raise ValueError(f"its {name} has the wrong type")
+    return info
+
+
+_TYPES: dict[str, Any] = {
+    "step": int,
+    "valid_loss": int | float | None,
+    "data": str,
+    "config": dict,
+    "version": int,
+    "checksums": dict | None,
+    "tokenizer": str | None,
+    "index": int | None,
+    "code": str | None,
+}
+
+
+def _parse_old(content: bytes) -> dict[str, Any]:
+    """A marker from before checksums; the first had no version."""
+    try:
+        tree = parse_object(content, "it")
+    except UserError as error:
+        raise ValueError(str(error)) from None
+    tree.setdefault("version", 2 if "checksums" in tree else 1)
+    if type(tree["version"]) is not int or tree["version"] > 2 or tree.keys() & {"index", "code", "checksum"}:
+        raise ValueError("its own checksum is missing")
+    return tree
 
 
 def write_marker(files: Any, path: str, info: CheckpointInfo) -> None:
     """Write a marker atomically; on a disk, the marker and the folder's entries are synced when this returns."""
-    content = json.dumps(asdict(info)).encode()
+    content = checked_json.encode({name: value for name, value in asdict(info).items() if name != "checksums"})
     if not is_local(files):
         files.pipe_file(path, content)
         return

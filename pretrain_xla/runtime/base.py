@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain_xla.model import GPT, Execution
+from pretrain_xla.runtime.shards import Shard
 
 Forward = Callable[..., Tensor]
 """A model as the step calls it, with the arguments of `GPT.forward`."""
@@ -165,8 +166,11 @@ class Runtime(Protocol):
     def fetch(self, value: Tensor) -> Future[Tensor]:
         """A host copy of a tensor, later, without stopping the device."""
 
-    def gather(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Host copies of global tensors. Every process calls it; those that are not main may get an empty dict."""
+    def own_shards(self, tensors: Mapping[str, Tensor]) -> list[Shard]:
+        """Host copies of this process's share of global tensors, complete when this returns.
+
+        Every process calls it. Together the shards of all processes are the whole tensors, each element once.
+        """
 
     def watch(self) -> AbstractContextManager[Any]:
         """While it is open, host transfers made by this thread are recorded with their source line."""

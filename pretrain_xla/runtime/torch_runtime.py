@@ -29,6 +29,7 @@ from pretrain_xla.runtime.base import Forward, GraphCounts, GraphEvent, Loss, Re
 from pretrain_xla.runtime.launched import RENDEZVOUS, launched
 from pretrain_xla.runtime.peak_flops import gpu_peak
 from pretrain_xla.runtime.rows import rows_of
+from pretrain_xla.runtime.shards import Shard, divide_rows
 from pretrain_xla.runtime.torch_waits import watch_waits
 from pretrain_xla.system_faults import reason
 
@@ -254,11 +255,17 @@ class TorchRuntime:
 
         return self._fetcher.submit(wait)
 
-    def gather(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """See `base.Runtime.gather`."""
-        if not self.is_main:
-            return {}
-        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+    def own_shards(self, tensors: Mapping[str, Tensor]) -> list[Shard]:
+        """See `base.Runtime.own_shards`; on CUDA through pinned memory, all copies at once."""
+        shards = []
+        for rows in divide_rows(tensors, self.process_index, self.process_count):
+            tensor = tensors[rows.name].detach()
+            own = rows.of(tensor)
+            host = torch.empty(own.shape, dtype=own.dtype, pin_memory=self.device.type == "cuda")
+            shards.append(rows.shard(tensor, host.copy_(own, non_blocking=True)))
+        with self.planned():
+            self.wait()
+        return shards
 
     @contextlib.contextmanager
     def watch(self) -> Iterator[None]:

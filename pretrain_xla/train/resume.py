@@ -14,7 +14,8 @@ from pretrain_xla.interop import hub
 from pretrain_xla.interop.from_checkpoint import FREE_MODEL_KEYS, check_fits, fit_tensors
 from pretrain_xla.interop.load import ModelSource, find_model
 from pretrain_xla.model.xla.stacked import stack_layers
-from pretrain_xla.run_folder.checkpoint import MARKER, CheckpointInfo, CheckpointStore, open_checkpoint
+from pretrain_xla.run_folder.checkpoint import MARKER, CheckpointInfo, CheckpointStore, DamagedCheckpoint
+from pretrain_xla.run_folder.checkpoint_open import open_checkpoint
 from pretrain_xla.run_folder.data_position import has_other_data
 from pretrain_xla.run_folder.tensor_checks import check_finite, check_names
 from pretrain_xla.run_folder.tokenizer_check import check_same_tokenizer, tokenizer_of_checkpoint, tokenizer_of_run
@@ -100,7 +101,7 @@ def find_start(config: RunConfig, data_fingerprint: str, say: Callable[[str], No
         UserError: the checkpoint is of another model or damaged, or `--no-resume` would overwrite a run.
     """
     root = config.checkpoints_dir
-    store = CheckpointStore(root, config.checkpoint.saved_checkpoint_limit)
+    store = CheckpointStore(root, config.checkpoint.saved_checkpoint_limit, config.checkpoint.keep_interval)
     newest = store.newest()
     for line in store.skipped(newest):
         if newest is None:
@@ -120,15 +121,35 @@ def find_start(config: RunConfig, data_fingerprint: str, say: Callable[[str], No
         if config.train.mode == "evaluate":
             say("there is no checkpoint: evaluating freshly initialised weights")
         return Start(store)
-    info = source.info(step)
-    check_same_model(info, config.model, source.folder(step))
+    while True:
+        info, folder = source.info(step), source.folder(step)
+        check_same_model(info, config.model, folder)
+        try:
+            tensors = source.load(step)
+        except DamagedCheckpoint as error:
+            if source is not store:
+                raise
+            step = _older(store, step, error, say)
+            continue
+        break
     _check_data(info, source, step, data_fingerprint, config, say)
-    say(f"continuing from {source.folder(step)}")
-    tensors = source.load(step)
-    check_finite(tensors, source.folder(step))
-    return Start(
-        store, step, tensors, source.folder(step), own=True, evaluates=config.train.mode == "evaluate", info=info
-    )
+    say(f"continuing from {folder}")
+    check_finite(tensors, folder)
+    return Start(store, step, tensors, folder, own=True, evaluates=config.train.mode == "evaluate", info=info)
+
+
+def _older(store: CheckpointStore, step: int, error: DamagedCheckpoint, say: Callable[[str], None]) -> int:
+    """The newest checkpoint but that of `step`, whose tensors are damaged; it is written again when its step comes.
+
+    Raises:
+        UserError: there is no other.
+    """
+    store.condemn(step, error.what)
+    older = store.newest()
+    if older is None:
+        raise UserError(f"{error.what}, and there is no other: remove that folder to start over") from error
+    say(f"{error.what}, so that checkpoint is skipped for that of step {older}")
+    return older
 
 
 def _pushed(config: RunConfig, root: str, newest: int | None) -> str | None:

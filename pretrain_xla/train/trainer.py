@@ -24,7 +24,6 @@ from pretrain_xla.data.prefetch import Prefetcher, pipeline
 from pretrain_xla.errors import UserError
 from pretrain_xla.interop.upload import Uploader
 from pretrain_xla.model import GPT, initialize, parameter_count
-from pretrain_xla.model.xla.stacked import unstack_layers
 from pretrain_xla.redact import redacted_tree
 from pretrain_xla.run_folder.build import build_examples, build_optimizer, execution_of
 from pretrain_xla.run_folder.checkpoint import CheckpointInfo
@@ -36,6 +35,7 @@ from pretrain_xla.run_folder.report import perplexity, shown, summarised_steps, 
 from pretrain_xla.run_folder.tokenizer_check import tokenizer_of_run
 from pretrain_xla.run_folder.trackers import WandB
 from pretrain_xla.runtime import Runtime
+from pretrain_xla.runtime.shards import unstack_shards
 from pretrain_xla.train.deferred_metrics import DeferredMetrics, check_validation
 from pretrain_xla.train.evaluations import build_evaluation, build_validation
 from pretrain_xla.train.graph_guard import GraphGuard
@@ -154,6 +154,9 @@ class Trainer:
             stack.callback(self._close_files)
             self._push_to_hub(stack)
             self.start.store.unwritten = self.console.warn
+            self.start.store.write_with_others(self.runtime.process_index, self.runtime.process_count)
+            if self.runtime.is_main:
+                self.start.store.remove_remainders()
             stop = stack.enter_context(StopSignal(enabled=self.runtime.process_count == 1, doing=self._finishing))
             self._bar = stack.enter_context(self.console.training(first, last))
             self.watchdog = stack.enter_context(Watchdog(train.hang_timeout, lambda: f"step {self._under_way}"))
@@ -204,7 +207,8 @@ class Trainer:
         self._done = done
         validates = self._due(train.valid_interval, done)
         evaluates = self.evaluation is not None and self._due(self.config.evaluation.eval_interval, done)
-        saves = self._due(self.config.checkpoint.save_interval, done)
+        self.start.store.check()
+        saves = self._due(self.config.checkpoint.save_interval, done) or self._owes_save()
         samples = self.samples is not None and self._due(self.config.logging.sample_interval, done)
         pauses = validates or evaluates or saves or samples
         if done == self.start.step + 1:
@@ -232,6 +236,10 @@ class Trainer:
     def _due(self, interval: int | None, done: int) -> bool:
         """Whether something that happens every `interval` steps, and after the last one, is due."""
         return done == self.config.train.train_steps or (interval is not None and done % interval == 0)
+
+    def _owes_save(self) -> bool:
+        """Whether a save that failed is tried again before the next is due; several processes would have to agree on it."""
+        return self.start.store.owes and self.runtime.process_count == 1
 
     def _read(self, step: int) -> np.ndarray:
         """This process's rows of a step's batch `[rows, micro-batches, T + 1]`."""
@@ -300,20 +308,17 @@ class Trainer:
                 "weights are good"
             )
             return
-        host = self.runtime.gather(self.step.named_state())
-        if self.runtime.is_main:
-            config = redacted_tree(self.config.model_dump(mode="json"))
-            measured, loss = self._measured
-            loss = loss if measured == done else None  # a loss of other weights does not count
-            info = CheckpointInfo(
-                done,
-                loss,
-                self.data_fingerprint,
-                config,
-                seen=self._data_position(done),
-                tokenizer=self.tokenizer_fingerprint,
-            )
-            self.start.store.save(unstack_layers(host), info)
+        shards = list(unstack_shards(self.runtime.own_shards(self.step.named_state())))
+        measured, loss = self._measured
+        info = CheckpointInfo(
+            done,
+            loss if measured == done else None,  # a loss of other weights does not count
+            self.data_fingerprint,
+            redacted_tree(self.config.model_dump(mode="json")),
+            seen=self._data_position(done),
+            tokenizer=self.tokenizer_fingerprint,
+        )
+        self.start.store.save(shards, info)
 
     def _push_to_hub(self, stack: ExitStack) -> None:
         """Push each checkpoint, if the config asks for it; the stack waits for the last one."""

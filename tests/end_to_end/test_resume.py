@@ -85,22 +85,33 @@ def test_sigterm_saves_a_checkpoint(runtime: str, tmp_path: Path, flags: Callabl
     assert max(row["step"] for row in metrics(tmp_path)) == step
 
 
-def test_checkpoints_move_between_runtimes(tmp_path: Path, flags: Callable[..., list[str]]) -> None:
-    """A run that moves from torch to XLA (a mesh, stacked layers) and back has the loss curve of one that stays on torch."""
+def test_checkpoints_move_between_runtimes_and_meshes(tmp_path: Path, flags: Callable[..., list[str]]) -> None:
+    """A run that moves over meshes, runtimes and numbers of processes has the loss curve of one that stays where it began.
+
+    With Muon, with stacked layers on one of the meshes, and with two processes that write a checkpoint together.
+    """
     stayed, moved = tmp_path / "stayed", tmp_path / "moved"
-    assert run("run_pretrain.py", *flags(stayed, **MUON)).status == 0
-    four = {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": "4"}
+    one, four = {"PJRT_DEVICE": "CPU"}, {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": "4"}
     sharded = {"mesh_fsdp": 2, "mesh_tensor": 2, "scan_layers": True, "strict_graph": True}
+    xla, torch = ("run_pretrain_xla.py",), ("run_pretrain.py",)
+    two = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "run_pretrain.py")
+    assert run(*xla, *flags(stayed, **MUON), **four).status == 0
     for steps, entry_point, changes, extra in (
-        (10, "run_pretrain.py", {}, {}),
-        (15, "run_pretrain_xla.py", sharded, four),
-        (20, "run_pretrain.py", {}, {}),
+        (4, xla, {}, four),
+        (8, xla, sharded, four),
+        (12, xla, {}, one),
+        (16, two, {}, {"OMP_NUM_THREADS": "1"}),
+        (18, torch, {}, {}),
+        (20, xla, {}, four),
     ):
-        done = run(entry_point, *flags(moved, train_steps=steps, decay_steps=20, **MUON, **changes), **extra)
+        done = run(*entry_point, *flags(moved, train_steps=steps, decay_steps=20, **MUON, **changes), **extra)
         assert done.status == 0, done.errors
-    after = [[row["loss"] for row in metrics(d) if "loss" in row and row["step"] > 10] for d in (stayed, moved)]
-    assert len(after[0]) == 10
-    assert after[1] == pytest.approx(after[0], rel=1e-4)
+        files = {path.name for path in (moved / "checkpoints" / f"step_{steps:08d}").iterdir()}
+        assert ("__1_0.distcp" in files) == (entry_point is two), "each process writes its share"
+    curves = [[row["loss"] for row in metrics(folder) if "loss" in row] for folder in (stayed, moved)]
+    assert len(curves[0]) == 20
+    assert curves[1][:4] == curves[0][:4], "bit for bit on the same mesh"
+    assert curves[1] == pytest.approx(curves[0], rel=1e-5)
 
 
 def test_the_newest_and_the_best_are_kept(tmp_path: Path, flags: Callable[..., list[str]]) -> None:

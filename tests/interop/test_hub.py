@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +20,7 @@ from pretrain_xla.interop.command import export_command, import_command
 from pretrain_xla.interop.hub import check_writable, download_checkpoint
 from pretrain_xla.interop.load import load_model
 from pretrain_xla.interop.upload import Uploader
+from pretrain_xla.run_folder import checked_json
 from pretrain_xla.run_folder.checkpoint import CheckpointInfo, CheckpointStore
 from pretrain_xla.train.resume import find_start
 
@@ -263,7 +263,8 @@ def test_what_was_pushed_elsewhere_is_kept_by_the_same_rule(
     uploader, store, said = pushing
     markers = {step: CheckpointInfo(step, loss, "", {}) for step, loss in {6: 1.0, 9: 2.0, 10: 3.0}.items()}
     path = "checkpoints/step_{:08d}/checkpoint.json"
-    online.put("alice/run", {path.format(step): json.dumps(asdict(info)).encode() for step, info in markers.items()})
+    written = {step: checked_json.encode(asdict(replace(info, index=0))) for step, info in markers.items()}
+    online.put("alice/run", {path.format(step): content for step, content in written.items()})
     save(store, 12, loss=1.5)
     uploader.close()
     store.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import shutil
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from pretrain_xla.errors import UserError
 from pretrain_xla.evaluate.command import evaluate_command
 from pretrain_xla.generate.command import generate_command
 from pretrain_xla.interop.command import export_command, import_command
+from pretrain_xla.run_folder import checked_json
 
 from ..payload import Payload
 from .hub_server import Hub
@@ -59,8 +61,12 @@ def theirs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, online: Hub) -> None
     (tmp_path / "data").mkdir()
     shutil.move("data.npy", "data/0.npy")
     (tmp_path / "text.txt").write_text("some text\n" * 20)
-    metadata = tmp_path / "theirs" / "checkpoints" / "step_00000003" / ".metadata"
-    metadata.write_bytes(pickle.dumps(Payload("ran")))
+    folder = tmp_path / "theirs" / "checkpoints" / "step_00000003"
+    # As before there was an index: only then is the pickle read.
+    tree = checked_json.decode((folder / "checkpoint.json").read_bytes()) | {"version": 1}
+    (folder / "checkpoint.json").write_text(json.dumps({name: tree[name] for name in tree.keys() - {"index", "code"}}))
+    (folder / "index.json").unlink()
+    (folder / ".metadata").write_bytes(pickle.dumps(Payload("ran")))
     online.put("alice/theirs", files_of(tmp_path / "theirs"))
 
 

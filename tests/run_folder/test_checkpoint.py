@@ -7,7 +7,9 @@ import json
 import os
 import resource
 import shutil
+import time
 import uuid
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,12 +18,17 @@ from typing import Any
 import fsspec
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import pretrain_xla
 from pretrain_xla.errors import UserError
-from pretrain_xla.run_folder.checkpoint import MARKER, CheckpointInfo, CheckpointStore, open_checkpoint
+from pretrain_xla.run_folder import checked_json
+from pretrain_xla.run_folder.checkpoint import MARKER, CheckpointInfo, CheckpointStore, DamagedCheckpoint
+from pretrain_xla.run_folder.checkpoint_open import open_checkpoint
+from pretrain_xla.run_folder.checkpoint_reading import values_checksum
 
 CONFIG = {"model": {"d_model": 8}}
 
@@ -83,7 +90,7 @@ def test_a_loaded_checkpoint_is_bit_for_bit_the_saved_one(store: CheckpointStore
     store.save(saved, info(12, 3.25))
     store.wait()
     assert same(store.load(12), saved)
-    assert replace(store.info(12), checksums=None) == info(12, 3.25)
+    assert replace(store.info(12), index=None, code=None) == info(12, 3.25)
     assert store.folder(12) == f"{store.root}/step_00000012"
 
 
@@ -245,14 +252,45 @@ def test_damage_is_one_line_that_names_the_folder_and_the_fix(damage: str, tmp_p
     assert same(store.load(1), state(1)), "the older one is intact"
 
 
-def test_a_checkpoint_from_before_checksums_loads(tmp_path: Path) -> None:
+def make_old(folder: Path, checksums: bool) -> None:
+    """Turn a checkpoint into one of version 2 (with checksums of its tensors) or 1, written by DCP itself."""
+    tree = checked_json.decode((folder / MARKER).read_bytes())
+    tensors = CheckpointStore(str(folder.parent), limit=1).load(tree["step"])
+    shutil.rmtree(folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.save(tensors, storage_writer=dcp.FileSystemWriter(str(folder)), no_dist=True)
+    old = {name: tree[name] for name in ("step", "valid_loss", "data", "config")} | {"version": 2 if checksums else 1}
+    if checksums:
+        old |= {"checksums": {name: values_checksum(tensor) for name, tensor in tensors.items()}}
+    (folder / MARKER).write_text(json.dumps(old))
+
+
+@pytest.mark.parametrize("checksums", [True, False])
+def test_older_checkpoints_load(checksums: bool, tmp_path: Path) -> None:
     store = CheckpointStore(str(tmp_path), limit=1)
     save(store, 1.0)
-    marker = tmp_path / "step_00000001" / MARKER
-    old = json.loads(marker.read_text())
-    del old["checksums"]
-    marker.write_text(json.dumps(old))
+    folder = tmp_path / "step_00000001"
+    make_old(folder, checksums)
     assert same(store.load(1), state(1))
+    assert store.load(1, "model.").keys() == {"model.embedding.weight", "model.bf16"}
+    store.stored(1).verify()
+    if checksums:
+        content = bytearray(data_file(folder).read_bytes())
+        content[content.index(state(1)["model.embedding.weight"].numpy().tobytes()) + 17] ^= 4
+        data_file(folder).write_bytes(content)
+        for read in (lambda: store.load(1), lambda: store.stored(1).verify()):
+            with pytest.raises(DamagedCheckpoint, match=r"step_00000001 is damaged \("):
+                read()
+
+
+def test_dcp_itself_reads_a_checkpoint(tmp_path: Path) -> None:
+    save(CheckpointStore(str(tmp_path), limit=1), 1.0)
+    read = {name: torch.empty_like(tensor) for name, tensor in state(1).items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.load(read, checkpoint_id=str(tmp_path / "step_00000001"), no_dist=True)
+    assert same(read, state(1))
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b'{"step": 2}', b'{"step": 2, "surprise": 1}'])
@@ -295,7 +333,8 @@ def test_a_later_versions_checkpoint_is_not_skipped(tmp_path: Path) -> None:
     store = CheckpointStore(str(tmp_path), limit=9)
     save(store, 3.0, 2.0)
     marker = tmp_path / "step_00000002" / MARKER
-    marker.write_text(json.dumps(json.loads(marker.read_text()) | {"surprise": 1}))
+    tree = checked_json.decode(marker.read_bytes())
+    marker.write_bytes(checked_json.encode(tree | {"surprise": 1}))
     with pytest.raises(UserError, match="a later version of pretrain_xla wrote it: surprise is not known here"):
         open_checkpoint(str(tmp_path))
 
@@ -450,14 +489,15 @@ def test_a_full_disk_costs_no_earlier_checkpoint(tmp_path: Path) -> None:
 
 
 def test_a_run_may_continue_after_a_failed_write(tmp_path: Path) -> None:
-    store, warnings = CheckpointStore(str(tmp_path), limit=5), list[str]()
-    store.unwritten = warnings.append
+    store, said = CheckpointStore(str(tmp_path), limit=5), list[str]()
+    store.unwritten = said.append
     with full_disk():
         store.save(WIDE, info(1))
-        store._writer.submit(int).result()  # wait for the writer
-        assert len(warnings) == 1, "reported at once"
-        assert "the checkpoint of step 1 could not be written (File too large" in warnings[0]
-        assert warnings[0].endswith("the next one is tried when it is due")
+        while store._background.busy:
+            time.sleep(0.01)
+        assert len(said) == 1, "reported at once"
+        assert "the checkpoint of step 1 could not be written (File too large" in said[0]
+        assert said[0].endswith("another is tried in 60 s, or when it is due")
     store.save(state(2), info(2))
     store.wait()
     assert store.steps() == [2]
@@ -474,7 +514,7 @@ def test_running_out_of_memory_is_not_damage(tmp_path: Path, monkeypatch: pytest
     def empty(*_: Any, **__: Any) -> None:
         torch.zeros(1).resize_(2**58)
 
-    monkeypatch.setattr(store, "_read", empty)
+    monkeypatch.setattr("pretrain_xla.run_folder.checkpoint_reading.unpacked", empty)
     with pytest.raises(UserError, match="cannot be read: the host is out of memory") as caught:
         store.load(1)
     assert "damaged" not in str(caught.value)
@@ -483,6 +523,8 @@ def test_running_out_of_memory_is_not_damage(tmp_path: Path, monkeypatch: pytest
 def test_the_marker_says_what_the_checkpoint_is(tmp_path: Path) -> None:
     save(CheckpointStore(str(tmp_path), limit=1), 2.5)
     marker = json.loads((tmp_path / "step_00000001" / MARKER).read_text())
-    assert marker.pop("checksums").keys() == state().keys()
     assert marker.pop("seen") is marker.pop("tokenizer") is None
-    assert marker == {"step": 1, "valid_loss": 2.5, "data": "fingerprint", "config": CONFIG, "version": 2}
+    assert isinstance(marker.pop("index"), int)
+    assert isinstance(marker.pop("checksum"), int)
+    assert marker.pop("code") == f"pretrain_xla {pretrain_xla.__version__}, torch {torch.__version__}"
+    assert marker == {"step": 1, "valid_loss": 2.5, "data": "fingerprint", "config": CONFIG, "version": 3}

@@ -6,6 +6,7 @@ import io
 import pickle
 import tracemalloc
 import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch.distributed.checkpoint import metadata as dcp_metadata
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
 
 from pretrain_xla.errors import UserError
+from pretrain_xla.run_folder import checked_json
 from pretrain_xla.run_folder.checkpoint import CheckpointInfo, CheckpointStore
 from pretrain_xla.run_folder.checkpoint_metadata import ForbiddenName, read_metadata
 
@@ -131,6 +133,37 @@ def test_torchs_own_classes_are_not_changed() -> None:
     assert dcp_metadata.Metadata.version is None
 
 
+def nested(depth: int) -> bytes:
+    """A tuple of two tuples of two tuples …, as the key of a dictionary: its hash would take 2**depth steps."""
+    inner = b"".join(
+        pickle.BINGET + bytes([n]) + pickle.BINGET + bytes([n]) + pickle.TUPLE2 + pickle.MEMOIZE for n in range(depth)
+    )
+    return pickle.EMPTY_TUPLE + pickle.MEMOIZE + inner
+
+
+BOMBS = {
+    "nested tuples": pickle.EMPTY_DICT
+    + nested(60).replace(pickle.EMPTY_TUPLE, b"K\1\x85", 1)
+    + pickle.NONE
+    + pickle.SETITEM,
+    "a far place in the memo": b"N" + pickle.LONG_BINPUT + b"\xff\xff\xff\x7f",
+    "reserved memory": pickle.BYTEARRAY8 + (2**45).to_bytes(8, "little"),
+    "a registered extension": pickle.EXT1 + b"\1",
+    "a persistent object": b"N" + pickle.BINPERSID,
+    "a long text": pickle.BINUNICODE + b"\xff\xff\xff\xff",
+    "a set of bytes": pickle.EMPTY_SET,
+}
+
+
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_a_small_file_takes_neither_memory_nor_time(bomb: str) -> None:
+    tracemalloc.start()
+    with pytest.raises(ValueError):
+        read_metadata(io.BytesIO(pickle.PROTO + b"\4" + BOMBS[bomb] + pickle.STOP), {})
+    assert tracemalloc.get_traced_memory()[1] < 10**7
+    tracemalloc.stop()
+
+
 FALSE_METADATA: dict[str, tuple[Callable[[Any], object], str]] = {
     "10^15 elements": (
         lambda m: setattr(m.state_dict_metadata["a"], "size", torch.Size([10**9, 10**6])),
@@ -210,6 +243,60 @@ def test_many_tensors_in_the_same_bytes(store: CheckpointStore) -> None:
 
     change(store, repeat)
     with pytest.raises(UserError, match=r"its tensors are said to have 24,\d+ bytes, and"):
+        store.load(1)
+
+
+def test_no_pickle_of_a_checkpoint_with_an_index_is_read(tmp_path: Path) -> None:
+    """Not that in a tensor's file either, even if an attacker makes all checksums right."""
+    store = CheckpointStore(str(tmp_path / "run"), limit=1)
+    store.save({"b": torch.tensor(7)}, CheckpointInfo(1, None, "", {}))
+    store.close()
+    folder = tmp_path / "run" / "step_00000001"
+    buffer, rebuilt = io.BytesIO(), io.BytesIO()
+    torch.save(torch.tensor(7), buffer)
+    with zipfile.ZipFile(buffer) as old, zipfile.ZipFile(rebuilt, "w") as new:
+        for item in old.infolist():
+            pickled = pickle.dumps(Payload(tmp_path / "ran"))
+            new.writestr(item, pickled if item.filename.endswith("data.pkl") else old.read(item))
+    hostile = rebuilt.getvalue()
+    (folder / "__0_0.distcp").write_bytes(hostile)
+    (folder / ".metadata").write_bytes(pickled)
+    tree = checked_json.decode((folder / "index.json").read_bytes())
+    tree["tensors"]["b"]["blocks"][0] |= {"length": len(hostile), "checksum": zlib.crc32(hostile)}
+    tree["files"]["__0_0.distcp"]["size"] = len(hostile)
+    tree["files"][".metadata"] = {"size": len(pickled), "checksum": zlib.crc32(pickled)}
+    content = checked_json.encode(tree)
+    (folder / "index.json").write_bytes(content)
+    marker = checked_json.decode((folder / "checkpoint.json").read_bytes()) | {"index": zlib.crc32(content)}
+    (folder / "checkpoint.json").write_bytes(checked_json.encode(marker))
+    assert torch.equal(store.load(1)["b"], torch.tensor(7))
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"file": "../secret"}, "names a file elsewhere: '../secret'"),
+        ({"file": "/etc/passwd"}, "names a file elsewhere"),
+        ({"start": -1}, "a size that is none"),
+        ({"length": 10**9}, "__0_0.distcp is cut off or not there"),
+        ({"shape": [10**8, 10**7]}, "a is not stored in whole"),
+        ({"offsets": [1, 0]}, "a is not stored in whole"),
+        ({"offsets": [0]}, "offsets of other dimensions"),
+    ],
+)
+def test_a_false_index_is_refused(change: dict[str, Any], expected: str, tmp_path: Path) -> None:
+    store = CheckpointStore(str(tmp_path), limit=1)
+    store.save({"a": torch.arange(6.0).reshape(2, 3)}, CheckpointInfo(1, None, "", {}))
+    store.close()
+    folder = tmp_path / "step_00000001"
+    tree = checked_json.decode((folder / "index.json").read_bytes())
+    tree["tensors"]["a"]["blocks"][0] |= change
+    content = checked_json.encode(tree)
+    (folder / "index.json").write_bytes(content)
+    marker = checked_json.decode((folder / "checkpoint.json").read_bytes()) | {"index": zlib.crc32(content)}
+    (folder / "checkpoint.json").write_bytes(checked_json.encode(marker))
+    with pytest.raises(UserError, match=expected):
         store.load(1)
 
 

@@ -19,6 +19,7 @@ from pretrain_xla.interop.export import export_model
 from pretrain_xla.interop.from_checkpoint import resolve_architecture
 from pretrain_xla.interop.load import load_model
 from pretrain_xla.prepare.dataset import prepare
+from pretrain_xla.run_folder import checked_json
 from pretrain_xla.run_folder.tokenizer_check import tokenizer_of_run
 from pretrain_xla.tokenizers.fingerprint import TokenizerId, fingerprint
 from pretrain_xla.tokenizers.load import load_tokenizer
@@ -61,7 +62,9 @@ def config_of(datasets: Path, make_config: Make) -> Make:
 def remove_keys(path: Path, *keys: str) -> None:
     """Rewrite a JSON file as it was before these keys existed."""
     tree = json.loads(path.read_text())
-    path.write_text(json.dumps({key: value for key, value in tree.items() if key not in keys}))
+    checked = tree.pop("checksum", None) is not None
+    left = {key: value for key, value in tree.items() if key not in keys}
+    path.write_bytes(checked_json.encode(left) if checked else json.dumps(left).encode())
 
 
 def test_other_shards_are_accepted_and_another_tokenizer_is_refused(

@@ -109,15 +109,15 @@ def test_random_numbers_are_a_function_of_seed_and_process(make: Make) -> None:
     assert draw(2**62 + 1) == draw(2**62 + 1)
 
 
-def test_fetch_place_and_gather_copy(make: Make) -> None:
+def test_fetch_place_and_own_shards_copy(make: Make) -> None:
     runtime = make()
     tensor = torch.ones(3)
-    later, placed, gathered = runtime.fetch(tensor), runtime.place_like(tensor, None), runtime.gather({"a": tensor})
+    later, placed, (own,) = runtime.fetch(tensor), runtime.place_like(tensor, None), runtime.own_shards({"a": tensor})
     tensor.zero_()
-    for copy in (later.result(), placed, gathered["a"]):
+    for copy in (later.result(), placed, own.block):
         assert torch.equal(copy, torch.ones(3))
-    runtime.is_main = False
-    assert runtime.gather({"a": tensor}) == {}
+    runtime.process_index, runtime.process_count = 1, 2
+    assert runtime.own_shards({"a": tensor}) == [], "so small a tensor is the first process's"
 
 
 def test_a_batch_is_placed_unchanged(make: Make) -> None:

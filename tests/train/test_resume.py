@@ -12,10 +12,12 @@ from torch import Tensor
 
 from pretrain_xla.config import ModelConfig, RunConfig
 from pretrain_xla.errors import UserError
+from pretrain_xla.interop.load import load_model
 from pretrain_xla.model import GPT, initialize
 from pretrain_xla.run_folder.checkpoint import MARKER, CheckpointInfo, CheckpointStore
 from pretrain_xla.train.loss_scale import LossScale
 from pretrain_xla.train.resume import Start, check_same_model, find_start
+from pretrain_xla.train.run import run
 
 Make = Callable[..., RunConfig]
 
@@ -59,6 +61,50 @@ def test_a_run_continues_from_its_newest(make_config: Make) -> None:
     assert int(start.optimizer_tensor("step", torch.Size(()))) == 5
     start.release()
     assert start.tensors == {}
+
+
+def flip_a_bit(store: CheckpointStore, step: int, name: str) -> None:
+    """Change a tensor's bytes in its file."""
+    data = Path(store.folder(step)) / "__0_0.distcp"
+    content, values = bytearray(data.read_bytes()), store.load(step)[name].numpy().tobytes()
+    content[content.index(values) + len(values) // 2] ^= 2
+    data.write_bytes(content)
+
+
+@pytest.mark.usefixtures("tokens", "runtime")
+def test_damaged_tensors_cost_one_interval(make_config: Make, tmp_path: Path) -> None:
+    """The run continues from the checkpoint before, and writes the damaged one again; a named one is refused."""
+    config = make_config(
+        train={"train_steps": 6, "train_batch_size": 4, "valid_steps": 1, "eval_batch_size": 4},
+        checkpoint={"save_interval": 2},
+    )
+    run(config)
+    store = CheckpointStore(config.checkpoints_dir, limit=9)
+    expected = store.load(6)
+    for step in (4, 6):
+        flip_a_bit(store, step, "optimizer.second_moment.blocks.1.feed_forward.up.weight")
+    messages: list[str] = []
+    assert find_start(config, "", messages.append).step == 2
+    what = (
+        "is damaged (what is stored of optimizer.second_moment.blocks.1.feed_forward.up.weight is not what was written)"
+    )
+    assert messages[:2] == [
+        f"{store.folder(6)} {what}, so that checkpoint is skipped for that of step 4",
+        f"{store.folder(4)} {what}, so that checkpoint is skipped for that of step 2",
+    ]
+    for path in (store.folder(6), str(tmp_path / "run")):
+        named = {"train": {"from_checkpoint": path, "train_steps": 9}, "logging": {"run_dir": str(tmp_path / "other")}}
+        with pytest.raises(UserError, match="step_00000006 is damaged"):
+            find_start(make_config(**named), "", messages.append)
+    load_model(str(tmp_path / "run"))  # needs the model's tensors, which are whole
+    run(config)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in store.load(6).items())
+    for step in (2, 4, 6):
+        flip_a_bit(store, step, "model.embedding.weight")
+    with pytest.raises(UserError, match=r"step_00000002 is damaged .* and there is no other"):
+        find_start(config, "", messages.append)
+    with pytest.raises(UserError, match="step_00000006 is damaged"):
+        load_model(str(tmp_path / "run"))
 
 
 def test_a_run_continues_from_the_newest_intact_checkpoint(make_config: Make) -> None:

@@ -37,6 +37,7 @@ from pretrain_xla.runtime.base import GraphCounts, GraphEvent, Loss
 from pretrain_xla.runtime.peak_flops import tpu_peak
 from pretrain_xla.runtime.rows import device_numbers, rows_of
 from pretrain_xla.runtime.sharding import ACTIVATIONS, BATCH, check_model_fits, lookup, parameter_axes, resolve_mesh
+from pretrain_xla.runtime.shards import Shard
 from pretrain_xla.runtime.tpu_chip import find_chip
 from pretrain_xla.runtime.xla import graphs as xla_graphs
 from pretrain_xla.runtime.xla.compiled import CompiledFunction
@@ -44,6 +45,7 @@ from pretrain_xla.runtime.xla.environment import no_such_device, prepare_environ
 from pretrain_xla.runtime.xla.gradients import TracedModel, accumulate
 from pretrain_xla.runtime.xla.local_shards import MeshLayout, constrain_sharding, global_tensor, local_shard
 from pretrain_xla.runtime.xla.matrices import map_on_mesh
+from pretrain_xla.runtime.xla.own_shards import copy_own_shards
 from pretrain_xla.runtime.xla.scan import XlaScan, xla_barrier
 from pretrain_xla.runtime.xla.while_loop import RepeatedModule
 
@@ -320,13 +322,10 @@ class XlaRuntime:
         """See `base.Runtime.fetch`; a thread waits for the value while this one traces the next steps."""
         return self._fetcher.submit(lambda: value.detach().cpu())
 
-    def gather(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """See `base.Runtime.gather`. A sharded tensor is gathered on the devices first, on every host alike."""
-        if not self.is_spmd and not self.is_main:
-            return {}
+    def own_shards(self, tensors: Mapping[str, Tensor]) -> list[Shard]:
+        """See `base.Runtime.own_shards`."""
         with self.planned():
-            host = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
-        return host if self.is_main else {}
+            return copy_own_shards(tensors, self.process_index, self.process_count)
 
     @contextlib.contextmanager
     def watch(self) -> Iterator[None]:
