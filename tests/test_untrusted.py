@@ -5,6 +5,7 @@ from __future__ import annotations
 import bz2
 import gzip
 import io
+import itertools
 import json
 import lzma
 import time
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import zstandard
 
@@ -222,6 +225,27 @@ def test_a_decompression_bomb_is_read_only_to_the_limit(
         path = tmp_path / f"{name}.{suffix}"
         path.write_bytes(COMPRESSORS[suffix](text))
         refused(lambda action=action, path=path: action(str(path)), expected)
+
+
+def test_texts_that_parquet_stores_once(tmp_path: Path) -> None:
+    """A thousand texts of a megabyte in a kilobyte are read a few at a time."""
+    column = pa.DictionaryArray.from_arrays(pa.array(np.zeros(1000, np.int32)), pa.array(["x" * 10**6]))
+    for number, kind in enumerate((column, column.cast(pa.large_string()))):
+        path = tmp_path / f"{number}.parquet"
+        pq.write_table(pa.table({"text": kind}), path, compression="zstd")
+        del kind
+        before = pa.total_allocated_bytes()
+        for text in itertools.islice(read_documents(str(path)), 100):
+            assert len(text.text) == 10**6
+            assert pa.total_allocated_bytes() - before < 10**8
+
+
+def test_ids_that_parquet_stores_once(tmp_path: Path) -> None:
+    count = 10**7
+    rows = pa.ListArray.from_arrays(pa.array([0, count // 2, count]), pa.array(np.zeros(count, np.int16)))
+    pq.write_table(pa.table({"input_ids": rows}), tmp_path / "a.parquet", compression="zstd")
+    assert (tmp_path / "a.parquet").stat().st_size < 1000
+    refused(lambda: open_dataset(str(tmp_path), 8, 257), "bytes hold 10,000,000 ids, which no text does")
 
 
 def test_a_long_window_is_decompressed_in_chunks() -> None:

@@ -18,6 +18,7 @@ with an unknown magic number, the first bytes of other formats, text, an odd len
 from __future__ import annotations
 
 import io
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -36,6 +37,9 @@ SUFFIXES = (*WRITTEN_SUFFIXES, ".ds")
 DTYPES = (np.dtype("<u2"), np.dtype("<u4"))
 HEAD_BYTES = 4096  # that `layout` needs of a file
 
+# Remote shards are opened in several threads. Python 3.11's parser of literals, which numpy uses, fails if the garbage
+# collector lets another thread parse meanwhile ("AST constructor recursion depth mismatch").
+_PARSING = threading.Lock()
 _BIN_HEADER = 256 * 4
 _BIN_KINDS: dict[tuple[int, int], np.dtype[Any]] = {(20240520, 1): DTYPES[0], (20240801, 7): DTYPES[1]}
 _BIN_MAGICS = frozenset(magic for magic, _ in _BIN_KINDS)
@@ -96,7 +100,8 @@ def _npy(where: str, head: bytes) -> Layout:
     try:
         version = np.lib.format.read_magic(file)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, _, dtype = read(file)
+        with _PARSING:
+            shape, _, dtype = read(file)
     except Exception as error:  # numpy reads it as Python literals, with all errors of Python's parser
         raise UserError(
             f"{where}: not a complete .npy file ({' '.join(str(error).split())[:80]}): remove it or write it again"

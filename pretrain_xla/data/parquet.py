@@ -22,8 +22,9 @@ from pretrain_xla.errors import UserError
 
 COLUMN = "input_ids"
 _WRITTEN_BLOCK = 1024  # tokens in a row that we write
-_ROWS_AT_A_TIME = 1024
+_ROWS_AT_A_TIME, _TOKENS_AT_A_TIME = 1024, 2**24
 _TAIL = 2**16
+_MOST_TOKENS_PER_BYTE = 1000  # of a file; more than a megabyte of zeros has
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,13 @@ def summarise(where: str, size: int, read: Callable[[int, int], bytes]) -> Parqu
             raise UserError(f"{where}: has a negative token id: tokenise it again without padding or labels")
         max_id = max(int(statistics.max) for statistics in known)
     small = (kind.bit_width == 16 and not pa.types.is_signed_integer(kind)) or (max_id is not None and max_id < 2**16)
-    return ParquetSummary(sum(group.num_values for group in groups), DTYPES[0 if small else 1], max_id)
+    tokens = sum(group.num_values for group in groups)
+    if tokens > _MOST_TOKENS_PER_BYTE * size + 2**20:
+        raise UserError(
+            f"{where}: says that its {size:,} bytes hold {tokens:,} ids, which no text does: damaged, or made to fill the "
+            "memory: tokenise it again"
+        )
+    return ParquetSummary(tokens, DTYPES[0 if small else 1], max_id)
 
 
 def _column(where: str, metadata: Any) -> tuple[int, Any]:
@@ -100,7 +107,7 @@ def blocks(where: str, path: str, dtype: np.dtype[Any]) -> Iterator[np.ndarray]:
     short_row_seen = False
     try:
         with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=_ROWS_AT_A_TIME, columns=[COLUMN]):
+            for batch in file.iter_batches(batch_size=_rows_at_a_time(where, file.metadata), columns=[COLUMN]):
                 rows = batch.column(0)
                 ids = rows.flatten()
                 if rows.null_count or ids.null_count:
@@ -116,6 +123,12 @@ def blocks(where: str, path: str, dtype: np.dtype[Any]) -> Iterator[np.ndarray]:
                 yield _checked(where, ids.to_numpy(zero_copy_only=False), dtype)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{where}: damaged ({_brief(error)}): write it again or remove it") from None
+
+
+def _rows_at_a_time(where: str, metadata: Any) -> int:
+    column, _ = _column(where, metadata)
+    tokens = sum(metadata.row_group(group).column(column).num_values for group in range(metadata.num_row_groups))
+    return max(1, min(_ROWS_AT_A_TIME, _TOKENS_AT_A_TIME * metadata.num_rows // max(tokens, 1)))
 
 
 def _checked(where: str, ids: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import pickle
 import re
 import struct
+import time
 
 import fsspec
 import numpy as np
@@ -18,9 +20,11 @@ from hypothesis import strategies as st
 from pretrain_xla.config import DataConfig
 from pretrain_xla.data.batches import Batches
 from pretrain_xla.data.dataset import open_dataset, open_shards
+from pretrain_xla.data.formats import layout
 from pretrain_xla.data.shards import ShardWriter, open_shard
 from pretrain_xla.errors import UserError
 from pretrain_xla.storage.files import filesystem
+from pretrain_xla.storage.remote import concurrently
 from tests.shard_writers import WRITERS, blocks, build_nano_gpt, litdata, llm_c, nano_gpt
 
 LOCAL = filesystem(".")[0]
@@ -323,3 +327,28 @@ def test_real_shards_are_read_unchanged(shared):
         tokens = np.fromfile(path, np.uint16)
         assert dataset.shards[0].format == "raw"
         np.testing.assert_array_equal(dataset.gather(0, np.array([0]), len(tokens))[0], tokens)
+
+
+def test_headers_are_parsed_in_many_threads_at_once(tmp_path):
+    """Python's parser of literals fails if the garbage collector runs in it and lets another thread parse."""
+
+    class Garbage:
+        def __init__(self):
+            self.itself = self
+
+        def __del__(self):
+            time.sleep(0)  # lets other threads run, as closing a file does
+
+    def tokens(number):
+        Garbage()
+        return layout("0.npy", len(head), head).tokens
+
+    np.save(tmp_path / "0.npy", np.arange(9, dtype=np.uint16))
+    head = (tmp_path / "0.npy").read_bytes()
+    before = gc.get_threshold()
+    gc.set_threshold(5)
+    try:
+        found = concurrently(tokens, range(1000), 16)
+    finally:
+        gc.set_threshold(*before)
+    assert set(found) == {9}

@@ -1,6 +1,9 @@
 """A column of text from a Parquet or Arrow file, a batch of rows at a time.
 
 `a.b` is the field `b` of the column `a`, unless a column has that very name.
+
+Parquet stores repeated texts once: a file of a kilobyte may hold a thousand texts of ten megabytes. So texts are looked up for
+a few rows at a time.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from pretrain_xla.errors import UserError
 from pretrain_xla.text.reading import Bad
 
 ROWS = 1024  # at a time: some MB of web pages
+_TEXTS = 16  # of them as strings at a time
 # Bytes are text whose writer did not declare it as such: Impala, Hive, old versions of Spark.
 _TEXT = (
     pa.types.is_string,
@@ -45,6 +49,7 @@ def read_column(
         if kind == "parquet":
             file = pq.ParquetFile(raw)
             path = check_column(file.schema_arrow, where, column)
+            file = pq.ParquetFile(raw, metadata=file.metadata, read_dictionary=[".".join(path)])
             yield from _texts(file.iter_batches(ROWS, columns=[column]), path, where, file.metadata.num_rows)
         else:
             reader = _arrow(raw)
@@ -116,7 +121,7 @@ def _arrow_batches(reader: Any) -> Iterator[Any]:
 
 def _texts(batches: Iterator[Any], path: list[str], where: str, rows: int | None) -> Iterator[tuple[str | Bad, float]]:
     done = 0
-    for batch in batches:
+    for batch in (part.slice(begin, _TEXTS) for part in batches for begin in range(0, part.num_rows, _TEXTS)):
         try:
             texts: list[str | Bad | None] = [*texts_of(batch, path)]
         except UnicodeDecodeError:
