@@ -65,6 +65,7 @@ MODERN = {"activation": "silu", "gated": True, "norm": "rmsnorm", "positions": "
 OURS = {
     "optim_type": "muon",
     "muon_scale": "original",
+    "base_d_model": 192,
     "embedding_learning_rate": 0.3,
     "head_learning_rate": 0.008,
     "scalar_learning_rate": 0.008,
