@@ -48,16 +48,16 @@ SIZES = {
     "2M": Size(
         *(192, 4, 3, 768, 512),
         steps=400,
-        budgets=(0.1, 0.2, 0.3, 0.5),
+        budgets=(0.05, 0.1, 0.2, 0.3),
         targets=(0.2, 0.3, 0.5),
-        learning_rates={"baseline": 1e-3, "baseline_tuned": 4e-3, "modern": 4e-3, "ours": 0.02},
+        learning_rates={"baseline": 1e-3, "baseline_tuned": 2e-3, "modern": 2e-3, "ours": 0.02},
     ),
     "8M": Size(
         *(320, 6, 5, 1280, 864),
         steps=400,
         budgets=(0.15, 0.25, 0.35, 0.55),
         targets=(0.25, 0.35, 0.55),
-        learning_rates={"baseline": 1e-3, "baseline_tuned": 4e-3, "modern": 4e-3, "ours": 0.02},
+        learning_rates={"baseline": 1e-3, "baseline_tuned": 2e-3, "modern": 2e-3, "ours": 0.02},
     ),
 }
 
@@ -69,7 +69,7 @@ OURS = {
     "embedding_learning_rate": 0.3,
     "head_learning_rate": 0.008,
     "scalar_learning_rate": 0.008,
-    "betas": [0.9, 0.95],
+    "betas": [0.8, 0.95],
     "decay_method": "wsd",
     "warmup_steps": 0,
     "cooldown_fraction": 0.6,
