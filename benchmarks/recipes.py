@@ -30,7 +30,7 @@ class Size:
         steps: budget of all recipes but `ours`.
         budgets: of `ours`, as shares of it.
         targets: largest shares of the tokens of `baseline`, `baseline_tuned` and `modern` that `ours` may need.
-        learning_rates: to be replaced by the best ones of a sweep on seed 0; only a few have been tried (docs/LOG.md).
+        learning_rates: the best of those tried on seed 0 (docs/LOG.md); nanoGPT's own for `baseline`.
     """
 
     d_model: int
@@ -50,14 +50,14 @@ SIZES = {
         steps=400,
         budgets=(0.05, 0.1, 0.2, 0.3),
         targets=(0.2, 0.3, 0.5),
-        learning_rates={"baseline": 1e-3, "baseline_tuned": 2e-3, "modern": 2e-3, "ours": 0.02},
+        learning_rates={"baseline": 1e-3, "baseline_tuned": 1e-3, "modern": 2e-3, "ours": 0.02},
     ),
     "8M": Size(
         *(320, 6, 5, 1280, 864),
         steps=400,
         budgets=(0.15, 0.25, 0.35, 0.55),
         targets=(0.25, 0.35, 0.55),
-        learning_rates={"baseline": 1e-3, "baseline_tuned": 2e-3, "modern": 2e-3, "ours": 0.02},
+        learning_rates={"baseline": 1e-3, "baseline_tuned": 1e-3, "modern": 2e-3, "ours": 0.02},
     ),
 }
 
@@ -85,7 +85,7 @@ def recipe(contestant: str, size: Size, steps: int, learning_rate: float | None 
         tree["model"] |= MODERN | {"d_ff": size.gated_d_ff}
     if contestant == "ours":
         tree["model"] |= {"init": "mup", "tie_weights": False, "embedding_norm": True}
-        tree["optim"] |= OURS
+        tree["optim"] |= OURS | {"muon_momentum_warmup": min(300, steps // 2)}
         return tree
     tree["optim"] |= {
         "min_lr_fraction": 0.1,
@@ -101,6 +101,8 @@ def recipe(contestant: str, size: Size, steps: int, learning_rate: float | None 
 ABLATIONS: dict[str, Tree] = {
     "muon": {"optim": {"optim_type": "adamw", "learning_rate": 0.008}},
     "polar_express": {"optim": {"muon_polynomials": "quintic"}},
+    "momentum_warmup": {"optim": {"muon_momentum_warmup": 0}},
+    "betas": {"optim": {"betas": [0.9, 0.95]}},
     "long_cooldown": {"optim": {"cooldown_fraction": 0.2}},
     "no_warmup": {"optim": {"warmup_steps": 8}},
     "zero_init": {"model": {"init": "gpt2"}},
