@@ -84,18 +84,20 @@ class Runs:
 
     def results(self, jobs: Sequence[Job]) -> list[dict[str, Any]]:
         """The results of several runs, in order."""
+        once = {self._key(tree, seed): (name, tree, seed) for name, tree, seed in reversed(jobs)}
         with ThreadPoolExecutor(self.jobs) as pool:
-            futures = [pool.submit(self.result, *job) for job in jobs]
+            futures = [pool.submit(self.result, *job) for job in reversed(once.values())]
             try:
-                return [future.result() for future in futures]
+                for future in futures:
+                    future.result()
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
+        return [self.result(*job) for job in jobs]
 
     def result(self, name: str, tree: Tree, seed: int) -> dict[str, Any]:
         """The result of a config with a seed: `loss` (validation, inf where it diverged), `tokens`, `seconds`, `flops` …"""
-        tree = tree | {"parallel": {"runtime": self.runtime}}
-        key = hashlib.sha256(json.dumps([tree, seed], sort_keys=True).encode()).hexdigest()[:16]
+        key = self._key(tree, seed)
         if key not in self.done:
             cores = self._free.get()
             try:
@@ -107,6 +109,10 @@ class Runs:
             self.done[key] = row
         return self.done[key]
 
+    def _key(self, tree: Tree, seed: int) -> str:
+        whole = tree | {"parallel": {"runtime": self.runtime}}
+        return hashlib.sha256(json.dumps([whole, seed], sort_keys=True).encode()).hexdigest()[:16]
+
     def loss(self, name: str, tree: Tree, seed: int) -> float:
         """Final validation loss of a config with a seed."""
         return float(self.result(name, tree, seed)["loss"])
@@ -115,6 +121,7 @@ class Runs:
         run_dir, file = self.folder / f"run_{key}", self.folder / f"{key}.yaml"
         tree = {
             **tree,
+            "parallel": {"runtime": self.runtime},
             "train": tree["train"] | {"seed": seed},
             "data": {"train_dir": str(self.data / "train"), "valid_dir": str(self.data / "valid")},
             "logging": tree["logging"] | {"run_dir": str(run_dir)},
@@ -162,6 +169,8 @@ def _last_valid_loss(run_dir: Path) -> float:
 def prepare_text(texts: Sequence[str], folder: Path) -> Path:
     """Tokenize the text once, with a byte-level BPE that is trained on it; documents are held out by their hash."""
     data = folder / f"data_{hashlib.sha256(' '.join(texts).encode()).hexdigest()[:8]}"
+    if (data / "dataset.json").exists():
+        return data
     sources = list(texts) or ["quickstart"]
     weights = ["--weights", ":".join("1" * len(sources))] if len(sources) > 1 else []
     options = [*weights, "--train-vocab-size", str(VOCAB_SIZE), "--valid-fraction", "0.02"]
