@@ -207,13 +207,9 @@ class CheckpointStore:
         with contextlib.closing(self.stored(step)) as stored:
             return {name: stored[name] for name in stored if name.startswith(prefix)}
 
-    def save(self, state: Mapping[str, Tensor] | list[Shard], info: CheckpointInfo) -> None:
-        """Write a state in the background, after the write before; an error of that one is raised here, unless `unwritten` is
-        set. If that one hangs, nothing is written.
-
-        Args:
-            state: this process's shards, a list that is emptied; or all tensors, on the host, if this process is alone.
-            info: what the marker says.
+    def is_ready(self) -> bool:
+        """Wait for the write before, and say whether another can begin: not if that one hangs. An error of it is raised here,
+        unless `unwritten` is set.
 
         Raises:
             UserError: the earlier write failed (disk full, no permission …).
@@ -223,7 +219,20 @@ class CheckpointStore:
         except NotWritten:
             if self.unwritten is None:
                 raise
-        if self._background.busy or (self._processes > 1 and info.step == self._saved):
+        return not self._background.busy
+
+    def save(self, state: Mapping[str, Tensor] | list[Shard], info: CheckpointInfo) -> None:
+        """Write a state in the background, if the store is ready; see `is_ready`.
+
+        Args:
+            state: this process's shards, a list that is emptied; or all tensors, on the host, if this process is alone. They
+                must stay as they are until the store is ready again.
+            info: what the marker says.
+
+        Raises:
+            UserError: the earlier write failed (disk full, no permission …).
+        """
+        if not self.is_ready() or (self._processes > 1 and info.step == self._saved):
             return
         shards = state if isinstance(state, list) else whole(state)
         self._failed, self._told_hanging = None, False

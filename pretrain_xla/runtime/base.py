@@ -169,7 +169,8 @@ class Runtime(Protocol):
     def own_shards(self, tensors: Mapping[str, Tensor]) -> list[Shard]:
         """Host copies of this process's share of global tensors, complete when this returns.
 
-        Every process calls it. Together the shards of all processes are the whole tensors, each element once.
+        Every process calls it. Together the shards of all processes are the whole tensors, each element once. The copies are
+        valid until the next call, which may reuse their memory.
         """
 
     def watch(self) -> AbstractContextManager[Any]:

@@ -29,7 +29,7 @@ from pretrain_xla.runtime.base import Forward, GraphCounts, GraphEvent, Loss, Re
 from pretrain_xla.runtime.launched import RENDEZVOUS, launched
 from pretrain_xla.runtime.peak_flops import gpu_peak
 from pretrain_xla.runtime.rows import rows_of
-from pretrain_xla.runtime.shards import Shard, divide_rows
+from pretrain_xla.runtime.shards import Rows, Shard, divide_rows
 from pretrain_xla.runtime.torch_waits import watch_waits
 from pretrain_xla.system_faults import reason
 
@@ -104,6 +104,7 @@ class TorchRuntime:
         self.compute_dtype = DTYPES[config.train.mixed_precision]
         self.mesh = {"data": self.process_count}
         self._fetcher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="fetch")
+        self._host_copies: dict[Rows, Tensor] = {}
         self._counts = GraphCounts()
         self._events: list[GraphEvent] = []
         self._warming_up = False
@@ -256,12 +257,17 @@ class TorchRuntime:
         return self._fetcher.submit(wait)
 
     def own_shards(self, tensors: Mapping[str, Tensor]) -> list[Shard]:
-        """See `base.Runtime.own_shards`; on CUDA through pinned memory, all copies at once."""
+        """See `base.Runtime.own_shards`; on CUDA through pinned memory, all copies at once.
+
+        The memory is kept for the next call: most of a first copy's time goes into getting it from the system.
+        """
         shards = []
         for rows in divide_rows(tensors, self.process_index, self.process_count):
             tensor = tensors[rows.name].detach()
-            own = rows.of(tensor)
-            host = torch.empty(own.shape, dtype=own.dtype, pin_memory=self.device.type == "cuda")
+            own, host = rows.of(tensor), self._host_copies.get(rows)
+            if host is None:
+                host = torch.empty(own.shape, dtype=own.dtype, pin_memory=self.device.type == "cuda")
+                self._host_copies[rows] = host
             shards.append(rows.shard(tensor, host.copy_(own, non_blocking=True)))
         with self.planned():
             self.wait()

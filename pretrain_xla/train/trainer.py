@@ -308,6 +308,8 @@ class Trainer:
                 "weights are good"
             )
             return
+        if not self.start.store.is_ready():  # before the copy, so that there are never two
+            return
         shards = list(unstack_shards(self.runtime.own_shards(self.step.named_state())))
         measured, loss = self._measured
         info = CheckpointInfo(
