@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # a command imports what it needs, so that a missing package 
 COMMANDS = """usage: python -m pretrain_xla COMMAND [--help]
 
   train            train a model, or only evaluate it (--mode evaluate)
+  supervise        run the command after `--`, and start it again if it ends before it is done
   verify           make steps of a run again, and compare their losses bit for bit with those logged
   preflight        estimate memory, time and cost of a training step on a TPU, without one
   trace            print the model as a tree: shapes, parameters, operations
@@ -48,6 +49,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(__version__)
     elif command == "train":
         pretrain(rest, program="python -m pretrain_xla train")
+    elif command == "supervise":
+        from pretrain_xla.supervise import supervise_command
+
+        if status := supervise_command(rest):
+            raise SystemExit(status)
     elif command == "verify":
         from pretrain_xla.train.verify import verify_command
 
