@@ -68,6 +68,7 @@ def measure(kind: str, rounds: int, steps: int) -> None:
     from pretrain_xla.config_file import load_yaml
     from pretrain_xla.run_folder.metrics import read_metrics
     from pretrain_xla.runtime import start
+    from pretrain_xla.train.step import METRICS
     from pretrain_xla.train.trainer import Trainer
 
     tree = load_yaml(str(ROOT / "configs" / "quickstart.yaml"))
@@ -94,7 +95,7 @@ def measure(kind: str, rounds: int, steps: int) -> None:
     else:
         sync = runtime.wait
     plain = textbook(config, trainer.batches, runtime.device, sync)
-    history = [runtime.place_like(torch.zeros(config.logging.log_interval, 3), None)]
+    history = [runtime.place_like(torch.zeros(config.logging.log_interval, len(METRICS)), None)]
     traced: list[float] = []
 
     def ours(first: int, count: int) -> tuple[float, float]:
