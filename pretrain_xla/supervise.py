@@ -135,6 +135,7 @@ class _Child:
     def __init__(self) -> None:
         self.asked: int | None = None
         """The first signal that asked the supervisor to stop."""
+        self._since = time.time()  # --stop-after counts from here over all starts
         self._process: subprocess.Popen[bytes] | None = None
         self._previous: dict[int, object] = {}
 
@@ -155,7 +156,11 @@ class _Child:
         begin = time.monotonic()
         try:
             process = subprocess.Popen(
-                command, stderr=subprocess.PIPE, process_group=0, preexec_fn=_end_with_parent(os.getpid())
+                command,
+                stderr=subprocess.PIPE,
+                process_group=0,
+                preexec_fn=_end_with_parent(os.getpid()),
+                env={**os.environ, "PRETRAIN_XLA_SUPERVISED_SINCE": str(self._since)},
             )
         except OSError as error:
             raise UserError(f"{command[0]}: cannot be started: {error.strerror or error}") from None

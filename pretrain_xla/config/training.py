@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from pretrain_xla.config.duration import Duration
 from pretrain_xla.config.section import NonNegative, NonNegativeFloat, Positive, PositiveFloat, Section
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -163,5 +164,8 @@ class TrainConfig(Section):
     hang_timeout: PositiveFloat | None = 1800.0
     """Seconds without progress after which the run prints the stack of every thread and exits with status 75, for a supervisor
     to start it again. Must be longer than the longest compilation. None means that it may hang."""
+    stop_after: Duration | None = None
+    """Stop this long after the start, as after SIGTERM: finish the step, save, and exit with status 143. Such as 8h30m: a bit
+    less than the machine is lent for. The same command continues. None means no limit."""
     strict_graph: bool = False
     """Stop the run if, after the first step, a step recompiles, falls back to the host or waits for the device."""

@@ -20,7 +20,7 @@ from pretrain_xla.run_folder.checkpoint_marker import CheckpointInfo, DataPositi
 WITHOUT_EFFECT = {
     "init", "train_dir", "cache_dir", "cache_gb", "remote_reads", "prefetch_batches", "mode", "from_checkpoint",
     "strict_graph", "topology", "compile_cache", "max_skipped_updates",
-    "hang_timeout",
+    "hang_timeout", "stop_after",
 }  # fmt: skip
 """Settings that do not change what a resumed run computes."""
 

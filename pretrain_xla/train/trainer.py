@@ -43,6 +43,7 @@ from pretrain_xla.train.resume import Start, find_start
 from pretrain_xla.train.samples import Samples
 from pretrain_xla.train.skipped_updates import SkippedUpdates
 from pretrain_xla.train.step import METRICS, TrainStep, step_seed
+from pretrain_xla.train.stop_after import stopping_after
 from pretrain_xla.train.stop_signal import StopSignal
 from pretrain_xla.train.watchdog import Watchdog
 
@@ -168,6 +169,7 @@ class Trainer:
             stack.push(self._record_rest)
             self.metrics.input_seconds = lambda: batches.seconds_waited
             stack.enter_context(self.runtime.watch())
+            stack.enter_context(stopping_after(train.stop_after))
             for done, tokens in enumerate(batches, start=first + 1):
                 self._one_step(done, tokens)
                 if stop.signal is not None:
