@@ -47,6 +47,23 @@ class Interrupted(Exception):
         self.signal = signal
 
 
+LOST = 75
+"""Exit status after another process of the run was lost (EX_TEMPFAIL of sysexits.h): the same command can succeed again."""
+
+
+class AnotherFailed(Exception):
+    """Another process of the run failed or was lost, and this one ends with it. The command line exits with `status`.
+
+    printed: whether the user has seen the message.
+    """
+
+    printed = False
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(redacted(message))
+        self.status = status
+
+
 def missing_package(error: ImportError) -> str | None:
     """What to install, in one line. None means that this is not a package that we require."""
     package = (error.name or "").split(".")[0]
@@ -85,6 +102,10 @@ def guarded(function: Callable[..., None]) -> Callable[..., None]:
         except UserError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
             raise SystemExit(2) from None
+        except AnotherFailed as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            error.printed = True
+            raise SystemExit(error.status) from None
         except ModuleNotFoundError as error:
             if (line := missing_package(error)) is None:
                 raise
@@ -95,7 +116,8 @@ def guarded(function: Callable[..., None]) -> Callable[..., None]:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise SystemExit(1) from None
         except Interrupted as error:
-            print(str(error), file=sys.stderr, flush=True)
+            if str(error):
+                print(str(error), file=sys.stderr, flush=True)
             raise SystemExit(128 + error.signal) from None
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr, flush=True)

@@ -46,10 +46,17 @@ LIBRARIES = (
 
 
 class Fork:
-    """A started command."""
+    """A started command. A server runs one at a time: for several, number the servers."""
 
-    def __init__(self, command: Sequence[str], environment: dict[str, str], cwd: Path, streams: Sequence[str]) -> None:
-        self._server = _server()
+    def __init__(
+        self,
+        command: Sequence[str],
+        environment: dict[str, str],
+        cwd: Path,
+        streams: Sequence[str],
+        server: int = 0,
+    ) -> None:
+        self._server = _server(server)
         assert self._server.stdin
         assert self._server.stdout
         request = {"command": list(command), "cwd": str(cwd), "environment": environment, "streams": list(streams)}
@@ -86,8 +93,8 @@ def run(
 
 
 @functools.cache
-def _server() -> subprocess.Popen[bytes]:
-    """The server of this test process; it ends when its standard input is closed."""
+def _server(number: int) -> subprocess.Popen[bytes]:
+    """A server of this test process; it ends when its standard input is closed."""
     # numpy's OpenBLAS would start threads on import, and a fork has only one thread.
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OPENBLAS_NUM_THREADS": "1"}
     command = [sys.executable, __file__]

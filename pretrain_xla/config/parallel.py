@@ -35,6 +35,9 @@ class ParallelConfig(Section):
     ddp_backend: Literal["nccl", "gloo"] | None = None
     """torch under torchrun: backend of torch.distributed. None means nccl on CUDA, gloo on the CPU."""
 
+    host_timeout: Annotated[float, Field(ge=1)] = 40.0
+    """Several processes: seconds without a sign of life after which one counts as lost, and the others end with an error."""
+
     @property
     def is_multiprocess(self) -> bool:
         """Whether the xla runtime runs one process per device."""

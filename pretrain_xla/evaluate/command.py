@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -91,8 +92,8 @@ def _evaluate(flags: EvaluateFlags) -> None:
         mixed_precision=flags.mixed_precision,
         mesh=(flags.mesh_fsdp, flags.mesh_tensor),
     )
-    model = runtime.prepare_model(model, Execution())
-    try:
+    with contextlib.closing(runtime), runtime.hosts:
+        model = runtime.prepare_model(model, Execution())
         console = Console(enabled=runtime.is_main)
         if runtime.is_main:
             loaded.print_notes()
@@ -114,8 +115,6 @@ def _evaluate(flags: EvaluateFlags) -> None:
                 console.print(f"{sum(counts.graphs.values())} graphs compiled, {counts.compile_seconds:.0f} s")
             if flags.output is not None:
                 _write(flags.output, loaded.where, results, counts.graphs)
-    finally:
-        runtime.close()
 
 
 def build(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -49,8 +48,6 @@ class Console:
             f"{config.tokens_per_step:,} tokens each; files in {config.run_dir}"
         )
         self.print(f"attention: {runtime.attention}")
-        if (line := what_hosts_share(config, runtime.host_count)) is not None:
-            self.note(line)
 
     def validation(self, row: Row) -> None:
         """Print a validation result."""
@@ -124,29 +121,6 @@ class Console:
     def is_terminal(self) -> bool:
         """Whether the output is a terminal."""
         return self._enabled and self._console.is_terminal
-
-
-def what_hosts_share(config: RunConfig, hosts: int) -> str | None:
-    """What a run on several machines needs of its local folders. None means it is on one, or everything is in buckets.
-
-    A line, no refusal: a network disk looks like a local one, and is right.
-    """
-    data = config.data
-    folders = {"checkpoints_dir": config.checkpoints_dir, "train_dir": data.train_dir, "valid_dir": data.valid_dir}
-    if config.train.from_checkpoint is not None and os.path.exists(config.train.from_checkpoint):
-        folders["from_checkpoint"] = config.train.from_checkpoint
-    local = [f"{key}={folder}" for key, folder in folders.items() if "://" not in folder]
-    if hosts < 2 or not local:
-        return None
-    resumes = (
-        "; one that does not see the newest checkpoint begins at another step than the others"
-        if local[0].startswith("checkpoints_dir")
-        else ""
-    )
-    return (
-        f"this run has {hosts} hosts, and each must see the same files in {', '.join(local)}: put them on a disk that all "
-        f"share, or in a bucket (gs://…){resumes}"
-    )
 
 
 class TrainingBar:

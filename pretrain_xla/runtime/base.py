@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain_xla.model import GPT, Execution
+from pretrain_xla.runtime.hosts import Hosts
 from pretrain_xla.runtime.shards import Shard
 
 Forward = Callable[..., Tensor]
@@ -86,6 +87,8 @@ class Runtime(Protocol):
     warnings: Sequence[str]
     """Notes on the devices for the user, one line each; `start` prints them."""
     compute_dtype: torch.dtype
+    hosts: Hosts
+    """The processes of the run, and how they agree."""
     process_index: int
     process_count: int
     host_count: int
@@ -191,8 +194,5 @@ class Runtime(Protocol):
     def wait(self) -> None:
         """Wait until the devices have finished all their work."""
 
-    def barrier(self) -> None:
-        """Wait until every process has called it."""
-
     def close(self) -> None:
-        """Release the devices and the process group."""
+        """Leave together with the other processes, and release the devices and the process group."""

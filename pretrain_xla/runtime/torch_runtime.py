@@ -6,7 +6,6 @@ import contextlib
 import os
 import resource
 import shutil
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -26,12 +25,13 @@ from pretrain_xla.model import GPT, Execution
 from pretrain_xla.model.torch_rewrite import optimize_for_torch
 from pretrain_xla.optim.matrices import map_shares, map_stacks
 from pretrain_xla.runtime.base import Forward, GraphCounts, GraphEvent, Loss, Repeat
-from pretrain_xla.runtime.launched import RENDEZVOUS, launched
+from pretrain_xla.runtime.hosts import Hosts, JoinedHosts
+from pretrain_xla.runtime.launched import launched
 from pretrain_xla.runtime.peak_flops import gpu_peak
+from pretrain_xla.runtime.rendezvous import join, torchrun_meeting
 from pretrain_xla.runtime.rows import rows_of
 from pretrain_xla.runtime.shards import Rows, Shard, divide_rows
 from pretrain_xla.runtime.torch_waits import watch_waits
-from pretrain_xla.system_faults import reason
 
 # torch 2.9 warns so about its own defaults.
 warnings.filterwarnings("ignore", message="Please use the new API settings to control TF32")
@@ -47,7 +47,7 @@ class TorchRuntime:
 
     name = "torch"
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, hosts: Hosts | None = None) -> None:
         parallel = config.parallel
         has_cuda = torch.cuda.is_available()
         kind = ("cuda" if has_cuda else "cpu") if parallel.device == "auto" else parallel.device
@@ -77,27 +77,26 @@ class TorchRuntime:
             )
         self.device = torch.device(kind, local_rank) if kind == "cuda" else torch.device("cpu")
         self.distributed = one.distributed
-        if one.note is not None:
-            print(f"note: {one.note}", file=sys.stderr, flush=True)
-        if self.distributed:
-            backend = parallel.ddp_backend or ("nccl" if kind == "cuda" else "gloo")
-            if backend == "nccl" and kind != "cuda":
-                raise UserError("ddp_backend=nccl needs CUDA: use --ddp-backend gloo on a CPU")
-            try:
-                dist.init_process_group(backend, device_id=self.device if kind == "cuda" else None)
-            except (dist.DistError, RuntimeError, ValueError) as error:
-                raise UserError(
-                    f"process {one.rank} of {one.world_size} cannot reach the others at {os.environ['MASTER_ADDR']}:"
-                    f"{os.environ['MASTER_PORT']} ({reason(error)}): start all of them, or unset {' '.join(RENDEZVOUS)} to run "
-                    "alone"
-                ) from error
+        backend = parallel.ddp_backend or ("nccl" if kind == "cuda" else "gloo")
+        if self.distributed and backend == "nccl" and kind != "cuda":
+            raise UserError("ddp_backend=nccl needs CUDA: use --ddp-backend gloo on a CPU")
+        self.hosts = join(torchrun_meeting(), parallel.host_timeout) if hosts is None else hosts
+        if isinstance(self.hosts, JoinedHosts):
+            dist.init_process_group(
+                backend,
+                store=self.hosts.store(),
+                rank=self.process_index,
+                world_size=self.process_count,
+                device_id=self.device if kind == "cuda" else None,
+            )
+        self.hosts.devices_are_open()
         if kind == "cuda":
             torch.cuda.set_device(self.device)
         # On the device from the start: copied in each step, it would make the host wait.
         self._process_number = torch.tensor([self.process_index], device=self.device)
         if torch.get_float32_matmul_precision() != config.train.matmul_precision:
             torch.set_float32_matmul_precision(config.train.matmul_precision)
-        self.is_main = self.process_index == 0
+        self.is_main = self.hosts.is_first
         self.device_count = self.process_count
         self.device_name = torch.cuda.get_device_name(self.device) if kind == "cuda" else "CPU"
         self.peak_flops = gpu_peak(self.device_name) if kind == "cuda" else None
@@ -322,14 +321,10 @@ class TorchRuntime:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def barrier(self) -> None:
-        """See `base.Runtime.barrier`."""
-        if self.distributed:
-            dist.barrier()
-
     def close(self) -> None:
         """See `base.Runtime.close`."""
         self._fetcher.shutdown(wait=True)
+        self.hosts.close()
         if self.distributed:
             dist.destroy_process_group()
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +21,13 @@ from pretrain_xla.run_folder.checkpoint_open import open_checkpoint
 from pretrain_xla.run_folder.data_position import has_other_data
 from pretrain_xla.run_folder.tensor_checks import check_finite, check_names
 from pretrain_xla.run_folder.tokenizer_check import check_same_tokenizer, tokenizer_of_checkpoint, tokenizer_of_run
+from pretrain_xla.runtime import Hosts
 from pretrain_xla.tokenizers.fingerprint import TokenizerId
 from pretrain_xla.tokenizers.load import known_tokenizers
 from pretrain_xla.train.loss_scale import LossScale
+
+LOADS = 3600.0
+"""Seconds in which all hosts must have read a checkpoint, when the first has."""
 
 
 @dataclass
@@ -89,20 +95,42 @@ class Start:
             for name, tensor in wanted.items():
                 tensor.copy_(self.tensors[name])
 
+    def digest(self) -> str:
+        """The same on two hosts that loaded the same checkpoint."""
+        known = None if self.info is None else asdict(self.info)
+        return hashlib.sha256(json.dumps([known, sorted(self.tensors)]).encode()).hexdigest()
+
     def release(self) -> None:
         """Free the host copies once the devices have them."""
         self.tensors = {}
 
 
-def find_start(config: RunConfig, data_fingerprint: str, say: Callable[[str], None]) -> Start:
-    """Decide where the run starts, and load the state.
+def find_start(
+    config: RunConfig, data_fingerprint: str, say: Callable[[str], None], hosts: Hosts | None = None
+) -> Start:
+    """Decide where the run starts, the same on all hosts, and load the state.
 
     Raises:
-        UserError: the checkpoint is of another model or damaged, or `--no-resume` would overwrite a run.
+        UserError: the checkpoint is of another model or damaged, `--no-resume` would overwrite a run, or the hosts do not see
+            the same checkpoints.
     """
+    hosts = hosts or Hosts()
+    start = _find_start(config, data_fingerprint, say, hosts)
+    begins = hosts.gather([start.step, start.digest()], "where the run starts")
+    for index, (step, digest) in enumerate(begins):
+        if [step, digest] != begins[0]:
+            what = f"at step {step}" if step != begins[0][0] else "with another checkpoint"
+            raise UserError(
+                f"{hosts.name(index)} would start {what}, and {hosts.name(0)} at step {begins[0][0]}: all must see the same "
+                "files; put them on a disk that all share, or in a bucket"
+            )
+    return start
+
+
+def _find_start(config: RunConfig, data_fingerprint: str, say: Callable[[str], None], hosts: Hosts) -> Start:
     root = config.checkpoints_dir
     store = CheckpointStore(root, config.checkpoint.saved_checkpoint_limit, config.checkpoint.keep_interval)
-    newest = store.newest()
+    newest = newest_for_all(store, say, hosts)
     for line in store.skipped(newest):
         if newest is None:
             raise UserError(f"{line}, and there is no other: remove that folder to start over")
@@ -124,32 +152,59 @@ def find_start(config: RunConfig, data_fingerprint: str, say: Callable[[str], No
     while True:
         info, folder = source.info(step), source.folder(step)
         check_same_model(info, config.model, folder)
+        damage: str | None = None
         try:
             tensors = source.load(step)
         except DamagedCheckpoint as error:
             if source is not store:
                 raise
-            step = _older(store, step, error, say)
-            continue
-        break
+            damage = error.what
+        found = list(filter(None, hosts.gather(damage, "the state of a checkpoint", seconds=LOADS)))
+        if not found:
+            break
+        step = _older(store, step, found[0], say, hosts)
     _check_data(info, source, step, data_fingerprint, config, say)
     say(f"continuing from {folder}")
     check_finite(tensors, folder)
     return Start(store, step, tensors, folder, own=True, evaluates=config.train.mode == "evaluate", info=info)
 
 
-def _older(store: CheckpointStore, step: int, error: DamagedCheckpoint, say: Callable[[str], None]) -> int:
+def _older(store: CheckpointStore, step: int, damage: str, say: Callable[[str], None], hosts: Hosts) -> int:
     """The newest checkpoint but that of `step`, whose tensors are damaged; it is written again when its step comes.
 
     Raises:
         UserError: there is no other.
     """
-    store.condemn(step, error.what)
-    older = store.newest()
+    store.condemn(step, damage)
+    older = newest_for_all(store, say, hosts)
     if older is None:
-        raise UserError(f"{error.what}, and there is no other: remove that folder to start over") from error
-    say(f"{error.what}, so that checkpoint is skipped for that of step {older}")
+        raise UserError(f"{damage}, and there is no other: remove that folder to start over")
+    say(f"{damage}, so that checkpoint is skipped for that of step {older}")
     return older
+
+
+def newest_for_all(store: CheckpointStore, say: Callable[[str], None], hosts: Hosts) -> int | None:
+    """Step of the newest checkpoint that every host can read, or None if no host sees one.
+
+    Raises:
+        UserError: hosts see checkpoints, but none in common.
+    """
+    steps_of = hosts.gather(store.steps(), "the checkpoints")
+    seen, common = set().union(*steps_of), set.intersection(*map(set, steps_of))
+    newest = max(common, default=None)
+    if seen == common:
+        return newest
+    step = max(seen - common)
+    (blind, *_) = (index for index, steps in enumerate(steps_of) if step not in steps)
+    (sees, *_) = (index for index, steps in enumerate(steps_of) if step in steps)
+    what = f"{store.folder(step)} can be read by {hosts.name(sees)}, and not by {hosts.name(blind)}"
+    if newest is None:
+        raise UserError(
+            f"{what}, and there is no other: all must see the same files; put them on a disk that all share, or in a bucket"
+        )
+    if step > newest:
+        say(f"{what}, so that checkpoint is skipped for that of step {newest}")
+    return newest
 
 
 def _pushed(config: RunConfig, root: str, newest: int | None) -> str | None:

@@ -11,8 +11,8 @@ from pretrain_xla.interop import hub
 from pretrain_xla.run_folder.files import set_aside, write_run_files
 from pretrain_xla.run_folder.folders import local_folders, writable_folders
 from pretrain_xla.run_folder.lock import alone_in
-from pretrain_xla.runtime import Runtime, load_xla, say, start
-from pretrain_xla.runtime.launched import speaks_first
+from pretrain_xla.run_folder.same_everywhere import check_same_settings, check_shared
+from pretrain_xla.runtime import Runtime, join_hosts, load_xla, say, start
 
 MEMORY = (
     "lower --train-batch-size and raise --gradient-accum-step (and --eval-batch-size, if it happens during validation), or add "
@@ -45,19 +45,23 @@ def run(config: RunConfig) -> None:
         UserError: the request cannot be met (reported before training, if that can be known by then), or the host or device
             ran out of memory or disk.
     """
-    with out_of_memory(MEMORY), contextlib.ExitStack() as stack:
-        if config.train.mode != "evaluate" and speaks_first(config.parallel.runtime):
+    writes = config.train.mode != "evaluate"
+    with contextlib.ExitStack() as stack:
+        hosts = join_hosts(config)
+        stack.callback(hosts.close)
+        stack.enter_context(hosts)
+        if hosts.is_first and writes:
             stack.enter_context(writable_folders(config))
-            if config.parallel.runtime == "torch":
-                stack.enter_context(alone_in(local_folders(config)))
+            stack.enter_context(alone_in(local_folders(config)))
             if config.checkpoint.hub_repo is not None:
                 hub.check_writable(config.checkpoint.hub_repo)
-        runtime = start(config)
-        stack.callback(runtime.close)
-        if runtime.is_main and config.train.mode != "evaluate" and config.parallel.runtime == "xla":
-            # Which of several processes is main is not known yet, and they must not lock each other out.
-            stack.enter_context(alone_in(local_folders(config)))
-        _run_on(config, runtime)
+        check_same_settings(config, hosts)
+        if writes:
+            check_shared(config, hosts)
+        with hosts, out_of_memory(MEMORY):
+            runtime = start(config, hosts)
+            stack.callback(runtime.close)
+            _run_on(config, runtime)
 
 
 def _run_on(config: RunConfig, runtime: Runtime) -> None:

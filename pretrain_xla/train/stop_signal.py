@@ -1,4 +1,8 @@
-"""SIGTERM (preemption) or Ctrl-C ends the run after the current step, with a checkpoint.
+"""SIGTERM (preemption), SIGUSR1 (Slurm's notice) or Ctrl-C ends the run after the current step, with a checkpoint.
+
+Where a run has several processes, one of them receiving a signal is enough: all agree on the step, stop there and save.
+torch_xla's own preemption manager is not used: it listens to SIGTERM alone, takes it from everyone else, and needs a service
+that aborts all processes when one ends.
 
 Python runs signal handlers between bytecodes, and a compilation blocks them for minutes, in which the user would see nothing
 and press Ctrl-C again. So a thread reads each signal at once from the interpreter's wakeup pipe, and prints an answer. It also
@@ -12,36 +16,42 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
 from pretrain_xla.errors import Interrupted
+from pretrain_xla.runtime import Hosts
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 PATIENCE = 5.0
 """Seconds that the main thread has to react to a second signal before the process is ended."""
+FORWARDED = 3.0
+"""Seconds in which a launcher passes on a signal that its processes have received, too: the same request, not a second one."""
 
 
 class StopSignal:
-    """Context that records the first SIGTERM or SIGINT and answers it at once; a second one has its default effect.
+    """Context that records the first such signal and answers it at once; a second one has its default effect.
 
-    Only for runs of one process: several would have to agree on the last step, or wait for each other forever.
-
-    Attributes:
-        signal: the first signal's number, or None.
+    Python lets only the main thread listen. In another thread the context only does what the other processes ask for.
 
     Args:
-        enabled: whether to listen.
+        hosts: the processes of the run.
         doing: returns what the run finishes first, for the answer, such as `finishing step 7 and saving`.
+        launched: whether a launcher may pass on signals that this process has received itself.
     """
 
-    def __init__(self, *, enabled: bool, doing: Callable[[], str] = lambda: "stopping") -> None:
-        self.signal: int | None = None
-        self._enabled = enabled and threading.current_thread() is threading.main_thread()
+    def __init__(
+        self, hosts: Hosts, doing: Callable[[], str] = lambda: "stopping", *, launched: bool | None = None
+    ) -> None:
+        self._hosts = hosts
+        self._enabled = threading.current_thread() is threading.main_thread()
         self._doing = doing
+        self._launched = "TORCHELASTIC_RUN_ID" in os.environ if launched is None else launched
         self._previous: dict[int, Any] = {}
-        self._heard: list[int] = []
+        self._heard: list[float] = []
+        self._first: float | None = None
         self._left = threading.Event()
 
     def __enter__(self) -> StopSignal:
@@ -66,18 +76,29 @@ class StopSignal:
             self._thread.join()
             self._read.close()
 
+    def stops_here(self) -> bool:
+        """Whether the run stops at this point; see `Hosts.stops_here`."""
+        return self._hosts.stops_here()
+
     def leave(self, message: str) -> None:
-        """End the run because of the signal.
+        """End the run because of the signal. Only the first process prints the message.
 
         Raises:
             Interrupted: always; the command line exits with 128 + signal.
         """
-        assert self.signal is not None
-        raise Interrupted(message, self.signal)
+        number = self._hosts.stopped_by
+        assert number is not None
+        raise Interrupted(message if self._hosts.is_first else "", number)
 
     def _record(self, number: int, frame: FrameType | None) -> None:
-        self.signal = number
-        self._restore()
+        self._hosts.request_stop(number)
+        if not self._launched:
+            self._restore()
+        elif self._first is None:
+            self._first = time.monotonic()
+        elif time.monotonic() - self._first > FORWARDED:
+            self._restore()
+            signal.raise_signal(number)
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():
@@ -88,8 +109,13 @@ class StopSignal:
         while numbers := self._read.recv(1):
             if numbers[0] not in SIGNALS:
                 continue
-            self._heard.append(numbers[0])
+            if self._heard and self._launched and time.monotonic() - self._heard[0] < FORWARDED:
+                continue
+            self._heard.append(time.monotonic())
             if len(self._heard) == 1:
+                self._hosts.request_stop(
+                    numbers[0]
+                )  # the main thread may be in a compilation, and the others should know
                 _say(f"{self._doing()}; again to leave at once")
             elif not self._left.wait(PATIENCE):
                 _say("left at once; the same command continues from the newest checkpoint")

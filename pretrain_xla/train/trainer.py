@@ -32,6 +32,7 @@ from pretrain_xla.run_folder.console import Console
 from pretrain_xla.run_folder.data_position import describe_changes, resume_position
 from pretrain_xla.run_folder.metrics import MetricLog, Row
 from pretrain_xla.run_folder.report import perplexity, shown, summarised_steps, write_report
+from pretrain_xla.run_folder.same_everywhere import check_same_data
 from pretrain_xla.run_folder.tokenizer_check import tokenizer_of_run
 from pretrain_xla.run_folder.trackers import WandB
 from pretrain_xla.runtime import Runtime
@@ -61,8 +62,9 @@ class Trainer:
         # Evaluation needs no training data, and often runs where there is none.
         train_data = valid_data if train.mode == "evaluate" else _open(config, config.data.train_dir, "train")
         self.data_fingerprint = train_data.fingerprint
+        check_same_data(config, self.data_fingerprint, valid_data.fingerprint, runtime.hosts)
         made_with = tokenizer_of_run(config)
-        self.start: Start = find_start(config, self.data_fingerprint, self.console.note)
+        self.start: Start = find_start(config, self.data_fingerprint, self.console.note, runtime.hosts)
         self.tokenizer_fingerprint = made_with.found()
         if self.tokenizer_fingerprint is None and self.start.info is not None:
             self.tokenizer_fingerprint = self.start.info.tokenizer
@@ -158,21 +160,22 @@ class Trainer:
             self.start.store.write_with_others(self.runtime.process_index, self.runtime.process_count)
             if self.runtime.is_main:
                 self.start.store.remove_remainders()
-            stop = stack.enter_context(StopSignal(enabled=self.runtime.process_count == 1, doing=self._finishing))
+            stop = stack.enter_context(StopSignal(self.runtime.hosts, self._finishing))
             self._bar = stack.enter_context(self.console.training(first, last))
             self.watchdog = stack.enter_context(Watchdog(train.hang_timeout, lambda: f"step {self._under_way}"))
             if first == 0:
                 self._validate(0)
-            if stop.signal is not None:
+            if stop.stops_here():
                 stop.leave("stopped before the first step; the same command starts there")
             batches = stack.enter_context(self.batches_ahead(last))
             stack.push(self._record_rest)
             self.metrics.input_seconds = lambda: batches.seconds_waited
             stack.enter_context(self.runtime.watch())
             stack.enter_context(stopping_after(train.stop_after))
+            stack.enter_context(self.runtime.hosts)  # the last: others hear of an error before anything is closed
             for done, tokens in enumerate(batches, start=first + 1):
                 self._one_step(done, tokens)
-                if stop.signal is not None:
+                if stop.stops_here():
                     self._save(done)
                     self.start.store.wait()
                     stop.leave(f"stopped at step {done}; the same command continues from there")
@@ -346,11 +349,10 @@ class Trainer:
         self.start.store.close()
         if self.runtime.is_main and summarised_steps(self.config.run_dir) != first:
             self._summarise(first)
-        self.runtime.barrier()
 
     def _finish(self) -> None:
         """Write `summary.json` and `loss.png`, and print the last lines."""
-        self.runtime.barrier()
+        self.runtime.hosts.barrier("the last step")
         if self.runtime.is_main:
             self.console.summary(self._summarise(self.config.train.train_steps), self.config.run_dir)
 

@@ -20,8 +20,10 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from types import TracebackType
 
-HUNG = 75
-"""Exit status (EX_TEMPFAIL of sysexits.h): the same command can succeed again."""
+from pretrain_xla.errors import LOST
+
+HUNG = LOST
+"""Exit status, as after another process was lost: the same command can succeed again."""
 
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 """(label, total) → a context that yields a function of how much is done so far."""

@@ -9,7 +9,7 @@ import pytest
 
 from pretrain_xla.config import RunConfig
 from pretrain_xla.model import parameter_count
-from pretrain_xla.run_folder.console import Console, what_hosts_share
+from pretrain_xla.run_folder.console import Console
 from pretrain_xla.runtime.launched import launched
 from pretrain_xla.runtime.torch_runtime import TorchRuntime
 
@@ -98,22 +98,6 @@ def test_processes_that_are_not_main_print_nothing(
     assert not console.is_terminal
     printed = capsys.readouterr()
     assert (printed.out, printed.err) == ("", "")
-
-
-def test_several_hosts_are_told_which_local_folders_they_must_share(make_config: Make) -> None:
-    config = make_config()
-    assert what_hosts_share(config, 1) is None
-    line = what_hosts_share(config, 4) or ""
-    assert line.startswith("this run has 4 hosts, and each must see the same files in")
-    for key, folder in (("checkpoints_dir", config.checkpoints_dir), ("train_dir", config.data.train_dir)):
-        assert f"{key}={folder}" in line
-    assert line.endswith("one that does not see the newest checkpoint begins at another step than the others")
-    buckets = {"train_dir": "gs://bucket/train", "valid_dir": "hf://datasets/owner/name/valid"}
-    line = what_hosts_share(make_config(data=buckets), 4) or ""
-    assert "checkpoints_dir" in line
-    assert "train_dir" not in line
-    everything = make_config(data=buckets, checkpoint={"checkpoints_dir": "gs://bucket/run"})
-    assert what_hosts_share(everything, 4) is None
 
 
 @pytest.mark.parametrize(

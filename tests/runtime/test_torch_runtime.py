@@ -136,7 +136,7 @@ def test_one_process_in_eager_mode_reduces_and_compiles_nothing(make: Make) -> N
     assert runtime.graph_counts().graphs == {}
     with runtime.watch(), runtime.planned():
         runtime.wait()
-        runtime.barrier()
+        runtime.hosts.barrier("a point")
 
 
 def test_gradients_are_the_mean_over_micro_batches(make: Make) -> None:
@@ -170,7 +170,7 @@ def test_in_a_process_group(make: Make, monkeypatch: pytest.MonkeyPatch) -> None
         value = torch.tensor(2.5)
         assert float(runtime.mean(value)) == 2.5
         assert float(value) == 2.5
-        runtime.barrier()
+        runtime.hosts.barrier("a point")
     finally:
         runtime.close()
     assert not dist.is_initialized()

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ from typing import Any
 import pytest
 
 from pretrain_xla.errors import Interrupted
+from pretrain_xla.runtime import Hosts
 from pretrain_xla.train.stop_signal import StopSignal
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 @pytest.fixture
@@ -35,10 +37,10 @@ def received() -> Iterator[list[int]]:
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_the_first_is_recorded_and_the_second_reaches_the_previous_handler(number: int, received: list[int]) -> None:
-    with StopSignal(enabled=True) as stop:
-        assert stop.signal is None
+    with StopSignal(Hosts()) as stop:
+        assert not stop.stops_here()
         os.kill(os.getpid(), number)
-        assert stop.signal == number
+        assert stop.stops_here()
         assert received == []
         os.kill(os.getpid(), number)
         assert received == [number]
@@ -48,43 +50,49 @@ def test_the_first_is_recorded_and_the_second_reaches_the_previous_handler(numbe
 
 
 def test_afterwards_signals_reach_the_previous_handler(received: list[int]) -> None:
-    with StopSignal(enabled=True) as stop:
+    with StopSignal(Hosts()) as stop:
         pass
     os.kill(os.getpid(), signal.SIGTERM)
     assert received == [signal.SIGTERM]
-    assert stop.signal is None
-    with pytest.raises(ZeroDivisionError), StopSignal(enabled=True):
+    assert not stop.stops_here()
+    with pytest.raises(ZeroDivisionError), StopSignal(Hosts()):
         raise ZeroDivisionError
     os.kill(os.getpid(), signal.SIGINT)
     assert received == [signal.SIGTERM, signal.SIGINT]
 
 
-def test_where_it_is_not_enabled_it_records_nothing(received: list[int]) -> None:
-    with StopSignal(enabled=False) as stop:
+def test_what_a_launcher_passes_on_is_not_a_second_request(received: list[int]) -> None:
+    with StopSignal(Hosts(), launched=True) as stop:
+        os.kill(os.getpid(), signal.SIGTERM)  # from the scheduler, to all processes
+        os.kill(os.getpid(), signal.SIGTERM)  # from torchrun, which received it, too
+        assert stop.stops_here()
+        assert received == []
+        stop._first = time.monotonic() - 4  # seconds later it is the user's
         os.kill(os.getpid(), signal.SIGTERM)
-    assert received == [signal.SIGTERM]
-    assert stop.signal is None
+        assert received == [signal.SIGTERM]
 
 
 def test_in_another_thread_it_does_nothing() -> None:
-    found: list[int | None] = []
+    found: list[bool] = []
 
     def run() -> None:
-        with StopSignal(enabled=True) as stop:  # Python allows handlers in the main thread only
-            found.append(stop.signal)
+        with StopSignal(Hosts()) as stop:  # Python allows handlers in the main thread only
+            found.append(stop.stops_here())
 
     thread = threading.Thread(target=run)
     thread.start()
     thread.join()
-    assert found == [None]
+    assert found == [False]
 
 
 SCRIPT = """
 import os, signal, time
+from pretrain_xla.runtime import Hosts
 from pretrain_xla.train.stop_signal import StopSignal
-with StopSignal(enabled=True) as stop:
+hosts = Hosts()
+with StopSignal(hosts) as stop:
     os.kill(os.getpid(), signal.SIGTERM)
-    print("saving", stop.signal, flush=True)
+    print("saving", hosts.stopped_by, flush=True)
     time.sleep(0.2)
     os.kill(os.getpid(), signal.SIGTERM)
     print("still there", flush=True)
@@ -93,13 +101,14 @@ with StopSignal(enabled=True) as stop:
 
 COMPILING = """
 import hashlib, os, signal, threading, time
+from pretrain_xla.runtime import Hosts
 from pretrain_xla.train import stop_signal as signals
 signals.PATIENCE = 0.2
 def press():
     for _ in range(2):
         time.sleep(0.3)
         os.kill(os.getpid(), signal.SIGINT)
-with signals.StopSignal(enabled=True, doing=lambda: "finishing step 1 and saving") as stop:
+with signals.StopSignal(Hosts(), lambda: "finishing step 1 and saving") as stop:
     threading.Thread(target=press, daemon=True).start()
     if not os.fork():
         os._exit(signal.set_wakeup_fd(-1) != -1)  # a forked child does not print for its parent

@@ -34,7 +34,9 @@ from pretrain_xla.model.xla.attention import AttentionKernel
 from pretrain_xla.model.xla.context import ONE_DEVICE
 from pretrain_xla.optim.matrices import map_shares, map_stacks
 from pretrain_xla.runtime.base import GraphCounts, GraphEvent, Loss
+from pretrain_xla.runtime.hosts import Hosts
 from pretrain_xla.runtime.peak_flops import tpu_peak
+from pretrain_xla.runtime.rendezvous import join
 from pretrain_xla.runtime.rows import device_numbers, rows_of
 from pretrain_xla.runtime.sharding import ACTIVATIONS, BATCH, check_model_fits, lookup, parameter_axes, resolve_mesh
 from pretrain_xla.runtime.shards import Shard
@@ -45,6 +47,7 @@ from pretrain_xla.runtime.xla.environment import no_such_device, prepare_environ
 from pretrain_xla.runtime.xla.gradients import TracedModel, accumulate
 from pretrain_xla.runtime.xla.local_shards import MeshLayout, constrain_sharding, global_tensor, local_shard
 from pretrain_xla.runtime.xla.matrices import map_on_mesh
+from pretrain_xla.runtime.xla.meeting import check_processes, find_meeting
 from pretrain_xla.runtime.xla.own_shards import copy_own_shards
 from pretrain_xla.runtime.xla.scan import XlaScan, xla_barrier
 from pretrain_xla.runtime.xla.while_loop import RepeatedModule
@@ -55,8 +58,9 @@ class XlaRuntime:
 
     name = "xla"
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, hosts: Hosts | None = None) -> None:
         prepare_environment(config.parallel)
+        self.hosts = join(find_meeting(config.parallel), config.parallel.host_timeout) if hosts is None else hosts
         self.static_shapes = True
         parallel = config.parallel
         self.is_spmd = not parallel.is_multiprocess
@@ -81,7 +85,7 @@ class XlaRuntime:
         self.warnings: Sequence[str] = found.warnings if found else ()
         self.compute_dtype = torch.bfloat16 if config.train.mixed_precision == "bf16" else torch.float32
         if self.is_spmd:
-            self.process_index, self.process_count = xr.process_index(), xr.process_count()
+            self.process_index, self.process_count = self.hosts.index, self.hosts.count
             self.device_count = xr.global_runtime_device_count()
             sizes = (parallel.mesh_data, parallel.mesh_fsdp, parallel.mesh_tensor)
             data, fsdp, tensor = resolve_mesh(sizes, self.device_count)
@@ -95,8 +99,10 @@ class XlaRuntime:
             self.process_index, self.process_count = xr.global_ordinal(), xr.world_size()
             self.device_count = self.process_count
             data, fsdp, tensor = self.process_count, 1, 1
-        self.is_main = self.process_index == 0
-        self.host_count = max(xr.process_count() // xr.local_process_count(), 1)
+        check_processes(self.hosts, xr.process_count() if self.is_spmd else self.process_count)
+        self.hosts.devices_are_open()
+        self.is_main = self.hosts.is_first
+        self.host_count = self.hosts.machines
         if parallel.compile_cache is not None and kind == "TPU":
             xr.initialize_cache(os.path.join(parallel.compile_cache, f"process_{self.process_index}"), readonly=False)
         self.mesh = {"data": data, "fsdp": fsdp, "tensor": tensor}
@@ -365,14 +371,10 @@ class XlaRuntime:
         """See `base.Runtime.wait`."""
         xm.wait_device_ops()
 
-    def barrier(self) -> None:
-        """See `base.Runtime.barrier`. Under SPMD the hosts already meet in every collective of the step."""
-        if not self.is_spmd and self.process_count > 1:
-            xm.rendezvous("pretrain_xla")
-
     def close(self) -> None:
         """See `base.Runtime.close`."""
         self._fetcher.shutdown(wait=True)
+        self.hosts.close()
 
 
 def _constrain_output(mesh: xs.Mesh, axes: tuple[Any, ...]) -> Callable[..., Tensor]:
