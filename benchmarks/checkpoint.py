@@ -24,6 +24,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+# Threads that wait sleep: spinning, they would take the time of other programs, and count as ours.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import torch
 import torch.multiprocessing as multiprocessing
 from torch import Tensor

@@ -114,6 +114,8 @@ def other_file(_raw: bytes, _random: Random, other: bytes) -> bytes:
 CHANGES: tuple[Callable[[bytes, Random, bytes], bytes], ...] = (
     flip_bits, truncate, zero_tail, zero_block, take_out, put_in, swap_parts, other_file,
 )  # fmt: skip
+CHUNK = 500
+"""Corruptions with one seed; the next ones have the next seed."""
 MOVES = ("delete a file", "swap the folders", "rename the folder", "the other's files, own marker")
 
 
@@ -234,8 +236,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     flags = parser.parse_args()
     torch.set_num_threads(1)
-    ended = corrupt(flags.count, flags.seed)
-    print(", ".join(f"{what}: {number:,}" for what, number in sorted(ended.items())))
+    ended: collections.Counter[str] = collections.Counter()
+    for number, first in enumerate(range(0, flags.count, CHUNK)):
+        ended.update(corrupt(min(CHUNK, flags.count - first), flags.seed + number))
+        print(", ".join(f"{what}: {count:,}" for what, count in sorted(ended.items())), flush=True)
 
 
 if __name__ == "__main__":
