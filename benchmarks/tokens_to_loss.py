@@ -236,7 +236,7 @@ def compare(runs: Runs, size: Size, seeds: Sequence[int]) -> bool:
         ]
         reached &= statistics.fmean(shares) <= target
         print(f"{name:28s} {spread(shares)}; at most {target:g} wanted")
-    draw(runs.folder / "loss.png", rows.values(), list(rows))
+    draw(runs.folder / "loss.png", list(rows.values()), list(rows))
     return reached
 
 
@@ -279,32 +279,43 @@ def ablate(runs: Runs, size: Size, ingredients: Sequence[str], seeds: Sequence[i
         )
 
 
-def draw(path: Path, results: Iterable[Sequence[dict[str, Any]]], names: Sequence[str]) -> None:
-    """Plot the losses over the tokens, a point for each run."""
+TITLES = {
+    "baseline": "GPT-2, nanoGPT's recipe",
+    "baseline_tuned": "the same, best learning rate",
+    "modern": "modern architecture, AdamW",
+    "ours": "ours",
+}
+
+
+def draw(path: Path, results: Sequence[Sequence[dict[str, Any]]], names: Sequence[str]) -> None:
+    """Plot the final losses over the tokens, a point for each run; a line at the mean of each other recipe."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import FuncFormatter, NullFormatter
 
     figure, axes = plt.subplots(figsize=(7, 4.5))
     curve: list[tuple[float, float]] = []
     for name, runs in zip(names, results, strict=True):
         tokens, losses = [run["tokens"] for run in runs], [run["loss"] for run in runs]
-        is_ours = name.startswith("ours")
+        contestant = name.split(",")[0]
+        index = CONTESTANTS.index(contestant)
+        title = None if curve and contestant == "ours" else TITLES[contestant]
         axes.scatter(
-            tokens,
-            losses,
-            s=18,
-            color="C3" if is_ours else None,
-            label=None if is_ours and curve else name.split(",")[0],
+            tokens, losses, s=40 - 9 * index, marker="sDo."[index], color=f"C{index}", label=title, zorder=index
         )
-        if is_ours:
+        if contestant == "ours":
             curve.append((tokens[0], statistics.fmean(losses)))
         else:
-            axes.axhline(statistics.fmean(losses), linewidth=0.6, color="0.7", zorder=0)
-    axes.plot(*zip(*curve, strict=True), color="C3", linewidth=1)
-    axes.set(xscale="log", xlabel="tokens trained on", ylabel="validation loss (nats per token)")
-    axes.legend()
+            axes.axhline(statistics.fmean(losses), linewidth=0.8, color=f"C{index}", alpha=0.5, zorder=0)
+    axes.plot(*zip(*curve, strict=True), color=f"C{CONTESTANTS.index('ours')}", linewidth=1)
+    axes.set(xscale="log", xlabel="tokens trained on, each run to the end of its schedule", ylabel="validation loss")
+    ticks = sorted({tokens for tokens, _ in curve} | {run["tokens"] for runs in results for run in runs})
+    axes.set_xticks(ticks)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda tokens, _: f"{tokens / 1e6:.2f}M"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.legend(frameon=False)
     figure.tight_layout()
     figure.savefig(path, dpi=150)
 
