@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pretrain_xla.run_folder import checked_json
+from pretrain_xla.storage.checked_json import parse_intact, with_checksum
 
 INDEX = "index.json"
 
@@ -74,7 +74,7 @@ class Index:
             }
             for name, tensor in self.tensors.items()
         }
-        return checked_json.encode({"tensors": tensors, "files": {n: vars(f) for n, f in self.files.items()}, **more})
+        return with_checksum({"tensors": tensors, "files": {n: vars(f) for n, f in self.files.items()}, **more})
 
 
 def decode(content: bytes) -> tuple[Index, dict[str, Any]]:
@@ -83,7 +83,7 @@ def decode(content: bytes) -> tuple[Index, dict[str, Any]]:
     Raises:
         ValueError: it is damaged, or its blocks are not whole tensors in its files.
     """
-    tree = checked_json.decode(content)
+    tree = parse_intact(content)
     try:
         tensors = {
             name: StoredTensor(

@@ -13,10 +13,8 @@ import os
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from pretrain_xla.errors import UserError
-from pretrain_xla.run_folder import checked_json
+from pretrain_xla.storage.checked_json import CHECKSUM, parse_intact, parse_json_object, with_checksum
 from pretrain_xla.storage.files import is_local, write_atomically
-from pretrain_xla.untrusted import parse_object
 
 MARKER = "checkpoint.json"
 VERSION = 3
@@ -104,8 +102,9 @@ def _parse(content: bytes) -> CheckpointInfo:
         ValueError, TypeError: it is damaged.
         NewerMarker: a later version of this package wrote it.
     """
-    if checked_json.has_checksum(content):
-        tree = checked_json.decode(content)
+    tree = parse_json_object(content)
+    if CHECKSUM in tree:
+        tree = parse_intact(content)
         version = tree.get("version")
         unknown = tree.keys() - {field.name for field in fields(CheckpointInfo)}
         if unknown or type(version) is not int or version > VERSION:
@@ -114,7 +113,7 @@ def _parse(content: bytes) -> CheckpointInfo:
         if type(tree.get("index")) is not int:
             raise ValueError("the checksum of its index is missing")
     else:
-        tree = _parse_old(content)
+        tree = _old(tree)
     if tree.get("seen") is not None:
         tree["seen"] = DataPosition(**tree["seen"])
     info = CheckpointInfo(**tree)
@@ -137,21 +136,17 @@ _TYPES: dict[str, Any] = {
 }
 
 
-def _parse_old(content: bytes) -> dict[str, Any]:
+def _old(tree: dict[str, Any]) -> dict[str, Any]:
     """A marker from before checksums; the first had no version."""
-    try:
-        tree = parse_object(content, "it")
-    except UserError as error:
-        raise ValueError(str(error)) from None
     tree.setdefault("version", 2 if "checksums" in tree else 1)
-    if type(tree["version"]) is not int or tree["version"] > 2 or tree.keys() & {"index", "code", "checksum"}:
+    if type(tree["version"]) is not int or tree["version"] > 2 or tree.keys() & {"index", "code"}:
         raise ValueError("its own checksum is missing")
     return tree
 
 
 def write_marker(files: Any, path: str, info: CheckpointInfo) -> None:
     """Write a marker atomically; on a disk, the marker and the folder's entries are synced when this returns."""
-    content = checked_json.encode({name: value for name, value in asdict(info).items() if name != "checksums"})
+    content = with_checksum({name: value for name, value in asdict(info).items() if name != "checksums"})
     if not is_local(files):
         files.pipe_file(path, content)
         return

@@ -10,6 +10,9 @@ import hashlib
 import json
 from typing import Any
 
+from pretrain_xla.errors import UserError
+from pretrain_xla.untrusted import parse_object
+
 CHECKSUM = "checksum"
 
 
@@ -29,6 +32,33 @@ def is_intact(tree: dict[str, Any]) -> bool | None:
         tree: the parsed file.
     """
     return None if CHECKSUM not in tree else bool(tree[CHECKSUM] == _checksum_of(tree))
+
+
+def parse_intact(content: bytes) -> dict[str, Any]:
+    """The tree in a file that `with_checksum` wrote, without its checksum.
+
+    Raises:
+        ValueError: it is not intact, or states no checksum; the text says which, in a few words.
+    """
+    tree = parse_json_object(content)
+    if not (intact := is_intact(tree)):
+        raise ValueError("it has no checksum" if intact is None else "it is not what was written: its checksum differs")
+    del tree[CHECKSUM]
+    return tree
+
+
+def parse_json_object(content: bytes) -> dict[str, Any]:
+    """A file's content, with or without a checksum.
+
+    Raises:
+        ValueError: it is not a JSON object; the text says so in a few words.
+    """
+    if not content.rstrip().endswith(b"}"):
+        raise ValueError("it is cut off, or is not a JSON object" if content else "it is empty")
+    try:
+        return parse_object(content, "it")
+    except UserError as error:
+        raise ValueError(str(error)) from None
 
 
 def _checksum_of(tree: dict[str, Any]) -> str:

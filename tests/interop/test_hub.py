@@ -20,8 +20,8 @@ from pretrain_xla.interop.command import export_command, import_command
 from pretrain_xla.interop.hub import check_writable, download_checkpoint
 from pretrain_xla.interop.load import load_model
 from pretrain_xla.interop.upload import Uploader
-from pretrain_xla.run_folder import checked_json
 from pretrain_xla.run_folder.checkpoint import CheckpointInfo, CheckpointStore
+from pretrain_xla.storage.checked_json import with_checksum
 from pretrain_xla.train.resume import find_start
 
 from .conftest import assert_same_tensors, noise
@@ -263,7 +263,7 @@ def test_what_was_pushed_elsewhere_is_kept_by_the_same_rule(
     uploader, store, said = pushing
     markers = {step: CheckpointInfo(step, loss, "", {}) for step, loss in {6: 1.0, 9: 2.0, 10: 3.0}.items()}
     path = "checkpoints/step_{:08d}/checkpoint.json"
-    written = {step: checked_json.encode(asdict(replace(info, index=0))) for step, info in markers.items()}
+    written = {step: with_checksum(asdict(replace(info, index=0))) for step, info in markers.items()}
     online.put("alice/run", {path.format(step): content for step, content in written.items()})
     save(store, 12, loss=1.5)
     uploader.close()

@@ -17,7 +17,7 @@ from pretrain_xla.errors import UserError
 from pretrain_xla.evaluate.command import evaluate_command
 from pretrain_xla.generate.command import generate_command
 from pretrain_xla.interop.command import export_command, import_command
-from pretrain_xla.run_folder import checked_json
+from pretrain_xla.storage.checked_json import parse_intact
 
 from ..payload import Payload
 from .hub_server import Hub
@@ -63,7 +63,7 @@ def theirs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, online: Hub) -> None
     (tmp_path / "text.txt").write_text("some text\n" * 20)
     folder = tmp_path / "theirs" / "checkpoints" / "step_00000003"
     # As before there was an index: only then is the pickle read.
-    tree = checked_json.decode((folder / "checkpoint.json").read_bytes()) | {"version": 1}
+    tree = parse_intact((folder / "checkpoint.json").read_bytes()) | {"version": 1}
     (folder / "checkpoint.json").write_text(json.dumps({name: tree[name] for name in tree.keys() - {"index", "code"}}))
     (folder / "index.json").unlink()
     (folder / ".metadata").write_bytes(pickle.dumps(Payload("ran")))

@@ -25,10 +25,10 @@ from torch import Tensor
 
 import pretrain_xla
 from pretrain_xla.errors import UserError
-from pretrain_xla.run_folder import checked_json
 from pretrain_xla.run_folder.checkpoint import MARKER, CheckpointInfo, CheckpointStore, DamagedCheckpoint
 from pretrain_xla.run_folder.checkpoint_open import open_checkpoint
 from pretrain_xla.run_folder.checkpoint_reading import values_checksum
+from pretrain_xla.storage.checked_json import parse_intact, with_checksum
 
 CONFIG = {"model": {"d_model": 8}}
 
@@ -254,7 +254,7 @@ def test_damage_is_one_line_that_names_the_folder_and_the_fix(damage: str, tmp_p
 
 def make_old(folder: Path, checksums: bool) -> None:
     """Turn a checkpoint into one of version 2 (with checksums of its tensors) or 1, written by DCP itself."""
-    tree = checked_json.decode((folder / MARKER).read_bytes())
+    tree = parse_intact((folder / MARKER).read_bytes())
     tensors = CheckpointStore(str(folder.parent), limit=1).load(tree["step"])
     shutil.rmtree(folder)
     with warnings.catch_warnings():
@@ -333,8 +333,8 @@ def test_a_later_versions_checkpoint_is_not_skipped(tmp_path: Path) -> None:
     store = CheckpointStore(str(tmp_path), limit=9)
     save(store, 3.0, 2.0)
     marker = tmp_path / "step_00000002" / MARKER
-    tree = checked_json.decode(marker.read_bytes())
-    marker.write_bytes(checked_json.encode(tree | {"surprise": 1}))
+    tree = parse_intact(marker.read_bytes())
+    marker.write_bytes(with_checksum(tree | {"surprise": 1}))
     with pytest.raises(UserError, match="a later version of pretrain_xla wrote it: surprise is not known here"):
         open_checkpoint(str(tmp_path))
 
@@ -525,6 +525,6 @@ def test_the_marker_says_what_the_checkpoint_is(tmp_path: Path) -> None:
     marker = json.loads((tmp_path / "step_00000001" / MARKER).read_text())
     assert marker.pop("seen") is marker.pop("tokenizer") is None
     assert isinstance(marker.pop("index"), int)
-    assert isinstance(marker.pop("checksum"), int)
+    assert isinstance(marker.pop("checksum"), str)
     assert marker.pop("code") == f"pretrain_xla {pretrain_xla.__version__}, torch {torch.__version__}"
     assert marker == {"step": 1, "valid_loss": 2.5, "data": "fingerprint", "config": CONFIG, "version": 3}

@@ -18,9 +18,9 @@ from torch.distributed.checkpoint import metadata as dcp_metadata
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
 
 from pretrain_xla.errors import UserError
-from pretrain_xla.run_folder import checked_json
 from pretrain_xla.run_folder.checkpoint import CheckpointInfo, CheckpointStore
 from pretrain_xla.run_folder.checkpoint_metadata import ForbiddenName, read_metadata
+from pretrain_xla.storage.checked_json import parse_intact, with_checksum
 
 from ..payload import Payload
 
@@ -261,14 +261,14 @@ def test_no_pickle_of_a_checkpoint_with_an_index_is_read(tmp_path: Path) -> None
     hostile = rebuilt.getvalue()
     (folder / "__0_0.distcp").write_bytes(hostile)
     (folder / ".metadata").write_bytes(pickled)
-    tree = checked_json.decode((folder / "index.json").read_bytes())
+    tree = parse_intact((folder / "index.json").read_bytes())
     tree["tensors"]["b"]["blocks"][0] |= {"length": len(hostile), "checksum": zlib.crc32(hostile)}
     tree["files"]["__0_0.distcp"]["size"] = len(hostile)
     tree["files"][".metadata"] = {"size": len(pickled), "checksum": zlib.crc32(pickled)}
-    content = checked_json.encode(tree)
+    content = with_checksum(tree)
     (folder / "index.json").write_bytes(content)
-    marker = checked_json.decode((folder / "checkpoint.json").read_bytes()) | {"index": zlib.crc32(content)}
-    (folder / "checkpoint.json").write_bytes(checked_json.encode(marker))
+    marker = parse_intact((folder / "checkpoint.json").read_bytes()) | {"index": zlib.crc32(content)}
+    (folder / "checkpoint.json").write_bytes(with_checksum(marker))
     assert torch.equal(store.load(1)["b"], torch.tensor(7))
     assert not (tmp_path / "ran").exists()
 
@@ -290,12 +290,12 @@ def test_a_false_index_is_refused(change: dict[str, Any], expected: str, tmp_pat
     store.save({"a": torch.arange(6.0).reshape(2, 3)}, CheckpointInfo(1, None, "", {}))
     store.close()
     folder = tmp_path / "step_00000001"
-    tree = checked_json.decode((folder / "index.json").read_bytes())
+    tree = parse_intact((folder / "index.json").read_bytes())
     tree["tensors"]["a"]["blocks"][0] |= change
-    content = checked_json.encode(tree)
+    content = with_checksum(tree)
     (folder / "index.json").write_bytes(content)
-    marker = checked_json.decode((folder / "checkpoint.json").read_bytes()) | {"index": zlib.crc32(content)}
-    (folder / "checkpoint.json").write_bytes(checked_json.encode(marker))
+    marker = parse_intact((folder / "checkpoint.json").read_bytes()) | {"index": zlib.crc32(content)}
+    (folder / "checkpoint.json").write_bytes(with_checksum(marker))
     with pytest.raises(UserError, match=expected):
         store.load(1)
 

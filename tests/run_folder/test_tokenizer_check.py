@@ -19,8 +19,8 @@ from pretrain_xla.interop.export import export_model
 from pretrain_xla.interop.from_checkpoint import resolve_architecture
 from pretrain_xla.interop.load import load_model
 from pretrain_xla.prepare.dataset import prepare
-from pretrain_xla.run_folder import checked_json
 from pretrain_xla.run_folder.tokenizer_check import tokenizer_of_run
+from pretrain_xla.storage.checked_json import with_checksum
 from pretrain_xla.tokenizers.fingerprint import TokenizerId, fingerprint
 from pretrain_xla.tokenizers.load import load_tokenizer
 from pretrain_xla.tokenizers.train import train_tokenizer
@@ -64,7 +64,7 @@ def remove_keys(path: Path, *keys: str) -> None:
     tree = json.loads(path.read_text())
     checked = tree.pop("checksum", None) is not None
     left = {key: value for key, value in tree.items() if key not in keys}
-    path.write_bytes(checked_json.encode(left) if checked else json.dumps(left).encode())
+    path.write_bytes(with_checksum(left) if checked else json.dumps(left).encode())
 
 
 def test_other_shards_are_accepted_and_another_tokenizer_is_refused(
