@@ -105,7 +105,7 @@ def test_each_command_names_the_flags_that_help(
 def test_training_names_the_flags_that_help(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from pretrain_xla.config import build_config
 
-    monkeypatch.setattr("pretrain_xla.train.run.start", lambda _: allocate_with_torch())
+    monkeypatch.setattr("pretrain_xla.train.run.start", lambda *_: allocate_with_torch())
     config = build_config({"parallel": {"runtime": "torch"}, "logging": {"run_dir": str(tmp_path / "run")}}, "test")
     with pytest.raises(UserError) as caught:
         run(config)

@@ -36,6 +36,7 @@ from unittest import mock
 import numpy as np, torch, torch_xla
 import torch_xla.runtime as xr
 from pretrain_xla.config import build_config
+from pretrain_xla.runtime.hosts import Hosts
 from pretrain_xla.runtime.xla.runtime import XlaRuntime
 
 xr.use_spmd()
@@ -43,12 +44,14 @@ HOSTS = (["CPU:0", "CPU:2"], ["CPU:3", "CPU:1"])
 
 def on_host(index, **mesh):
     config = build_config({"parallel": mesh}, "test")
+    hosts = Hosts()
+    hosts.index, hosts.count = index, 2
     with (
         mock.patch("torch_xla.real_devices", return_value=HOSTS[index]),
         mock.patch.object(xr, "process_index", return_value=index),
         mock.patch.object(xr, "process_count", return_value=2),
     ):
-        return XlaRuntime(config)
+        return XlaRuntime(config, hosts)
 
 tokens_R2T = np.arange(8 * 2 * 3, dtype=np.int32).reshape(8, 2, 3)
 for mesh in ({"mesh_data": 4}, {"mesh_data": 2, "mesh_fsdp": 2}, {"mesh_fsdp": 4}):
