@@ -117,6 +117,15 @@ class _Value:
         return value
 
 
+class _Member:
+    """Placeholder of `getattr`, by which Python 3.11.0 to 3.11.3 name a member of an enumeration; here, a memory format."""
+
+    def __new__(cls, owner: object, name: object) -> Any:
+        if not (isinstance(owner, type) and issubclass(owner, _Value) and isinstance(name, str)):
+            raise ForbiddenName("builtins.getattr")
+        return name
+
+
 _VALUES = {
     ("torch", "Size"),
     ("torch.serialization", "_get_layout"),
@@ -143,6 +152,8 @@ class _Unpickler(_Base):
             return dtype
         if (module, name) in _VALUES:
             return self._classes.setdefault(name, type(name, (_Value,), {}))
+        if (module, name) == ("builtins", "getattr"):
+            return self._classes.setdefault(name, type(name, (_Member,), {}))
         if name in _RECORDS.get(module, ()) or (module in _PATHS and name.endswith("Path")):
             return self._classes.setdefault(name, type(name, (_Record,), {"kind": name}))
         raise ForbiddenName(f"{module}.{name}")

@@ -101,7 +101,6 @@ def test_a_checkpoint_runs_no_code(location: str, store: CheckpointStore, tmp_pa
     "name",
     [
         "os system",
-        "builtins getattr",
         "builtins eval",
         "torch load",
         "torch hub.load",
@@ -123,6 +122,19 @@ def test_other_names_are_forbidden(name: str) -> None:
     )
     with pytest.raises(ForbiddenName, match=f"{module}.{attribute}"):
         read_metadata(io.BytesIO(pickled + pickle.STACK_GLOBAL + pickle.STOP), {})
+
+
+def test_a_checkpoint_of_python_3_11_0_is_read(store: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until 3.11.3 Python pickled a member of an enumeration by `getattr`. Nothing else may be asked for so."""
+    formats: Any = dcp_metadata._MEM_FORMAT_ENCODING
+    by_name = lambda member, _protocol: (getattr, (type(member), member.name))  # noqa: E731
+    monkeypatch.setattr(formats, "__reduce_ex__", by_name)
+    change(store, lambda metadata: None)
+    assert b"getattr" in (Path(store.folder(1)) / ".metadata").read_bytes()
+    assert torch.equal(store.load(1)["a"], torch.arange(6.0).reshape(2, 3))
+    for owner in (b"cpathlib\nPath\n", b"cbuiltins\ngetattr\n", b"\x8c\x04text"):
+        with pytest.raises(ForbiddenName, match=r"builtins\.getattr"):
+            read_metadata(io.BytesIO(b"cbuiltins\ngetattr\n" + owner + b"\x8c\x05mkdir\x86R."), {})
 
 
 def test_torchs_own_classes_are_not_changed() -> None:
