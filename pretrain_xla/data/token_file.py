@@ -140,7 +140,7 @@ class TokenFile:
     def _fail(self, error: OSError) -> NoReturn:
         if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
             raise error  # no fault of the file: `system_faults` explains it
-        raise UserError(f"{self._where}: cannot be read: {error.strerror or error}: mend that, {_AGAIN}") from None
+        raise UserError(f"{self._where}: cannot be read: {error.strerror or error}: fix that, {_AGAIN}") from None
 
 
 def gone(where: str) -> UserError:

@@ -57,7 +57,7 @@ class DamagedCheckpoint(UserError):
 
 @contextlib.contextmanager
 def reading(folder: str) -> Iterator[None]:
-    """Turn what goes wrong while a checkpoint is read into a `UserError`.
+    """Raise an error while a checkpoint is read as a `UserError`.
 
     Raises:
         DamagedCheckpoint: it is damaged.

@@ -97,8 +97,8 @@ class Tiling:
     def writer(self, number: int, before: int) -> int:
         """Which replica of a block is written.
 
-        The replicas take turns over the blocks of all tensors, of which `before` came before this tensor's, so that not all
-        of them fall to the processes that hold the first replica.
+        The blocks of all tensors are written by the replicas in rotation, so that not all fall to the processes that hold the
+        first one. before: blocks of the tensors before this one.
         """
         return (before + number) % self.replicas
 

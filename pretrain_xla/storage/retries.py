@@ -147,7 +147,7 @@ def _is_transient(error: BaseException) -> bool:
     status = _status(error)
     if status is not None and status >= 400:
         return status in (408, 425, 429) or status >= 500
-    # gcsfs turns a 403 into an OSError without a number.
+    # gcsfs raises an OSError without a number for a 403.
     refused = str(error).startswith("Forbidden") or "credential" in type(error).__name__.lower()
     return not refused and not isinstance(error, _NO_USE)
 

@@ -253,7 +253,7 @@ def test_damage_is_one_line_that_names_the_folder_and_the_fix(damage: str, tmp_p
 
 
 def make_old(folder: Path, checksums: bool) -> None:
-    """Turn a checkpoint into one of version 2 (with checksums of its tensors) or 1, written by DCP itself."""
+    """Rewrite a checkpoint as one of version 2 (with checksums of its tensors) or 1, written by DCP itself."""
     tree = parse_intact((folder / MARKER).read_bytes())
     tensors = CheckpointStore(str(folder.parent), limit=1).load(tree["step"])
     shutil.rmtree(folder)
