@@ -116,7 +116,5 @@ def test_a_disk_that_fails(foreign: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
     made = begun(foreign.parent)
     monkeypatch.setattr(os, "preadv", fail)
-    with pytest.raises(
-        UserError, match=r"0\.npy: cannot be read: Input/output error: fix that, then the same command"
-    ):
+    with pytest.raises(UserError, match=r"0\.npy: cannot be read: Input/output error: fix that, then the same command"):
         made.rows(0)
