@@ -54,8 +54,8 @@ SIZES = {
     ),
     "8M": Size(
         *(320, 6, 5, 1280, 864),
-        steps=400,
-        budgets=(0.15, 0.25, 0.35, 0.55),
+        steps=300,
+        budgets=(0.08, 0.15, 0.25, 0.35),
         targets=(0.25, 0.35, 0.55),
         learning_rates={"baseline": 1e-3, "baseline_tuned": 1e-3, "modern": 2e-3, "ours": 0.02},
     ),
