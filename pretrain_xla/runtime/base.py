@@ -189,7 +189,7 @@ class Runtime(Protocol):
         """Compilations so far."""
 
     def memory_bytes(self) -> int:
-        """Memory in use on this process's first device (of the process itself on a CPU)."""
+        """Memory in use on this process's first device (of the process itself on a CPU). 0: it does not say."""
 
     def wait(self) -> None:
         """Wait until the devices have finished all their work."""

@@ -92,7 +92,8 @@ class DeferredMetrics:
             if self._runtime.peak_flops is not None:
                 flops = rate * flops_per_token(self._config.model)
                 row["mfu"] = flops / (self._runtime.peak_flops * self._runtime.device_count)
-        row["memory_gb"] = round(self._runtime.memory_bytes() / 1e9, 3)
+        if used := self._runtime.memory_bytes():
+            row["memory_gb"] = round(used / 1e9, 3)
         row["input_seconds"] = round(self.input_seconds(), 3)
         row["compile_seconds"] = round(self._runtime.graph_counts().compile_seconds, 3)
 

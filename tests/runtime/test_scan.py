@@ -155,6 +155,11 @@ def spread(micro_batches):
 
 ratio = spread(1) / spread(8)
 assert 2.2 < ratio < 3.6, f"over seeds, 8 micro-batches have 1 / sqrt(8) of the loss's spread, not 1 / {ratio:.2f}"
+
+runtime = start(build_config({"model": SIZES, "train": {"train_batch_size": 4}}, "test"))
+assert runtime.memory_bytes() > 10_000_000
+os.environ["TPU_RUNTIME_METRICS_PORTS"], xr.device_type = "1", lambda: "TPU"  # torch_xla knows no memory under SPMD
+assert runtime.memory_bytes() == runtime.memory_bytes() == 0, "a TPU that does not tell its memory ends no run"
 """
 
 

@@ -43,6 +43,7 @@ from pretrain_xla.runtime.shards import Shard
 from pretrain_xla.runtime.tpu_chip import find_chip
 from pretrain_xla.runtime.xla import graphs as xla_graphs
 from pretrain_xla.runtime.xla.compiled import CompiledFunction
+from pretrain_xla.runtime.xla.device_memory import tpu_memory
 from pretrain_xla.runtime.xla.environment import no_such_device, prepare_environment
 from pretrain_xla.runtime.xla.gradients import TracedModel, accumulate
 from pretrain_xla.runtime.xla.local_shards import MeshLayout, constrain_sharding, global_tensor, local_shard
@@ -130,6 +131,7 @@ class XlaRuntime:
         self._events: list[GraphEvent] = []
         self._transfers = xla_graphs.HostTransferWatch(self._events.append)
         self._fetcher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="fetch")
+        self._tells_memory = True
 
     def rows(self, batch_size: int) -> np.ndarray:
         """See `base.Runtime.rows`."""
@@ -364,8 +366,11 @@ class XlaRuntime:
         """See `base.Runtime.memory_bytes`."""
         if xr.device_type() == "CPU":
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        device: Any = torch_xla.real_devices()[0] if self.is_spmd else self.device
-        return int(xm.get_memory_info(device)["bytes_used"])
+        if not self.is_spmd:
+            return int(xm.get_memory_info(self.device)["bytes_used"])
+        found = tpu_memory() if self._tells_memory else None
+        self._tells_memory = found is not None  # ask no server a second time that does not answer
+        return found[0].used if found else 0
 
     def wait(self) -> None:
         """See `base.Runtime.wait`."""
