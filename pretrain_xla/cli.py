@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # a command imports what it needs, so that a missing package 
 COMMANDS = """usage: python -m pretrain_xla COMMAND [--help]
 
   train            train a model, or only evaluate it (--mode evaluate)
+  launch           train on a TPU slice of Google Cloud from here; launch status, logs, stop and ssh look after it
   supervise        run the command after `--`, and start it again if it ends before it is done
   verify           make steps of a run again, and compare their losses bit for bit with those logged
   preflight        estimate memory, time and cost of a training step on a TPU, without one
@@ -53,6 +54,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from pretrain_xla.supervise import supervise_command
 
         if status := supervise_command(rest):
+            raise SystemExit(status)
+    elif command == "launch":
+        from pretrain_xla.launch.command import launch_command
+
+        if status := launch_command(rest):
             raise SystemExit(status)
     elif command == "verify":
         from pretrain_xla.train.verify import verify_command

@@ -16,9 +16,8 @@ from pretrain_xla.interop import hub
 from pretrain_xla.interop.from_checkpoint import FREE_MODEL_KEYS, check_fits, fit_tensors
 from pretrain_xla.interop.load import ModelSource, find_model
 from pretrain_xla.model.xla.stacked import stack_layers
-from pretrain_xla.optim.averaging import AVERAGE
 from pretrain_xla.run_folder.checkpoint import MARKER, CheckpointInfo, CheckpointStore, DamagedCheckpoint
-from pretrain_xla.run_folder.checkpoint_open import open_checkpoint, weights_prefix
+from pretrain_xla.run_folder.checkpoint_open import open_checkpoint
 from pretrain_xla.run_folder.data_position import has_other_data
 from pretrain_xla.run_folder.tensor_checks import check_finite, check_names
 from pretrain_xla.run_folder.tokenizer_check import check_same_tokenizer, tokenizer_of_checkpoint, tokenizer_of_run
@@ -49,13 +48,12 @@ class Start:
     info: CheckpointInfo | None = None
 
     def load_model(self, model: nn.Module) -> None:
-        """Load the checkpoint's parameters into a model on the host; their mean, if it is only evaluated and there is one.
+        """Load the checkpoint's parameters into a model on the host.
 
         Raises:
             UserError: one is missing or of another shape.
         """
-        prefix = weights_prefix(self.tensors) if self.evaluates else "model."
-        state = {n.removeprefix(prefix): t for n, t in self.tensors.items() if n.startswith(prefix)}
+        state = {n.removeprefix("model."): t for n, t in self.tensors.items() if n.startswith("model.")}
         check_names(state, model.state_dict(), self.where)
         model.load_state_dict(state, strict=True)
 
@@ -67,8 +65,6 @@ class Start:
             UserError: it is missing although there are others or updates were made, or it is of another shape.
         """
         saved = stack_layers(f"optimizer.{name}", self.tensors)
-        if saved is None and name.startswith(AVERAGE):  # the run did not average before
-            saved = stack_layers(f"model.{name.removeprefix(AVERAGE)}", self.tensors)
         if self.evaluates or (
             saved is None and self.step == 0 and not any(n.startswith("optimizer.") for n in self.tensors)
         ):

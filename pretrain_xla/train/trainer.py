@@ -37,7 +37,6 @@ from pretrain_xla.run_folder.tokenizer_check import tokenizer_of_run
 from pretrain_xla.run_folder.trackers import WandB
 from pretrain_xla.runtime import Runtime
 from pretrain_xla.runtime.shards import unstack_shards
-from pretrain_xla.train.averaged_weights import AveragedWeights
 from pretrain_xla.train.deferred_metrics import DeferredMetrics, check_validation
 from pretrain_xla.train.evaluations import build_evaluation, build_validation
 from pretrain_xla.train.graph_guard import GraphGuard
@@ -87,7 +86,6 @@ class Trainer:
         self.start.load_loss_scale(self.step.loss_scale)
         self.skipped = SkippedUpdates(self.step.guard, runtime, config, self.console.warn)
         self._train_step = runtime.compile(self.step, "train", state=self.step.state)
-        self.averaged = AveragedWeights(self.optimizer, runtime)
         share = self._share(train.eval_batch_size)
         self.validation = build_validation(config, self.step, runtime, valid_data, share)
         self.evaluation = None if train.mode == "evaluate" else build_evaluation(config, self.model, runtime)
@@ -281,8 +279,7 @@ class Trainer:
             self.metrics.record_all()
 
     def _validate(self, done: int) -> None:
-        with self.averaged(done):
-            loss = self.validation(lambda _batch: self.watchdog.beat())
+        loss = self.validation(lambda _batch: self.watchdog.beat())
         self._measured = (done, loss)
         row = {"step": done, "valid_loss": loss, "valid_perplexity": perplexity(loss)}
         if self.log is not None:
@@ -293,8 +290,7 @@ class Trainer:
     def _evaluate(self, done: int) -> None:
         """Score the tasks of the config; the metrics name a score `task/score`."""
         assert self.evaluation is not None
-        with self.averaged(done):
-            results = self.evaluation(self.watchdog.beating(self._bar.progress))
+        results = self.evaluation(self.watchdog.beating(self._bar.progress))
         scores = {f"{result.task}/{name}": value for result in results for name, value in result.scores.items()}
         row: Row = {"step": done, **scores}
         if self.log is not None:
@@ -303,8 +299,7 @@ class Trainer:
 
     def _sample(self, done: int) -> None:
         assert self.samples is not None
-        with self.averaged(done):
-            text = self.samples()
+        text = self.samples()
         if self.log is not None:
             self.log.write_sample(done, text)
 

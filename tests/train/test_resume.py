@@ -150,31 +150,6 @@ def test_a_missing_tensor_is_not_replaced_by_zeros(make_config: Make) -> None:
     assert not evaluated.optimizer_tensor("first_moment.x", weight.shape).any(), "an evaluation needs none"
 
 
-def test_training_continues_with_the_weights_and_all_else_takes_their_mean(make_config: Make) -> None:
-    averaging = {"average_fraction": 0.5}
-    config = make_config(optim=averaging)
-    with_mean = save_checkpoints(config, 4)
-    model = GPT(config.model)
-    start = find_start(config, "data", print)
-    before = start.optimizer_tensor("average.final_norm.weight", model.final_norm.weight.shape)
-    assert torch.equal(before, with_mean["model.final_norm.weight"]), (
-        "a run that did not average before starts with its weights"
-    )
-
-    with_mean |= {
-        f"optimizer.average.{n.removeprefix('model.')}": t + 1.0 for n, t in with_mean.items() if "model." in n
-    }
-    start = save_and_find_start(config, with_mean, step=5)
-    start.load_model(model)
-    assert torch.equal(model.final_norm.weight, with_mean["model.final_norm.weight"])
-    mean = start.optimizer_tensor("average.final_norm.weight", model.final_norm.weight.shape)
-    assert torch.equal(mean, with_mean["model.final_norm.weight"] + 1.0)
-    evaluated = find_start(make_config(optim=averaging, train={"mode": "evaluate"}), "data", print)
-    evaluated.load_model(model)
-    for loaded in (load_model(config.run_dir).tensors, dict(model.named_parameters())):
-        assert torch.equal(loaded["final_norm.weight"], with_mean["model.final_norm.weight"] + 1.0)
-
-
 def test_weights_from_elsewhere_have_no_optimizer(make_config: Make) -> None:
     config = make_config()
     weight = torch.ones(3, 2)
