@@ -23,10 +23,12 @@ from typing import Any
 
 from pretrain_xla.errors import Interrupted
 from pretrain_xla.runtime import Hosts
+from pretrain_xla.train.stop_after import SUPERVISED_SINCE
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 PATIENCE = 5.0
 """Seconds that the main thread has to react to a second signal before the process is ended."""
+LAUNCHERS = ("TORCHELASTIC_RUN_ID", SUPERVISED_SINCE)
 FORWARDED = 3.0
 """Seconds in which a launcher passes on a signal that its processes have received, too: the same request, not a second one."""
 
@@ -39,7 +41,8 @@ class StopSignal:
     Args:
         hosts: the processes of the run.
         doing: returns what the run finishes first, for the answer, such as `finishing step 7 and saving`.
-        launched: whether a launcher may pass on signals that this process has received itself.
+        launched: whether a launcher may pass on signals that this process has received itself. None: torchrun and `supervise`
+            do, where the whole machine is asked to stop, as before a preemption.
     """
 
     def __init__(
@@ -48,7 +51,7 @@ class StopSignal:
         self._hosts = hosts
         self._enabled = threading.current_thread() is threading.main_thread()
         self._doing = doing
-        self._launched = "TORCHELASTIC_RUN_ID" in os.environ if launched is None else launched
+        self._launched = any(name in os.environ for name in LAUNCHERS) if launched is None else launched
         self._previous: dict[int, Any] = {}
         self._heard: list[float] = []
         self._first: float | None = None

@@ -61,10 +61,14 @@ def test_afterwards_signals_reach_the_previous_handler(received: list[int]) -> N
     assert received == [signal.SIGTERM, signal.SIGINT]
 
 
-def test_what_a_launcher_passes_on_is_not_a_second_request(received: list[int]) -> None:
-    with StopSignal(Hosts(), launched=True) as stop:
-        os.kill(os.getpid(), signal.SIGTERM)  # from the scheduler, to all processes
-        os.kill(os.getpid(), signal.SIGTERM)  # from torchrun, which received it, too
+@pytest.mark.parametrize("launcher", ["TORCHELASTIC_RUN_ID", "PRETRAIN_XLA_SUPERVISED_SINCE"])
+def test_what_a_launcher_passes_on_is_not_a_second_request(
+    launcher: str, received: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(launcher, "1")
+    with StopSignal(Hosts()) as stop:
+        os.kill(os.getpid(), signal.SIGTERM)  # from the scheduler or the machine that shuts down, to all processes
+        os.kill(os.getpid(), signal.SIGTERM)  # from torchrun or the supervisor, which received it, too
         assert stop.stops_here()
         assert received == []
         stop._first = time.monotonic() - 4  # seconds later it is the user's
