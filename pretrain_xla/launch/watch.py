@@ -32,6 +32,7 @@ class Watch:
     _heard: float = field(default=0.0)
     _shown: float = field(default=0.0)
     _step: int = -1
+    _told: int = -1
     _ended: bool = False
     _again: bool = False
     _exit: int | None = None
@@ -109,8 +110,8 @@ class Watch:
         if isinstance(row, dict) and row.get("step") != self._step:
             self._step, self._changed = row["step"], now
             launch.state.progress = {**row, "steps": launch.steps, "seen": now}
-        if now - self._shown >= launch.timing.progress and launch.state.progress:
-            self._shown = now
+        if now - self._shown >= launch.timing.progress and self._step not in (-1, self._told):
+            self._shown, self._told = now, self._step
             launch.say(progress_line(launch.state, launch.tokens_per_step, now))
         self._exit = status.get("exit")
         if not status.get("running"):

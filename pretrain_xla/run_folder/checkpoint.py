@@ -70,6 +70,7 @@ class CheckpointStore:
     Attributes:
         root: path or URL of the folder that holds them.
         written: called by the writing thread with the step of each complete checkpoint.
+        completing: called by the writing thread of the main process just before a checkpoint is complete.
         unwritten: called with a line for each checkpoint that could not be written, by the thread that writes it; only the
             last write must then succeed. None means that the next `save` raises the error.
         in_use: returns the steps that must not be removed now; they are removed after a later save, or by `prune`.
@@ -90,6 +91,7 @@ class CheckpointStore:
         self._told_hanging = False
         self.damaged: dict[int, str] = {}
         self.written: Callable[[int], None] = lambda step: None
+        self.completing: Callable[[], None] = lambda: None
         self.unwritten: Callable[[str], None] | None = None
         self.in_use: Callable[[], set[int]] = set
 
@@ -326,6 +328,7 @@ class CheckpointStore:
             return
         index = collect_parts(files, path, share, self._processes, progress)
         info = replace(info, index=write_index(files, path, index), code=CODE)
+        self.completing()
         write_marker(files, folders.marker(info.step), info)
         # Nothing older is removed before this one is shown to be there, as a later run will find it.
         read = read_marker(files, folders.marker(info.step), info.step)

@@ -13,6 +13,7 @@ from pretrain_xla.run_folder.folders import local_folders, writable_folders
 from pretrain_xla.run_folder.lock import alone_in
 from pretrain_xla.run_folder.same_everywhere import check_same_settings, check_shared
 from pretrain_xla.runtime import Runtime, join_hosts, load_xla, say, start
+from pretrain_xla.train.watchdog import stacks_on_request
 
 MEMORY = (
     "lower --train-batch-size and raise --gradient-accum-step (and --eval-batch-size, if it happens during validation), or add "
@@ -46,6 +47,7 @@ def run(config: RunConfig) -> None:
             ran out of memory or disk.
     """
     writes = config.train.mode != "evaluate"
+    stacks_on_request()
     with contextlib.ExitStack() as stack:
         hosts = join_hosts(config)
         stack.callback(hosts.close)

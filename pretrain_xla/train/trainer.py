@@ -31,6 +31,7 @@ from pretrain_xla.run_folder.checkpoint_marker import DataPosition
 from pretrain_xla.run_folder.console import Console
 from pretrain_xla.run_folder.data_position import describe_changes, resume_position
 from pretrain_xla.run_folder.metrics import MetricLog, Row
+from pretrain_xla.run_folder.records_copy import records_copy
 from pretrain_xla.run_folder.report import perplexity, shown, summarised_steps, write_report
 from pretrain_xla.run_folder.same_everywhere import check_same_data
 from pretrain_xla.run_folder.tokenizer_check import tokenizer_of_run
@@ -137,6 +138,10 @@ class Trainer:
         train = self.config.train
         first, last = self.start.step, train.train_steps
         self._began = time.perf_counter()
+        self._records = records_copy(self.config, self.console.warn) if self.runtime.is_main else None
+        if self._records is not None:
+            self._records.fetch(first)
+            self.start.store.completing = self._records.send
         if first >= last:
             self._already_done(first, last)
             return
@@ -370,7 +375,10 @@ class Trainer:
             "mesh": self.runtime.mesh,
             **self.guard.summary(),
         }
-        return write_report(self.config.run_dir, summary, self.console.warn)
+        summary = write_report(self.config.run_dir, summary, self.console.warn)
+        if self._records is not None:
+            self._records.send()
+        return summary
 
 
 def _open(config: RunConfig, directory: str, split: Split) -> TokenDataset:

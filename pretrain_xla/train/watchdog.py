@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import os
+import signal
 import sys
 import threading
 import time
@@ -27,6 +28,11 @@ HUNG = LOST
 
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 """(label, total) → a context that yields a function of how much is done so far."""
+
+
+def stacks_on_request() -> None:
+    """From now on, SIGUSR2 prints the stack of every thread to stderr, and the run goes on; C code may hang meanwhile."""
+    faulthandler.register(signal.SIGUSR2, file=2, all_threads=True)
 
 
 class Watchdog:
