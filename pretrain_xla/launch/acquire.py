@@ -153,7 +153,7 @@ def acquire(launch: Launch) -> None:
     while zones:
         for zone in tuple(zones):
             launch.check_budget()
-            state.attempt += 1
+            state.attempt, state.offset = state.attempt + 1, 0
             why, forever = _ask(launch, zone)
             if why is None:
                 return

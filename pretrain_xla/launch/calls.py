@@ -197,9 +197,10 @@ def on_worker(name: str, *words: str, program: str | None = None) -> str:
 
 
 def unpack(name: str) -> str:
-    """A command for `ssh` that replaces the code by the archive on standard input: whole, or not at all."""
+    """A command for `ssh` that replaces the code by the archive on standard input: whole, or not at all; not under a run."""
     return as_bash(
-        f'cd "$HOME" && mkdir -p {name} && rm -rf {name}/code.new && mkdir {name}/code.new && tar -xzf - -C {name}/code.new '
+        f'cd "$HOME" && mkdir -p {name} && if [ -e {name}/run.lock ] && ! flock -n {name}/run.lock true; then exit 0; fi; '
+        f"rm -rf {name}/code.new && mkdir {name}/code.new && tar -xzf - -C {name}/code.new "
         f"&& rm -rf {name}/code && mv {name}/code.new {name}/code"
     )
 

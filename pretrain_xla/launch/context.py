@@ -51,6 +51,8 @@ class Launch:
     """Local folder of the run's records."""
     steps: int = 0
     tokens_per_step: int = 0
+    cancelled: threading.Event = field(default_factory=threading.Event)
+    """Set while threads that act on workers are to end."""
     _saving: threading.Lock = field(default_factory=threading.Lock)
 
     def say(self, line: str) -> None:

@@ -147,10 +147,12 @@ class Gcloud:
             _end(process)
             raise GcloudError(Kind.TRANSIENT, f"{_named(call)} did not end within {limit:.0f} s", -1) from None
         except BaseException:
-            if "create" in call:  # what it asks for may come all the same: then it must be known
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.communicate(timeout=limit)
-            _end(process)
+            try:
+                if "create" in call:  # what it asks for may come all the same: then it must be known
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        process.communicate(timeout=limit)
+            finally:
+                _end(process)
             raise
         if process.returncode:
             raise _failed(call, err.decode("utf-8", "replace"), process.returncode)

@@ -18,7 +18,7 @@ from pretrain_xla.launch.context import Failed, Launch, Lost, Spent
 from pretrain_xla.launch.finish import clean_up, collect, copy_back, leftovers, stop_run
 from pretrain_xla.launch.gcloud import GcloudError
 from pretrain_xla.launch.watch import Watch
-from pretrain_xla.launch.workers import prepare, start
+from pretrain_xla.launch.workers import all_run, prepare, start
 
 FRUITLESS = 5
 """Slices in a row that were lost without a new step, and not to preemption, after which a launch gives up."""
@@ -57,18 +57,19 @@ def run(launch: Launch, archive: bytes, *, fresh: bool, model: bool) -> int:
 
 
 def _until_done(launch: Launch, archive: bytes, fresh: bool) -> None:
-    state, fruitless, has_slice = launch.state, 0, False
-    if not fresh:
-        has_slice = adopt(launch)
+    state, fruitless = launch.state, 0
+    has_slice = not fresh and adopt(launch)
+    goes_on = has_slice and all_run(launch)
     while True:
         step = state.progress.get("step", -1)
         try:
             if not has_slice:
                 acquire(launch)
-            prepare(launch, archive)
-            start(launch)
+            if not goes_on:
+                prepare(launch, archive)
+                start(launch)
             launch.enter("running", f"runs in {state.zone}")
-            launch.say(f"the run has started on {state.hosts} workers in {state.zone}")
+            launch.say(f"the run {'goes on' if goes_on else 'has started'} on {state.hosts} workers in {state.zone}")
             Watch(launch).until_done()
             return
         except Lost as error:
@@ -80,7 +81,7 @@ def _until_done(launch: Launch, archive: bytes, fresh: bool) -> None:
                 raise Failed(f"{fruitless} slices in a row were lost without a step; the last: {error}") from None
             if state.zone is not None:
                 remove(launch, state.zone)
-            has_slice = False
+            has_slice = goes_on = False
             launch.check_budget()
 
 

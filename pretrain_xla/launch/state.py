@@ -81,6 +81,8 @@ class State:
     """Package → version, the same on every worker of every slice."""
     progress: dict[str, Any] = dataclasses.field(default_factory=dict)
     """The newest row of the metrics, with `steps` (of the run) and `seen`."""
+    offset: int = 0
+    """Bytes of the present slice's log that have been shown."""
     message: str = ""
     """Why it ended, or what it does."""
     holder: str = ""

@@ -49,6 +49,8 @@ class Timing:
     """How long a run that is asked to stop may take to save."""
     progress: float = 60.0
     """Between two lines of progress."""
+    abandoned: float = 1800.0
+    """After the end of a run, until its first worker deletes the slice because no launcher has."""
     lease: float = 180.0
     """A launcher that has not written the state for so long is gone, and another may take over."""
 

@@ -27,7 +27,6 @@ class Watch:
     """One slice while its run goes on."""
 
     launch: Launch
-    offset: int = 0
     _changed: float = field(default=0.0)
     _heard: float = field(default=0.0)
     _shown: float = field(default=0.0)
@@ -61,8 +60,8 @@ class Watch:
 
     def _connection(self) -> None:
         """Follow over one connection, to its end for whatever reason."""
-        launch = self.launch
-        call = follow_call(launch, 0, self.offset, launch.timing.follow)
+        launch, self._again = self.launch, False
+        call = follow_call(launch, 0, launch.state.offset, launch.timing.follow)
         lines = launch.gcloud.lines(call, launch.timing.silence)
         try:
             for line in lines:
@@ -88,9 +87,10 @@ class Watch:
             return
         self._heard = self.launch.clock.now()
         if "log" in tree:
-            self._again = tree["begin"] != self.offset  # gcloud runs a command again when its connection drops
+            # gcloud runs a command again when its connection drops; then what was shown would come again.
+            self._again = tree["begin"] != self.launch.state.offset
             if not self._again:
-                self.offset = tree["offset"]
+                self.launch.state.offset = tree["offset"]
                 self._log(str(tree["log"]))
         if "status" in tree:
             self._status(tree["status"])
@@ -109,7 +109,8 @@ class Watch:
         row = status.get("row")
         if isinstance(row, dict) and row.get("step") != self._step:
             self._step, self._changed = row["step"], now
-            launch.state.progress = {**row, "steps": launch.steps, "seen": now}
+            more = {"steps": launch.steps, "tokens_per_step": launch.tokens_per_step, "seen": now}
+            launch.state.progress = {**row, **more}
         if now - self._shown >= launch.timing.progress and self._step not in (-1, self._told):
             self._shown, self._told = now, self._step
             launch.say(progress_line(launch.state, launch.tokens_per_step, now))

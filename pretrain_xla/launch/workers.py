@@ -25,10 +25,12 @@ PAUSE = 5.0
 def each(launch: Launch, action: Callable[[int], Result], workers: list[int] | None = None) -> list[Result]:
     """An action on each worker, several at a time; an error, or Ctrl-C, ends those that go on."""
     chosen = list(range(launch.state.hosts)) if workers is None else workers
+    launch.cancelled.clear()
     pool = ThreadPoolExecutor(AT_A_TIME, thread_name_prefix="worker")
     try:
         return [future.result() for future in [pool.submit(action, worker) for worker in chosen]]
     except BaseException:
+        launch.cancelled.set()
         pool.shutdown(wait=False, cancel_futures=True)
         launch.gcloud.end_all()
         raise
@@ -65,6 +67,8 @@ def reach(
         try:
             return ssh(launch, worker, command, stdin, seconds)
         except GcloudError as error:
+            if launch.cancelled.is_set():
+                raise Lost("cancelled") from None
             check_there(launch)
             failures += error.kind in (Kind.REMOTE, Kind.PERMISSION)
             if failures == FAILURES:
@@ -139,8 +143,40 @@ def start(launch: Launch, patience: float | None = None) -> None:
     """
     state = launch.state
     given = {"environment": state.environment | launch.secrets, "arguments": state.arguments}
-    content = json.dumps(given).encode()
-    each(launch, lambda worker: reach(launch, worker, on_worker(state.name, "start.py"), content, None, patience))
+
+    def one(worker: int) -> None:
+        more = abandoned(launch) if worker == 0 and not state.keep else {}
+        reach(launch, worker, on_worker(state.name, "start.py"), json.dumps(given | more).encode(), None, patience)
+
+    each(launch, one)
+
+
+def abandoned(launch: Launch) -> dict[str, object]:
+    """What the first worker does if nobody looks after it any more: see `on_worker/start.py`."""
+    state, now = launch.state, launch.clock.now()
+    assert state.zone is not None
+    left = [] if state.max_hours is None else [(state.max_hours - state.hours(now)) * 3600]
+    if state.max_dollars is not None and state.leases:
+        left.append((state.max_dollars - state.dollars(now)) / state.leases[-1].dollars_per_hour * 3600)
+    grace = launch.timing.abandoned
+    return {
+        "delete": launch.calls.delete(state.zone),
+        "grace": grace,
+        "deadline": now + min(left) if left else None,
+    }
+
+
+def all_run(launch: Launch) -> bool:
+    """Whether the run is going on on every worker."""
+
+    def one(worker: int) -> bool:
+        try:
+            printed = ssh(launch, worker, on_worker(launch.state.name, "follow.py", str(2**62), "0", "1"))
+            return bool(json.loads(printed.splitlines()[-1])["status"]["running"])
+        except (GcloudError, ValueError, LookupError):
+            return False
+
+    return all(each(launch, one))
 
 
 def stop(launch: Launch) -> list[str]:

@@ -34,6 +34,11 @@ if [ -x "$venv/bin/python" ] && "$venv/bin/python" "$installed" "${lists[@]}" --
     exit 0
 fi
 
+if [ -e "$base/run.lock" ] && ! flock -n "$base/run.lock" true; then
+    echo "a run is going on here with other packages than those that are wanted" >&2
+    exit 1
+fi
+
 find_uv() {
     export PATH="$base/uv:$HOME/.local/bin:$PATH"
     if ! command -v uv >/dev/null; then

@@ -1,9 +1,13 @@
 """Starts the run on this worker, detached from the connection: start.py NAME
 
-Standard input is JSON: `environment`, variables of the run, with its secrets, which are kept nowhere else; `arguments`, of the
-training command. Prints `started`, or `running` if the run is there already. The run is kept by a process of a session of its
-own, which holds `NAME/run.lock` as long as it lives, appends the output to `NAME/run.log`, and writes the status to
-`NAME/exit`.
+Standard input is JSON:
+
+- `environment`: variables of the run, with its secrets, which are kept nowhere else; `arguments`: of the training command.
+- `delete`, `grace`, `deadline`, for the case that nobody looks after the slice any more: `grace` seconds after the end of the
+  run, this worker deletes the slice by that call of gcloud. A run that is there at the deadline is stopped.
+
+Prints `started`, or `running` if the run is there already. The run is kept by a process of a session of its own, which holds
+`NAME/run.lock` while the run lives, appends the output to `NAME/run.log`, and writes the exit status to `NAME/exit`.
 """
 
 from __future__ import annotations
@@ -11,9 +15,12 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import time
+import traceback
 
 
 def main(name: str) -> None:
@@ -35,8 +42,14 @@ def main(name: str) -> None:
         if os.fork():
             os._exit(0)
         os.close(begun)
-        _keep(base, given, begins)
-        os._exit(0)
+        try:
+            _keep(base, given, begins)
+            os.close(lock)
+            _delete(base, given)
+        except BaseException:
+            traceback.print_exc()  # to the log
+        finally:
+            os._exit(1)
     os.close(begins)
     if os.read(begun, 1) != b"1":  # the keeper ended without starting the run
         raise SystemExit("the run could not be started: see its log")
@@ -66,8 +79,30 @@ def _keep(base: str, given: dict[str, object], begins: int) -> None:
     _write(base, "pid", str(process.pid))
     os.write(begins, b"1")
     os.close(begins)
-    status = process.wait()
+    deadline = given.get("deadline")
+    try:
+        status = process.wait(None if deadline is None else max(float(str(deadline)) - time.time(), 1.0))
+    except subprocess.TimeoutExpired:
+        print("the budget is spent, and nobody has stopped this run: it stops by itself", file=sys.stderr, flush=True)
+        process.terminate()
+        status = process.wait()
     _write(base, "exit", str(status if status >= 0 else 128 - status))
+
+
+def _delete(base: str, given: dict[str, object]) -> None:
+    """If nobody has done so within the grace, nor started the run again, delete the slice from here, as far as it may."""
+    call, grace = given.get("delete"), given.get("grace")
+    if not isinstance(call, list) or grace is None:
+        return
+    time.sleep(float(str(grace)))
+    if not os.path.exists(os.path.join(base, "exit")):
+        return
+    print(f"nobody has looked after this slice for {grace} s: it is deleted from here", file=sys.stderr, flush=True)
+    program = shutil.which("gcloud")
+    if program is None:
+        print("gcloud is not on this machine: the slice must be deleted by hand", file=sys.stderr, flush=True)
+        return
+    subprocess.run([program, *call], check=False)
 
 
 def _as_usual() -> None:
