@@ -5,6 +5,7 @@
     {"state": "ACTIVE"}                       a request has come into this state
     {"call": "tpu-vm ssh", "holding": "x"}    a call begins whose command ends so and whose arguments hold this text
     {"step": 30}                              the run on the newest node has logged this step (`log`: in which files)
+    {"file": "NAME"}                          a file is in the home of the newest node's `worker`
 
 with, as is needed, `times` (how often it must happen; 1), `seconds` (wait so long after it), `worker`, and `ended` for a call
 (it happens when the call has ended). `do` is one of
@@ -40,6 +41,13 @@ def run_due(state: State) -> bool:
     for event in waiting(state, "step"):
         if _last_step(state, event["after"].get("worker", 0)) >= event["after"]["step"]:
             happened(state, event)
+    for event in waiting(state, "file"):
+        node = newest_node(state)
+        if (
+            node is not None
+            and (state.machine(node, event["after"].get("worker", 0)) / "home" / event["after"]["file"]).exists()
+        ):
+            happened(state, event)
     due = [one for one in state.data["due"] if one["at"] <= state.now]
     state.data["due"] = [one for one in state.data["due"] if one["at"] > state.now]
     for one in due:
@@ -57,7 +65,7 @@ def _last_step(state: State, worker: int) -> int:
     if node is None:
         return -1
     home = state.machine(node, worker) / "home"
-    text = "".join(path.read_text(errors="replace") for path in home.glob(state.data.get("log", "*/run.log")))
+    text = "".join(path.read_text(errors="replace") for path in home.glob(state.data["log"]))
     return max(map(int, re.findall(r"^step +(\d+)/", text, re.MULTILINE)), default=-1)
 
 

@@ -50,8 +50,8 @@ def _parent(machine: Path, command: str, environment: Mapping[str, str], stdin: 
     output, errors, status = pipes
     os.setsid()
     ctypes.CDLL(None).prctl(_SUBREAPER, 1)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)
+    for one in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(one, signal.SIG_DFL)
     with (machine / "sessions").open("a") as sessions:
         sessions.write(f"{os.getpid()} {_start_time(os.getpid())}\n")
     if not (child := os.fork()):
@@ -112,6 +112,17 @@ def commands(machine: Path) -> list[str]:
                     found.append(
                         Path(f"/proc/{one}/cmdline").read_bytes().replace(b"\0", b" ").decode("utf-8", "replace")
                     )
+    return found
+
+
+def environments(machine: Path) -> list[str]:
+    """Environments of all that runs on a machine."""
+    found = []
+    for pid, begun in _sessions(machine):
+        if _start_time(pid) == begun:
+            for one in _below(pid):
+                with contextlib.suppress(OSError):
+                    found.append(Path(f"/proc/{one}/environ").read_bytes().decode("utf-8", "replace"))
     return found
 
 

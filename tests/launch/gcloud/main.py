@@ -84,6 +84,7 @@ def _answer(folder: Path, call: Call, arguments: Sequence[str]) -> int:
     if call.words in _UNHELD:
         COMMANDS[call.words](state, call, zone)
     if call.words.endswith((" ssh", " scp")):
+        assert answer is not None
         return (remote.ssh if call.words.endswith(" ssh") else remote.scp)(call, answer)
     if isinstance(answer, dict) and "said" in answer:
         _operation(folder, answer)

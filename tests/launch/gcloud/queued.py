@@ -119,7 +119,7 @@ def _find(state: State, call: Call, zone: str) -> Record:
 
 
 def _shown(state: State, request: Record) -> Record:
-    kept = {
+    kept: Record = {
         "name": state.path(request["zone"], "queuedResources", request["id"]),
         "createTime": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(request["created"])),
         "state": {"state": request["state"], "stateInitiator": request["initiator"]},

@@ -47,7 +47,7 @@ def prepare(state: State, call: Call, zone: str) -> Record:
     return {
         "machines": {str(worker): str(state.machine(node, worker)) for worker in workers},
         "addresses": {str(worker): address(node, worker) for worker in workers},
-        "environment": state.data.get("worker_environment", {}),
+        "environment": state.data["worker_environment"],
         "pause": state.data["ssh_retry"],
     }
 
@@ -84,7 +84,7 @@ class _Connection:
             "PATH": "/usr/local/bin:/usr/bin:/bin",
             "USER": "someone",
             "LANG": "C.UTF-8",
-            **known["environment"],
+            **{name: value.replace("{worker}", worker) for name, value in known["environment"].items()},
         }
         self.stdin = 0
         self.status: int | None = None

@@ -16,14 +16,14 @@ from typing import Any
 
 Record = dict[str, Any]
 
-QUOTA_IDS = {  # (type, spot): the quota of the request, per zone; marin-community/marin issue 87, and Google's quota pages
-    ("v4", True): "TPUV4sPreemptiblePodPerProjectPerZoneForTPUAPI",
-    ("v4", False): "TPUV4sPodPerProjectPerZoneForTPUAPI",
-    ("v5litepod", True): "TPUV5sPreemptibleLitepodPerProjectPerZoneForTPUAPI",
-    ("v5litepod", False): "TPUV5sLitepodPerProjectPerZoneForTPUAPI",
-    ("v6e", True): "TPUV6EPreemptiblePerProjectPerZoneForTPUAPI",
-    ("v6e", False): "TPUV6EPerProjectPerZoneForTPUAPI",
+QUOTA_IDS = {
+    "v4": "TPUV4s{}PodPerProjectPerZoneForTPUAPI",
+    "v5litepod": "TPUV5s{}LitepodPerProjectPerZoneForTPUAPI",
+    "v6e": "TPUV6E{}PerProjectPerZoneForTPUAPI",
 }
+"""marin-community/marin issue 87 and pull request 1612, with "Preemptible" for spot."""
+SERVING = "TPUV5s{}LitepodServingPerProjectPerZoneForTPUAPI"
+"""Of v5litepod with one host: marin-community/marin pull request 6198."""
 SECONDS = {"CREATING": 0.05, "ACCEPTED": 0.05, "PROVISIONING": 0.1, "SUSPENDING": 0.1, "DELETING": 0.1}
 """How long a queued resource stays in a state, unless the zone says otherwise."""
 
@@ -96,6 +96,8 @@ def new_state(zones: Record) -> Record:
         "buckets": {"bucket": "US-WEST4"},
         "ssh_agent": True,
         "ssh_retry": 0.1,
+        "log": "*/run.log",
+        "worker_environment": {},
         "ordinal": 0,
         "calls": {},
         "entered": {},
@@ -120,7 +122,10 @@ def hosts(accelerator_type: str) -> int:
 
 def quota_id(request: Record) -> str | None:
     """The quota that a request counts against; None where we know of none."""
-    return QUOTA_IDS.get((request["type"].rpartition("-")[0], request["spot"]))
+    generation = request["type"].rpartition("-")[0]
+    single = generation == "v5litepod" and hosts(request["type"]) == 1
+    pattern = SERVING if single else QUOTA_IDS.get(generation)
+    return pattern.format("Preemptible" if request["spot"] else "") if pattern else None
 
 
 def quota_used(state: State, zone: str, quota: str) -> int:

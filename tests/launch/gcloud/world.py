@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import stat
@@ -30,6 +31,11 @@ class World:
 
     def __init__(self, folder: Path, **zones: Record) -> None:
         self.folder = folder / "cloud"
+        self.most = 0
+        """The most nodes that were there at a time."""
+        self.processes: set[str] = set()
+        self.environments: set[str] = set()
+        """Command lines and environments that were seen on workers."""
         for part in ("bin", "machines", "buckets/bucket"):
             (self.folder / part).mkdir(parents=True)
         found = {name.replace("_", "-"): zone for name, zone in zones.items()}
@@ -65,16 +71,17 @@ class World:
         over = threading.Event()
         broken: list[BaseException] = []
 
-        def tick() -> None:
+        def pass_time() -> None:
             try:
-                while not over.wait(0.05):
-                    with self.held() as state:
-                        clock.advance(state)
+                for tick in itertools.count():
+                    if over.wait(0.05):
+                        return
+                    self._look(everywhere=tick % 10 == 0)
             except BaseException as error:
                 broken.append(error)
                 raise
 
-        thread = threading.Thread(target=tick, daemon=True)
+        thread = threading.Thread(target=pass_time, daemon=True)
         thread.start()
         try:
             yield self
@@ -84,6 +91,16 @@ class World:
             for machine in self.machines:
                 machines.kill(machine)
         assert not broken, broken
+
+    def _look(self, everywhere: bool) -> None:
+        with self.held() as state:
+            clock.advance(state)
+            nodes = state.data["nodes"].values()
+            self.most = max(self.most, len(nodes))
+            there = [state.machine(node, worker) for node in nodes for worker in range(node["workers"])]
+        for machine in there if everywhere else ():
+            self.processes.update(machines.commands(machine))
+            self.environments.update(machines.environments(machine))
 
     @property
     def machines(self) -> list[Path]:
