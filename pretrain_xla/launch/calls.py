@@ -19,7 +19,7 @@ Before (the first three for each zone; the last only for a gs:// bucket):
 A slice (`--provisioning-model` is in alpha only; `describe` has `state.state`, and `state.failedData.error` if it FAILED):
 
     gcloud compute tpus queued-resources create NAME --node-id=NAME --zone=ZONE --accelerator-type=TYPE
-        --runtime-version=VERSION --labels=pretrain-xla=NAME --valid-until-duration=SECONDSs
+        --runtime-version=VERSION --labels=pretrain-xla=NAME --valid-after-duration=0s --valid-until-duration=SECONDSs
         [--spot | --reserved] [--internal-ips] [--service-account=ACCOUNT] [--network=NETWORK] [--subnetwork=SUBNETWORK]
     gcloud alpha compute tpus queued-resources create … --provisioning-model=flex-start --max-run-duration=SECONDSs
     gcloud compute tpus queued-resources describe NAME --zone=ZONE --format=json
@@ -122,7 +122,9 @@ class Calls:
             f"--accelerator-type={kind}",
             f"--runtime-version={version}",
         ]
-        flags += [f"--labels={LABEL}={self.name}", f"--valid-until-duration={max(round(wait), 1)}s"]
+        # gcloud sends no limit, without a word, unless both ends of the interval are given.
+        until = f"--valid-until-duration={max(round(wait), 1)}s"
+        flags += [f"--labels={LABEL}={self.name}", "--valid-after-duration=0s", until]
         flags += {"spot": ["--spot"], "reserved": ["--reserved"]}.get(tier, [])
         network = self.network
         if tier == "flex-start":

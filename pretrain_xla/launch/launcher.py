@@ -1,7 +1,8 @@
 """A launch from its first slice to its last: get one, set it up, start, watch; and again, until the run is done.
 
 Whatever ends it (done, failed, the budget, Ctrl-C), the slice is deleted, unless `--keep` was given. A second Ctrl-C does not
-wait for the run to save, a third leaves at once and says what is left.
+wait for the run to save. While the slice is deleted, the first one is answered by a line; the next leaves at once, and says
+what is left.
 """
 
 from __future__ import annotations
@@ -51,8 +52,8 @@ def run(launch: Launch, archive: bytes, *, fresh: bool, model: bool) -> int:
             except GcloudError as error:
                 phase, message = "failed", f"gcloud: {error.text}"
             return _wind_down(launch, phase, message, model)
-        except KeyboardInterrupt:
-            launch.print(f"left at once; what may be left, and cost money: {leftovers(launch)}")
+        except (KeyboardInterrupt, UserError):
+            launch.print(f"what may be left, and cost money: {leftovers(launch)}")
             raise
 
 
@@ -108,13 +109,22 @@ def _wind_down(launch: Launch, phase: str, message: str, model: bool) -> int:
             f"--keep: the slice in {state.zone} is kept, and costs ${cost:.2f} an hour until: {leftovers(launch)}"
         )
     else:
-        clean_up(launch)
+        _clean_up(launch)
     launch.enter(phase, message)
     now = launch.clock.now()
     launch.say(
         f"{state.hours(now):.2f} h, ${state.dollars(now):.2f}, {len(state.leases)} slices; records: {launch.local}"
     )
     return STATUS[phase]
+
+
+def _clean_up(launch: Launch) -> None:
+    """Delete the slice; Ctrl-C ends that only the second time."""
+    try:
+        clean_up(launch)
+    except KeyboardInterrupt:
+        launch.say("deletes the slice first; Ctrl-C again leaves at once")
+        clean_up(launch)
 
 
 @contextmanager

@@ -70,7 +70,7 @@ def test_the_calls_agree_with_the_published_syntax(
             ("flex-start", True) if tier == "--flex-start" else (None, False)
         )
         assert call.values["--node-id"] == "mine"
-        assert call.values["--valid-until-duration"] == "1800s"
+        assert (call.values["--valid-after-duration"], call.values["--valid-until-duration"]) == ("0s", "1800s")
     # In order: look, create, set up and start on each worker, follow, delete, look.
     order = ["accelerator-types describe", "queued-resources create", "tpu-vm ssh", "queued-resources list"]
     assert sorted(order, key=commands.index) == order
