@@ -24,12 +24,13 @@ from pretrain_xla.generate.command import generate_command
 from pretrain_xla.prepare.command import default_fraction
 
 ROOT = Path(__file__).resolve().parents[1]
-EVERY_PAGE = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
+EXAMPLES = sorted(ROOT.glob("examples/*/README.md"))
+EVERY_PAGE = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md")), *EXAMPLES]
 PAGES = [page for page in EVERY_PAGE if page.name != "LOG.md"]
 NAMED = re.compile(r"(?P<path>[\w./-]+\.(?:py|yaml))(?:::?(?P<name>[\w.]+))?")
 """A file, `path.py`, something defined in it, `path.py:Class.method`, or a test, `path.py::test_name`."""
 
-FOLDER = r"(pretrain_xla|tests|benchmarks|configs|docs|scripts)/[\w/-]*[\w/]"
+FOLDER = r"(pretrain_xla|tests|benchmarks|configs|docs|examples|scripts)/[\w/-]*[\w/]"
 
 
 def prose(page: Path) -> str:
