@@ -22,6 +22,7 @@ from pretrain_xla.launch.gcloud import Gcloud
 from pretrain_xla.launch.launcher import run
 from pretrain_xla.launch.look import COMMANDS, look_command
 from pretrain_xla.launch.plan import dry_run
+from pretrain_xla.launch.progress import counted
 from pretrain_xla.launch.request import PROGRAM, LaunchFlags, Request, checked
 from pretrain_xla.launch.slices import resolve_slice
 from pretrain_xla.launch.state import ENDED, State
@@ -107,12 +108,10 @@ def _check(launch: Launch, request: Request, folder: str, uncommitted: bool, *, 
     launch.state.zones = checks.zones_with(launch, wanted)
     zone = launch.state.zones[0]
     price = wanted.price(zone) / wanted.chips if flags.price_per_chip_hour is None else flags.price_per_chip_hour
-    kind = (
-        ""
-        if request.tier == "on-demand" or flags.price_per_chip_hour
-        else f" on demand; {request.tier} is counted at it, too"
-    )
-    notes.append(f"{wanted.accelerator_type}: {wanted.hosts} hosts, {wanted.chips} chips at ${price:.2f} an hour{kind}")
+    size = f"{counted(wanted.hosts, 'host')}, {counted(wanted.chips, 'chip')}"
+    notes.append(f"{wanted.accelerator_type}: {size} at ${price:.2f} an hour")
+    if request.tier != "on-demand" and flags.price_per_chip_hour is None:
+        notes.append(f"that is the price on demand; {request.tier} costs less, and --price-per-chip-hour says how much")
     notes += checks.check_quota(launch, wanted)
     if is_new:
         checks.check_name_free(launch)

@@ -24,7 +24,7 @@ def stop_run(launch: Launch) -> None:
 
 def collect(launch: Launch, why: str) -> None:
     """Keep what the workers can tell about why the slice was of no use, here and in the bucket."""
-    launch.say(f"{why}: collects what the workers can tell")
+    launch.say(f"collects what the workers can tell, in {launch.local}/launch and {launch.bucket.url}/logs")
     for worker, text in examine(launch).items():
         name = f"attempt_{launch.state.attempt}_worker_{worker}.txt"
         append(os.path.join(launch.local, "launch", name), f"{why}\n{text}\n")

@@ -18,6 +18,7 @@ from pretrain_xla.launch.acquire import acquire, adopt, remove
 from pretrain_xla.launch.context import Failed, Launch, Lost, Spent
 from pretrain_xla.launch.finish import clean_up, collect, copy_back, leftovers, stop_run
 from pretrain_xla.launch.gcloud import GcloudError
+from pretrain_xla.launch.progress import counted
 from pretrain_xla.launch.watch import Watch
 from pretrain_xla.launch.workers import all_run, prepare, start
 
@@ -70,7 +71,9 @@ def _until_done(launch: Launch, archive: bytes, fresh: bool) -> None:
                 prepare(launch, archive)
                 start(launch)
             launch.enter("running", f"runs in {state.zone}")
-            launch.say(f"the run {'goes on' if goes_on else 'has started'} on {state.hosts} workers in {state.zone}")
+            launch.say(
+                f"the run {'goes on' if goes_on else 'has started'} on {counted(state.hosts, 'worker')} in {state.zone}"
+            )
             Watch(launch).until_done()
             return
         except Lost as error:
@@ -113,7 +116,7 @@ def _wind_down(launch: Launch, phase: str, message: str, model: bool) -> int:
     launch.enter(phase, message)
     now = launch.clock.now()
     launch.say(
-        f"{state.hours(now):.2f} h, ${state.dollars(now):.2f}, {len(state.leases)} slices; records: {launch.local}"
+        f"{state.hours(now):.2f} h, ${state.dollars(now):.2f}, {counted(len(state.leases), 'slice')}; records: {launch.local}"
     )
     return STATUS[phase]
 

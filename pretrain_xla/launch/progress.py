@@ -15,6 +15,11 @@ def amount(count: float) -> str:
     return f"{count:.3g}"
 
 
+def counted(count: int, noun: str) -> str:
+    """`1 host`, `4 hosts`."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
 def hours_to_go(state: State, tokens_per_step: int) -> float | None:
     """Hours until the last step, at the present rate. None means that there is no rate yet."""
     row = state.progress

@@ -121,7 +121,7 @@ class Watch:
         launch.check_budget()
         minutes = (now - self._changed) / 60
         if minutes > launch.state.stall_minutes:
-            raise Lost(f"no step for {minutes:.0f} minutes")
+            raise Lost(f"no step for {minutes:.3g} minutes")
 
     def _judge(self) -> None:
         """After a connection has ended and the slice is there: what its end means."""

@@ -13,6 +13,7 @@ from pretrain_xla.launch.acquire import GONE_NODES, look
 from pretrain_xla.launch.calls import ON_WORKER, on_worker, unpack
 from pretrain_xla.launch.context import Failed, Launch, Lost
 from pretrain_xla.launch.gcloud import GcloudError, Kind
+from pretrain_xla.launch.progress import counted
 
 Result = TypeVar("Result")
 AT_A_TIME = 16
@@ -105,7 +106,7 @@ def prepare(launch: Launch, archive: bytes) -> None:
         Failed: a worker cannot be set up.
     """
     state = launch.state
-    launch.enter("setting up", f"sets up {state.hosts} workers")
+    launch.enter("setting up", f"sets up {counted(state.hosts, 'worker')}")
     began = time.monotonic()
     each(launch, lambda worker: reach(launch, worker, unpack(state.name), archive))
     workers = list(range(state.hosts))
@@ -116,9 +117,8 @@ def prepare(launch: Launch, archive: bytes) -> None:
     for worker, versions in zip(workers, reported, strict=True):
         if differing := [name for name, version in state.versions.items() if versions.get(name) != version]:
             raise Failed(f"worker {worker} has other versions than the first: {', '.join(differing[:5])}")
-    launch.say(
-        f"{state.hosts} workers are set up, with the same {len(state.versions)} packages, in {time.monotonic() - began:.0f} s"
-    )
+    seconds, packages = time.monotonic() - began, len(state.versions)
+    launch.say(f"set up: {counted(state.hosts, 'worker')} with the same {packages} packages, in {seconds:.0f} s")
 
 
 def _set_up(launch: Launch, worker: int) -> dict[str, str]:
