@@ -63,10 +63,11 @@ def _launch(request: Request) -> int:
     folder = repository()
     calls = Calls(request.name, project, request.network)
     bucket = open_bucket(request.bucket, gcloud, calls)
-    chosen = checks.chosen_secrets(flags.secret, config, os.environ)
     known = states.newest(request.name, bucket)
     if known is not None:
         states.check_free(known, clock.now(), times.lease)
+    needed = [] if known is None or known.phase in ENDED else known.secrets  # a run that goes on needs them, too
+    chosen = checks.chosen_secrets([*flags.secret, *needed], config, os.environ)
     uncommitted = _uncommitted(flags.uncommitted, folder) if known is None or known.phase in ENDED else False
     state = _taken_over(known, request.state(project, chosen, commit(folder), clock.now()))
     launch = Launch(

@@ -89,7 +89,10 @@ class Launch:
 
         def beat() -> None:
             while not left.wait(self.timing.progress):
-                self.save()
+                with contextlib.suppress(
+                    RuntimeError
+                ):  # the state was changed while it was written: the next beat writes it
+                    self.save()
 
         thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
         thread.start()

@@ -185,7 +185,8 @@ def _stop(launch: Launch) -> int:
                 except (GcloudError, UserError, Lost) as error:
                     launch.say(f"warning: {error}")
             clean_up(launch)
-            launch.enter("stopped", "stopped by `launch stop`")
+            if launch.state.phase not in ENDED:
+                launch.enter("stopped", "stopped by `launch stop`")
             return 0
     except states.LookedAfter as error:
         if error.process is None:

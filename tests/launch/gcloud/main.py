@@ -127,6 +127,9 @@ def _show(call: Call, answer: Any) -> None:
     if isinstance(answer, str):
         sys.stdout.write(answer)
         return
+    if isinstance(answer, bytes):
+        sys.stdout.buffer.write(answer)
+        return
     if (form := call.values.get("--format")) != "json":
         raise texts.Failed(f"the stand-in for gcloud shows JSON only, and not {form or 'tables'}", 70)
     if call.values.keys() & {"--filter", "--limit", "--sort-by", "--flatten"}:

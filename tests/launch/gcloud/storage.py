@@ -20,12 +20,12 @@ def bucket(state: State, call: Call, zone: str) -> Record:
     return {"location": location, "location_type": "region" if "-" in location else "multi-region", "name": name}
 
 
-def cat(state: State, call: Call, zone: str) -> str:
-    """`cat`, of text."""
+def cat(state: State, call: Call, zone: str) -> bytes:
+    """`cat`."""
     path = _file(state, call.positionals[0])
     if not path.is_file():
         raise texts.Failed(f"The following URLs matched no objects or files:\n{call.positionals[0]}")
-    return path.read_text()
+    return path.read_bytes()
 
 
 def copy(state: State, call: Call, zone: str) -> None:
