@@ -21,6 +21,7 @@ from pretrain_xla.errors import UserError
 from pretrain_xla.evaluate.command import evaluate_command
 from pretrain_xla.flags import parse_flags
 from pretrain_xla.generate.command import generate_command
+from pretrain_xla.launch.slices import RUNTIME_VERSIONS, resolve_slice
 from pretrain_xla.prepare.command import default_fraction
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -97,7 +98,7 @@ def test_every_training_command_of_the_docs_is_parsed(monkeypatch: pytest.Monkey
     assert seen >= 10
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "docs/use.md", "docs/learn.md"])
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "docs/use.md", "docs/learn.md", "docs/tpu-vm.md"])
 def test_every_training_command_reads_data_that_its_page_prepares(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     page = ROOT / name
@@ -175,6 +176,18 @@ def test_help_and_docs_state_the_same_cost_of_scan_layers() -> None:
     cost = re.search(r"takes (\d to \d%) longer", help_text)
     assert cost
     assert f"takes {cost[1]} longer" in page
+
+
+def test_the_page_on_tpu_vms_names_the_types_and_images_that_launch_uses() -> None:
+    page = (ROOT / "docs" / "tpu-vm.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (v\d\w?(?:, v\d\w?)*) \| (.+) \| `(.+)` \|$", page, re.MULTILINE)
+    named = {generation: image for generations, _, image in rows for generation in generations.split(", ")}
+    assert named == RUNTIME_VERSIONS
+    types = [word for _, words, _ in rows for word in re.findall(r"`(v\S+?)`", words)]
+    assert len(types) == len(named)
+    for name in types:
+        assert resolve_slice(name).accelerator_type == name
+    assert f"--runtime-version={named['v5e']}" in page
 
 
 def test_configs_docs_and_defaults_name_one_folder_for_fineweb_edu() -> None:
