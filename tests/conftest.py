@@ -21,7 +21,7 @@ settings.register_profile("busy_machine", deadline=None)  # deadlines would fail
 settings.load_profile("busy_machine")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
-LONGEST = ("end_to_end", "preflight", "model")
+LONGEST = ("end_to_end", "preflight", "model", "examples")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

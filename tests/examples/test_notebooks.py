@@ -22,9 +22,10 @@ import nbclient
 import nbformat
 import pytest
 
+from pretrain_xla.flags import parse_flags
 from scripts.make_notebooks import FOLDER, NOTEBOOKS, main, notebook
 
-from ..end_to_end.conftest import QUICK, metrics
+from ..end_to_end.conftest import QUICK, ROOT, metrics
 from ..interop.hub_server import serve
 
 SOURCE = (FOLDER / "source.py").read_text(encoding="utf-8")
@@ -60,6 +61,23 @@ def test_each_has_the_cells_of_its_place_alone() -> None:
 
 
 SAVES = "trap 'echo saved > saved; echo saved; exit 143' TERM; echo up; while :; do sleep 0.05; done"
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_the_parameters_make_the_step_and_the_validation_of_the_config(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    (cell,) = (cell for cell in notebook(SOURCE, name)["cells"] if "tags" in cell["metadata"])
+    values: dict[str, Any] = {}
+    exec("".join(cell["source"]), values)
+    flags = ["--config", values["CONFIG"], "--stop-after", values["STOP_AFTER"], "--train-dir", values["TRAIN"]]
+    here = parse_flags([*flags, *values["FLAGS"]], program=name, description="").config
+    plain = parse_flags(["--config", values["CONFIG"]], program=name, description="").config
+    assert here.tokens_per_step == plain.tokens_per_step
+    sequences = here.train.valid_steps * here.train.eval_batch_size
+    assert sequences == plain.train.valid_steps * plain.train.eval_batch_size
+    assert here.checkpoint.save_interval % here.train.valid_interval == 0  # else no checkpoint could become the best
 
 
 def helpers(statement: str) -> list[str]:
