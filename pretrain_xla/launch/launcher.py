@@ -59,11 +59,10 @@ def run(launch: Launch, archive: bytes, *, fresh: bool, model: bool) -> int:
 
 
 def _until_done(launch: Launch, archive: bytes, fresh: bool) -> None:
-    state, fruitless = launch.state, 0
+    state, fruitless, reached = launch.state, 0, launch.state.progress.get("step", -1)
     has_slice = not fresh and adopt(launch)
     goes_on = has_slice and all_run(launch)
     while True:
-        step = state.progress.get("step", -1)
         try:
             if not has_slice:
                 acquire(launch)
@@ -77,12 +76,14 @@ def _until_done(launch: Launch, archive: bytes, fresh: bool) -> None:
             Watch(launch).until_done()
             return
         except Lost as error:
-            fruitless = 0 if error.preempted or state.progress.get("step", -1) != step else fruitless + 1
+            further = state.progress.get("step", -1) > reached
+            reached = max(reached, state.progress.get("step", -1))
+            fruitless = 0 if error.preempted or further else fruitless + 1
             launch.say(str(error))
-            if not error.preempted:
+            if not error.preempted and state.zone is not None:
                 collect(launch, str(error))
             if fruitless >= FRUITLESS:
-                raise Failed(f"{fruitless} slices in a row were lost without a step; the last: {error}") from None
+                raise Failed(f"{fruitless} slices in a row were lost without a new step; the last: {error}") from None
             if state.zone is not None:
                 remove(launch, state.zone)
             has_slice = goes_on = False
