@@ -8,8 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from ..end_to_end.conftest import flags, tokens
 from .gcloud.state import Record
 from .gcloud.world import World
+from .runs import SECRET, TIMING, Launcher, Records, run_undisturbed
+
+__all__ = ["flags", "tokens"]
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -42,3 +46,18 @@ def gcloud() -> Run:
         )
 
     return run
+
+
+@pytest.fixture
+def launch(tmp_path: Path, flags: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch) -> Launcher:
+    """Launches runs whose pauses are short, with a secret in the environment."""
+    monkeypatch.setenv("PRETRAIN_XLA_LAUNCH_TIMING", ",".join(f"{name}={value}" for name, value in TIMING.items()))
+    monkeypatch.setenv("PRETRAIN_XLA_LAUNCH_DIR", str(tmp_path / "state"))
+    monkeypatch.setenv("WANDB_API_KEY", SECRET)
+    return Launcher(tmp_path, flags)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, flags: Callable[..., list[str]]) -> Records:
+    """What the run of one worker logs if nobody disturbs it."""
+    return run_undisturbed(tmp_path_factory.mktemp("undisturbed"), flags, {})

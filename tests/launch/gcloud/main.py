@@ -80,6 +80,8 @@ def _answer(folder: Path, call: Call, arguments: Sequence[str]) -> int:
         clock.advance(state)
         if state.data["account"] is None and call.words not in _WITHOUT_LOGIN:
             raise texts.Failed(texts.NOT_LOGGED_IN)
+        if state.data["login_has_run_out"] and call.words not in _WITHOUT_LOGIN:
+            raise texts.Failed(texts.REAUTHENTICATE)
         answer = None if call.words in _UNHELD else COMMANDS[call.words](state, call, zone)
     if call.words in _UNHELD:
         COMMANDS[call.words](state, call, zone)

@@ -89,6 +89,7 @@ def new_state(zones: Record) -> Record:
     """A project with these zones, a bucket `bucket`, and an account that is logged in."""
     return {
         "account": "someone@example.com",
+        "login_has_run_out": False,
         "project": "a-project",
         "zones": zones,
         "queued": {},
