@@ -107,7 +107,7 @@ def error_line(stderr: str, status: int) -> str:
     plain = re.sub(r"\x1b\[[0-9;]*m", "", stderr)
     if _REMOTE.search(plain):
         return " ".join(plain.split())[-500:]
-    found = re.search(r"ERROR: (.*)", plain, re.DOTALL)
+    found = re.search(r"ERROR: (?:\(gcloud[\w.-]*\) )?(.*)", plain, re.DOTALL)
     text = " ".join((found.group(1) if found else plain).split())
     return text[-500:] if not found else text[:500] or f"status {status}"
 

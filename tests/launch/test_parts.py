@@ -98,7 +98,7 @@ def test_what_an_error_means(kind: Kind, text: str) -> None:
 
 def test_an_error_in_one_line() -> None:
     stderr = "WARNING: old\nERROR: (gcloud.x) NOT_FOUND: no\nsuch thing\n"
-    assert error_line(stderr, 1) == "(gcloud.x) NOT_FOUND: no such thing"
+    assert error_line(stderr, 1) == "NOT_FOUND: no such thing"
     assert error_line("bad\n[/usr/bin/ssh] exited with return code [2].", 2).startswith("bad [/usr")
     assert error_line("ERROR: ", 7) == "status 7"
 
