@@ -9,7 +9,12 @@ then a thread that writes. It prints
 * bytes: all files of the checkpoint, against the size of the state;
 * resume: time to read and check it all, and the model alone.
 
-Then 2 and 4 processes that hold the same state write a checkpoint together: bytes and memory of each.
+Then 2 and 4 processes that hold the same state write a checkpoint together: bytes and memory of each. Last, two processes read
+it at the same time, into tensors that are there already: memory of each over these, as a share of the state, if it reads
+
+* all of the state before it goes to the devices, as every host did before;
+* tensor by tensor, all of it, as DDP's processes do;
+* tensor by tensor, its half of each, as the hosts of a mesh over fsdp do.
 """
 
 from __future__ import annotations
@@ -37,6 +42,7 @@ sys.path.insert(0, str(ROOT))
 from pretrain_xla.config import build_config  # noqa: E402
 from pretrain_xla.model import GPT  # noqa: E402
 from pretrain_xla.run_folder.checkpoint import CheckpointInfo, CheckpointStore  # noqa: E402
+from pretrain_xla.run_folder.state_source import read_regions  # noqa: E402
 from pretrain_xla.runtime.shards import unstack_shards  # noqa: E402
 from pretrain_xla.runtime.torch_runtime import TorchRuntime  # noqa: E402
 
@@ -188,6 +194,58 @@ def write_together(count: int, layers: int, folder: Path) -> None:
     print(f"{count} processes, {size / 1e9:.2f} GB: bytes of each against the state (and memory): {shares}")
 
 
+def read_share(index: int, count: int, folder: str, layers: int, results: Any) -> None:
+    """One of several processes: read a checkpoint in each of the three ways, and report the memory."""
+    torch.set_num_threads(1)
+    runtime = TorchRuntime(
+        build_config({"model": GPT2, "parallel": {"runtime": "torch", "device": "cpu"}}, "benchmark")
+    )
+    state, store = make_state(layers), CheckpointStore(folder, limit=1)
+    stored, peaks = store.stored(1), list[int]()
+
+    def load_all() -> None:
+        tensors = store.load(1)
+        for name, tensor in state.items():
+            tensor.copy_(tensors[name])
+
+    def load_own_half() -> None:
+        for name, tensor in state.items():
+            rows = tensor.shape[0] // count
+            region = ((rows * index, *(0,) * (tensor.dim() - 1)), (rows, *tensor.shape[1:]))
+            tensor[rows * index : rows * (index + 1)] = read_regions(stored, name, [region])[0]
+
+    for load in (
+        load_own_half,
+        lambda: runtime.load_shards(state, lambda name, regions: read_regions(stored, name, regions)),
+        load_all,
+    ):
+        with PeakMemory() as memory:
+            load()
+        peaks.append(memory.bytes)
+    results.put((index, peaks))
+    runtime.close()
+
+
+def read_together(count: int, layers: int, folder: Path) -> None:
+    """Measure processes that read a checkpoint that as many have written, and print them."""
+    size, context = size_of(make_state(layers)), multiprocessing.get_context("spawn")
+    results = context.Queue()
+    group = [
+        context.Process(target=read_share, args=(i, count, str(folder / f"of_{count}"), layers, results))
+        for i in range(count)
+    ]
+    for process in group:
+        process.start()
+    reports = [peaks for _, peaks in sorted(results.get() for _ in group)]
+    for process in group:
+        process.join()
+    half, tensors, whole = (max(column) / size for column in zip(*reports, strict=True))
+    print(
+        f"{count} processes read {size / 1e9:.2f} GB: memory of each against the state: {whole:.3f} if all is read first, "
+        f"{tensors:.3f} tensor by tensor, {half:.3f} of its own half"
+    )
+
+
 def main() -> None:
     """Run the benchmark from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -200,6 +258,7 @@ def main() -> None:
         write_alone(flags.layers, Path(folder), flags.rounds)
         for count in (2, 4):
             write_together(count, flags.together, Path(folder))
+        read_together(2, flags.together, Path(folder))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,8 @@ from pretrain_xla.run_folder import checkpoint_writing  # noqa: E402
 from pretrain_xla.run_folder.checkpoint import CheckpointInfo, CheckpointStore  # noqa: E402
 from pretrain_xla.run_folder.checkpoint_open import open_checkpoint  # noqa: E402
 from pretrain_xla.runtime import shards  # noqa: E402
-from pretrain_xla.train.resume import find_start  # noqa: E402
+from pretrain_xla.runtime.shards import Read, whole_region  # noqa: E402
+from pretrain_xla.train.resume import find_start, load_start  # noqa: E402
 
 Random = np.random.Generator
 Tensors = dict[str, torch.Tensor]
@@ -155,6 +156,12 @@ def same(read: Tensors, saved: Tensors) -> bool:
     return read.keys() == saved.keys() and all(torch.equal(read[name], saved[name]) for name in saved)
 
 
+def copy_in(tensors: Mapping[str, torch.Tensor], read: Read) -> None:
+    """Load tensors as one process does."""
+    for name, tensor in tensors.items():
+        tensor.copy_(read(name, [whole_region(tensor.shape)])[0])
+
+
 def outcome_of_start(config: RunConfig, saved: dict[int, Tensors], changed: bool) -> str:
     """What a run does: where it starts, or that it refuses.
 
@@ -164,9 +171,11 @@ def outcome_of_start(config: RunConfig, saved: dict[int, Tensors], changed: bool
     said: list[str] = []
     try:
         start = find_start(config, "data", said.append)
+        read = {name: torch.zeros_like(tensor) for name, tensor in saved[max(saved)].items()}
+        start = load_start(start, read, config, "data", said.append, copy_in)
     except UserError as error:
         return refused(error)
-    assert same(start.tensors, saved.get(start.step, {})), f"other tensors are loaded as {start.step}"
+    assert same(read, saved.get(start.step, {})), f"other tensors are loaded as {start.step}"
     if start.step == max(saved):
         assert not changed, "a damaged checkpoint is loaded"
         return "unchanged"

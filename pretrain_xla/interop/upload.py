@@ -2,20 +2,41 @@
 
 One thread, and never more than one checkpoint waiting: when the network is slower than the run, the newest waits and those in
 between are skipped. A network error is a warning, and the upload is retried with the next checkpoint; it never stops the run,
-whose checkpoints are complete on disk.
+whose checkpoints are complete on disk. The newest one that an earlier start of the run did not push, because it was killed
+before, is pushed at the next start.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
+from pretrain_xla.config import RunConfig
 from pretrain_xla.errors import UserError
 from pretrain_xla.interop.hub import push_checkpoint, steps
 from pretrain_xla.run_folder.checkpoint import CheckpointStore
 from pretrain_xla.run_folder.files import CONFIG_FILE, TOKENIZER_FOLDER
+
+
+@contextlib.contextmanager
+def pushing(config: RunConfig, store: CheckpointStore, warn: Callable[[str], None]) -> Iterator[None]:
+    """While it is open, each checkpoint of a run is pushed, if the config asks for it; leaving it waits for the last one."""
+    repository = config.checkpoint.hub_repo
+    if repository is None:
+        yield
+        return
+    uploader = Uploader(repository, config.run_dir, store, warn)
+    uploader.make_up()
+    try:
+        yield
+    finally:
+        try:
+            store.wait()  # before the uploader closes, which needs the last checkpoint
+        finally:
+            uploader.close()
 
 
 class Uploader:
@@ -37,6 +58,24 @@ class Uploader:
         self._running: int | None = None
         self._task: Future[None] | None = None
         store.written, store.in_use = self.push, self.busy
+
+    def make_up(self) -> None:
+        """Push the newest checkpoint if the repository lacks it."""
+        if (newest := self._store.newest()) is not None:
+            self._task = self._thread.submit(self._push_missing, newest)
+
+    def _push_missing(self, newest: int) -> None:
+        try:
+            if newest in steps(self.repository):
+                return
+        except UserError as error:
+            self._warn(str(error))
+            return
+        with self._lock:
+            if self._running is not None:
+                return  # a newer one is about to be pushed
+            self._running = self._waiting = newest
+        self._run()
 
     def push(self, step: int) -> None:
         """Upload the checkpoint of a step after the current upload."""

@@ -7,15 +7,46 @@ import torch
 from pretrain_xla.config import RunConfig
 from pretrain_xla.data.dataset import TokenDataset
 from pretrain_xla.errors import UserError
-from pretrain_xla.model import GPT, Execution
+from pretrain_xla.model import GPT, Execution, initialize
 from pretrain_xla.model.documents import Examples
 from pretrain_xla.optim import MapMatrices, Optimizer, learning_rate, make_optimizer
 from pretrain_xla.optim.parameters import Place
+from pretrain_xla.runtime import Runtime
 
 
 def execution_of(config: RunConfig) -> Execution:
     """The way of running the model that the config asks for."""
     return Execution(config.train.rematerialization, config.train.scan_layers, config.train.loss_chunk)
+
+
+def build_model(config: RunConfig, compute_dtype: torch.dtype, seed: int | None) -> GPT:
+    """The model on the host.
+
+    Args:
+        config: of the run.
+        compute_dtype: of its matrix products.
+        seed: of new weights. None: the parameters are on the meta device, without memory, because they are loaded later.
+    """
+    if seed is not None:
+        model = GPT(config.model, compute_dtype)
+        initialize(model, seed)
+        return model
+    with torch.device("meta"):
+        model = GPT(config.model, compute_dtype)
+    for name, buffer in model.named_buffers():
+        setattr(model, name, torch.empty_like(buffer, device="cpu"))
+    model.reset_buffers()
+    return model
+
+
+def placing_zeros(runtime: Runtime) -> Place:
+    """Places the state of a new run's optimizer, which is zero."""
+
+    def place(name: str, shape: torch.Size, parameter: torch.Tensor) -> torch.Tensor:
+        dtype = torch.int32 if name == "step" else torch.float32
+        return runtime.place_like(torch.zeros(shape, dtype=dtype), parameter)
+
+    return place
 
 
 def build_optimizer(config: RunConfig, model: GPT, place: Place, map_matrices: MapMatrices) -> Optimizer:

@@ -14,7 +14,7 @@ import pickle
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from pretrain_xla.errors import UserError
 from pretrain_xla.run_folder.checkpoint_index import INDEX, Block, Index, StoredTensor, check, decode
 from pretrain_xla.run_folder.checkpoint_marker import CheckpointInfo
 from pretrain_xla.run_folder.checkpoint_metadata import METADATA, ForbiddenName, read_metadata
+from pretrain_xla.runtime.shards import Region, overlap, relative, within
 from pretrain_xla.system_faults import system_fault
 
 # What reading damaged bytes raises, here and in the libraries. Errors of a network or of permissions are not among them: taken
@@ -134,8 +135,51 @@ class StoredTensors(Mapping[str, Tensor]):
             raise ValueError(f"what is stored of {name} is not what was written")
         return target
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, which is not read."""
+        return self._index.tensors[name].shape
+
+    def read(self, name: str, regions: Sequence[Region]) -> list[Tensor]:
+        """Regions of a tensor. Only stored blocks that overlap one are read, each once and whole, for its checksum.
+
+        Raises:
+            UserError: it cannot be read; `DamagedCheckpoint` if it is damaged.
+        """
+        stored = self._index.tensors[name]
+        with reading(self._where):
+            if self._checksums is not None:  # they are of whole tensors
+                tensor = self._tensor(name, stored)
+                return [tensor[within(region)] for region in regions]
+            return self._regions(name, stored, regions)
+
+    def _regions(self, name: str, stored: StoredTensor, regions: Sequence[Region]) -> list[Tensor]:
+        found: list[Tensor | None] = [None] * len(regions)
+        for block in stored.blocks:
+            own = block.offsets, block.shape
+            common = [overlap(own, region) for region in regions]
+            if not any(common):
+                continue
+            values = self._block(name, stored, block)
+            for number, (region, both) in enumerate(zip(regions, common, strict=True)):
+                if both is None:
+                    continue
+                if both == region == own:
+                    found[number] = values
+                    continue
+                target = found[number]
+                if target is None:
+                    target = found[number] = torch.empty(region[1], dtype=stored.dtype)
+                target[relative(both, region)] = values[relative(both, own)]
+        return [
+            torch.empty(region[1], dtype=stored.dtype) if target is None else target  # a region without elements
+            for target, region in zip(found, regions, strict=True)
+        ]
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._index.tensors)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._index.tensors  # a Mapping's own reads the tensor
 
     def __len__(self) -> int:
         return len(self._index.tensors)

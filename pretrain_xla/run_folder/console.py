@@ -80,6 +80,15 @@ class Console:
         if summary["tokens_per_second"]:
             share = f", {summary['mfu']:.1%} of peak" if summary["mfu"] else ""
             table.add_row("rate", f"{summary['tokens_per_second']:,.0f} tokens/s{share}")
+        parts = [(seconds, what) for what, seconds in summary["wall_seconds_in"].items() if what != "steps"]
+        most = ", ".join(
+            f"{what} {seconds:,.0f} s" for seconds, what in sorted(parts, reverse=True)[:3] if seconds >= 1
+        )
+        starts = f"{summary['starts']} start" + ("s" if summary["starts"] > 1 else "")
+        table.add_row(
+            "goodput",
+            f"{summary['goodput']:.1%} of {summary['wall_seconds']:,.0f} s in {starts}" + (f"; {most}" if most else ""),
+        )
         if summary["skipped_updates"]:
             table.add_row("skipped updates", f"{summary['skipped_updates']:,}")
         table.add_row("graphs compiled", f"{graphs}; {summary['compile_seconds']:.0f} s")

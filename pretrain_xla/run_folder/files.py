@@ -9,7 +9,9 @@ from pretrain_xla.config import DataConfig, RunConfig
 from pretrain_xla.config_file import to_yaml
 from pretrain_xla.data.manifest import dataset_info
 from pretrain_xla.errors import UserError
+from pretrain_xla.run_folder.goodput import STARTS_FILE
 from pretrain_xla.run_folder.metrics import metrics_path, read_rows, rewrite
+from pretrain_xla.run_folder.trackers import WANDB_ID_FILE
 from pretrain_xla.tokenizers.checksums import recording_checksums
 from pretrain_xla.tokenizers.load import known_tokenizers, load_tokenizer, stored_tokenizer
 from pretrain_xla.tokenizers.tokenizer import is_stored
@@ -17,7 +19,16 @@ from pretrain_xla.tokenizers.tokenizer import is_stored
 CONFIG_FILE = "config.yaml"
 TOKENIZER_FOLDER = "tokenizer"
 # Patterns of the files that a run records: only training again would give them back.
-RECORDS = ("metrics.jsonl", "samples.txt", "summary.json", "loss.png", "events.out.tfevents.*", CONFIG_FILE)
+RECORDS = (
+    "metrics.jsonl",
+    STARTS_FILE,
+    "samples.txt",
+    "summary.json",
+    "loss.png",
+    "events.out.tfevents.*",
+    WANDB_ID_FILE,
+    CONFIG_FILE,
+)
 
 
 def set_aside(run_dir: str) -> str | None:

@@ -32,6 +32,8 @@ LARGEST = 2**63
 """A whole number beyond this is none that a run writes, and nothing that draws it can take it."""
 SAMPLES_FILE = "samples.txt"
 _HEADING = "--- step "
+VALIDATION, EVALUATION, SAMPLE = "validation", "evaluation", "sample"
+"""Kinds of rows, besides `train`, and samples."""
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
@@ -130,12 +132,20 @@ class MetricLog:
         self._file.write("".join(to_json(row) + "\n" for row in rows).encode())
         for tracker in self._trackers:
             tracker.rows(rows, kind)
+        if kind != "train":
+            self.flush()
+
+    def flush(self) -> None:
+        """Let nothing wait in memory: a checkpoint that becomes complete counts all that came before as recorded."""
+        if self._tensorboard is not None:
+            self._tensorboard.flush()
 
     def write_sample(self, step: int, text: str) -> None:
         """Write text generated after `step` to `samples.txt` and TensorBoard."""
         self._samples().write(sample_entry(step, text).encode())
         if self._tensorboard is not None:
             self._tensorboard.text(step, text)
+            self.flush()
 
     def close(self) -> None:
         """Flush and close everything."""
@@ -144,6 +154,19 @@ class MetricLog:
             self._samples().close()
         for tracker in self._trackers:
             tracker.close()
+
+
+def recorded_at(run_dir: str, step: int) -> set[str]:
+    """Which of validation, evaluation and sample a run's folder has records of, after a step."""
+    path, samples = metrics_path(run_dir), os.path.join(run_dir, SAMPLES_FILE)
+    rows = [row for row in read_metrics(path) if row["step"] == step] if os.path.exists(path) else []
+    found = {VALIDATION} if any("valid_loss" in row for row in rows) else set()
+    found |= {EVALUATION} if any("/" in name for row in rows for name in row) else set()
+    if os.path.exists(samples):
+        heading = f"{_HEADING}{step}\n"
+        with open(samples, encoding="utf-8", errors="replace", newline="\n") as file:
+            found |= {SAMPLE} if any(line == heading for line in file) else set()
+    return found
 
 
 def what_is_lost(kept: list[Row], damaged: list[int], resumed_step: int) -> str | None:

@@ -40,10 +40,18 @@ def check_names(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], whe
     Raises:
         UserError: names the first tensor that is missing, unknown to the model, or of another shape.
     """
-    for name in (*wanted, *tensors):
-        if name not in tensors:
+    found, needed = ({name: tuple(tensor.shape) for name, tensor in ones.items()} for ones in (tensors, wanted))
+    check_shapes(found, needed, where)
+
+
+def check_shapes(
+    shapes: Mapping[str, tuple[int, ...] | None], wanted: Mapping[str, tuple[int, ...]], where: str
+) -> None:
+    """The same by names and shapes."""
+    for name in (*wanted, *shapes):
+        if name not in shapes:
             raise UserError(f"{where} lacks {name}: name another")
         if name not in wanted:
             raise UserError(f"{where} holds {name}, which its model does not have: name another")
-        if (found := tuple(tensors[name].shape)) != (shape := tuple(wanted[name].shape)):
+        if (found := shapes[name]) != (shape := wanted[name]):
             raise UserError(f"{where} holds {name} in the shape {found}, and its model has {shape}: name another")

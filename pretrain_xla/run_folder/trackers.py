@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import os
+import pathlib
+import re
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +16,7 @@ from pretrain_xla.errors import UserError
 from pretrain_xla.redact import redacted_tree
 from pretrain_xla.system_faults import reason
 
+WANDB_ID_FILE = "wandb_id"
 Row = dict[str, Any]
 Warn = Callable[[str], None]
 
@@ -38,6 +43,10 @@ class TensorBoard:
         """Write a generated sample."""
         self._use(lambda writer: writer.add_text("sample", text, step))
 
+    def flush(self) -> None:
+        """Write what waits in memory."""
+        self._use(lambda writer: writer.flush())
+
     def close(self) -> None:
         """Flush and close."""
         self._use(lambda writer: writer.close())
@@ -58,18 +67,40 @@ class TensorBoard:
 class WandB:
     """Rows for Weights & Biases; of training, every `wandb_logging_interval` steps and the last one.
 
+    A run that resumes continues the same W&B run, whose id is in the run's folder. W&B keeps what was sent before a kill, so
+    rows up to the last one that it has are not sent again.
+
+    Args:
+        config: of the run.
+        resumed_step: number of updates when the run starts. 0 means a new W&B run.
+        warn: called with a line if it fails.
+
     Raises:
         UserError: it is not installed or does not start (no login, no network, no such run).
     """
 
-    def __init__(self, config: RunConfig, warn: Warn) -> None:
+    def __init__(self, config: RunConfig, resumed_step: int, warn: Warn) -> None:
         self._interval, self._warn = config.wandb.wandb_logging_interval, warn
-        self._run: Any = _start(config)
+        self._id_file = os.path.join(config.run_dir, WANDB_ID_FILE)
+        known = _read_id(self._id_file) if resumed_step and config.wandb.wandb_resume_id is None else None
+        self._run: Any = _start(config, known)
+        self._new_id = None if known is not None else self._run.id  # is written with the first row
         self._left: Row | None = None  # the newest training row that was not sent
+        self._sent: dict[str, int] = {}
+        self._use(self._prepare)
+
+    def _prepare(self, run: Any) -> None:
+        for kind in ("train", "validation", "evaluation"):
+            # An own axis: a validation that is made up for comes after rows of later steps.
+            run.define_metric(f"{kind}/*", step_metric=f"{kind}/step")
+            if isinstance(step := run.summary.get(f"{kind}/step"), int):
+                self._sent[kind] = step
 
     def rows(self, rows: list[Row], kind: str) -> None:
         """Send rows; each has a `step`."""
         for row in rows:
+            if row["step"] <= self._sent.get(kind, -1):
+                continue
             if kind == "train" and row["step"] % self._interval:
                 self._left = row
                 continue
@@ -84,7 +115,12 @@ class WandB:
         self._run = None
 
     def _send(self, row: Row, kind: str) -> None:
-        self._use(lambda run: run.log({f"{kind}/{name}": value for name, value in row.items()}, step=row["step"]))
+        named = {f"{kind}/{name}": value for name, value in row.items()}
+        self._use(lambda run: run.log(named, step=max(row["step"], run.step)))
+        if self._new_id is not None and self._run is not None:
+            with contextlib.suppress(OSError):  # the next start then makes a new W&B run
+                pathlib.Path(self._id_file).write_text(f"{self._new_id}\n", encoding="utf-8")
+            self._new_id = None
 
     def _use(self, call: Callable[[Any], None]) -> None:
         if self._run is None:
@@ -98,13 +134,21 @@ class WandB:
             )
 
 
+def _read_id(path: str) -> str | None:
+    """The id of a run's W&B run. None means that none is known."""
+    with contextlib.suppress(OSError, ValueError):
+        text = pathlib.Path(path).read_text(encoding="utf-8").strip()
+        return text if re.fullmatch(r"[\w.-]{1,128}", text) else None
+    return None
+
+
 def _draw(row: Row, kind: str, writer: Any) -> None:
     for name, value in row.items():
         if name != "step":
             writer.add_scalar(f"{kind}/{name}", value, row["step"])
 
 
-def _start(config: RunConfig) -> Any:
+def _start(config: RunConfig, known: str | None) -> Any:
     try:
         import wandb
     except ModuleNotFoundError:
@@ -119,8 +163,8 @@ def _start(config: RunConfig) -> Any:
             config=redacted_tree(config.model_dump(mode="json")),
             notes=settings.wandb_notes,
             tags=list(settings.wandb_tags),
-            id=settings.wandb_resume_id,
-            resume="must" if settings.wandb_resume_id else None,
+            id=settings.wandb_resume_id or known,
+            resume="must" if settings.wandb_resume_id else "allow" if known else None,
         )
     except Exception as error:
         resume = f", check --wandb-resume-id {settings.wandb_resume_id}" if settings.wandb_resume_id else ""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from pretrain_xla.model import GPT, Execution
 from pretrain_xla.runtime.hosts import Hosts
-from pretrain_xla.runtime.shards import Shard
+from pretrain_xla.runtime.shards import Read, Shard
 
 Forward = Callable[..., Tensor]
 """A model as the step calls it, with the arguments of `GPT.forward`."""
@@ -111,7 +111,8 @@ class Runtime(Protocol):
         """The version of a model for this runtime, on its devices, sharded by the table; do not use `model` afterwards.
 
         Args:
-            model: built, with its values.
+            model: built, with its values; or with parameters on the meta device, whose values `load_shards` must then load
+                before they are used.
             execution: what is recomputed in the backward pass, and what is run as one loop.
         """
 
@@ -174,6 +175,12 @@ class Runtime(Protocol):
 
         Every process calls it. Together the shards of all processes are the whole tensors, each element once. The copies are
         valid until the next call, which may reuse their memory.
+        """
+
+    def load_shards(self, tensors: Mapping[str, Tensor], read: Read) -> None:
+        """Give global tensors new values, in place: each process reads the regions that its devices hold, one tensor at a time.
+
+        Every process calls it, but they need not wait for each other. If `read` raises, some tensors have their new values.
         """
 
     def watch(self) -> AbstractContextManager[Any]:

@@ -14,6 +14,7 @@ import json
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections import Counter
@@ -28,6 +29,9 @@ from pretrain_xla.system_faults import reason
 
 DEADLINE = 600.0
 """Seconds that a process waits for the others at one point, if none is lost. They may differ by a download or a compilation."""
+
+SAYS = 15.0
+"""Seconds after which the first process says for whom it waits."""
 
 BROKEN = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo", "NCCL", "Socket closed")
 """Words of errors that say that a connection to another process broke."""
@@ -118,8 +122,11 @@ class Hosts:
         """
         return self._signal is not None
 
-    def fail(self, message: str, status: int) -> None:
-        """Tell the other processes that this one ends with an error, so that they end with the same message."""
+    def fail(self, message: str, status: int, *, stacks: bool = False) -> None:
+        """Tell the other processes that this one ends with an error, so that they end with the same message.
+
+        stacks: those that do not follow, because they hang as well, print the stack of each of their threads.
+        """
 
     def __enter__(self) -> Hosts:
         return self
@@ -203,16 +210,22 @@ class JoinedHosts(Hosts):
             raise self._broken(error) from error
 
     def _wait(self, complete: str, keys: list[str], what: str, seconds: float) -> None:
-        deadline, pause = time.monotonic() + seconds, 0.001
+        began, pause, told = time.monotonic(), 0.001, False
         while not self._store.check([complete]):
             self._raise_failure()
-            if time.monotonic() > deadline:
-                late = [self.name(index) for index, key in enumerate(keys) if not self._store.check([key])]
-                text = f"{', '.join(late)} did not come to {what} within {seconds:.0f} s"
+            waited = time.monotonic() - began
+            if self.is_first and not told and waited > min(SAYS, seconds / 2):
+                told = True
+                _note(f"waiting for {self._late(keys)} to come to {what}, for up to {seconds:.0f} s")
+            if waited > seconds:
+                text = f"{self._late(keys)} did not come to {what} within {seconds:.0f} s"
                 self.fail(text, LOST)
                 raise self._error(Failure(text, LOST, self.index))
             time.sleep(pause)
             pause = min(pause * 2, 0.05)
+
+    def _late(self, keys: list[str]) -> str:
+        return ", ".join(self.name(index) for index, key in enumerate(keys) if not self._store.check([key]))
 
     def _raise_failure(self) -> None:
         if (failure := self._watch.failure) is not None:
@@ -253,12 +266,12 @@ class JoinedHosts(Hosts):
             self._raise_failure()
         return stops
 
-    def fail(self, message: str, status: int) -> None:
+    def fail(self, message: str, status: int, *, stacks: bool = False) -> None:
         """See `Hosts.fail`."""
         if self._told or self._closed:
             return
         self._told = True
-        self._watch.tell(Failure(message, status, self.index))
+        self._watch.tell(Failure(message, status, self.index, stacks))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -301,3 +314,7 @@ def _is_broken_connection(error: BaseException) -> bool:
 
 def _text(value: bytes | str) -> str:
     return value if isinstance(value, str) else value.decode(errors="replace")
+
+
+def _note(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr, flush=True)

@@ -11,6 +11,7 @@ signal that was received, and by whom; `stop/<index>` how far that process had c
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import json
 import os
 import threading
@@ -35,11 +36,13 @@ LENIENT = 10
 
 @dataclass(frozen=True)
 class Failure:
-    """Why the run ends. message: one line. status: exit status. index: process that failed, or that was lost."""
+    """Why the run ends. message: one line. status: exit status. index: process that failed, or that was lost. stacks: the run
+    hangs, so that the stacks of the threads say where."""
 
     message: str
     status: int
     index: int
+    stacks: bool = False
 
 
 class Watch:
@@ -283,4 +286,6 @@ def end_now(failure: Failure, *, quiet: bool = False) -> Any:
     """End this process at once, whatever its threads are doing. quiet: the message has been printed."""
     if not quiet:
         os.write(2, f"error: {failure.message}\n".encode())
+    if failure.stacks:
+        faulthandler.dump_traceback(2, all_threads=True)
     os._exit(failure.status)

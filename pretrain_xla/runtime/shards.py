@@ -1,4 +1,4 @@
-"""Which part of a run's state each process copies to its host and writes, so that no host ever holds all of it.
+"""Which part of a run's state each process copies to its host and writes, or reads, so that no host ever holds all of it.
 
 A tensor that every process holds whole is cut along its first dimension. A tensor that is sharded over a mesh is written as it
 lies on the devices, and each of its blocks by one of the processes that hold it.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,12 @@ from pretrain_xla.model.xla.stacked import ALL
 
 SMALLEST_PIECE = 1 << 18
 """Bytes below which a tensor is not cut: each piece costs about 1 kB in a checkpoint's files."""
+
+Region = tuple[tuple[int, ...], tuple[int, ...]]
+"""A block of a tensor: the offsets of its first element, and its shape."""
+
+Read = Callable[[str, Sequence[Region]], list[Tensor]]
+"""(name, regions) → these regions of the tensor that is saved under that name, on the host."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,29 @@ class Rows:
     def shard(self, tensor: Tensor, block: Tensor) -> Shard:
         """`block`, a host copy of these rows of `tensor`, as a shard."""
         return Shard(self.name, tuple(tensor.shape), (self.start, *(0,) * (tensor.dim() - 1))[: tensor.dim()], block)
+
+
+def whole_region(shape: Sequence[int]) -> Region:
+    """All of a tensor."""
+    return (0,) * len(shape), tuple(shape)
+
+
+def within(region: Region) -> tuple[slice, ...]:
+    """The index that takes a region out of its tensor."""
+    return tuple(slice(start, start + size) for start, size in zip(*region, strict=True))
+
+
+def overlap(one: Region, other: Region) -> Region | None:
+    """What two regions of a tensor have in common. None means nothing."""
+    starts = tuple(map(max, one[0], other[0]))
+    ends = [min(a + m, b + n) for a, m, b, n in zip(*one, *other, strict=True)]
+    shape = tuple(end - start for start, end in zip(starts, ends, strict=True))
+    return (starts, shape) if all(size > 0 for size in shape) else None
+
+
+def relative(region: Region, to: Region) -> tuple[slice, ...]:
+    """The index that takes a region out of another one that contains it."""
+    return within((tuple(a - b for a, b in zip(region[0], to[0], strict=True)), region[1]))
 
 
 def whole(tensors: Mapping[str, Tensor]) -> list[Shard]:
@@ -93,6 +122,10 @@ class Tiling:
         for size, ways, offset in zip(shape, self.ways, offsets, strict=True):
             number = number * ways + offset // -(-size // ways)
         return number
+
+    def tile(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Shape of a block of a tensor of this shape on a device, with XLA's padding."""
+        return tuple(-(-size // ways) for size, ways in zip(shape, self.ways, strict=True))
 
     def writer(self, number: int, before: int) -> int:
         """Which replica of a block is written.

@@ -30,7 +30,7 @@ from pretrain_xla.runtime.launched import launched
 from pretrain_xla.runtime.peak_flops import gpu_peak
 from pretrain_xla.runtime.rendezvous import join, torchrun_meeting
 from pretrain_xla.runtime.rows import rows_of
-from pretrain_xla.runtime.shards import Rows, Shard, divide_rows
+from pretrain_xla.runtime.shards import Read, Rows, Shard, divide_rows, whole_region
 from pretrain_xla.runtime.torch_waits import watch_waits
 
 # torch 2.9 warns so about its own defaults.
@@ -119,7 +119,8 @@ class TorchRuntime:
 
     def prepare_model(self, model: GPT, execution: Execution) -> GPT:
         """See `base.Runtime.prepare_model`."""
-        return optimize_for_torch(model, execution).to(self.device)
+        prepared = optimize_for_torch(model, execution)
+        return prepared._apply(lambda t: torch.empty_like(t, device=self.device) if t.is_meta else t.to(self.device))
 
     def forward(self, model: nn.Module) -> Callable[..., Tensor]:
         """See `base.Runtime.forward`; torch.compile inside DDP, so that gradient buckets still overlap the backward."""
@@ -271,6 +272,11 @@ class TorchRuntime:
         with self.planned():
             self.wait()
         return shards
+
+    def load_shards(self, tensors: Mapping[str, Tensor], read: Read) -> None:
+        """See `base.Runtime.load_shards`; every replica reads whole tensors."""
+        for name, tensor in tensors.items():
+            tensor.detach().copy_(read(name, [whole_region(tensor.shape)])[0])
 
     @contextlib.contextmanager
     def watch(self) -> Iterator[None]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from pretrain_xla.config import RunConfig
 from pretrain_xla.errors import UserError
 from pretrain_xla.model import flops_per_token
+from pretrain_xla.run_folder.goodput import STEP_SECONDS
 from pretrain_xla.run_folder.metrics import Row
 from pretrain_xla.run_folder.report import perplexity
 from pretrain_xla.runtime import Runtime
@@ -89,6 +90,7 @@ class DeferredMetrics:
         if steps:
             rate = steps * self._config.tokens_per_step / seconds
             row["tokens_per_second"] = round(rate, 1)
+            row[STEP_SECONDS] = round(seconds, 3)
             if self._runtime.peak_flops is not None:
                 flops = rate * flops_per_token(self._config.model)
                 row["mfu"] = flops / (self._runtime.peak_flops * self._runtime.device_count)

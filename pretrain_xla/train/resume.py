@@ -2,113 +2,36 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pretrain_xla.config import ModelConfig, RunConfig
 from pretrain_xla.errors import UserError
 from pretrain_xla.interop import hub
 from pretrain_xla.interop.from_checkpoint import FREE_MODEL_KEYS, check_fits, fit_tensors
 from pretrain_xla.interop.load import ModelSource, find_model
-from pretrain_xla.model.xla.stacked import stack_layers
+from pretrain_xla.interop.tensors import fit_rows
 from pretrain_xla.run_folder.checkpoint import MARKER, CheckpointInfo, CheckpointStore, DamagedCheckpoint
 from pretrain_xla.run_folder.checkpoint_open import open_checkpoint
 from pretrain_xla.run_folder.data_position import has_other_data
-from pretrain_xla.run_folder.tensor_checks import check_finite, check_names
+from pretrain_xla.run_folder.state_source import Converted
+from pretrain_xla.run_folder.tensor_checks import check_finite
 from pretrain_xla.run_folder.tokenizer_check import check_same_tokenizer, tokenizer_of_checkpoint, tokenizer_of_run
 from pretrain_xla.runtime import Hosts
+from pretrain_xla.runtime.shards import Read
 from pretrain_xla.tokenizers.fingerprint import TokenizerId
 from pretrain_xla.tokenizers.load import known_tokenizers
-from pretrain_xla.train.loss_scale import LossScale
+from pretrain_xla.train.start import Start
 
 LOADS = 3600.0
 """Seconds in which all hosts must have read a checkpoint, when the first has."""
 
 
-@dataclass
-class Start:
-    """The state that a run starts from.
-
-    store: the run's checkpoints. step: number of updates so far. tensors: name → host tensor, empty for a new run. where: what
-    was loaded. own: it is this run's own checkpoint. evaluates: only the weights are used (mode `evaluate`). info: the
-    checkpoint's marker, if it is one of ours.
-    """
-
-    store: CheckpointStore
-    step: int = 0
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-    where: str = ""
-    own: bool = False
-    evaluates: bool = False
-    info: CheckpointInfo | None = None
-
-    def load_model(self, model: nn.Module) -> None:
-        """Load the checkpoint's parameters into a model on the host.
-
-        Raises:
-            UserError: one is missing or of another shape.
-        """
-        state = {n.removeprefix("model."): t for n, t in self.tensors.items() if n.startswith("model.")}
-        check_names(state, model.state_dict(), self.where)
-        model.load_state_dict(state, strict=True)
-
-    def optimizer_tensor(self, name: str, shape: torch.Size) -> Tensor:
-        """The saved optimizer tensor with that name, or zeros of that shape for a new run, for
-        imported weights and for an evaluation.
-
-        Raises:
-            UserError: it is missing although there are others or updates were made, or it is of another shape.
-        """
-        saved = stack_layers(f"optimizer.{name}", self.tensors)
-        if self.evaluates or (
-            saved is None and self.step == 0 and not any(n.startswith("optimizer.") for n in self.tensors)
-        ):
-            return torch.zeros(shape, dtype=torch.int32 if name == "step" else torch.float32)
-        if saved is None or saved.shape != shape:
-            wrong = f"lacks optimizer.{name}" if saved is None else f"holds optimizer.{name} in another shape"
-            raise UserError(
-                f"{self.where} {wrong}, without which update {self.step + 1} would differ: remove that folder to continue "
-                "from an older checkpoint"
-            )
-        return saved
-
-    def guard_tensor(self, name: str, new: Tensor) -> Tensor:
-        """The saved tensor of the update guard with that name, or `new` if there is none, or one for other settings."""
-        saved = self.tensors.get(f"guard.{name}")
-        return new if self.evaluates or saved is None or saved.shape != new.shape else saved
-
-    def load_loss_scale(self, loss_scale: LossScale | None) -> None:
-        """Restore the saved loss scale, if there is one.
-
-        Raises:
-            UserError: it is incomplete.
-        """
-        saved = {name for name in self.tensors if name.startswith("loss_scale.")}
-        if loss_scale is not None and saved:
-            wanted = {f"loss_scale.{name}": tensor for name, tensor in loss_scale.state.items()}
-            check_names({name: self.tensors[name] for name in saved}, wanted, self.where)
-            for name, tensor in wanted.items():
-                tensor.copy_(self.tensors[name])
-
-    def digest(self) -> str:
-        """The same on two hosts that loaded the same checkpoint."""
-        known = None if self.info is None else asdict(self.info)
-        return hashlib.sha256(json.dumps([known, sorted(self.tensors)]).encode()).hexdigest()
-
-    def release(self) -> None:
-        """Free the host copies once the devices have them."""
-        self.tensors = {}
-
-
 def find_start(
     config: RunConfig, data_fingerprint: str, say: Callable[[str], None], hosts: Hosts | None = None
 ) -> Start:
-    """Decide where the run starts, the same on all hosts, and load the state.
+    """Decide where the run starts, the same on all hosts. The tensors of a checkpoint are not read yet.
 
     Raises:
         UserError: the checkpoint is of another model or damaged, `--no-resume` would overwrite a run, or the hosts do not see
@@ -116,6 +39,51 @@ def find_start(
     """
     hosts = hosts or Hosts()
     start = _find_start(config, data_fingerprint, say, hosts)
+    _check_same(start, hosts)
+    return start
+
+
+def load_start(
+    start: Start,
+    state: Mapping[str, Tensor],
+    config: RunConfig,
+    data_fingerprint: str,
+    say: Callable[[str], None],
+    load_shards: Callable[[Mapping[str, Tensor], Read], None],
+    hosts: Hosts | None = None,
+) -> Start:
+    """Load the state of a start into a run's tensors; returns the start that it was loaded from.
+
+    That is an older one if the run's newest checkpoint turns out to be damaged: every byte is checked while it is read.
+
+    Args:
+        start: of `find_start`; nothing is done if it is that of a new run.
+        state, load_shards: as in `Start.load`.
+        config, data_fingerprint, say, hosts: as in `find_start`.
+
+    Raises:
+        UserError: it cannot be loaded, or it is damaged and there is no other.
+    """
+    hosts = hosts or Hosts()
+    while start.tensors:
+        damage: str | None = None
+        try:
+            start.load(state, load_shards)
+        except DamagedCheckpoint as error:
+            if not start.replaceable:
+                raise
+            damage = error.what
+        found = list(filter(None, hosts.gather(damage, "the state of a checkpoint", seconds=LOADS)))
+        if not found:
+            break
+        start.release()
+        step = _older(start.store, start.step, found[0], say, hosts)
+        start = _from_checkpoint(start.store, step, start.store, config, data_fingerprint, say, hosts)
+        _check_same(start, hosts)
+    return start
+
+
+def _check_same(start: Start, hosts: Hosts) -> None:
     begins = hosts.gather([start.step, start.digest()], "where the run starts")
     for index, (step, digest) in enumerate(begins):
         if [step, digest] != begins[0]:
@@ -124,7 +92,6 @@ def find_start(
                 f"{hosts.name(index)} would start {what}, and {hosts.name(0)} at step {begins[0][0]}: all must see the same "
                 "files; put them on a disk that all share, or in a bucket"
             )
-    return start
 
 
 def _find_start(config: RunConfig, data_fingerprint: str, say: Callable[[str], None], hosts: Hosts) -> Start:
@@ -149,24 +116,38 @@ def _find_start(config: RunConfig, data_fingerprint: str, say: Callable[[str], N
         if config.train.mode == "evaluate":
             say("there is no checkpoint: evaluating freshly initialised weights")
         return Start(store)
+    return _from_checkpoint(source, step, store, config, data_fingerprint, say, hosts)
+
+
+def _from_checkpoint(
+    source: CheckpointStore,
+    step: int,
+    store: CheckpointStore,
+    config: RunConfig,
+    data_fingerprint: str,
+    say: Callable[[str], None],
+    hosts: Hosts,
+) -> Start:
+    """The start from a checkpoint of this run, in `store`, or from the Hub; from an older one if its index is damaged."""
     while True:
         info, folder = source.info(step), source.folder(step)
         check_same_model(info, config.model, folder)
         damage: str | None = None
+        tensors: Mapping[str, Tensor] = {}
         try:
-            tensors = source.load(step)
+            tensors = source.stored(step)
         except DamagedCheckpoint as error:
             if source is not store:
                 raise
             damage = error.what
-        found = list(filter(None, hosts.gather(damage, "the state of a checkpoint", seconds=LOADS)))
+        found = list(filter(None, hosts.gather(damage, "the index of a checkpoint", seconds=LOADS)))
         if not found:
             break
         step = _older(store, step, found[0], say, hosts)
     _check_data(info, source, step, data_fingerprint, config, say)
     say(f"continuing from {folder}")
-    check_finite(tensors, folder)
-    return Start(store, step, tensors, folder, own=True, evaluates=config.train.mode == "evaluate", info=info)
+    evaluates = config.train.mode == "evaluate"
+    return Start(store, step, tensors, folder, True, evaluates, info, replaceable=source is store)
 
 
 def _older(store: CheckpointStore, step: int, damage: str, say: Callable[[str], None], hosts: Hosts) -> int:
@@ -251,9 +232,7 @@ def _from_model(config: RunConfig, store: CheckpointStore, data_fingerprint: str
     _check_data(info, source, step, data_fingerprint, config, say)
     if only:
         return _from_weights(found, config, store)
-    tensors = source.load(step)
-    check_finite(tensors, found.where)
-    tensors = fit_tensors(tensors, config.model)
+    tensors = Converted(source.stored(step), lambda name, tensor: fit_rows(name, tensor, config.model))
     return Start(store, step, tensors, found.where, evaluates=config.train.mode == "evaluate", info=info)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import time
 
 from pretrain_xla.config import RunConfig
 from pretrain_xla.errors import guarded, out_of_memory
@@ -46,7 +47,7 @@ def run(config: RunConfig) -> None:
         UserError: the request cannot be met (reported before training, if that can be known by then), or the host or device
             ran out of memory or disk.
     """
-    writes = config.train.mode != "evaluate"
+    writes, began = config.train.mode != "evaluate", time.time()
     stacks_on_request()
     with contextlib.ExitStack() as stack:
         hosts = join_hosts(config)
@@ -63,13 +64,13 @@ def run(config: RunConfig) -> None:
         with hosts, out_of_memory(MEMORY):
             runtime = start(config, hosts)
             stack.callback(runtime.close)
-            _run_on(config, runtime)
+            _run_on(config, runtime, began)
 
 
-def _run_on(config: RunConfig, runtime: Runtime) -> None:
+def _run_on(config: RunConfig, runtime: Runtime, began: float) -> None:
     from pretrain_xla.train.trainer import Trainer
 
-    trainer = Trainer(config, runtime)
+    trainer = Trainer(config, runtime, began)
     if config.train.mode == "evaluate":
         trainer.evaluate()
         return

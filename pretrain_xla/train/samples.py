@@ -6,6 +6,8 @@ not touched: losses are the same with and without samples.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from pretrain_xla.config import RunConfig
 from pretrain_xla.errors import UserError
 from pretrain_xla.generate.continuation import Continuation, Request
@@ -46,10 +48,17 @@ class Samples:
         self._request = Request(tokens, SAMPLING, seed=config.train.seed, stops=(self._tokenizer.end_of_text,))
         self._decoder = Decoder(model, runtime, self._tokenizer.vocab_size)
 
-    def __call__(self) -> str:
-        """The prompt and its continuation. Every process must call it; all get the same text."""
+    def __call__(self, progress: Callable[[int], None] | None = None) -> str:
+        """The prompt and its continuation. Every process must call it; all get the same text.
+
+        progress: called with the number of tokens so far.
+        """
         was_training = self._model.training
         self._model.eval()
-        tokens = [token for _, token in Continuation(self._decoder, [self._ids], self._request)]
+        tokens: list[int] = []
+        for _, token in Continuation(self._decoder, [self._ids], self._request):
+            tokens.append(token)
+            if progress is not None:
+                progress(len(tokens))
         self._model.train(was_training)
         return self._prompt + decode_after(self._tokenizer, self._prompt, tokens)

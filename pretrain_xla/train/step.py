@@ -6,7 +6,7 @@ and the metrics are device values.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -46,18 +46,14 @@ class TrainStep:
         runtime: Runtime,
         config: RunConfig,
         examples: Examples | None = None,
-        restored: Callable[[str, Tensor], Tensor] = lambda name, new: new,
     ) -> None:
-        """restored: (name, host tensor of a new run) → what a tensor of the guard begins with."""
         self.model = model
         self.optimizer = optimizer
         self.runtime = runtime
         self.examples = examples or Examples()
         self.max_grad_norm = config.optim.max_grad_norm
         self.loss_scale = LossScale(runtime.device) if config.train.mixed_precision == "fp16" else None
-        self.guard = UpdateGuard(
-            optimizer.names, config.train, lambda name, new: runtime.place_like(restored(name, new), None)
-        )
+        self.guard = UpdateGuard(optimizer.names, config.train, lambda _name, new: runtime.place_like(new, None))
         self.forward = runtime.forward(model)
         self._update = runtime.fuse(self._clip_and_update)
 

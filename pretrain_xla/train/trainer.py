@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -22,15 +22,22 @@ from pretrain_xla.data.dataset import TokenDataset, open_dataset
 from pretrain_xla.data.find_shards import Split
 from pretrain_xla.data.prefetch import Prefetcher, pipeline
 from pretrain_xla.errors import UserError
-from pretrain_xla.interop.upload import Uploader
-from pretrain_xla.model import GPT, initialize, parameter_count
+from pretrain_xla.interop.upload import pushing
+from pretrain_xla.model import parameter_count
 from pretrain_xla.redact import redacted_tree
-from pretrain_xla.run_folder.build import build_examples, build_optimizer, execution_of
+from pretrain_xla.run_folder.build import (
+    build_examples,
+    build_model,
+    build_optimizer,
+    execution_of,
+    placing_zeros,
+)
 from pretrain_xla.run_folder.checkpoint import CheckpointInfo
 from pretrain_xla.run_folder.checkpoint_marker import DataPosition
 from pretrain_xla.run_folder.console import Console
 from pretrain_xla.run_folder.data_position import describe_changes, resume_position
-from pretrain_xla.run_folder.metrics import MetricLog, Row
+from pretrain_xla.run_folder.goodput import Goodput
+from pretrain_xla.run_folder.metrics import SAMPLE, VALIDATION, MetricLog, Row
 from pretrain_xla.run_folder.records_copy import records_copy
 from pretrain_xla.run_folder.report import perplexity, shown, summarised_steps, write_report
 from pretrain_xla.run_folder.same_everywhere import check_same_data
@@ -38,12 +45,15 @@ from pretrain_xla.run_folder.tokenizer_check import tokenizer_of_run
 from pretrain_xla.run_folder.trackers import WandB
 from pretrain_xla.runtime import Runtime
 from pretrain_xla.runtime.shards import unstack_shards
-from pretrain_xla.train.deferred_metrics import DeferredMetrics, check_validation
+from pretrain_xla.train.deferred_metrics import DeferredMetrics
 from pretrain_xla.train.evaluations import build_evaluation, build_validation
 from pretrain_xla.train.graph_guard import GraphGuard
-from pretrain_xla.train.resume import Start, find_start
+from pretrain_xla.train.maintenance import watching_notices
+from pretrain_xla.train.measurements import CutShort, Measurements, is_due
+from pretrain_xla.train.resume import find_start, load_start
 from pretrain_xla.train.samples import Samples
 from pretrain_xla.train.skipped_updates import SkippedUpdates
+from pretrain_xla.train.start import Start
 from pretrain_xla.train.step import METRICS, TrainStep, step_seed
 from pretrain_xla.train.stop_after import stopping_after
 from pretrain_xla.train.stop_signal import StopSignal
@@ -53,8 +63,10 @@ from pretrain_xla.train.watchdog import Watchdog
 class Trainer:
     """One run in one process. The constructor checks everything that can be checked early; then call `fit` or `evaluate`."""
 
-    def __init__(self, config: RunConfig, runtime: Runtime) -> None:
+    def __init__(self, config: RunConfig, runtime: Runtime, began: float | None = None) -> None:
+        """began: time at which the process began with the run, in seconds since 1970. None means now."""
         self.config, self.runtime = config, runtime
+        self._began = time.time() if began is None else began
         train = config.train
         self.console = Console(enabled=runtime.is_main)
         self._rows = runtime.rows(train.train_batch_size)
@@ -65,36 +77,42 @@ class Trainer:
         self.data_fingerprint = train_data.fingerprint
         check_same_data(config, self.data_fingerprint, valid_data.fingerprint, runtime.hosts)
         made_with = tokenizer_of_run(config)
-        self.start: Start = find_start(config, self.data_fingerprint, self.console.note, runtime.hosts)
+        data, note = self.data_fingerprint, self.console.note
+        start = find_start(config, data, note, runtime.hosts)
+        model = build_model(config, runtime.compute_dtype, train.seed if not start.tensors else None)
+        self.model = runtime.prepare_model(model, execution_of(config))
+        self.optimizer = build_optimizer(config, self.model, placing_zeros(runtime), runtime.map_matrices)
+        examples = build_examples(config, train_data)
+        self.step = TrainStep(self.model, self.optimizer, runtime, config, examples)
+        state = self.step.named_state()
+        self.start: Start = load_start(start, state, config, data, note, runtime.load_shards, runtime.hosts)
         self.tokenizer_fingerprint = made_with.found()
         if self.tokenizer_fingerprint is None and self.start.info is not None:
             self.tokenizer_fingerprint = self.start.info.tokenizer
         self.batches = self._batches(train_data)
-        model = GPT(config.model, runtime.compute_dtype)
-        if self.start.step == 0 and not self.start.tensors:
-            initialize(model, train.seed)
-        else:
-            self.start.load_model(model)
-        self.model = runtime.prepare_model(model, execution_of(config))
-        self.optimizer = build_optimizer(
-            config,
-            self.model,
-            lambda name, shape, like: runtime.place_like(self.start.optimizer_tensor(name, shape), like),
-            runtime.map_matrices,
-        )
-        examples = build_examples(config, train_data)
-        self.step = TrainStep(self.model, self.optimizer, runtime, config, examples, self.start.guard_tensor)
-        self.start.load_loss_scale(self.step.loss_scale)
+        self._records = records_copy(config, self.console.warn) if runtime.is_main else None
+        if self._records is not None:
+            if self.start.own and train.mode != "evaluate":
+                self._records.fetch(self.start.step)
+            self.start.store.completing = self._records.send
         self.skipped = SkippedUpdates(self.step.guard, runtime, config, self.console.warn)
         self._train_step = runtime.compile(self.step, "train", state=self.step.state)
         share = self._share(train.eval_batch_size)
         self.validation = build_validation(config, self.step, runtime, valid_data, share)
-        self.evaluation = None if train.mode == "evaluate" else build_evaluation(config, self.model, runtime)
-        writes = config.logging.sample_interval is not None and train.mode != "evaluate"
-        self.samples = Samples(config, self.model, runtime) if writes else None
+        trains = train.mode != "evaluate"
+        self.measurements = Measurements(
+            config,
+            runtime,
+            self.console,
+            self.validation,
+            build_evaluation(config, self.model, runtime) if trains else None,
+            Samples(config, self.model, runtime) if trains and config.logging.sample_interval is not None else None,
+        )
+        resumes = trains and self.start.own and self.start.step <= train.train_steps
+        self._owed = self.measurements.owed(self.start.step) if resumes else []
         self.guard = GraphGuard(runtime, strict=train.strict_graph, say=self.console.warn)
-        logs = config.wandb.wandb_logging and runtime.is_main and train.mode != "evaluate"
-        self.wandb = WandB(config, self.console.warn) if logs and self.start.step < train.train_steps else None
+        logs = config.wandb.wandb_logging and runtime.is_main and trains and not self._is_done
+        self.wandb = WandB(config, self.start.step if self.start.own else 0, self.console.warn) if logs else None
         self.start.release()
 
     def _batches(self, dataset: TokenDataset) -> Batches:
@@ -133,22 +151,23 @@ class Trainer:
             raise UserError(f"the loss is {loss}: the weights are damaged, or the compute precision is too low")
         return loss
 
+    @property
+    def _is_done(self) -> bool:
+        """Whether nothing is left to do for this run."""
+        return self.start.step >= self.config.train.train_steps and not self._owed
+
     def fit(self) -> None:
         """Train from the present step to `train_steps`."""
-        train = self.config.train
-        first, last = self.start.step, train.train_steps
-        self._began = time.perf_counter()
-        self._records = records_copy(self.config, self.console.warn) if self.runtime.is_main else None
-        if self._records is not None:
-            self._records.fetch(first)
-            self.start.store.completing = self._records.send
-        if first >= last:
+        train, first, last = self.config.train, self.start.step, self.config.train.train_steps
+        if self._is_done:
             self._already_done(first, last)
             return
+        own = self.config.run_dir if self.runtime.is_main else None
+        self.goodput = self.measurements.goodput = Goodput(own, first, self._began, self.console.warn)
         self.log = MetricLog(self.config, first, self.console.warn, self.wandb) if self.runtime.is_main else None
+        self.measurements.log = self.log
         self._history = self.new_history()
         self._done, self._under_way = first, 0
-        self._measured: tuple[int, float | None] = (first, None)  # the step of the last validation, and its loss
         self.metrics = DeferredMetrics(
             self.config,
             self.runtime,
@@ -160,31 +179,53 @@ class Trainer:
         self.console.header(self.config, self.runtime, first)
         with ExitStack() as stack:
             stack.callback(self._close_files)
-            self._push_to_hub(stack)
+            if self.runtime.is_main:
+                stack.enter_context(pushing(self.config, self.start.store, self.console.warn))
             self.start.store.unwritten = self.console.warn
             self.start.store.write_with_others(self.runtime.process_index, self.runtime.process_count)
             if self.runtime.is_main:
                 self.start.store.remove_remainders()
-            stop = stack.enter_context(StopSignal(self.runtime.hosts, self._finishing))
+            self._stop = stack.enter_context(StopSignal(self.runtime.hosts, self._finishing))
             self._bar = stack.enter_context(self.console.training(first, last))
-            self.watchdog = stack.enter_context(Watchdog(train.hang_timeout, lambda: f"step {self._under_way}"))
-            if first == 0:
-                self._validate(0)
-            if stop.stops_here():
-                stop.leave("stopped before the first step; the same command starts there")
-            batches = stack.enter_context(self.batches_ahead(last))
-            stack.push(self._record_rest)
-            self.metrics.input_seconds = lambda: batches.seconds_waited
-            stack.enter_context(self.runtime.watch())
+            self.watchdog = stack.enter_context(
+                Watchdog(train.hang_timeout, lambda: f"step {self._under_way}", self.runtime.hosts)
+            )
+            self.measurements.pulse, self.measurements.progress = self._pulse, self._bar.progress
             stack.enter_context(stopping_after(train.stop_after))
-            stack.enter_context(self.runtime.hosts)  # the last: others hear of an error before anything is closed
-            for done, tokens in enumerate(batches, start=first + 1):
-                self._one_step(done, tokens)
-                if stop.stops_here():
-                    self._save(done)
-                    self.start.store.wait()
-                    stop.leave(f"stopped at step {done}; the same command continues from there")
+            stack.enter_context(watching_notices(self.runtime))
+            self._make_up(first)
+            if first < last:
+                self._train(first, last, stack)
         self._finish()
+
+    def _make_up(self, first: int) -> None:
+        """Validate before the first step of a run; of one that goes on, make up for what was due at its checkpoint."""
+        with suppress(CutShort):
+            for kind in self._owed if first else [VALIDATION]:
+                self.measurements.make(kind, first)
+        if self._stop.stops_here():
+            where = f"at step {first}" if first else "before the first step"
+            self._stop.leave(f"stopped {where}; the same command {'continues from' if first else 'starts'} there")
+
+    def _train(self, first: int, last: int, stack: ExitStack) -> None:
+        batches = stack.enter_context(self.batches_ahead(last))
+        stack.push(self._record_rest)
+        self.metrics.input_seconds = lambda: batches.seconds_waited
+        stack.enter_context(self.runtime.watch())
+        stack.enter_context(self.runtime.hosts)  # the last: others hear of an error before anything is closed
+        self.goodput.begins_steps()
+        for done, tokens in enumerate(batches, start=first + 1):
+            self._one_step(done, tokens)
+            if self._stop.stops_here():
+                self._save(done)
+                self.start.store.wait()
+                self._stop.leave(f"stopped at step {done}; the same command continues from there")
+
+    def _pulse(self) -> None:
+        """Called at each batch of what is measured between two steps."""
+        self.watchdog.beat()
+        if self._stop.stops_here():
+            raise CutShort
 
     def _finishing(self) -> str:
         """What is finished before a run that was asked to stop ends."""
@@ -212,40 +253,32 @@ class Trainer:
         """Make update number `done` (from 1), and what is due after it."""
         self._under_way = done
         self.watchdog.beat()
-        train = self.config.train
+        began = time.perf_counter()
         self._history = self.update(done, tokens, self._history)
         self._done = done
-        validates = self._due(train.valid_interval, done)
-        evaluates = self.evaluation is not None and self._due(self.config.evaluation.eval_interval, done)
         self.start.store.check()
-        saves = self._due(self.config.checkpoint.save_interval, done) or self._owes_save()
-        samples = self.samples is not None and self._due(self.config.logging.sample_interval, done)
-        pauses = validates or evaluates or saves or samples
+        due = self.measurements.due(done)
+        saves = is_due(self.config.checkpoint.save_interval, done, self.config.train.train_steps) or self._owes_save()
+        pauses = bool(due) or saves
         if done == self.start.step + 1:
             with self.runtime.planned():
                 self.runtime.wait()  # so that compiling is not counted as training
             self.metrics.clock.restart(done)
+            self.goodput.first_step(time.perf_counter() - began)
         if done - self.metrics.read_until == self.config.logging.log_interval or pauses:
             self.metrics.request(self._history, done)
             self.metrics.collect(leave=0 if pauses else 1)
-        if validates:
-            with self.runtime.planned():
-                self._validate(done)
-        if evaluates:
-            self._evaluate(done)
-        if saves:
-            self._save(done)
-        if samples:
-            with self.runtime.planned():
-                self._sample(done)
+        with suppress(CutShort):  # the state is saved at once, and the rest made up for after the next start
+            for kind in (kind for kind in due if kind != SAMPLE):
+                self.measurements.make(kind, done)
+            if saves:
+                self._save(done)
+            if SAMPLE in due:
+                self.measurements.make(SAMPLE, done)
         if pauses:
             self.metrics.clock.restart(done)
         self.guard.check(done)
         self._bar.advance(done)
-
-    def _due(self, interval: int | None, done: int) -> bool:
-        """Whether something that happens every `interval` steps, and after the last one, is due."""
-        return done == self.config.train.train_steps or (interval is not None and done % interval == 0)
 
     def _owes_save(self) -> bool:
         """Whether a save that failed is tried again before the next is due; several processes would have to agree on it."""
@@ -270,6 +303,7 @@ class Trainer:
         return len(self.runtime.rows(batch_size)) / batch_size
 
     def _record(self, rows: list[Row]) -> None:
+        self.goodput.count(rows)
         if self.log is not None:
             self.log.write(rows, kind="train")
         self._bar.show(rows[-1])
@@ -283,36 +317,18 @@ class Trainer:
             self.metrics.request(self._history, self._done)
             self.metrics.record_all()
 
-    def _validate(self, done: int) -> None:
-        loss = self.validation(lambda _batch: self.watchdog.beat())
-        self._measured = (done, loss)
-        row = {"step": done, "valid_loss": loss, "valid_perplexity": perplexity(loss)}
-        if self.log is not None:
-            self.log.write([row], kind="validation")
-        self.console.validation(row)
-        check_validation(row, self.config.checkpoints_dir)
-
-    def _evaluate(self, done: int) -> None:
-        """Score the tasks of the config; the metrics name a score `task/score`."""
-        assert self.evaluation is not None
-        results = self.evaluation(self.watchdog.beating(self._bar.progress))
-        scores = {f"{result.task}/{name}": value for result in results for name, value in result.scores.items()}
-        row: Row = {"step": done, **scores}
-        if self.log is not None:
-            self.log.write([row], kind="evaluation")
-        self.console.evaluation(row)
-
-    def _sample(self, done: int) -> None:
-        assert self.samples is not None
-        text = self.samples()
-        if self.log is not None:
-            self.log.write_sample(done, text)
-
     def _save(self, done: int) -> None:
         """Write the state after update `done`. Metrics up to there are on disk before the checkpoint is complete."""
         self.metrics.request(self._history, done)
         self.metrics.collect()
-        if self.skipped.in_a_row and self._measured[0] != done:
+        with self.goodput.spending("saving"):
+            self._copy_and_write(done)
+        self.goodput.keep(done)
+
+    def _copy_and_write(self, done: int) -> None:
+        if self.log is not None:
+            self.log.flush()
+        if self.skipped.in_a_row and self.measurements.measured[0] != done:
             self.console.warn(
                 f"the checkpoint of step {done} is left out: its last update was skipped, so nothing shows yet that the "
                 "weights are good"
@@ -321,7 +337,7 @@ class Trainer:
         if not self.start.store.is_ready():  # before the copy, so that there are never two
             return
         shards = list(unstack_shards(self.runtime.own_shards(self.step.named_state())))
-        measured, loss = self._measured
+        measured, loss = self.measurements.measured
         info = CheckpointInfo(
             done,
             loss if measured == done else None,  # a loss of other weights does not count
@@ -332,18 +348,11 @@ class Trainer:
         )
         self.start.store.save(shards, info)
 
-    def _push_to_hub(self, stack: ExitStack) -> None:
-        """Push each checkpoint, if the config asks for it; the stack waits for the last one."""
-        repository, config = self.config.checkpoint.hub_repo, self.config
-        if repository is not None and self.runtime.is_main:
-            uploader = Uploader(repository, config.run_dir, self.start.store, self.console.warn)
-            stack.callback(uploader.close)
-            stack.callback(self.start.store.wait)  # before the uploader closes, which needs the last checkpoint
-
     def _close_files(self) -> None:
         try:
             self.start.store.close()
         finally:
+            self.goodput.close()
             if self.log is not None:
                 self.log.close()
 
@@ -352,8 +361,12 @@ class Trainer:
         made = f"its {last} steps" if first == last else f"{first} steps, and --train-steps is {last}"
         self.console.note(f"this run has already made {made}; raise --train-steps to continue")
         self.start.store.close()
-        if self.runtime.is_main and summarised_steps(self.config.run_dir) != first:
-            self._summarise(first)
+        if self.runtime.is_main:
+            with pushing(self.config, self.start.store, self.console.warn):
+                pass  # what is missing because the run was killed before
+            if summarised_steps(self.config.run_dir) != first:
+                self.goodput = Goodput(self.config.run_dir, first, self._began, writes=False)
+                self._summarise(first)
 
     def _finish(self) -> None:
         """Write `summary.json` and `loss.png`, and print the last lines."""
@@ -367,12 +380,13 @@ class Trainer:
             "steps": steps,
             "tokens": self._data_position(steps).tokens,
             "parameters": parameter_count(self.config.model),
-            "seconds": round(time.perf_counter() - self._began, 1),
+            "seconds": round(time.time() - self._began, 1),
             "resumed_from_step": self.start.step or None,
             "runtime": self.runtime.name,
             "device": self.runtime.device_name,
             "devices": self.runtime.device_count,
             "mesh": self.runtime.mesh,
+            **self.goodput.summary(),
             **self.guard.summary(),
         }
         summary = write_report(self.config.run_dir, summary, self.console.warn)

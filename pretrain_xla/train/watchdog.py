@@ -5,6 +5,8 @@ replies. Nothing raises an error then. So a thread looks at when the loop last g
 wait in C++ for a device or the network, because such calls release Python's lock. A call that hangs and holds the lock is not
 seen.
 
+The other processes of a run are told, so that they say why at once, and each prints the stacks of its own threads.
+
 Time in which the process itself was stopped (Ctrl-Z, SIGSTOP, a suspended machine) does not count.
 """
 
@@ -22,9 +24,13 @@ from contextlib import AbstractContextManager
 from types import TracebackType
 
 from pretrain_xla.errors import LOST
+from pretrain_xla.runtime import Hosts
 
 HUNG = LOST
 """Exit status, as after another process was lost: the same command can succeed again."""
+
+TELLS = 10.0
+"""Seconds to tell the other processes."""
 
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 """(label, total) → a context that yields a function of how much is done so far."""
@@ -41,10 +47,11 @@ class Watchdog:
     Args:
         seconds: None means that nothing is watched.
         doing: returns what the run is doing, for the report, such as `step 7`.
+        hosts: the processes of the run. None means this one alone.
     """
 
-    def __init__(self, seconds: float | None, doing: Callable[[], str]) -> None:
-        self._seconds, self._doing = seconds, doing
+    def __init__(self, seconds: float | None, doing: Callable[[], str], hosts: Hosts | None = None) -> None:
+        self._seconds, self._doing, self._hosts = seconds, doing, hosts or Hosts()
         self._left = threading.Event()
         self._thread: threading.Thread | None = None
         self.beat()
@@ -95,12 +102,19 @@ class Watchdog:
 
     def _end(self, seconds: float) -> None:
         """Print every thread's stack and end the process at once: whatever is asked to end in order may hang, too."""
+        what = f"{self._doing()} has made no progress for {seconds:g} s (--hang-timeout)"
         line = (
-            f"{self._doing()} has made no progress for {seconds:g} s (--hang-timeout); the stack of every thread follows, and "
+            f"{what}; the stack of every thread follows, and "
             f"the run ends with status {HUNG}; the same command continues from the newest checkpoint\n"
         )
         with contextlib.suppress(OSError):  # a closed terminal must not keep the process from ending
             sys.stdout.flush()
             os.write(2, line.encode())
             faulthandler.dump_traceback(2, all_threads=True)
+        telling = threading.Thread(target=self._tell, args=(what,), name="telling", daemon=True)
+        telling.start()  # it may hang, too
+        telling.join(TELLS)
         os._exit(HUNG)
+
+    def _tell(self, what: str) -> None:
+        self._hosts.fail(f"{self._hosts.name(self._hosts.index)}: {what}", HUNG, stacks=True)

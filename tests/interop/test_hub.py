@@ -257,6 +257,24 @@ def test_training_never_waits_and_checkpoints_being_uploaded_are_kept(
     assert store.steps() == [4], "nothing holds the others any more"
 
 
+def test_what_an_earlier_start_did_not_push_is_made_up_for(
+    online: Hub, pushing: tuple[Uploader, CheckpointStore, list[str]]
+) -> None:
+    uploader, store, said = pushing
+    uploader.make_up()  # there is none yet
+    uploader.close()
+    for step in (1, 2):
+        save(CheckpointStore(store.root, limit=1), step)
+    for _ in range(2):
+        again = Uploader("alice/run", uploader._run_dir, store, said.append)
+        again.make_up()
+        again.close()
+    store.close()
+    assert said == []
+    assert online.messages["alice/run"][1:] == ["Checkpoint of step 2"], "once"
+    assert steps_on(online) == {2}
+
+
 def test_what_was_pushed_elsewhere_is_kept_by_the_same_rule(
     online: Hub, pushing: tuple[Uploader, CheckpointStore, list[str]]
 ) -> None:

@@ -9,12 +9,14 @@ from pretrain_xla.config import ModelConfig, OptimConfig, RunConfig
 from pretrain_xla.model import GPT, Execution, initialize
 from pretrain_xla.model.attention import Heads
 from pretrain_xla.model.xla import XlaContext, optimize_for_xla
-from pretrain_xla.model.xla.stacked import StackedBlocks, is_stacked, stack_layers, unstack_layers
+from pretrain_xla.model.xla.stacked import StackedBlocks, is_stacked, unstack_layers, unstacked_shapes
 from pretrain_xla.optim.adamw import AdamW
 from pretrain_xla.optim.matrices import map_stacks
 from pretrain_xla.optim.parameters import zeros
 from pretrain_xla.run_folder.build import build_optimizer
+from pretrain_xla.run_folder.state_source import read_regions, shape_of
 from pretrain_xla.runtime.sharding import parameter_axes
+from pretrain_xla.runtime.shards import whole_region
 
 CONFIG = ModelConfig(
     vocab_size=61,
@@ -76,10 +78,15 @@ def test_names_on_disk_are_those_of_the_layers() -> None:
     assert all(torch.equal(apart[name], tensor) for name, tensor in state.items())
     assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in apart.values() if tensor.dim() == 1)
     for name, tensor in stacked.items():
-        together = stack_layers(name, apart)
-        assert together is not None
+        assert shape_of(apart, name) == tuple(tensor.shape)
+        (together,) = read_regions(apart, name, [whole_region(tensor.shape)])
         assert torch.equal(together, tensor)
-    assert stack_layers("blocks.all.nothing", apart) is None
+        if is_stacked(name):  # of the last two rows, what one of several hosts holds
+            region = ((1, *(0,) * (tensor.dim() - 1)), (tensor.shape[0] - 1, 1, *tensor.shape[2:]))
+            assert torch.equal(read_regions(apart, name, [region])[0], tensor[1:, :1])
+    assert shape_of(apart, "blocks.all.nothing") is None
+    shapes = {name: tuple(tensor.shape) for name, tensor in stacked.items()}
+    assert unstacked_shapes(shapes) == {name: tuple(tensor.shape) for name, tensor in apart.items()}
 
 
 def test_optimizer_and_mesh_take_a_layer_for_what_it_is() -> None:

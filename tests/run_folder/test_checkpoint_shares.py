@@ -19,8 +19,11 @@ from pretrain_xla.errors import UserError
 from pretrain_xla.model.xla.stacked import unstack_layers
 from pretrain_xla.run_folder import checkpoint_writing
 from pretrain_xla.run_folder.checkpoint import CheckpointInfo, CheckpointStore
+from pretrain_xla.run_folder.checkpoint_index import Block, StoredTensor
+from pretrain_xla.run_folder.checkpoint_reading import StoredTensors, values_checksum
+from pretrain_xla.run_folder.state_source import read_regions, shape_of
 from pretrain_xla.runtime import shards as shares
-from pretrain_xla.runtime.shards import Shard, Tiling, divide_rows, unstack_shards
+from pretrain_xla.runtime.shards import Region, Shard, Tiling, divide_rows, unstack_shards, whole_region
 
 
 def state(seed: int = 0) -> dict[str, Tensor]:
@@ -103,6 +106,38 @@ def test_no_share_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     for store in reversed(group):
         store.close()
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000004"]
+
+
+@pytest.mark.usefixtures("small_pieces")
+def test_a_host_reads_only_the_blocks_that_its_regions_overlap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    group, tensors = stores(tmp_path, 4), state()
+    for index, store in reversed(list(enumerate(group))):
+        store.save(own(tensors, index, 4), info(3))
+    for store in group:
+        store.close()
+    blocks: list[Block] = []
+    plain = StoredTensors._block
+
+    def count(self: StoredTensors, name: str, stored: StoredTensor, block: Block) -> Tensor:
+        blocks.append(block)
+        return plain(self, name, stored, block)
+
+    monkeypatch.setattr(StoredTensors, "_block", count)
+    stored, whole = group[0].stored(3), tensors["model.embedding.weight"]
+    assert shape_of(stored, "model.embedding.weight") == (400, 64)
+    # Rows are stored in blocks of 100. Two devices hold the first 50, and one holds 60 columns of rows 90 to 210.
+    regions: list[Region] = [((0, 0), (50, 64)), ((0, 0), (50, 64)), ((90, 4), (120, 60)), ((7, 0), (0, 64))]
+    found = read_regions(stored, "model.embedding.weight", regions)
+    expected = [whole[:50], whole[:50], whole[90:210, 4:], whole[:0]]
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    assert [block.offsets[0] for block in blocks] == [0, 100, 200], "each once, and the last not at all"
+    assert [block.shape[0] for block in blocks] == [100, 100, 100]
+    (step,) = read_regions(stored, "optimizer.step", [whole_region(())])
+    assert torch.equal(step, tensors["optimizer.step"])
+    # In checkpoints from before the index, checksums are of whole tensors.
+    stored._checksums = {name: values_checksum(tensor) for name, tensor in tensors.items()}
+    found = read_regions(stored, "model.embedding.weight", regions)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
 def test_shares_are_even_and_disjoint() -> None:

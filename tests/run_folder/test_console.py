@@ -25,6 +25,10 @@ SUMMARY: dict[str, Any] = {
     "tokens_per_second": 3500.0,
     "mfu": 0.415,
     "skipped_updates": 2,
+    "goodput": 0.875,
+    "starts": 2,
+    "wall_seconds": 1100.4,
+    "wall_seconds_in": {"steps": 962.9, "first step": 60.0, "validation": 0.4, "lost": 77.1},
     "compile_seconds": 7.0,
     "recompilations": 0,
     "host_fallbacks": 0,
@@ -76,6 +80,7 @@ def test_lines_are_not_wrapped_in_a_log(
         "3,500 tokens/s, 41.5% of peak",
         "train 1, validation 1; 7 s",
         "3 unplanned host transfers",
+        "87.5% of 1,100 s in 2 starts; lost 77 s, first step 60 s",
         "runs/x",
     ):
         assert part in printed.out

@@ -119,7 +119,7 @@ def test_tensorboard_shows_repeated_steps_once(make_config: Make, path: Path) ->
 @pytest.mark.usefixtures("path")
 def test_wandb_that_is_not_installed(make_config: Make) -> None:
     with pytest.raises(UserError, match="pip install wandb, or leave out --wandb-logging"):
-        WandB(make_config(logging={"wandb_logging": True}), print)
+        WandB(make_config(logging={"wandb_logging": True}), 0, print)
 
 
 STRANGE = {

@@ -12,6 +12,7 @@ import pytest
 from pretrain_xla.config import RunConfig
 from pretrain_xla.errors import UserError
 from pretrain_xla.run_folder.metrics import MetricLog, read_metrics
+from pretrain_xla.run_folder.trackers import WandB
 from pretrain_xla.train.run import run
 
 Make = Callable[..., RunConfig]
@@ -21,12 +22,21 @@ class Error(Exception): pass
 class CommError(Error): pass
 class UsageError(Error): pass
 
-sent, ended, fails = [], [], {}
+sent, ended, fails, runs, axes, started = [], [], {}, {}, {}, []
 
 class Run:
+    def __init__(self, id):
+        self.id, (self.step, self.summary) = id, runs.get(id, (0, {}))
+    def define_metric(self, name, step_metric):
+        axes[name] = step_metric
     def log(self, row, step):
         if fails.get("log") == step:
             raise CommError("Error communicating with W&B servers:\\nthe service process is not running")
+        if step < self.step:
+            return  # with a warning
+        self.step = step
+        self.summary.update(row)
+        runs[self.id] = (step, self.summary)
         sent.append((step, row))
     def finish(self):
         ended.append(True)
@@ -34,7 +44,8 @@ class Run:
 def init(**settings):
     if "init" in fails:
         raise UsageError(fails["init"])
-    return Run()
+    started.append((settings["id"], settings["resume"]))
+    return Run(settings["id"] or f"new{len(started)}")
 """
 
 
@@ -92,6 +103,37 @@ def test_the_last_step_is_always_sent(interval: int, steps: list[int], wandb: An
     assert [step for step, row in wandb.sent if "train/loss" in row] == steps
     assert wandb.ended == [True]
     assert [step for step, _ in wandb.sent] == sorted(step for step, _ in wandb.sent), "wandb drops earlier steps"
+
+
+def test_a_resumed_run_continues_its_wandb_run_without_gap_or_double(
+    wandb: Any, make_config: Make, tmp_path: Path
+) -> None:
+    (tmp_path / "run").mkdir()
+    config = make_config(logging={"wandb_logging": True, "wandb_logging_interval": 1})
+
+    def train(*steps: int) -> list[dict[str, Any]]:
+        return [{"step": step, "loss": float(step)} for step in steps]
+
+    first = WandB(config, 0, pytest.fail)
+    assert not (tmp_path / "run" / "wandb_id").exists(), "a run that does not begin leaves nothing"
+    first.rows(train(1, 2, 3), "train")
+    first.rows([{"step": 2, "valid_loss": 9.0}], "validation")
+    # Killed. The newest checkpoint is that of step 2, whose evaluation was cut short, and is made up for.
+    again = WandB(config, 2, pytest.fail)
+    again.rows([{"step": 2, "shards/loss": 8.0}], "evaluation")
+    again.rows(train(3, 4), "train")
+    again.rows([{"step": 2, "valid_loss": 9.0}, {"step": 4, "valid_loss": 7.0}], "validation")
+    again.close()
+    assert wandb.started == [(None, None), ("new1", "allow")]
+    found = [(kind, row[f"{kind}/step"]) for _, row in wandb.sent for kind in ("train", "validation", "evaluation")
+             if f"{kind}/step" in row]  # fmt: skip
+    assert found == [("train", 1), ("train", 2), ("train", 3), ("validation", 2), ("evaluation", 2), ("train", 4),
+                     ("validation", 4)]  # fmt: skip
+    assert wandb.axes["validation/*"] == "validation/step"
+    # A new run in the folder, and one that the user names.
+    WandB(config, 0, pytest.fail)
+    WandB(make_config(logging={"wandb_logging": True, "wandb_resume_id": "mine"}), 2, pytest.fail)
+    assert wandb.started[2:] == [(None, None), ("mine", "must")]
 
 
 def test_tensorboard_shows_a_restarted_run_once(make_config: Make, tmp_path: Path) -> None:

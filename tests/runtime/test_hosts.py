@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -15,10 +16,12 @@ import torch.distributed as dist
 
 from pretrain_xla.config import ParallelConfig
 from pretrain_xla.errors import LOST, AnotherFailed, UserError
+from pretrain_xla.runtime import hosts as module
 from pretrain_xla.runtime import hosts_watch
 from pretrain_xla.runtime.hosts import Hosts, JoinedHosts
-from pretrain_xla.runtime.hosts_watch import Failure
+from pretrain_xla.runtime.hosts_watch import Failure, end_now
 from pretrain_xla.runtime.rendezvous import Meeting, join, pod_meeting, rehearsal_meeting, torchrun_meeting
+from pretrain_xla.train.watchdog import HUNG, Watchdog
 
 SILENCE = 1.0
 Pod = Callable[[int, Callable[[Hosts], Any]], list[Any]]
@@ -162,6 +165,54 @@ def test_one_that_does_not_come_is_named(pod: Pod) -> None:
     assert "did not come to the meeting within 0 s" in str(waited)
     assert str(late) == str(waited)
     assert late.status == LOST
+
+
+def test_the_first_says_for_whom_it_waits(
+    pod: Pod, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(module, "SAYS", 0.2)
+
+    def work(hosts: Hosts) -> None:
+        time.sleep(0.6 * hosts.index)
+        hosts.barrier("the meeting", seconds=30)
+
+    assert pod(3, work) == [None] * 3
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "to come to the meeting" in line]
+    assert line.startswith("note: waiting for process 1 of 3 (pid ")
+    assert line.endswith("to come to the meeting, for up to 30 s")
+
+
+def test_a_hang_is_told_to_the_others(
+    pod: Pod, ended: list[Failure], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """One of them learns why it ends; the other hangs as well, and its watch prints where."""
+    statuses: list[int] = []
+    monkeypatch.setattr(os, "_exit", statuses.append)
+
+    def work(hosts: Hosts) -> None:
+        if hosts.index == 1:
+            watchdog = Watchdog(0.1, lambda: "step 7", hosts)
+            monkeypatch.setattr(watchdog._left, "wait", lambda _tick: bool(statuses))
+            watchdog._last -= 1
+            watchdog._watch(0.1)
+        elif hosts.index == 2:
+            deadline = time.monotonic() + 10
+            while not ended and time.monotonic() < deadline:
+                time.sleep(0.05)
+        hosts.barrier("the end of the step", seconds=30)
+
+    told, *_ = pod(3, work)
+    assert statuses == [HUNG]
+    assert isinstance(told, AnotherFailed)
+    assert str(told).startswith("process 1 of 3 (pid ")
+    assert str(told).endswith("): step 7 has made no progress for 0.1 s (--hang-timeout)")
+    assert told.status == HUNG
+    assert ended[0].stacks
+    capfd.readouterr()
+    end_now(ended[0])  # without its last line, which ends the process
+    errors = capfd.readouterr().err
+    assert errors.startswith(f"error: {told}\n")
+    assert "in test_a_hang_is_told_to_the_others" in errors
 
 
 def test_a_main_thread_that_hangs_is_ended(pod: Pod, ended: list[Failure]) -> None:

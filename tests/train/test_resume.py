@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ from pretrain_xla.errors import UserError
 from pretrain_xla.interop.load import load_model
 from pretrain_xla.model import GPT, initialize
 from pretrain_xla.run_folder.checkpoint import MARKER, CheckpointInfo, CheckpointStore
+from pretrain_xla.runtime.shards import Read, whole_region
 from pretrain_xla.train.loss_scale import LossScale
-from pretrain_xla.train.resume import Start, check_same_model, find_start
+from pretrain_xla.train.resume import check_same_model, find_start, load_start
 from pretrain_xla.train.run import run
+from pretrain_xla.train.start import Start
 
 Make = Callable[..., RunConfig]
 
@@ -36,15 +39,25 @@ def save_checkpoints(config: RunConfig, *steps: int, root: str | None = None) ->
     return tensors
 
 
+def copy_in(tensors: Mapping[str, Tensor], read: Read) -> None:
+    """Load tensors as one process does."""
+    for name, tensor in tensors.items():
+        tensor.copy_(read(name, [whole_region(tensor.shape)])[0])
+
+
+def load(start: Start, **state: Tensor) -> dict[str, Tensor]:
+    """Tensors that a start is loaded into; a name has `__` for a dot."""
+    tensors = {name.replace("__", "."): tensor.clone() for name, tensor in state.items()}
+    start.load(tensors, copy_in)
+    return tensors
+
+
 def test_a_new_run_starts_from_nothing(make_config: Make, tmp_path: Path) -> None:
     messages: list[str] = []
     start = find_start(make_config(), "data", messages.append)
     assert (start.step, start.tensors, start.own, messages) == (0, {}, False, [])
     assert start.store.root == str(tmp_path / "run" / "checkpoints")
-    weight = torch.ones(3, 2)
-    assert torch.equal(start.optimizer_tensor("first_moment.x", weight.shape), torch.zeros(3, 2))
-    assert start.optimizer_tensor("step", torch.Size(())).shape == ()
-    assert start.optimizer_tensor("step", torch.Size(())).dtype == torch.int32
+    assert load_start(start, {"model.x": torch.ones(3)}, make_config(), "data", messages.append, copy_in) is start
 
 
 def test_a_run_continues_from_its_newest(make_config: Make) -> None:
@@ -54,11 +67,9 @@ def test_a_run_continues_from_its_newest(make_config: Make) -> None:
     start = find_start(config, "data", messages.append)
     assert (start.step, start.own) == (5, True)
     assert messages == [f"continuing from {start.store.folder(5)}"]
-    model = GPT(config.model)
-    start.load_model(model)
-    for name, parameter in model.named_parameters():
-        assert torch.equal(parameter, tensors[f"model.{name}"]), name
-    assert int(start.optimizer_tensor("step", torch.Size(()))) == 5
+    state = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+    assert load_start(start, state, config, "data", messages.append, copy_in) is start
+    assert all(torch.equal(state[name], tensor) for name, tensor in tensors.items())
     start.release()
     assert start.tensors == {}
 
@@ -84,25 +95,29 @@ def test_damaged_tensors_cost_one_interval(make_config: Make, tmp_path: Path) ->
     for step in (4, 6):
         flip_a_bit(store, step, "optimizer.second_moment.blocks.1.feed_forward.up.weight")
     messages: list[str] = []
-    assert find_start(config, "", messages.append).step == 2
+    state = {name: torch.zeros_like(tensor) for name, tensor in expected.items()}
+    start = find_start(config, "", messages.append)
+    assert load_start(start, state, config, "", messages.append, copy_in).step == 2
+    assert all(torch.equal(state[name], tensor) for name, tensor in store.load(2).items())
+    messages = [line for line in messages if "so that checkpoint is skipped" in line]
     what = (
         "is damaged (what is stored of optimizer.second_moment.blocks.1.feed_forward.up.weight is not what was written)"
     )
-    assert messages[:2] == [
+    assert messages == [
         f"{store.folder(6)} {what}, so that checkpoint is skipped for that of step 4",
         f"{store.folder(4)} {what}, so that checkpoint is skipped for that of step 2",
     ]
     for path in (store.folder(6), str(tmp_path / "run")):
         named = {"train": {"from_checkpoint": path, "train_steps": 9}, "logging": {"run_dir": str(tmp_path / "other")}}
         with pytest.raises(UserError, match="step_00000006 is damaged"):
-            find_start(make_config(**named), "", messages.append)
+            load_start(find_start(make_config(**named), "", print), state, config, "", print, copy_in)
     load_model(str(tmp_path / "run"))  # needs the model's tensors, which are whole
     run(config)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in store.load(6).items())
     for step in (2, 4, 6):
         flip_a_bit(store, step, "model.embedding.weight")
     with pytest.raises(UserError, match=r"step_00000002 is damaged .* and there is no other"):
-        find_start(config, "", messages.append)
+        load_start(find_start(config, "", print), state, config, "", print, copy_in)
     with pytest.raises(UserError, match="step_00000006 is damaged"):
         load_model(str(tmp_path / "run"))
 
@@ -135,27 +150,40 @@ def test_a_missing_tensor_is_not_replaced_by_zeros(make_config: Make) -> None:
     model = {"model.x": weight}
     moment, step = {"optimizer.first_moment.x": weight}, {"optimizer.step": torch.tensor(4, dtype=torch.int32)}
     start = save_and_find_start(config, {**model, **moment, **step}, 4)
-    assert torch.equal(start.optimizer_tensor("first_moment.x", weight.shape), weight)
+    loaded = load(start, model__x=weight * 0, optimizer__first_moment__x=weight * 0)
+    assert torch.equal(loaded["model.x"], weight)
+    assert torch.equal(loaded["optimizer.first_moment.x"], weight)
     with pytest.raises(
         UserError, match=r"step_00000004 lacks optimizer.second_moment.x, without which update 5 would differ"
     ):
-        start.optimizer_tensor("second_moment.x", weight.shape)
+        load(start, model__x=weight, optimizer__second_moment__x=weight)
     with pytest.raises(UserError, match=r"holds optimizer.first_moment.x in another shape"):
-        start.optimizer_tensor("first_moment.x", torch.Size((2, 3)))
+        load(start, model__x=weight, optimizer__first_moment__x=weight.T)
     with pytest.raises(UserError, match=r"step_00000005 lacks optimizer.step"):
-        save_and_find_start(config, model, 5).optimizer_tensor("step", torch.Size(()))
-    with pytest.raises(UserError, match=r"step_00000005 lacks [a-z.0-9_]+: name another"):
-        find_start(config, "data", print).load_model(GPT(config.model))
+        load(save_and_find_start(config, model, 5), model__x=weight, optimizer__step=torch.tensor(0))
+    start = find_start(config, "data", print)
+    for state, words in (
+        ({"model__y": weight}, "lacks y"),
+        ({"model__x": weight.T}, r"holds x in the shape \(3, 2\)"),
+        ({"model__x": weight, "model__blocks__all__y": weight}, "lacks blocks.0.y"),
+        ({}, "holds x, which its model does not have"),
+    ):
+        with pytest.raises(UserError, match=f"step_00000005 {words}.*: name another"):
+            load(start, **state)
     evaluated = find_start(make_config(train={"do_test": True}), "data", print)
-    assert not evaluated.optimizer_tensor("first_moment.x", weight.shape).any(), "an evaluation needs none"
+    assert not load(evaluated, model__x=weight, optimizer__y=weight * 0)["optimizer.y"].any(), "none is needed"
 
 
 def test_weights_from_elsewhere_have_no_optimizer(make_config: Make) -> None:
-    config = make_config()
     weight = torch.ones(3, 2)
-    assert (
-        not save_and_find_start(config, {"model.x": weight}, 0).optimizer_tensor("first_moment.x", weight.shape).any()
-    )
+    start = save_and_find_start(make_config(), {"model.x": weight}, 0)
+    assert not load(start, model__x=weight, optimizer__first_moment__x=weight * 0)["optimizer.first_moment.x"].any()
+
+
+def test_weights_with_nan_are_refused(make_config: Make) -> None:
+    start = Start(CheckpointStore(make_config().checkpoints_dir, 1), 1, {"model.x": torch.tensor([math.nan])}, "here")
+    with pytest.raises(UserError, match=r"here: model.x holds NaN or infinity in 1 of 1 places"):
+        load(start, model__x=torch.zeros(1))
 
 
 def test_other_data_is_reported(make_config: Make) -> None:
@@ -242,12 +270,13 @@ def test_the_loss_scale_continues(make_config: Make) -> None:
     saved = {"loss_scale.scale": torch.tensor(1024.0), "loss_scale.good_steps": torch.tensor(7, dtype=torch.int32)}
     store = CheckpointStore(make_config().checkpoints_dir, 1)
     scale = LossScale(torch.device("cpu"))
-    Start(store, tensors=saved).load_loss_scale(scale)
+    state = {f"loss_scale.{name}": tensor for name, tensor in scale.state.items()}
+    Start(store, tensors=saved).load(state, copy_in)
     assert (float(scale.scale), int(scale.good_steps)) == (1024.0, 7)
     fresh = LossScale(torch.device("cpu"))
-    Start(store).load_loss_scale(fresh)
+    Start(store).load({f"loss_scale.{name}": tensor for name, tensor in fresh.state.items()}, copy_in)
     assert float(fresh.scale) == 2.0**16
-    Start(store, tensors=saved).load_loss_scale(None)
+    Start(store, tensors=saved).load({}, copy_in)
     del saved["loss_scale.good_steps"]
     with pytest.raises(UserError, match=r"here lacks loss_scale.good_steps: name another"):
-        Start(store, tensors=saved, where="here").load_loss_scale(scale)
+        Start(store, tensors=saved, where="here").load(state, copy_in)

@@ -61,15 +61,15 @@ def unstack_layers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def stack_layers(name: str, tensors: Mapping[str, Tensor]) -> Tensor | None:
-    """The tensor of that name, stacked out of its layers where it is one of all layers. None means it is not there."""
-    if ALL not in name:
-        return tensors.get(name)
-    before, after = name.split(ALL)
-    found: list[Tensor] = []
-    while (one := tensors.get(f"{before}blocks.{len(found)}.{after}")) is not None:
-        found.append(one)
-    return torch.stack(found[::-1]) if found else None
+def unstacked_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Name → shape of tensors as `unstack_layers` makes them."""
+    found: dict[str, tuple[int, ...]] = {}
+    for name, shape in shapes.items():
+        if ALL in name:
+            found |= {name.replace(ALL, f"blocks.{layer}."): shape[1:] for layer in range(shape[0])}
+        else:
+            found[name] = shape
+    return found
 
 
 def is_stacked(name: str) -> bool:

@@ -6,13 +6,14 @@ is used for kernels, which cannot be partitioned, and to reduce at a time of our
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 import torch_xla
 import torch_xla.distributed.spmd as xs
-from torch import Tensor
+from torch import Tensor, nn
 
 from pretrain_xla.model.xla.context import Dimension
 from pretrain_xla.runtime.sharding import BATCH, Axis, ways
@@ -56,6 +57,15 @@ def constrain_sharding(tensor: Tensor, axes: tuple[Axis, ...], mesh: xs.Mesh) ->
     """The tensor, and its gradient, sharded along `axes`."""
     found: Tensor = _ConstrainSharding.apply(tensor, axes, mesh)
     return found
+
+
+def constrain_output(mesh: xs.Mesh, axes: tuple[Any, ...]) -> Callable[..., Tensor]:
+    """A forward hook that constrains the sharding of a module's output."""
+
+    def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+        return constrain_sharding(output, axes, mesh)
+
+    return hook
 
 
 AXIS: dict[Dimension, Axis] = {"batch": BATCH, "vocabulary": "tensor", "width": "fsdp", None: None}

@@ -39,17 +39,17 @@ from pretrain_xla.runtime.peak_flops import tpu_peak
 from pretrain_xla.runtime.rendezvous import join
 from pretrain_xla.runtime.rows import device_numbers, rows_of
 from pretrain_xla.runtime.sharding import ACTIVATIONS, BATCH, check_model_fits, lookup, parameter_axes, resolve_mesh
-from pretrain_xla.runtime.shards import Shard
+from pretrain_xla.runtime.shards import Read, Shard
 from pretrain_xla.runtime.tpu_chip import find_chip
 from pretrain_xla.runtime.xla import graphs as xla_graphs
 from pretrain_xla.runtime.xla.compiled import CompiledFunction
 from pretrain_xla.runtime.xla.device_memory import tpu_memory
 from pretrain_xla.runtime.xla.environment import no_such_device, prepare_environment
 from pretrain_xla.runtime.xla.gradients import TracedModel, accumulate
-from pretrain_xla.runtime.xla.local_shards import MeshLayout, constrain_sharding, global_tensor, local_shard
+from pretrain_xla.runtime.xla.local_shards import MeshLayout, constrain_output, global_tensor, local_shard
 from pretrain_xla.runtime.xla.matrices import map_on_mesh
 from pretrain_xla.runtime.xla.meeting import check_processes, find_meeting
-from pretrain_xla.runtime.xla.own_shards import copy_own_shards
+from pretrain_xla.runtime.xla.own_shards import copy_own_shards, load_own_shards, place_or_reserve
 from pretrain_xla.runtime.xla.scan import XlaScan, xla_barrier
 from pretrain_xla.runtime.xla.while_loop import RepeatedModule
 
@@ -158,13 +158,15 @@ class XlaRuntime:
 
     def place_model(self, model: nn.Module) -> None:
         """Move parameters and buffers to the devices, in place, sharded by the table."""
-        model.to(self.device)
-        if not self.is_spmd and self.process_count > 1:
+        is_empty = any(parameter.is_meta for parameter in model.parameters())
+        model._apply(lambda tensor: place_or_reserve(tensor, self.device))
+        if not self.is_spmd and self.process_count > 1 and not is_empty:
             xm.broadcast_master_param(model)  # threads of one process share torch's RNG, so replicas may differ
         if self._mesh is not None:
             for name, parameter in model.named_parameters():
                 xs.mark_sharding(parameter, self._mesh, parameter_axes(name))
-        torch_xla.sync()
+        if not is_empty:  # else there is nothing to be sent, and a program would be compiled to fill them
+            torch_xla.sync()
 
     def forward(self, model: nn.Module) -> TracedModel:
         """See `base.Runtime.forward`."""
@@ -204,7 +206,7 @@ class XlaRuntime:
         for name, module in model.named_modules():
             axes = lookup(ACTIVATIONS, name)
             if axes is not None:
-                module.register_forward_hook(_constrain_output(self._mesh, axes))
+                module.register_forward_hook(constrain_output(self._mesh, axes))
 
     def place_like(self, host: Tensor, parameter: Tensor | None) -> Tensor:
         """See `base.Runtime.place_like`."""
@@ -335,6 +337,12 @@ class XlaRuntime:
         with self.planned():
             return copy_own_shards(tensors, self.process_index, self.process_count)
 
+    def load_shards(self, tensors: Mapping[str, Tensor], read: Read) -> None:
+        """See `base.Runtime.load_shards`."""
+        with self.planned():
+            load_own_shards(tensors, read, self.place_like, torch_xla.real_devices() if self.is_spmd else [])
+            torch_xla.sync()
+
     @contextlib.contextmanager
     def watch(self) -> Iterator[None]:
         """See `base.Runtime.watch`."""
@@ -380,12 +388,3 @@ class XlaRuntime:
         """See `base.Runtime.close`."""
         self._fetcher.shutdown(wait=True)
         self.hosts.close()
-
-
-def _constrain_output(mesh: xs.Mesh, axes: tuple[Any, ...]) -> Callable[..., Tensor]:
-    """A forward hook."""
-
-    def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
-        return constrain_sharding(output, axes, mesh)
-
-    return hook
