@@ -80,6 +80,19 @@ def test_the_parameters_make_the_step_and_the_validation_of_the_config(
     assert here.checkpoint.save_interval % here.train.valid_interval == 0  # else no checkpoint could become the best
 
 
+def test_a_run_of_an_earlier_session_is_copied_once(tmp_path: Path) -> None:
+    (cell,) = (cell for cell in notebook(SOURCE, "kaggle")["cells"] if "kaggle_secrets" in "".join(cell["source"]))
+    earlier, here = tmp_path / "earlier", tmp_path / "run"
+    earlier.mkdir()
+    (earlier / "metrics.jsonl").write_text("first")
+    values = {"HUB_REPO": None, "EARLIER": str(earlier), "RUN": str(here), "os": os, "shutil": shutil}
+    exec("".join(cell["source"]), values)
+    assert (here / "metrics.jsonl").read_text() == "first"
+    (here / "metrics.jsonl").write_text("second")
+    exec("".join(cell["source"]), values)
+    assert (here / "metrics.jsonl").read_text() == "second"
+
+
 def helpers(statement: str) -> list[str]:
     """A Python command that runs a statement after the cell that defines `run`."""
     (cell,) = (cell for cell in notebook(SOURCE, "kaggle")["cells"] if "def run(" in "".join(cell["source"]))
