@@ -1,7 +1,8 @@
 """JSON files that hold a checksum of themselves, so that a damaged one is not taken for another's content.
 
 The checksum is the key `checksum`: the SHA-256 of all other keys, written in one fixed way. So it does not depend on line ends
-or indentation, and a file that was changed by hand is accepted after its `checksum` is removed.
+or indentation, and a file that was changed by hand is accepted after its `checksum` is removed. `parse_intact` is for files
+that nobody changes by hand: there, not even a space may differ, because a disk that loses one may lose more.
 """
 
 from __future__ import annotations
@@ -38,12 +39,14 @@ def parse_intact(content: bytes) -> dict[str, Any]:
     """The tree in a file that `with_checksum` wrote, without its checksum.
 
     Raises:
-        ValueError: it is not intact, or states no checksum; the text says which, in a few words.
+        ValueError: a byte differs, or it states no checksum; the text says which, in a few words.
     """
     tree = parse_json_object(content)
     if not (intact := is_intact(tree)):
         raise ValueError("it has no checksum" if intact is None else "it is not what was written: its checksum differs")
     del tree[CHECKSUM]
+    if content != with_checksum(tree):
+        raise ValueError("it is not byte for byte what was written")
     return tree
 
 

@@ -304,6 +304,21 @@ def test_a_damaged_marker(content: bytes, tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_no_byte_of_a_marker_or_an_index_changes_unnoticed(tmp_path: Path) -> None:
+    """Not even one of the white space between values."""
+    store = CheckpointStore(str(tmp_path), limit=1)
+    save(store, 1.0)
+    for name in (MARKER, "index.json"):
+        path = tmp_path / "step_00000001" / name
+        content = path.read_bytes()
+        for changed in (content.replace(b"  ", b" ", 1), content.replace(b"\n", b"\t\n", 1), content + b"\n"):
+            path.write_bytes(changed)
+            with pytest.raises(DamagedCheckpoint):
+                CheckpointStore(str(tmp_path), limit=1).load(1)
+        path.write_bytes(content)
+    assert same(CheckpointStore(str(tmp_path), limit=1).load(1), state(1))
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"[" * 100_000, b'{"step": 2}', b'{"step": 1, "data": 2}'])
 def test_a_damaged_marker_does_not_affect_other_checkpoints(content: bytes, root: str) -> None:
     save(CheckpointStore(root, limit=9), 3.0, 2.0, 1.0)
