@@ -291,8 +291,11 @@ class CheckpointStore:
             )
 
     def _write(self, shards: list[Shard], info: CheckpointInfo) -> None:
-        if self._processes == 1 and info.step in self.steps():
-            return  # stopped right after a save: the checkpoint has this state, and rewriting would put it at risk
+        try:
+            if self._processes == 1 and info.step in self.steps():
+                return  # stopped right after a save: the checkpoint has this state, and rewriting would put it at risk
+        except Exception as error:  # the bucket does not answer
+            raise self._not_written(info.step, error) from error
         self._writing = info.step
         try:
             if (fault := not_finite({shard.name: shard.block for shard in shards})) is not None:
@@ -368,7 +371,9 @@ class CheckpointStore:
     def _not_written(self, step: int, error: BaseException) -> NotWritten:
         what = f"{self.root}: the checkpoint of step {step} could not be written ({_reason(error)}); earlier ones are complete"
         if self.unwritten is not None:
-            self.unwritten(f"{what}: make room; another is tried in {RETRY:.0f} s, or when it is due")
+            # Several processes would have to agree on another time.
+            again = f"in {RETRY:.0f} s, or " if self._processes == 1 else ""
+            self.unwritten(f"{what}: training goes on, and another is tried {again}when it is due")
         return NotWritten(f"{what}: make room and start again to continue from the newest")
 
 

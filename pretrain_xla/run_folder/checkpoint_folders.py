@@ -9,6 +9,7 @@ from pretrain_xla.errors import UserError
 from pretrain_xla.run_folder.checkpoint_index import INDEX
 from pretrain_xla.run_folder.checkpoint_marker import MARKER
 from pretrain_xla.storage.files import filesystem, is_local
+from pretrain_xla.storage.remote import call
 
 PREFIX = "step_"
 # Files that DCP and we write; a folder with any other file is not removed.
@@ -52,13 +53,14 @@ class CheckpointFolders:
         return f"{self.path(step)}/{MARKER}"
 
     def all(self) -> list[int]:
-        """Steps of the folders, ascending.
+        """Steps of the folders, ascending. A bucket that does not answer is asked again for a while, as by all that reads data.
 
         Raises:
             UserError: they cannot be listed.
         """
         try:
-            found = self.files.ls(self._path, detail=False) if self.files.exists(self._path) else []
+            there = call(self.files, "exists", self._path)
+            found = call(self.files, "ls", self._path, detail=False) if there else []
         except OSError as error:  # the bucket does not exist, or access is denied
             raise UserError(f"checkpoints_dir={self.root} cannot be listed: {error}") from None
         steps = (step_of(entry.rstrip("/").rsplit("/", 1)[-1]) for entry in found)
@@ -66,7 +68,7 @@ class CheckpointFolders:
 
     def marked(self) -> list[int]:
         """Steps of the folders that have a marker, ascending."""
-        return [step for step in self.all() if self.files.exists(self.marker(step))]
+        return [step for step in self.all() if call(self.files, "exists", self.marker(step))]
 
     def is_remainder(self, step: int) -> bool:
         """Whether a folder has no marker and only files of a checkpoint: left by an interrupted write or removal."""

@@ -15,6 +15,7 @@ from typing import Any
 
 from pretrain_xla.storage.checked_json import CHECKSUM, parse_intact, parse_json_object, with_checksum
 from pretrain_xla.storage.files import is_local, write_atomically
+from pretrain_xla.storage.remote import call
 
 MARKER = "checkpoint.json"
 VERSION = 3
@@ -82,10 +83,9 @@ def read_marker(files: Any, path: str, step: int) -> CheckpointInfo:
     Raises:
         DamagedMarker: it was truncated or changed, or is not a marker of this step.
         NewerMarker: a later version of this package wrote it.
-        OSError: it cannot be read.
+        OSError: it cannot be read; `UserError` in a bucket.
     """
-    with files.open(path, "rb") as file:
-        content = file.read()
+    content = call(files, "cat_file", path)
     try:
         info = _parse(content)
     except (ValueError, TypeError, RecursionError) as error:

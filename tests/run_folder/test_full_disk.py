@@ -6,6 +6,8 @@ import contextlib
 import json
 import os
 import resource
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -102,6 +104,34 @@ def test_a_disk_that_fills_up_costs_neither_the_run_nor_a_row(
     rows = read_metrics(str(tmp_path / "run" / "metrics.jsonl"))
     assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4, 5, 6]
     assert CheckpointStore(str(tmp_path / "run" / "checkpoints"), 1).steps() == [6]
+
+
+@pytest.mark.usefixtures("tokens", "runtime")
+def test_a_checkpoint_that_could_not_be_written_is_tried_again(
+    make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """There is room for metrics, but not for the checkpoint of step 6, until step 8."""
+    write, limits = MetricLog.write, contextlib.ExitStack()
+
+    def fill(log: MetricLog, rows: list[dict[str, float]], *, kind: str) -> None:
+        while any(thread.name == "checkpoint" for thread in threading.enumerate()):
+            time.sleep(0.01)  # so that the write behind the training has failed
+        if rows[-1]["step"] == 6:
+            limits.enter_context(file_size_limit(20_000))
+        elif rows[-1]["step"] == 8:
+            limits.close()
+        write(log, rows, kind=kind)
+
+    monkeypatch.setattr(MetricLog, "write", fill)
+    monkeypatch.setattr("pretrain_xla.run_folder.checkpoint.RETRY", 0.0)
+    train = {"train_steps": 12, "valid_steps": 1, "train_batch_size": 2}
+    with limits:
+        run(make_config(train=train, logging={"log_interval": 1}, checkpoint={"save_interval": 6}))
+    said = " ".join(capfd.readouterr().out.split())
+    assert "the checkpoint of step 6 could not be written (File too large: raise the limit on file size" in said
+    assert "training goes on, and another is tried in 0 s, or when it is due" in said
+    first, last = CheckpointStore(str(tmp_path / "run" / "checkpoints"), 9).steps()
+    assert 6 < first < last == 12, "tried again before the next is due"
 
 
 def test_samples_and_tensorboard_on_a_full_disk(
