@@ -31,7 +31,8 @@ class ParallelConfig(Section):
     """TPU: local folder for compiled programs, so that a restart does not compile them again. None means no cache. (XLA's CPU
     client writes programs to it, but cannot load them.)"""
     mp_start_method: Literal["fork", "spawn"] | None = None
-    """xla: run one process and one replica per device (PJRT multiprocessing), started this way. None means SPMD."""
+    """xla: run one process and one replica per device (PJRT multiprocessing), started this way. None means SPMD.
+    A signal that asks to stop then ends the run at once, without a save: up to save_interval steps are made again."""
     ddp_backend: Literal["nccl", "gloo"] | None = None
     """torch under torchrun: backend of torch.distributed. None means nccl on CUDA, gloo on the CPU."""
 
