@@ -26,6 +26,7 @@ COMMANDS = """usage: python -m pretrain_xla COMMAND [--help]
   supervise        run the command after `--`, and start it again if it ends before it is done
   verify           make steps of a run again, and compare their losses bit for bit with those logged
   preflight        estimate memory, time and cost of a training step on a TPU, without one
+  doctor           check this machine and measure it: versions, devices, kernels, storage, rates, steps
   trace            print the model as a tree: shapes, parameters, operations
   prepare          tokenize text into token shards, in train/ and valid/
   inspect          inspect token shards: counts, histograms, first documents, checks
@@ -69,6 +70,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from pretrain_xla.preflight.command import preflight_command
 
         if status := preflight_command(rest):
+            raise SystemExit(status)
+    elif command == "doctor":
+        from pretrain_xla.doctor.command import doctor_command
+
+        if status := doctor_command(rest):
             raise SystemExit(status)
     elif command == "trace":
         from pretrain_xla.trace_command import trace_command

@@ -18,6 +18,7 @@ from pretrain_xla.config_file import to_yaml
 from pretrain_xla.errors import UserError
 from pretrain_xla.flags import parse_flags
 from pretrain_xla.interop.from_checkpoint import resolve_architecture
+from pretrain_xla.preflight.calibration import FOLDER
 from pretrain_xla.preflight.render import console, render
 from pretrain_xla.preflight.search import Search
 from pretrain_xla.preflight.suggestions import suggest
@@ -107,6 +108,13 @@ def _own_flags(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]
         metavar="NAME=VALUE",
         help="option for the TPU compiler; repeatable",
     )
+    parser.add_argument(
+        "--calibration",
+        default=FOLDER,
+        metavar="FOLDER",
+        help=f"folder with what `doctor` has measured on TPUs, by which the estimate is scaled (default: {FOLDER}); "
+        "'' reads none",
+    )
     own, rest = parser.parse_known_args(list(arguments))
     if own.price_per_chip_hour is not None and own.price_per_chip_hour < 0:
         raise UserError(f"--price-per-chip-hour {own.price_per_chip_hour}: must not be negative")
@@ -124,7 +132,8 @@ def _config(arguments: Sequence[str]) -> RunConfig:
 
 def _compiler(own: argparse.Namespace, topology: Topology, total: int = 1) -> Compiler:
     options = dict(option.split("=", 1) for option in own.compiler_option)
-    return Compiler(topology, options=options, price_per_chip_hour=own.price_per_chip_hour, total=total)
+    price, folder = own.price_per_chip_hour, own.calibration or None
+    return Compiler(topology, options=options, price_per_chip_hour=price, calibration=folder, total=total)
 
 
 def _compare(own: argparse.Namespace, configs: list[RunConfig]) -> int:

@@ -107,16 +107,15 @@ def _largest(memory: Memory) -> Table:
 
 
 def _time(report: Report, estimate: Estimate) -> Table:
-    made = table("one step (estimates)", "", "optimistic", "conservative")
-    best, conservative = estimate.optimistic, estimate.conservative
-    made.add_row("step time", duration(best.seconds), duration(conservative.seconds))
-    made.add_row("tokens/s", f"{best.tokens_per_second:,.0f}", f"{conservative.tokens_per_second:,.0f}")
-    made.add_row(
-        "tokens/s for each chip",
-        f"{best.tokens_per_second_per_chip:,.0f}",
-        f"{conservative.tokens_per_second_per_chip:,.0f}",
-    )
-    made.add_row("model flops utilisation", f"{best.mfu:.1%}", f"{conservative.mfu:.1%}")
+    columns, speeds = ["optimistic", "conservative"], [estimate.optimistic, estimate.conservative]
+    if report.calibrated is not None:
+        columns.append(f"conservative x {report.calibrated.ratio:.2f}, as measured")
+        speeds.append(report.calibrated.speed)
+    made = table("one step (estimates)", "", *columns)
+    made.add_row("step time", *(duration(one.seconds) for one in speeds))
+    made.add_row("tokens/s", *(f"{one.tokens_per_second:,.0f}" for one in speeds))
+    made.add_row("tokens/s for each chip", *(f"{one.tokens_per_second_per_chip:,.0f}" for one in speeds))
+    made.add_row("model flops utilisation", *(f"{one.mfu:.1%}" for one in speeds))
     made.add_section()
     made.add_row(f"arithmetic, {estimate.flops / 1e12:.2f} TFLOP at peak", duration(estimate.flops_seconds), "")
     made.add_row(
@@ -161,6 +160,13 @@ def _run(report: Report) -> Text:
         if run.dollars_conservative is not None:
             line += f", ${run.dollars_optimistic:,.2f} to ${run.dollars_conservative:,.2f}"
         lines.append(line + " (without validation and checkpoints)")
+    if report.calibrated is not None:
+        one = report.calibrated
+        cost = f", ${one.dollars:,.2f}" if one.dollars is not None else ""
+        lines.append(
+            f"By measurement: {one.hours:,.2f} hours{cost}. A step took {one.ratio:.2f} times the conservative estimate on "
+            f"{one.measured}, {one.basis}: {one.file}"
+        )
     lines.append(
         f"Compiling took {report.trace_seconds:.0f} s of tracing and {report.compile_seconds:.0f} s in libtpu on "
         f"{report.host_cores} cores; a TPU's host, with more of them, should take no longer at the first start"

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from pretrain_xla.config import LEAVES, RunConfig, build_config
 from pretrain_xla.errors import UserError
+from pretrain_xla.preflight.calibration import read_calibration
 from pretrain_xla.preflight.client import Request, compile_request
 from pretrain_xla.preflight.render import console, duration
 from pretrain_xla.preflight.report import Report, make_report
@@ -72,6 +73,7 @@ class Compiler:
         topology: the slice.
         options: compiler options by name.
         price_per_chip_hour: dollars. None means that no cost is reported.
+        calibration: folder of measurements, see `calibration.py`. None means that none is read.
         total: number of expected compilations, for the progress bar. None means one.
     """
 
@@ -81,11 +83,15 @@ class Compiler:
         *,
         options: Mapping[str, str] | None = None,
         price_per_chip_hour: float | None = None,
+        calibration: str | None = None,
         total: int = 1,
     ) -> None:
         self.topology = topology
         self.options = dict(options or {})
         self.price_per_chip_hour = price_per_chip_hour
+        self.calibration = calibration
+        if calibration is not None:
+            read_calibration(calibration, topology.chip.name)  # a damaged file is reported now, and not after a minute
         self.done = 0
         self._total = total
         self._seconds = 0.0
@@ -130,7 +136,7 @@ class Compiler:
         self._seconds += time.monotonic() - began
         self.done += 1
         self._bar.update(self._task, completed=self.done)
-        return make_report(config, self.topology, result, self.price_per_chip_hour)
+        return make_report(config, self.topology, result, self.price_per_chip_hour, self.calibration)
 
     def attempt(self, base: RunConfig, changes: Mapping[str, Any]) -> Trial:
         """Compile a changed configuration; an impossible one is a result, too."""

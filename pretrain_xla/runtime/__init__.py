@@ -17,7 +17,7 @@ from pretrain_xla.errors import UserError
 from pretrain_xla.runtime.base import Runtime
 from pretrain_xla.runtime.hosts import Hosts
 from pretrain_xla.runtime.launched import launched
-from pretrain_xla.runtime.rendezvous import join, torchrun_meeting
+from pretrain_xla.runtime.rendezvous import COMES, join, torchrun_meeting
 from pretrain_xla.runtime.tpu_chip import DESCRIBE, check_description, pci_chips
 from pretrain_xla.runtime.xla.environment import clear_environment, prepare_environment
 
@@ -27,8 +27,12 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 __all__ = ["Hosts", "Runtime", "join_hosts", "load_xla", "say", "start"]
 
 
-def join_hosts(config: RunConfig) -> Hosts:
+def join_hosts(config: RunConfig, seconds: float = COMES) -> Hosts:
     """Meet the other processes of the run, before any device is opened, and print notes for the user on stderr.
+
+    Args:
+        config: of the run.
+        seconds: how long to wait for the others to come.
 
     Raises:
         UserError: torch_xla is not installed, or the others cannot be reached.
@@ -37,12 +41,12 @@ def join_hosts(config: RunConfig) -> Hosts:
     if config.parallel.runtime == "torch":
         if (note := launched().note) is not None:
             say([note])
-        return join(torchrun_meeting(), config.parallel.host_timeout)
+        return join(torchrun_meeting(), config.parallel.host_timeout, seconds)
     _, notes = load_xla(config)
     from pretrain_xla.runtime.xla.meeting import find_meeting
 
     prepare_environment(config.parallel)
-    hosts = join(find_meeting(config.parallel), config.parallel.host_timeout)
+    hosts = join(find_meeting(config.parallel), config.parallel.host_timeout, seconds)
     if hosts.is_first:
         say(notes)
     return hosts

@@ -154,6 +154,7 @@ class JoinedHosts(Hosts):
         silence: seconds without a sign of life after which a process is lost.
         serves: whether the store's server is in this process, which must then leave last.
         launcher: pid of the launcher, with which this process must end. None means that there is none.
+        seconds: how long to wait for the others to come.
 
     Raises:
         UserError: a process with this index is already there.
@@ -170,6 +171,7 @@ class JoinedHosts(Hosts):
         *,
         serves: bool = False,
         launcher: int | None = None,
+        seconds: float = DEADLINE,
     ) -> None:
         super().__init__()
         self._store, self._serves = store, serves
@@ -188,7 +190,7 @@ class JoinedHosts(Hosts):
         self._names: list[str] = []
         self._watch = Watch(store.clone(), index, count, silence, self.name, serves=serves, launcher=launcher)
         self._watch.start()
-        self._names = self.gather(me, "the start")
+        self._names = self.gather(me, "the start", seconds)
 
     def name(self, index: int) -> str:
         """See `Hosts.name`."""

@@ -34,7 +34,7 @@ PORT = 12355
 """Port of the store on a pod's first host, unless MASTER_PORT names another. torch_xla's default, too."""
 
 COMES = 600.0
-"""Seconds to wait for the process that serves the store."""
+"""Seconds to wait for the process that serves the store, and then for the others."""
 
 
 @dataclass(frozen=True)
@@ -108,12 +108,13 @@ def pod_meeting(
     return Meeting(index, len(addresses) * each, len(addresses), address, port, serves=index == 0)
 
 
-def join(meeting: Meeting | None, silence: float) -> Hosts:
+def join(meeting: Meeting | None, silence: float, seconds: float = COMES) -> Hosts:
     """Meet the other processes of the run.
 
     Args:
         meeting: None means that there are no others.
         silence: seconds without a sign of life after which a process is lost.
+        seconds: how long to wait for the others to come.
 
     Raises:
         UserError: the store cannot be served or reached.
@@ -121,7 +122,7 @@ def join(meeting: Meeting | None, silence: float) -> Hosts:
     """
     if meeting is None:
         return Hosts()
-    store = dist.PrefixStore(meeting.prefix, open_store(meeting))
+    store = dist.PrefixStore(meeting.prefix, open_store(meeting, seconds))
     launched_by_another = "TORCHELASTIC_RUN_ID" in os.environ or multiprocessing.parent_process() is not None
     return JoinedHosts(
         store,
@@ -131,18 +132,19 @@ def join(meeting: Meeting | None, silence: float) -> Hosts:
         silence,
         serves=meeting.serves,
         launcher=os.getppid() if launched_by_another else None,
+        seconds=seconds,
     )
 
 
-def open_store(meeting: Meeting) -> dist.TCPStore:
-    """Serve the meeting's store, or connect to it.
+def open_store(meeting: Meeting, seconds: float = COMES) -> dist.TCPStore:
+    """Serve the meeting's store, or connect to it within `seconds`.
 
     Raises:
         UserError: its port is in use, or nobody answers there.
     """
     where = f"{meeting.address}:{meeting.port}"
     if not meeting.serves:
-        _wait_until_it_listens(meeting, where)
+        _wait_until_it_listens(meeting, where, seconds)
     try:
         return dist.TCPStore(
             meeting.address,
@@ -162,8 +164,8 @@ def open_store(meeting: Meeting) -> dist.TCPStore:
         raise _out_of_reach(meeting, where, reason(error)) from None
 
 
-def _wait_until_it_listens(meeting: Meeting, where: str) -> None:
-    deadline, told = time.monotonic() + COMES, time.monotonic() + 10
+def _wait_until_it_listens(meeting: Meeting, where: str, seconds: float) -> None:
+    deadline, told = time.monotonic() + seconds, time.monotonic() + 10
     while True:
         try:
             socket.create_connection((meeting.address, meeting.port), timeout=5).close()

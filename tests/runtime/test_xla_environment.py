@@ -43,6 +43,11 @@ def test_pod_variables_of_a_hosted_notebook_are_removed(notebook: str) -> None:
     assert os.environ["PJRT_DEVICE"] == "CPU"
 
 
+def test_jax_does_not_open_the_tpu_beside_torch_xla() -> None:
+    prepare_environment(ParallelConfig())
+    assert os.environ["JAX_PLATFORMS"] == "cpu"
+
+
 def test_a_real_pod_keeps_its_description() -> None:
     os.environ.update(POD)
     prepare_environment(ParallelConfig())

@@ -105,6 +105,8 @@ def prepare_environment(parallel: ParallelConfig) -> None:
     if any(key.startswith(("KAGGLE_", "COLAB_")) for key in os.environ):
         os.environ.pop("TPU_PROCESS_ADDRESSES", None)
         os.environ.pop("CLOUD_TPU_TASK_ID", None)
+    # jax only lowers the kernels. By itself it would open the TPU, too, that this process has.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
     if "PJRT_DEVICE" not in os.environ:
         from torch_xla._internal import tpu
 
