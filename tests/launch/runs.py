@@ -17,7 +17,7 @@ from .gcloud import machines
 from .gcloud.world import ROOT, World
 
 TIMING = {
-    "poll": 0.1, "zone_wait": 1, "only_zone_wait": 30, "first_backoff": 0.1, "longest_backoff": 0.2, "retry": 0.1, "call": 60,
+    "poll": 0.1, "zone_wait": 2, "only_zone_wait": 30, "first_backoff": 0.1, "longest_backoff": 0.2, "retry": 0.1, "call": 60,
     "setup": 120, "ready": 60, "follow": 20, "heartbeat": 0.3, "silence": 30, "unreachable": 15, "stop": 60, "progress": 5,
     "lease": 60,
 }  # fmt: skip

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -47,7 +47,7 @@ def test_until_a_zone_gives_a_slice_that_lasts(
     created = [call for call in world.calls if "create" in call]
     asked = [next(word for word in call if word.startswith("--zone=")) for call in created]
     assert asked.count("--zone=us-west4-a") == 1, "a quota that is too small stays so"
-    assert asked.count("--zone=us-south1-a") == 4
+    assert asked.count("--zone=us-south1-a") >= 4
     said = capsys.readouterr().out
     assert f"RESOURCE_EXHAUSTED: Quota limit '{QUOTA}' has been exceeded. Limit: 4 in zone us-west4-a" in said
     assert 'There is no more capacity in the zone "us-central1-a"' in said
@@ -72,10 +72,18 @@ def test_preempted_at_set_up_in_training_and_twice_in_a_row(
     assert os.environ["WANDB_API_KEY"] not in capsys.readouterr().out
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """SIGINT interrupts, whoever runs the tests."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_at_each_stage(
     make_world: Callable[..., World], launch: Launcher, undisturbed: Records, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     world = make_world(us_west4_a=new_zone(TYPE))
     world.set(worker_environment=workers(world), launchers=[os.getpid()])
     set_up: Record = {"call": "tpu-vm ssh", "holding": "setup.sh"}
