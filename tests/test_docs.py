@@ -148,7 +148,9 @@ def test_every_flag_of_the_other_commands_is_in_their_help(capsys: pytest.Captur
     del used["lm-eval"]  # its flags are lm-eval's
     assert used.keys() >= {"prepare", "preflight", "export", "import", "train-tokenizer", "inspect", "trace"}
     for command, flags in used.items():
-        for help_flag in ("--help", "--help-all") if command in ("preflight", "trace", "train") else ("--help",):
+        for help_flag in (
+            ("--help", "--help-all") if command in ("preflight", "doctor", "trace", "train") else ("--help",)
+        ):
             with pytest.raises(SystemExit):
                 main([command, help_flag])
         shown = set(re.findall(r"--[\w-]+", capsys.readouterr().out))
