@@ -51,7 +51,7 @@ class WandbConfig(Section):
     wandb_logging_interval: Positive = 500
     """Steps between uploads; the last step is always uploaded."""
     wandb_resume_id: str | None = None
-    """Id of the run to resume. None means a new run."""
+    """Id of the W&B run to continue. None means a new one, or its own for a run that resumes."""
     wandb_notes: str | None = None
     """Notes on the run. None means no notes."""
     wandb_tags: tuple[str, ...] = ()
