@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pretrain_xla.errors import UserError
-from pretrain_xla.storage.checked_json import parse_intact, with_checksum
+from pretrain_xla.storage.checked_json import is_intact, parse_json_object, with_checksum
 
 FOLDER = "calibration"
 """Below the current folder, unless `--calibration` names another."""
@@ -120,7 +120,10 @@ def read_calibration(folder: str | os.PathLike[str], chip: str) -> Calibration |
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}): {AGAIN}") from None
     try:
-        found = Calibration.model_validate(parse_intact(content))
+        tree = parse_json_object(content)
+        if not is_intact(tree):  # other line ends are no damage: the file is sent by mail and kept in git
+            raise ValueError("it is not what was written: its checksum differs, or is missing")
+        found = Calibration.model_validate(tree)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])

@@ -76,6 +76,7 @@ def test_preflight_scales_its_estimate_by_what_was_measured(tmp_path: Path) -> N
     assert made is not None
     path = write_calibration(tmp_path, made)
     assert path == tmp_path / "v5e.json"
+    path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))  # as after a mail
     assert read_calibration(tmp_path, "v5e") == made
 
     scaled = report(tmp_path)
