@@ -51,6 +51,10 @@ RETRY = 60.0
 """Seconds after a failed write until another is tried."""
 
 
+LAST_PATIENCE = 120.0
+"""Seconds that the last checkpoint of a run waits for one before it that hangs: by then a bucket may answer again."""
+
+
 class NotWritten(UserError):
     """A checkpoint could not be written: the disk is full, the bucket does not answer …"""
 
@@ -122,10 +126,8 @@ class CheckpointStore:
                 self.damaged[step] = f"{self.folder(step)}/{MARKER} cannot be read ({error})"
             except FileNotFoundError:  # removed in the meantime
                 return False
-            except (
-                OSError,
-                NewerMarker,
-            ) as error:  # not damage: treated as such, the run would continue from an older one
+            except (OSError, NewerMarker) as error:
+                # Not damage: treated as such, the run would continue from an older one.
                 raise UserError(f"{self.folder(step)}/{MARKER} cannot be read ({error})") from None
         return step in self._infos
 
@@ -209,19 +211,26 @@ class CheckpointStore:
         with contextlib.closing(self.stored(step)) as stored:
             return {name: stored[name] for name in stored if name.startswith(prefix)}
 
-    def is_ready(self) -> bool:
+    def is_ready(self, patience: float = 0.0) -> bool:
         """Wait for the write before, and say whether another can begin: not if that one hangs. An error of it is raised here,
         unless `unwritten` is set.
+
+        Args:
+            patience: seconds to wait for one that hangs.
 
         Raises:
             UserError: the earlier write failed (disk full, no permission …).
         """
-        try:
-            self.wait()
-        except NotWritten:
-            if self.unwritten is None:
-                raise
-        return not self._background.busy
+        limit = time.monotonic() + patience
+        while True:
+            try:
+                self.wait()
+            except NotWritten:
+                if self.unwritten is None:
+                    raise
+            if not self._background.busy or time.monotonic() >= limit:
+                return not self._background.busy
+            time.sleep(0.1)
 
     def save(self, state: Mapping[str, Tensor] | list[Shard], info: CheckpointInfo) -> None:
         """Write a state in the background, if the store is ready; see `is_ready`.
@@ -285,10 +294,8 @@ class CheckpointStore:
             told, self._told_hanging = self._told_hanging, True
             if self.unwritten is not None and not told:
                 self.unwritten(f"{error}: does the disk or the bucket answer?")
-            self._failed = (
-                NotWritten(f"{error}: start again to continue from the newest complete one"),
-                time.monotonic(),
-            )
+            hangs = NotWritten(f"{error}: start again to continue from the newest complete one")
+            self._failed = hangs, time.monotonic()
 
     def _write(self, shards: list[Shard], info: CheckpointInfo) -> None:
         try:

@@ -32,7 +32,7 @@ from pretrain_xla.run_folder.build import (
     execution_of,
     placing_zeros,
 )
-from pretrain_xla.run_folder.checkpoint import CheckpointInfo
+from pretrain_xla.run_folder.checkpoint import LAST_PATIENCE, CheckpointInfo
 from pretrain_xla.run_folder.checkpoint_marker import DataPosition
 from pretrain_xla.run_folder.console import Console
 from pretrain_xla.run_folder.data_position import describe_changes, resume_position
@@ -334,7 +334,8 @@ class Trainer:
                 "weights are good"
             )
             return
-        if not self.start.store.is_ready():  # before the copy, so that there are never two
+        patience = LAST_PATIENCE if done == self.config.train.train_steps else 0.0
+        if not self.start.store.is_ready(patience):  # before the copy, so that there are never two
             return
         shards = list(unstack_shards(self.runtime.own_shards(self.step.named_state())))
         measured, loss = self.measurements.measured

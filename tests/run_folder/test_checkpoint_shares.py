@@ -210,7 +210,9 @@ def test_a_write_that_hangs_is_told_and_does_not_block(tmp_path: Path, monkeypat
         store.close()
     assert time.monotonic() - began < 5
     assert store.steps() == [1]
-    stuck.answers.set()
+    threading.Timer(0.5, stuck.answers.set).start()
+    assert store.is_ready(patience=30), "the last one waits"
+    assert store.steps() == [2]
     store._background.patience = 60.0
     store.save(state(), info(4))
     store.close()
