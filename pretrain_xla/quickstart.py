@@ -93,7 +93,12 @@ def _config(name: str, train_steps: int | None) -> RunConfig:
     tree["logging"] |= {"run_dir": f"runs/{name}"}
     if train_steps is not None:
         tree["train"] |= {"train_steps": train_steps}
-        tree["optim"] |= {"decay_steps": train_steps, "warmup_steps": min(tree["optim"]["warmup_steps"], train_steps)}
+        optim = tree["optim"]
+        optim |= {
+            "decay_steps": train_steps,
+            "warmup_steps": min(optim["warmup_steps"], train_steps),
+            "muon_momentum_warmup": min(optim.get("muon_momentum_warmup", 0), train_steps // 2),
+        }
     return build_config(tree, str(CONFIG))
 
 
