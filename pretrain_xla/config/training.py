@@ -77,6 +77,9 @@ class OptimConfig(Section):
     """wsd: steps of the final linear decay, which ends at decay_steps."""
     cooldown_fraction: Fraction | None = None
     """wsd: the same as a fraction of decay_steps. None means cooldown_steps."""
+    average_fraction: Fraction = 0.0
+    """Validate, sample, generate and export with the mean of the weights over this last fraction of decay_steps, which is kept
+    as one more fp32 copy of the weights. 0 means none."""
 
     @property
     def cooldown(self) -> int:
@@ -89,6 +92,11 @@ class OptimConfig(Section):
     def floor(self) -> float:
         """Learning rate at decay_steps, as a fraction of the peak."""
         return self.min_lr / self.learning_rate if self.min_lr_fraction is None else self.min_lr_fraction
+
+    @property
+    def average_from(self) -> int | None:
+        """Updates before those whose weights are averaged. None means that there is no average."""
+        return round((1.0 - self.average_fraction) * self.decay_steps) if self.average_fraction else None
 
     @model_validator(mode="after")
     def _check(self) -> OptimConfig:

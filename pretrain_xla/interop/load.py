@@ -6,6 +6,7 @@ architecture from it. `load_model` reads everything.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
 from collections.abc import Callable, Mapping
@@ -26,7 +27,7 @@ from pretrain_xla.interop.weights_file import weights_file_source
 from pretrain_xla.model import GPT
 from pretrain_xla.redact import is_redacted
 from pretrain_xla.run_folder.checkpoint import MARKER, CheckpointInfo
-from pretrain_xla.run_folder.checkpoint_open import open_checkpoint
+from pretrain_xla.run_folder.checkpoint_open import open_checkpoint, weights_prefix
 from pretrain_xla.run_folder.files import find_tokenizer
 from pretrain_xla.run_folder.tensor_checks import check_names
 
@@ -119,8 +120,9 @@ def _checkpoint(path: str, which: str) -> ModelSource:
     config = build_config({"model": info.config["model"]}, folder).model
 
     def read() -> dict[str, Tensor]:
-        prefix = "model."
-        tensors = {name.removeprefix(prefix): tensor for name, tensor in store.load(step, prefix).items()}
+        with contextlib.closing(store.stored(step)) as stored:
+            prefix = weights_prefix(stored)
+            tensors = {name.removeprefix(prefix): stored[name] for name in stored if name.startswith(prefix)}
         with torch.device("meta"):
             check_names(tensors, GPT(config).state_dict(), folder)
         return tensors

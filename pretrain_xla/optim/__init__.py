@@ -1,9 +1,9 @@
 """The optimizer and the learning rate; all of it runs inside the compiled step, on device tensors only.
 
 Read `optimizer.py` first: `make_optimizer` sorts the parameters by the table in `parameters.py` into rules, `AdamW`
-(`adamw.py`) and `Muon` (`muon.py`, `newton_schulz.py`). Then `clipping.py` (global norm) and `schedules.py` (learning rate as a
-function of the step). The step uses four things of an optimizer: `names`, `parameters`, `state` and `update`;
-`run_folder/build.py` creates it.
+(`adamw.py`) and `Muon` (`muon.py`, `newton_schulz.py`). Then `clipping.py` (global norm), `schedules.py` (learning rate as a
+function of the step) and `averaging.py` (mean of the weights). The step uses four things of an optimizer: `names`,
+`parameters`, `state` and `update`; `run_folder/build.py` creates it.
 """
 
 from pretrain_xla.optim.matrices import MapMatrices

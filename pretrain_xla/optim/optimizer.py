@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pretrain_xla.config import OptimConfig
 from pretrain_xla.optim.adamw import AdamW
+from pretrain_xla.optim.averaging import WeightAverage
 from pretrain_xla.optim.matrices import MapMatrices, map_stacks
 from pretrain_xla.optim.muon import Muon
 from pretrain_xla.optim.parameters import Place, group_of, group_settings, zeros
@@ -39,15 +40,25 @@ class Optimizer:
     Attributes:
         names, parameters: the parameters and their names, in the order in which `update` takes gradients.
         step: 0-d int32 device tensor, number of updates so far.
+        average: the mean of the weights over the last part of the run. None means that there is none.
     """
 
-    def __init__(self, rules: Sequence[Rule], schedule: Callable[[Tensor], Tensor], place: Place = zeros) -> None:
-        """schedule: 0-d step → 0-d learning rate."""
+    def __init__(
+        self,
+        rules: Sequence[Rule],
+        schedule: Callable[[Tensor], Tensor],
+        place: Place = zeros,
+        average_from: int | None = None,
+    ) -> None:
+        """schedule: 0-d step → 0-d learning rate. average_from: updates before those of which `average` is the mean."""
         self.rules = list(rules)
         self.schedule = schedule
         self.names = [name for rule in rules for name in rule.names]
         self.parameters = [parameter for rule in rules for parameter in rule.parameters]
         self.step = place("step", torch.Size(()), self.parameters[0])
+        self.average: WeightAverage | None = None
+        if average_from is not None:
+            self.average = WeightAverage(self.names, self.parameters, average_from, place)
 
     @property
     def state(self) -> dict[str, Tensor]:
@@ -55,7 +66,7 @@ class Optimizer:
         tensors = {"step": self.step}
         for rule in self.rules:
             tensors |= rule.state
-        return tensors
+        return tensors | (self.average.state if self.average is not None else {})
 
     @torch.no_grad()
     def update(self, gradients: Sequence[Tensor], skip: Tensor | None = None) -> Tensor:
@@ -78,6 +89,8 @@ class Optimizer:
                 tensor.copy_(torch.where(skip, old, tensor))
             begin = end
         self.step.add_(1 if skip is None else (~skip).to(torch.int32))
+        if self.average is not None:
+            self.average.update(self.step, skip)
         return rate
 
 
@@ -114,4 +127,4 @@ def make_optimizer(
         own = group_settings(group, config, d_model)
         members.setdefault((own.rate_factor, own.betas), []).append((name, parameter, own.weight_decay))
     rules += [AdamW(group, config, rate, betas, place) for (rate, betas), group in members.items()]
-    return Optimizer(rules, schedule, place)
+    return Optimizer(rules, schedule, place, config.average_from)

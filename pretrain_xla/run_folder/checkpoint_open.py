@@ -1,11 +1,12 @@
-"""Finding the checkpoint that a user's path means."""
+"""Finding the checkpoint that a user's path means, and the weights in it."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from pretrain_xla.errors import UserError
+from pretrain_xla.optim.averaging import AVERAGE
 from pretrain_xla.run_folder.checkpoint import CheckpointStore, DamagedCheckpoint
 from pretrain_xla.run_folder.checkpoint_folders import step_of
 
@@ -48,3 +49,10 @@ def open_checkpoint(
     if damaged:
         raise UserError(f"{damaged[-1]}, and there is no other: remove that folder")
     raise UserError(f"{path}: no complete checkpoint there; name a run folder, its checkpoints folder, or one step_…")
+
+
+def weights_prefix(names: Iterable[str]) -> str:
+    """What the names of the weights to use begin with, among those of a checkpoint's tensors: the averaged ones, where it has
+    them. Training continues with `model.` always."""
+    averaged = f"optimizer.{AVERAGE}"
+    return averaged if any(name.startswith(averaged) for name in names) else "model."

@@ -36,6 +36,7 @@ class Measurements:
         validation: loss on the validation data.
         evaluation: scores on tasks. None means that there are none.
         samples: generates text. None means that none is wanted.
+        averaged: (updates so far) → while it is open, the model has the weights to measure.
 
     Attributes:
         measured: the step of the last validation of this process, and its loss.
@@ -53,9 +54,11 @@ class Measurements:
         validation: ValidationLoss,
         evaluation: Evaluation | None,
         samples: Samples | None,
+        averaged: Callable[[int], AbstractContextManager[None]],
     ) -> None:
         self._config, self._runtime, self._console = config, runtime, console
         self._validation, self._evaluation, self._samples = validation, evaluation, samples
+        self._averaged = averaged
         self.measured: tuple[int, float | None] = (-1, None)
         self.pulse: Callable[[], None] = lambda: None
         self.progress: Progress = console.progress
@@ -88,7 +91,7 @@ class Measurements:
             UserError: the validation loss is NaN or infinite.
         """
         self.pulse()  # before the first batch, which may compile for minutes
-        with self.goodput.spending(kind):
+        with self.goodput.spending(kind), self._averaged(done):
             {VALIDATION: self._validate, EVALUATION: self._evaluate, SAMPLE: self._sample}[kind](done)
 
     def _validate(self, done: int) -> None:

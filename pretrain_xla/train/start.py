@@ -11,7 +11,9 @@ from torch import Tensor
 
 from pretrain_xla.errors import UserError
 from pretrain_xla.model.xla.stacked import unstacked_shapes
+from pretrain_xla.optim.averaging import AVERAGE
 from pretrain_xla.run_folder.checkpoint import CheckpointInfo, CheckpointStore
+from pretrain_xla.run_folder.checkpoint_open import weights_prefix
 from pretrain_xla.run_folder.checkpoint_reading import StoredTensors
 from pretrain_xla.run_folder.state_source import read_regions, shape_of
 from pretrain_xla.run_folder.tensor_checks import check_finite, check_shapes
@@ -67,20 +69,27 @@ class Start:
         return shape_of(self.tensors, name)
 
     def _model(self, state: Mapping[str, Tensor]) -> dict[str, str]:
-        """The model's parameters, which must all be there, and nothing else of a model: name → name of what is saved."""
+        """The model's parameters, which must all be there, and nothing else of a model: name → name of what is saved.
+
+        An evaluation takes their mean, if there is one.
+        """
+        prefix = weights_prefix(self.tensors) if self.evaluates else MODEL
         wanted = {name: tuple(tensor.shape) for name, tensor in state.items() if name.startswith(MODEL)}
         needed = unstacked_shapes({name.removeprefix(MODEL): shape for name, shape in wanted.items()})
-        there = {name.removeprefix(MODEL): self._shape(name) for name in self.tensors if name.startswith(MODEL)}
+        there = {name.removeprefix(prefix): self._shape(name) for name in self.tensors if name.startswith(prefix)}
         check_shapes(there, needed, self.where)
-        return {name: name for name in wanted}
+        return {name: prefix + name.removeprefix(MODEL) for name in wanted}
 
     def _optimizer(self, state: Mapping[str, Tensor]) -> dict[str, str]:
         """The optimizer's state; none for imported weights and for an evaluation."""
         if self.evaluates or (self.step == 0 and not any(name.startswith(OPTIMIZER) for name in self.tensors)):
             return {}
         wanted = {name: name for name in state if name.startswith(OPTIMIZER)}
+        averaged = OPTIMIZER + AVERAGE
         for name in wanted:
-            shape = self._shape(name)
+            if name.startswith(averaged) and self._shape(name) is None:  # the run did not average before
+                wanted[name] = MODEL + name.removeprefix(averaged)
+            shape = self._shape(wanted[name])
             if shape != tuple(state[name].shape):
                 wrong = f"lacks {name}" if shape is None else f"holds {name} in another shape"
                 raise UserError(

@@ -45,6 +45,7 @@ from pretrain_xla.run_folder.tokenizer_check import tokenizer_of_run
 from pretrain_xla.run_folder.trackers import WandB
 from pretrain_xla.runtime import Runtime
 from pretrain_xla.runtime.shards import unstack_shards
+from pretrain_xla.train.averaged_weights import AveragedWeights
 from pretrain_xla.train.deferred_metrics import DeferredMetrics
 from pretrain_xla.train.evaluations import build_evaluation, build_validation
 from pretrain_xla.train.graph_guard import GraphGuard
@@ -70,7 +71,6 @@ class Trainer:
         train = config.train
         self.console = Console(enabled=runtime.is_main)
         self._rows = runtime.rows(train.train_batch_size)
-
         valid_data = _open(config, config.data.valid_dir, "valid")
         # Evaluation needs no training data, and often runs where there is none.
         train_data = valid_data if train.mode == "evaluate" else _open(config, config.data.train_dir, "train")
@@ -97,8 +97,7 @@ class Trainer:
             self.start.store.completing = self._records.send
         self.skipped = SkippedUpdates(self.step.guard, runtime, config, self.console.warn)
         self._train_step = runtime.compile(self.step, "train", state=self.step.state)
-        share = self._share(train.eval_batch_size)
-        self.validation = build_validation(config, self.step, runtime, valid_data, share)
+        self.validation = build_validation(config, self.step, runtime, valid_data, self._share(train.eval_batch_size))
         trains = train.mode != "evaluate"
         self.measurements = Measurements(
             config,
@@ -107,6 +106,7 @@ class Trainer:
             self.validation,
             build_evaluation(config, self.model, runtime) if trains else None,
             Samples(config, self.model, runtime) if trains and config.logging.sample_interval is not None else None,
+            AveragedWeights(self.optimizer, runtime),
         )
         resumes = trains and self.start.own and self.start.step <= train.train_steps
         self._owed = self.measurements.owed(self.start.step) if resumes else []

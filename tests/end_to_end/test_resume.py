@@ -17,8 +17,13 @@ import pytest
 from .conftest import ROOT, environment, metrics, run
 
 ENTRY_POINTS = {"torch": ("run_pretrain.py", {}), "xla": ("run_pretrain_xla.py", {"PJRT_DEVICE": "CPU"})}
-# AdamW for some parameters and Muon for the others, with all of its state.
-MUON: dict[str, Any] = {"optim_type": "muon", "muon_row_beta": 0.9, "muon_momentum_warmup": 15}
+# AdamW for some parameters and Muon for the others, with all of its state, and the mean of the weights.
+MUON: dict[str, Any] = {
+    "optim_type": "muon",
+    "muon_row_beta": 0.9,
+    "muon_momentum_warmup": 15,
+    "average_fraction": 0.7,
+}
 # Dropout, accumulation and several epochs: everything that the next step depends on.
 CHANGES: dict[str, Any] = MUON | {
     "dropout": 0.1,

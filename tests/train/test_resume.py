@@ -174,6 +174,24 @@ def test_a_missing_tensor_is_not_replaced_by_zeros(make_config: Make) -> None:
     assert not load(evaluated, model__x=weight, optimizer__y=weight * 0)["optimizer.y"].any(), "none is needed"
 
 
+def test_training_continues_with_the_weights_and_all_else_takes_their_mean(make_config: Make) -> None:
+    name, mean = "model.final_norm.weight", "optimizer.average.final_norm.weight"
+    config = make_config(optim={"average_fraction": 0.5})
+    saved = save_checkpoints(config, 4)
+    wanted = {f"model.{n}": p.detach() for n, p in GPT(config.model).named_parameters()}
+    wanted |= {key.replace("model.", "optimizer.average."): torch.zeros_like(p) for key, p in wanted.items()}
+    loaded = load(find_start(config, "data", print), **wanted)
+    assert torch.equal(loaded[mean], saved[name]), "a run that did not average before begins with its weights"
+
+    saved |= {key.replace("model.", "optimizer.average."): t + 1.0 for key, t in saved.items() if "model." in key}
+    loaded = load(save_and_find_start(config, saved, step=5), **wanted)
+    assert torch.equal(loaded[name], saved[name])
+    assert torch.equal(loaded[mean], saved[name] + 1.0)
+    evaluated = find_start(make_config(optim={"average_fraction": 0.5}, train={"do_test": True}), "data", print)
+    assert torch.equal(load(evaluated, **wanted)[name], saved[name] + 1.0)
+    assert torch.equal(load_model(config.run_dir).tensors["final_norm.weight"], saved[name] + 1.0)
+
+
 def test_weights_from_elsewhere_have_no_optimizer(make_config: Make) -> None:
     weight = torch.ones(3, 2)
     start = save_and_find_start(make_config(), {"model.x": weight}, 0)
