@@ -57,7 +57,7 @@ SIZES = {
         steps=300,
         budgets=(0.08, 0.15, 0.25, 0.35),
         targets=(0.25, 0.35, 0.55),
-        learning_rates={"baseline": 1e-3, "baseline_tuned": 1e-3, "modern": 2e-3, "ours": 0.02},
+        learning_rates={"baseline": 1e-3, "baseline_tuned": 1e-3, "modern": 1e-3, "ours": 0.02},
     ),
 }
 

@@ -108,7 +108,7 @@ def _write_sample(config: RunConfig, prompt: str) -> str:
 
     generator = Generator.load(config.run_dir, tokenizer=None, runtime="xla", device="auto")
     try:
-        request = Request(120, Sampling(temperature=0.8, top_k=50), seed=config.train.seed)
+        request = Request(120, Sampling(temperature=0.7, top_k=50), seed=config.train.seed)
         (text,) = generator.generate([prompt], request)
     finally:
         generator.runtime.close()
