@@ -58,6 +58,10 @@ def test_every_entry_point_refuses_them(
         before.setattr(checkpoint, "not_finite", lambda tensors: None)
         whole, store = (CheckpointStore(f"{run}/checkpoints", limit=1) for run in ("whole", "run"))
         tensors = whole.load(3)
+        for name, tensor in list(tensors.items()):  # complete, so that a resume comes to its values
+            for moment in ("first", "second"):
+                tensors[name.replace("model.", f"optimizer.{moment}_moment.")] = torch.zeros_like(tensor)
+        tensors["optimizer.step"] = torch.tensor(3, dtype=torch.int32)
         tensors["model.final_norm.weight"][5] = torch.inf
         store.save(tensors, whole.info(3))
         store.close()
