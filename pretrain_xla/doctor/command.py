@@ -167,7 +167,7 @@ def _estimate(config: RunConfig, machine: Machine, checks: list[Check], progress
         with Compiler(machine.topology) as compiler:
             report = compiler.compile(compilable(config, machine.topology), "the step")
     except UserError as error:
-        checks.append(failed("preflight", str(error), "mend that; python -m pretrain_xla preflight shows it alone"))
+        checks.append(failed("preflight", str(error), "fix that; python -m pretrain_xla preflight shows it alone"))
         return None
     if report.fits:
         found = f"compiled for {machine.topology.name} in {report.compile_seconds:.0f} s, and it fits"
@@ -195,7 +195,7 @@ def _judge_steps(own: argparse.Namespace, answer: Answer, machine: Machine, esti
     if "steps" in answer.figures:
         return judge_steps(answer.figures["steps"], estimate, machine.is_of(estimate))
     error = answer.errors.get("steps") or (answer.broken or ("", "no answer"))[1]
-    fix = "python -m pretrain_xla preflight says whether it fits and what would; else mend what it says"
+    fix = "python -m pretrain_xla preflight says whether it fits and what would; else fix what it says"
     return failed(f"{own.steps} steps", error, fix)
 
 
@@ -211,7 +211,7 @@ def _record(
     same = any(check.figures.get("same_chip") for check in checks)
     found = calibration_of(checks, chip=machine.name, software=versions, config=config, same_chip=same, earlier=earlier)
     if found is None:
-        checks.append(skipped("calibration", "what fails is not recorded", "mend what failed above"))
+        checks.append(skipped("calibration", "what fails is not recorded", "fix what failed above"))
         return None
     try:
         write_calibration(folder, found)

@@ -28,7 +28,7 @@ from pretrain_xla.runtime.peak_flops import gpu_peak
 from pretrain_xla.runtime.tpu_chip import accelerator_type, find_chip, pci_chips
 
 FIXES = {
-    "start": "see that `python -c 'import torch_xla'` works; else install the versions above anew",
+    "start": "see that `python -c 'import torch_xla'` works; else install the versions above again",
     "hosts": "start the same command on every host at once (gcloud … ssh NAME --worker=all --command=…), and let them reach "
     "the first one's port 12355; alone, unset RANK, TPU_WORKER_HOSTNAMES and PRETRAIN_XLA_REHEARSAL",
     "devices": TPU_TAKEN,
@@ -119,7 +119,7 @@ def device_checks(answer: Answer, machine: Machine) -> list[Check]:
     fixes = (
         FIXES
         if machine.kind == "TPU"
-        else FIXES | {"devices": "mend what it says, or set PJRT_DEVICE to another device"}
+        else FIXES | {"devices": "fix what it says, or set PJRT_DEVICE to another device"}
     )
     broken = answer.broken
     checks = []
@@ -135,7 +135,7 @@ def device_checks(answer: Answer, machine: Machine) -> list[Check]:
         elif stage in COLLECTIVES and "devices" in answer.figures and not broken and not answer.errors:
             continue
         else:
-            checks.append(skipped(stage, "not reached", "mend what failed before it"))
+            checks.append(skipped(stage, "not reached", "fix what failed before it"))
     if "devices" in answer.figures and not {*COLLECTIVES} & {check.name for check in checks}:
         checks.append(skipped("collectives", "measured with --runtime xla only", "leave out --runtime torch"))
     return checks

@@ -148,7 +148,7 @@ def judge_steps(figures: Figures, estimate: Report | None, same_chip: bool) -> C
     figures = figures | {"estimate": status, "same_chip": same_chip}
     name = f"{figures['steps']} steps"
     if figures["graph_events"]:
-        fix = "run with --strict-graph, which stops at the line, and mend that line"
+        fix = "run with --strict-graph, which stops at the line, and fix that line"
         return failed(name, f"{found}; {figures['graph_events'][0]}", fix, expected, **figures)
     if not figures["losses"] or any(loss is None for loss in figures["losses"]):
         fix = (

@@ -24,7 +24,7 @@ class Timing:
     zone_wait: float = 1800.0
     """How long one zone may take to give a slice before the next is asked, where several are named."""
     only_zone_wait: float = 6 * 3600.0
-    """The same where one is named; then the request is made anew."""
+    """The same where one is named; then the request is made again."""
     first_backoff: float = 60.0
     """After all zones had none; doubles with each round."""
     longest_backoff: float = 900.0

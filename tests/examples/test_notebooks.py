@@ -190,7 +190,7 @@ def test_two_sessions_of_one_run(tmp_path: Path, repository: Path, monkeypatch: 
         monkeypatch.setenv("TPU_LIBRARY_PATH", "/of/another/libtpu.so")  # as after `import jax` in the notebook
         parameters = {
             "REPOSITORY": str(repository),
-            "WORK": str(tmp_path / "work"),
+            "WORK": str(tmp_path / "workspace"),
             "RUN": str(tmp_path / "run"),
             "PYTHON": sys.executable,
             "ENVIRONMENT": {
@@ -227,7 +227,7 @@ def test_two_sessions_of_one_run(tmp_path: Path, repository: Path, monkeypatch: 
             parameters
             | {
                 "FLAGS": [*model, *loop, "--train-steps", steps, "--no-tensorboard"],
-                "TASKS": [f"shards={tmp_path}/work/data/valid"],
+                "TASKS": [f"shards={tmp_path}/workspace/data/valid"],
                 "PROMPT": "7 is",
             },
         )

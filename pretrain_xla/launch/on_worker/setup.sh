@@ -3,7 +3,7 @@
 #
 # Standard input has the exact versions to install, one NAME==VERSION a line, as another worker reported them; none for the
 # first worker, where requirements-xla_tpu.txt decides. It ends with a line "# end". The last line on stdout is JSON:
-# package -> version of what is there. A worker that has all of it is left as it is. One that was interrupted starts anew.
+# package -> version of what is there. A worker that has all of it is left as it is. One that was interrupted starts again.
 set -euo pipefail
 
 name=$1
