@@ -10,7 +10,6 @@ from pretrain_xla.config import RunConfig
 from pretrain_xla.doctor.agreement import check_hosts
 from pretrain_xla.doctor.check import Check, Figures, failed, skipped
 from pretrain_xla.doctor.client import Answer
-from pretrain_xla.doctor.sizes import COLLECTIVES
 from pretrain_xla.doctor.verdicts import (
     SEND,
     TPU_TAKEN,
@@ -23,6 +22,7 @@ from pretrain_xla.doctor.verdicts import (
 from pretrain_xla.errors import UserError
 from pretrain_xla.preflight.report import Report
 from pretrain_xla.preflight.topology import Topology, resolve_topology
+from pretrain_xla.runtime.bench_sizes import COLLECTIVES
 from pretrain_xla.runtime.chips import CHIPS, Chip
 from pretrain_xla.runtime.peak_flops import gpu_peak
 from pretrain_xla.runtime.tpu_chip import accelerator_type, find_chip, pci_chips

@@ -106,14 +106,9 @@ def xla_subject(model: ModelConfig, chip: str | None, bench: Any) -> Subject:
         chip: generation of TPUs. None means no TPU.
         bench: the devices, an `XlaBench`.
     """
-    import torch_xla
-    import torch_xla.core.xla_model as xm
-    import torch_xla.distributed.spmd as xs
-
     from pretrain_xla.model.xla.attention import KernelInputs
     from pretrain_xla.model.xla.saved import SAVE_NOTHING
-    from pretrain_xla.runtime.sharding import BATCH
-    from pretrain_xla.runtime.xla.local_shards import backward_in_this_thread, constrain_sharding
+    from pretrain_xla.runtime.xla.local_shards import backward_in_this_thread
 
     on_cpu = bench.kind == "CPU"
     kernel, what = None, "plain attention"
@@ -127,9 +122,7 @@ def xla_subject(model: ModelConfig, chip: str | None, bench: Any) -> Subject:
             what = f"plain attention ({error.name} is not installed)"
 
     def run(*tensors: Tensor) -> list[Tensor]:
-        spec = xs.ShardingSpec(bench.mesh, (BATCH, None, None))
-        sent: Any = xm.send_cpu_data_to_device([*tensors], bench.device, input_sharding=spec)
-        placed: list[Tensor] = list(sent)
+        placed: list[Tensor] = bench.place(tensors)
         query, key, value = leaves = [tensor.requires_grad_() for tensor in placed[:3]]
         inputs = KernelInputs(query, key, value, None, None, None, None)
         out = kernel(inputs, model, SAVE_NOTHING) if kernel is not None else None
@@ -137,9 +130,7 @@ def xla_subject(model: ModelConfig, chip: str | None, bench: Any) -> Subject:
             out = joined(reference_attention(split(query, key, value, model), None, model), model)
         with backward_in_this_thread():
             found = [out.detach(), *torch.autograd.grad(out, leaves, placed[3])]
-        # On every host's devices, so that each host can read all rows.
-        whole = [constrain_sharding(tensor.float(), (None, None, None), bench.mesh) for tensor in found]
-        torch_xla.sync()
-        return [tensor.cpu() for tensor in whole]
+        copies: list[Tensor] = bench.fetch(found)
+        return copies
 
     return Subject(what, run, torch.float32 if on_cpu else torch.bfloat16, bench.count)

@@ -8,9 +8,9 @@ from typing import Any
 
 from pretrain_xla.config import RunConfig
 from pretrain_xla.doctor.check import Check
-from pretrain_xla.doctor.sizes import COLLECTIVES
 from pretrain_xla.preflight.calibration import Calibration, CollectiveRate, Estimated, MeasuredStep, chip_file
 from pretrain_xla.preflight.report import settings
+from pretrain_xla.runtime.bench_sizes import COLLECTIVES
 
 
 def calibration_of(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pretrain_xla.doctor.check import Figures
-from pretrain_xla.doctor.sizes import ROUNDS, sizes_for
+from pretrain_xla.runtime.bench_sizes import ROUNDS, sizes_for
 
 
 class TorchBench:

@@ -79,8 +79,8 @@ def examine_devices(request: dict[str, Any], recorder: Recorder) -> None:
         return
     from pretrain_xla.config import build_config
     from pretrain_xla.doctor.agreement import gather_facts
-    from pretrain_xla.doctor.sizes import COLLECTIVES
     from pretrain_xla.runtime import Hosts, join_hosts, start
+    from pretrain_xla.runtime.bench_sizes import COLLECTIVES
 
     config = build_config({"parallel": request["parallel"]}, "doctor")
     seconds = request["host_seconds"]
@@ -102,7 +102,7 @@ def examine_devices(request: dict[str, Any], recorder: Recorder) -> None:
     def open_devices() -> Figures:
         runtime = start(config, met[0])
         if runtime.name == "xla":
-            from pretrain_xla.doctor.xla_bench import XlaBench
+            from pretrain_xla.runtime.xla.device_bench import XlaBench
 
             bench.append(XlaBench())
         else:

@@ -21,8 +21,8 @@ import torch_xla
 from jax._src.interpreters import mlir
 from jax._src.lib import xla_client
 from jaxlib.mlir import ir
-from pretrain_xla.doctor.sizes import COLLECTIVES, LARGE
-from pretrain_xla.doctor.xla_bench import XlaBench
+from pretrain_xla.runtime.bench_sizes import COLLECTIVES, LARGE
+from pretrain_xla.runtime.xla.device_bench import XlaBench
 from pretrain_xla.preflight.compiler import _options, slice_devices
 from pretrain_xla.preflight.topology import resolve_topology
 

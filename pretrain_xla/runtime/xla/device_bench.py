@@ -7,7 +7,7 @@ made on the devices, so nothing large is sent, and no host sees another's data.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,15 +18,18 @@ import torch_xla.distributed.spmd as xs
 import torch_xla.runtime as xr
 from torch import Tensor
 
-from pretrain_xla.doctor.check import Figures
-from pretrain_xla.doctor.sizes import COLLECTIVES, ROUNDS, Sizes, sizes_for
+from pretrain_xla.runtime.bench_sizes import COLLECTIVES, ROUNDS, Sizes, sizes_for
 from pretrain_xla.runtime.sharding import BATCH, Axis
 from pretrain_xla.runtime.xla.device_memory import tpu_memory
+from pretrain_xla.runtime.xla.local_shards import constrain_sharding
 from pretrain_xla.runtime.xla.scan import xla_barrier
 
 
 class XlaBench:
-    """The devices that `runtime.start` has opened under SPMD, and the programs that measure them."""
+    """The devices that `runtime.start` has opened under SPMD, and the programs that measure them.
+
+    Results are plain values by name, in seconds, bytes and operations.
+    """
 
     def __init__(self) -> None:
         self.device = torch_xla.device()
@@ -35,7 +38,7 @@ class XlaBench:
         self.sizes: Sizes = sizes_for(self.kind)
         self.mesh = self._mesh(np.arange(self.count))
 
-    def devices(self) -> Figures:
+    def devices(self) -> dict[str, Any]:
         """What there is."""
         memory = tpu_memory() if self.kind == "TPU" else None
         return {
@@ -47,7 +50,7 @@ class XlaBench:
             "hbm_total": [one.total for one in memory or ()],
         }
 
-    def matmul(self) -> Figures:
+    def matmul(self) -> dict[str, Any]:
         """Products of square matrices; each device multiplies its own rows."""
         side, products = self.sizes.side, self.sizes.products
         dtype = torch.float32 if self.kind == "CPU" else torch.bfloat16
@@ -75,7 +78,7 @@ class XlaBench:
             "errors": error,
         }
 
-    def stream(self) -> Figures:
+    def stream(self) -> dict[str, Any]:
         """Passes over memory: 2 x + 1, written elsewhere."""
         length, passes = self.sizes.stream_bytes // 4, self.sizes.passes
         numbers = self._mark(self._numbers(self.count, 1, length)[:, 0], (BATCH, None))
@@ -92,7 +95,7 @@ class XlaBench:
         moved = 2.0 * passes * 4 * length
         return {"bytes": moved, "passes": passes, "seconds": seconds, "rate": moved / seconds, "errors": error}
 
-    def collective(self, kind: str) -> Figures:
+    def collective(self, kind: str) -> dict[str, Any]:
         """One kind of collective among all devices, as the partitioner makes it from the sharding of a result.
 
         Of a reduce-scatter, libtpu 0.0.21 makes an all-reduce and a slice, also where it is asked for by its name; the others
@@ -123,6 +126,18 @@ class XlaBench:
         seconds = self._seconds(run)
         side = self.count * length * 4 if kind == "all-gather" else length * 4
         return {"devices": self.count, "bytes": side, "seconds": seconds, "errors": [error]}
+
+    def place(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Host tensors `[devices, ., .]` on the devices, a row on each."""
+        spec = xs.ShardingSpec(self.mesh, (BATCH, None, None))
+        placed: Any = xm.send_cpu_data_to_device([*tensors], self.device, input_sharding=spec)
+        return list(placed)
+
+    def fetch(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Host copies in fp32 of all rows of tensors `[devices, ., .]`, on every host."""
+        whole = [constrain_sharding(tensor.float(), (None, None, None), self.mesh) for tensor in tensors]
+        torch_xla.sync()
+        return [tensor.cpu() for tensor in whole]
 
     def _numbers(self, *shape: int) -> Tensor:
         """Small whole numbers [device, row, column], which differ by device and are exact in bf16, also as sums."""
