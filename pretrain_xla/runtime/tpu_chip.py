@@ -8,27 +8,19 @@ Google Cloud VMs the metadata server has it. Without a TPU on the bus, the netwo
 from __future__ import annotations
 
 import dataclasses
-import http.client
 import os
-import urllib.request
 from pathlib import Path
 
 import yaml
 
 from pretrain_xla.errors import UserError
 from pretrain_xla.runtime.chips import CHIPS, generation
+from pretrain_xla.runtime.metadata_server import instance_value
 
 PCI_DEVICES = Path("/sys/bus/pci/devices")
 GOOGLE = "0x1ae0"
 PCI_NAMES = {"0x0027": "", "0x005e": "v4", "0x0062": "v5p", "0x0063": "v5e", "0x006f": "v6e", "0x0076": "v7x"}
 """PCI device id → generation, from JAX's `hardware_utils`. Empty means v2 or v3."""
-
-METADATA_HOST = "169.254.169.254"
-"""Its IP address, to avoid waiting for DNS. GCE_METADATA_HOST overrides it, as in Google's libraries."""
-
-METADATA_SECONDS = 3.0
-"""Timeout. A metadata server answers in milliseconds; without one, the connection may hang."""
-
 
 DESCRIBE = (
     "without one, set TPU_SKIP_MDS_QUERY=1 TPU_ACCELERATOR_TYPE=v5litepod-8 (or its type) TPU_WORKER_ID=0 "
@@ -63,7 +55,7 @@ def accelerator_type() -> str | None:
     named = os.environ.get("TPU_ACCELERATOR_TYPE")
     if named or os.environ.get("TPU_SKIP_MDS_QUERY") or not pci_chips():
         return named or None
-    return _type_in(_metadata("tpu-env")) or _metadata("accelerator-type")
+    return _type_in(instance_value("attributes/tpu-env")) or instance_value("attributes/accelerator-type")
 
 
 def find_chip(device_kind: str | None = None) -> FoundChip:
@@ -102,7 +94,7 @@ def check_description() -> str | None:
                 "TPU_SKIP_MDS_QUERY is set, so this TPU must be described: set TPU_ACCELERATOR_TYPE, for example to v5litepod-8"
             )
         return None
-    if _metadata("tpu-env") is None:
+    if instance_value("attributes/tpu-env") is None:
         return f"this TPU's metadata server does not answer, and PyTorch/XLA will wait for it, perhaps for minutes: {DESCRIBE}"
     return None
 
@@ -115,19 +107,3 @@ def _type_in(tpu_env: str | None) -> str | None:
         return None
     named = tree.get("ACCELERATOR_TYPE") if isinstance(tree, dict) else None
     return str(named) if named else None
-
-
-def _metadata(key: str) -> str | None:
-    """An attribute of this VM. None means no such attribute, or no metadata server."""
-    host = os.environ.get("GCE_METADATA_HOST", METADATA_HOST)
-    url = f"http://{host}/computeMetadata/v1/instance/attributes/{key}"
-    request = urllib.request.Request(url, headers={"Metadata-Flavor": "Google"})
-    # Without a proxy: the address is link-local.
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    try:
-        with opener.open(request, timeout=METADATA_SECONDS) as answer:
-            if answer.headers.get("Metadata-Flavor") != "Google":
-                return None
-            return str(answer.read(1_000_000).decode()).strip() or None
-    except (OSError, ValueError, http.client.HTTPException):
-        return None

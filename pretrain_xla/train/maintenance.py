@@ -1,7 +1,7 @@
 """Notices that Google's cloud will take a TPU's host away: maintenance, and preemption of a spot VM.
 
-The host's metadata server announces both, maintenance about a minute before. torch_xla and JAX listen to SIGTERM alone, which a
-VM's shutdown sends to its services, and not to what was started over SSH. So a thread of each host asks the server every few
+The host's metadata server announces both, maintenance about a minute before. A VM's
+shutdown sends SIGTERM to its services, and not to what was started over SSH. So a thread of each host asks the server every few
 seconds, which also is what makes it announce at all. A notice stops the run as SIGTERM does: every host after the same step.
 
 Only a TPU VM is asked: where there is no such server (`TPU_SKIP_MDS_QUERY`: GKE, Kaggle) SIGTERM comes to the run itself.
@@ -13,19 +13,14 @@ import contextlib
 import os
 import signal
 import threading
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 
 from pretrain_xla.runtime import Hosts, Runtime
+from pretrain_xla.runtime.metadata_server import instance_value
 
-SERVER = "metadata.google.internal"
-"""Unless GCE_METADATA_HOST names another, as for Google's own libraries."""
 INTERVAL = 3.0
 """Seconds between two questions. A preempted VM has 30 seconds."""
-PATIENCE = 5.0
-"""Seconds to wait for an answer."""
-CALM = ("", "NONE", "FALSE", "MIGRATE_ON_HOST_MAINTENANCE")
+CALM = (None, "NONE", "FALSE", "MIGRATE_ON_HOST_MAINTENANCE")
 """Answers that announce nothing; a VM that migrates goes on."""
 QUESTIONS = {"maintenance-event": "maintenance of the host", "preempted": "preemption"}
 
@@ -66,7 +61,7 @@ def asking(hosts: Hosts, interval: float = INTERVAL) -> Iterator[None]:
 def _watch(stop: Callable[[int], None], left: threading.Event, interval: float) -> None:
     while not left.is_set():
         for name, what in QUESTIONS.items():
-            answer = ask(name)
+            answer = instance_value(name)
             if answer in CALM or left.is_set():
                 continue
             line = f"the cloud announces {what} ({name}: {answer}): the run saves and stops as after SIGTERM\n"
@@ -74,18 +69,3 @@ def _watch(stop: Callable[[int], None], left: threading.Event, interval: float) 
             stop(signal.SIGTERM)
             return
         left.wait(interval)
-
-
-def ask(name: str) -> str:
-    """The metadata server's value under `instance/`; empty if it does not answer, or does not know it."""
-    host = os.environ.get("GCE_METADATA_HOST", SERVER)
-    address = f"http://{host}/computeMetadata/v1/instance/{name}"
-    request = urllib.request.Request(address, headers={"Metadata-Flavor": "Google"})
-    # A proxy that the environment names has another host's metadata, or none.
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    try:
-        with opener.open(request, timeout=PATIENCE) as reply:
-            answer: str = reply.read(256).decode("ascii", "replace").strip()
-    except (OSError, urllib.error.URLError, ValueError):
-        return ""
-    return answer

@@ -16,7 +16,7 @@ import pytest
 
 from pretrain_xla.errors import UserError
 from pretrain_xla.preflight.topology import chosen_topology
-from pretrain_xla.runtime import tpu_chip
+from pretrain_xla.runtime import metadata_server, tpu_chip
 from pretrain_xla.runtime.chips import CHIPS, generation
 from pretrain_xla.runtime.tpu_chip import accelerator_type, check_description, find_chip, pci_chips
 
@@ -238,7 +238,7 @@ def test_a_variable_or_the_skip_variable_avoids_the_request(
 
 def test_a_server_that_never_answers_times_out(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
     bus("v5e")
-    monkeypatch.setattr(tpu_chip, "METADATA_SECONDS", 0.1)
+    monkeypatch.setattr(metadata_server, "SECONDS", 0.1)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
@@ -276,7 +276,7 @@ def test_preflight_compiles_for_this_hosts_slice(bus: Bus, metadata: Server) -> 
 IMPORT = """
 import glob, sys
 from pathlib import Path
-from pretrain_xla.runtime import tpu_chip
+from pretrain_xla.runtime import metadata_server, tpu_chip
 bus, plain = sys.argv[1], glob.glob
 tpu_chip.PCI_DEVICES = Path(bus)
 glob.glob = lambda pattern, *a, **k: plain(pattern.replace("/sys/bus/pci/devices", bus), *a, **k)

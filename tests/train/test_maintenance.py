@@ -29,6 +29,7 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
             asked = self.headers["Metadata-Flavor"] == "Google" and self.path.startswith(BASE)
             known["asked"] = str(int(known.get("asked", "0")) + asked)
             self.send_response(200 if asked and name in known else 404)
+            self.send_header("Metadata-Flavor", "Google")
             self.end_headers()
             self.wfile.write(known.get(name, "no such name").encode())
 
