@@ -276,7 +276,7 @@ def test_preflight_compiles_for_this_hosts_slice(bus: Bus, metadata: Server) -> 
 IMPORT = """
 import glob, sys
 from pathlib import Path
-from pretrain_xla.runtime import metadata_server, tpu_chip
+from pretrain_xla.runtime import tpu_chip
 bus, plain = sys.argv[1], glob.glob
 tpu_chip.PCI_DEVICES = Path(bus)
 glob.glob = lambda pattern, *a, **k: plain(pattern.replace("/sys/bus/pci/devices", bus), *a, **k)
